@@ -1,0 +1,176 @@
+"""The command line: one command a step of the pipeline. Heavy libraries load inside the commands that need them."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from common.errors import UserError
+
+app = typer.Typer(
+    help="A*-PO: post-train language models for reasoning by regressing on optimal advantages.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(highlight=False)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's TOML file; see configs/.")]
+Run = Annotated[str | None, typer.Option("--run", help="Artifacts go to artifacts/RUN; by default the config's run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. vstar.beta1=0.25.")
+]
+VstarFile = Annotated[
+    Path | None, typer.Option("--vstar", help="The artifact to read; by default artifacts/RUN/vstar.parquet.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write to this file; by default the artifact is replaced.")
+]
+RunName = Annotated[str, typer.Option("--run", help="The run whose artifact is read.")]
+DEMO = Path(__file__).parent / "configs" / "demo.toml"
+
+
+@app.command("base-model")
+def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None) -> None:
+    """Pre-train the demo's tiny reference model from scratch (about a minute, no download)."""
+    from common.artifacts import run_paths
+    from common.config import load_config
+    from common.demo.base_model import build_base_model
+
+    settings = load_config(config, overrides or (), run)
+    path = run_paths(settings.run).base_model
+    if path.exists():
+        console.print(f"nothing to do: {path} exists")
+        return
+    build_base_model(path, seed=settings.seed, progress=console.print)
+
+
+@app.command()
+def vstar(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None) -> None:
+    """Stage 1: sample, grade and estimate V̂* for each prompt. A re-run continues where the last one ended."""
+    from common.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    from stage1_vstar.run import run_stage1
+
+    run_stage1(settings, console)
+
+
+@app.command()
+def train(
+    config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None, vstar_file: VstarFile = None
+) -> None:
+    """Stage 2: on-policy regression on the optimal advantages. A re-run continues from the last checkpoint."""
+    from common.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    from stage2_train.train import run_stage2
+
+    run_stage2(settings, console, vstar_file)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option("--model", "-m", help="A folder in Hugging Face format, or a hub name.")],
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+) -> None:
+    """Greedy accuracy, sampled pass@1 and pass@k, and KL to the reference on held-out prompts."""
+    from common.artifacts import write_text
+    from common.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    from stage2_train.evaluate import evaluate as evaluate_model
+    from stage2_train.evaluate import show, to_json
+
+    result = evaluate_model(settings, model, Console(stderr=True))
+    if output is not None:
+        write_text(output, to_json(result) + "\n")
+    if as_json:
+        print(to_json(result))
+    else:
+        show(result, console)
+
+
+@app.command()
+def rescore(
+    beta1: Annotated[float, typer.Option("--beta1", help="β1 from 0 (best reward) to inf (mean).")],
+    run: RunName = "demo",
+    vstar_file: VstarFile = None,
+    output: Output = None,
+) -> None:
+    """V̂* under a new β1, from the cached rewards: no model, no generation."""
+    from stage1_vstar.rescore import rescore as rescore_file
+
+    if not beta1 >= 0:
+        raise UserError(f"--beta1 must be 0 or more (inf is the mean), found {beta1}")
+    source = _vstar_path(run, vstar_file)
+    console.print(rescore_file(source, output or source, beta1))
+
+
+@app.command("filter")
+def filter_command(
+    run: RunName = "demo",
+    vstar_file: VstarFile = None,
+    output: Output = None,
+    drop_unsolved: Annotated[bool, typer.Option(help="Drop prompts with pass@N = 0.")] = True,
+    drop_solved: Annotated[bool, typer.Option(help="Drop prompts whose samples are all correct.")] = False,
+    min_pass_rate: Annotated[float, typer.Option(help="Drop prompts below this pass rate.")] = 0.0,
+    max_pass_rate: Annotated[float, typer.Option(help="Drop prompts above this pass rate.")] = 1.0,
+) -> None:
+    """Choose the prompts to train on: as flags in the artifact, or with --output into a new file."""
+    from stage1_vstar.filter import drop_rules, filter_prompts
+
+    rules = drop_rules(
+        unsolved=drop_unsolved, solved=drop_solved, min_pass_rate=min_pass_rate, max_pass_rate=max_pass_rate
+    )
+    for line in filter_prompts(_vstar_path(run, vstar_file), output, rules):
+        console.print(line)
+
+
+@app.command()
+def inspect(
+    run: RunName = "demo",
+    vstar_file: VstarFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """What is in an artifact, from what it was made, and its histogram of pass rates."""
+    from stage1_vstar.describe import describe, show
+
+    figures = describe(_vstar_path(run, vstar_file))
+    if as_json:
+        print(json.dumps(figures, indent=2, ensure_ascii=False))
+    else:
+        show(figures, console)
+
+
+def _vstar_path(run: str, vstar_file: Path | None) -> Path:
+    from common.artifacts import run_paths
+
+    return vstar_file or run_paths(run).vstar
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        # Engines and grader processes may still be up: leave without waiting for their threads.
+        os._exit(2)
+
+
+if __name__ == "__main__":
+    with _one_line_errors():
+        app()

@@ -1,0 +1,223 @@
+"""A run's configuration: TOML by hand, validated whole, dumped as JSON by machine.
+
+Every default stands here, once. Values are checked where they are declared; what needs a file or a model
+(does the data exist, does the prompt fit the context) is checked by the stage that needs it, before it loads one.
+"""
+
+import math
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import UserError
+from common.grading import GraderConfig
+
+
+def _not_nan(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("must be a number, found nan")
+    return value
+
+
+Beta1 = Annotated[float, Field(ge=0), AfterValidator(_not_nan)]
+"""β1 in [0, inf]: 0 is the best reward, inf the mean."""
+
+
+class Section(BaseModel):
+    """A table of the TOML file: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class ModelConfig(Section):
+    """The reference policy: what stage 1 samples from, and what stage 2 starts at and measures KL against."""
+
+    path: str
+    """A folder in Hugging Face format ({run} stands for artifacts/<run>), or a name on the Hugging Face hub."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class DataConfig(Section):
+    """Where prompts come from and how they are shown to the model."""
+
+    format: Literal["gsm8k", "math", "openr1", "generic", "word_problems"]
+    path: str = ""
+    """A local .jsonl, .json or .parquet file, or a data set's name on the Hugging Face hub."""
+    name: str | None = None
+    """The hub data set's configuration, such as "main"."""
+    split: str = "train"
+    prompt_field: str | None = None
+    answer_field: str | None = None
+    template: str | None = None
+    """A named template or a text containing {prompt}; by default the format's own (the paper's Table 4)."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Take this many prompts, chosen at random by `seed`; all of them in file order by default."""
+    seed: int = 0
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
+    long_prompts: Literal["error", "drop"] = "error"
+
+
+class SamplingConfig(Section):
+    """The distribution that completions are drawn from, in both stages."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_completion_tokens: Annotated[int, Field(ge=1)] = 1024
+
+
+class EngineConfig(Section):
+    """The rollout engine of both stages."""
+
+    backend: Literal["vllm", "transformers"] = "vllm"
+    max_num_seqs: Annotated[int, Field(ge=1)] = 256
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    training_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """The engine's share of a GPU that it has to share with the trainer."""
+    cpu_kv_cache_gib: Annotated[int, Field(ge=1)] = 1
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """GPUs per engine in stage 1; in stage 2 each rank has an engine of its own."""
+    enforce_eager: bool = False
+
+
+class VstarConfig(Section):
+    """Stage 1."""
+
+    num_samples: Annotated[int, Field(ge=1)] = 8
+    beta1: Beta1 = 0.5
+    drop_unsolved: bool = False
+    """Mark prompts with pass@N = 0 as not to be trained on (the paper's optional line 6)."""
+
+
+class AStarPOConfig(Section):
+    """A*-PO: the regression's temperature β2."""
+
+    name: Literal["astar_po"] = "astar_po"
+    beta2: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class TrainConfig(Section):
+    """Stage 2. The defaults are the paper's (Appendix A.5)."""
+
+    objective: AStarPOConfig = AStarPOConfig()
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Prompts an iteration, one completion each."""
+    mini_batch_size: Annotated[int, Field(ge=1)] = 128
+    """Completions an optimizer step."""
+    epochs: Annotated[int, Field(ge=1)] = 25
+    iterations: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many iterations, whatever `epochs` says."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up; constant after it."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    tokens_per_micro_batch: Annotated[int, Field(ge=1)] = 16384
+    """Prompt and completion tokens, padding included, in one forward and backward pass."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    gradient_checkpointing: bool = False
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Iterations between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    evaluate_every: Annotated[int, Field(ge=1)] = 10
+    """Iterations between evaluations on held-out prompts."""
+    wandb_project: str | None = None
+
+    @model_validator(mode="after")
+    def _mini_batches_fill_the_batch(self) -> "TrainConfig":
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    """Held-out evaluation."""
+
+    data: DataConfig | None = None
+    num_samples: Annotated[int, Field(ge=1)] = 8
+    """Sampled completions a prompt, for pass@1 and pass@k."""
+    training_prompts: Annotated[int, Field(ge=1)] = 256
+    """Held-out prompts for the evaluations during training, one sampled completion each."""
+
+
+class Config(Section):
+    """One run: artifacts/<run>."""
+
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig
+    data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    grader: GraderConfig
+    engine: EngineConfig = EngineConfig()
+    vstar: VstarConfig = VstarConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def to_json(self) -> str:
+        """Every value, defaults included."""
+        return self.model_dump_json(indent=2)
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), run: str | None = None) -> Config:
+    """Read a TOML file, apply `--set section.key=value` overrides, validate the whole.
+
+    Raises UserError naming the file, each wrong key and what was found there.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}; give one of configs/*.toml") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(document, override)
+    if run is not None:
+        document["run"] = run
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_describe(error)}") from error
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    names = key.strip().split(".")
+    if not separator or not all(names):
+        raise UserError(f"--set {override}: write it as section.key=value, for example --set vstar.beta1=0.25")
+    table = document
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: {name} is a value, not a section")
+    table[names[-1]] = _parse_value(text.strip())
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _describe(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"]) or "the file"
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key {place}")
+        elif item["type"] == "missing":
+            problems.append(f"{place} is missing")
+        elif item["type"] == "value_error":
+            problems.append(f"{place}: {item['ctx']['error']}")
+        else:
+            message = re.sub(r"^Input should be", "should be", item["msg"])
+            problems.append(f"{place} {message}, found {item['input']!r}")
+    return "; ".join(problems)

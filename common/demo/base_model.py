@@ -1,0 +1,218 @@
+"""A Qwen2 of half a million parameters, pre-trained in under a minute on the demonstrations of word_problems.py.
+
+Like a real base model it knows how to reason and does not do so reliably: about half of its samples guess at once
+and the others slip now and then, so RL has something to bring out. Trained on completion tokens only, after the
+prompt `PROMPT_TEMPLATE`, without a BOS token. torch and transformers are imported inside functions.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.demo.word_problems import PROMPT_TEMPLATE, demonstration, stream, vocabulary_text
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+
+# A word takes the space before it, and the space after it too when a number follows: ` buys `, `3`, ` more`, `.`
+WORD_PATTERN = r"(?: ?\p{L}+| ?[^\s\p{L}\p{N}]+)(?: (?=\p{N}))?|\p{N}{1,3}|\s+"
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pretraining:
+    """How the base model is made; the defaults fit a minute on two cores."""
+
+    steps: int = 850
+    reasoning_steps: int = 600
+    guess_probability: float = 0.45
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    mlp_size: int = 256
+
+
+def build_base_model(
+    path: Path,
+    *,
+    seed: int,
+    recipe: Pretraining | None = None,
+    progress: Callable[[str], None] = print,
+) -> None:
+    """Write a Hugging Face folder at `path`, which appears only when it is whole; the same seed, the same weights."""
+    if path.exists():
+        raise ValueError(f"{path} exists already: remove it to build the base model again")
+    recipe = recipe or Pretraining()
+    tokenizer = build_tokenizer()
+    model = _pretrain(tokenizer, recipe, seed, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    progress(f"base model written to {path}")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that gives any text back, in which each word of the task and each number is one token.
+
+    Special tokens are reached by id only: `<|endoftext|>` typed in a prompt is text like any other.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END_OF_TEXT, PADDING],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(vocabulary_text(), trainer)
+    # Named by its class: from the config's model type alone AutoTokenizer would rebuild it as Qwen2's, digit by digit.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+
+
+def _pretrain(
+    tokenizer: PreTrainedTokenizerFast, recipe: Pretraining, seed: int, progress: Callable[[str], None]
+) -> Qwen3ForCausalLM:
+    """Next-token prediction on fresh demonstrations of the training split, each seen once."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _new_model(tokenizer, recipe)
+    model.train()
+    progress(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters, {recipe.steps} steps")
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, recipe))
+    for step, (tokens_BT, targets_BT) in enumerate(_batches(tokenizer, recipe, seed), start=1):
+        loss = _loss(model, tokens_BT, targets_BT)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 200 == 0 or step == recipe.steps:
+            progress(f"base model: step {step}/{recipe.steps}, loss {loss.item():.3f} nats a token")
+    return model.eval()
+
+
+def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Pretraining) -> Qwen3ForCausalLM:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.mlp_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.hidden_size // recipe.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _learning_rate_share(step: int, recipe: Pretraining) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _loss(model: Qwen3ForCausalLM, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy over completion tokens; padding is on the right, so causal attention needs no mask."""
+    import torch
+
+    hidden_BTD = model.model(tokens_BT, use_cache=False).last_hidden_state
+    learnt_BT = targets_BT != IGNORED
+    logits = model.lm_head(hidden_BTD[learnt_BT])
+    return torch.nn.functional.cross_entropy(logits, targets_BT[learnt_BT])
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, recipe: Pretraining, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`recipe.steps` pairs of tokens and next-token targets; drawn in pools sorted by length, to pad little."""
+    import torch
+
+    rng = random.Random(f"demonstrations {seed}")
+    problems = stream("train", rng)
+    pool_steps = 50
+    for first in range(0, recipe.steps, pool_steps):
+        steps = min(pool_steps, recipe.steps - first)
+        pool = list(islice(problems, steps * recipe.batch_size))
+        guess_probability = recipe.guess_probability if first >= recipe.reasoning_steps else 0.0
+        prompts = [PROMPT_TEMPLATE.format(question=problem.question) for problem in pool]
+        completions = [demonstration(problem, rng, guess_probability=guess_probability) for problem in pool]
+        encoded = zip(_encode(tokenizer, prompts), _encode(tokenizer, completions), strict=True)
+        sequences = [(prompt, [*completion, tokenizer.eos_token_id]) for prompt, completion in encoded]
+        sequences.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        starts = [step * recipe.batch_size for step in range(steps)]
+        rng.shuffle(starts)
+        for start in starts:
+            batch = sequences[start : start + recipe.batch_size]
+            longest = max(len(prompt) + len(completion) for prompt, completion in batch)
+            tokens_BT = torch.full((len(batch), longest), tokenizer.pad_token_id)
+            targets_BT = torch.full((len(batch), longest), IGNORED)
+            for row, (prompt, completion) in enumerate(batch):
+                tokens_BT[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+                end = len(prompt) + len(completion) - 1
+                targets_BT[row, len(prompt) - 1 : end] = torch.tensor(completion)
+            yield tokens_BT, targets_BT
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]

@@ -1,0 +1,60 @@
+"""The seam between the stages and whatever samples completions for them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from common.config import Config
+from common.prompts import PromptRenderer
+from common.rollout import Completion, SampleRequest
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """The distribution to draw completions from; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_completion_tokens: int
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from a model whose weights can be replaced in place."""
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        """Sample one completion a request, in the order in which they end."""
+        ...
+
+    def load_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
+        """Take over new weights, named as in the Hugging Face checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        ...
+
+
+def build_engine(config: Config, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool) -> RolloutEngine:
+    """Load the model in `folder` into the configured engine.
+
+    `beside_trainer` says that the device and the process are shared with a training job.
+    """
+    if config.engine.backend == "vllm":
+        from common.engine_vllm import VllmEngine
+
+        return VllmEngine(config, folder, renderer, beside_trainer=beside_trainer)
+    from common.engine_transformers import TransformersEngine
+
+    return TransformersEngine(config, folder, renderer)
+
+
+def request_seed(seed: int, *parts: str | int) -> int:
+    """A seed for one sample: the same for the same run seed and address, whatever else is in the batch."""
+    import hashlib
+
+    text = "\0".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -1,0 +1,42 @@
+"""The one grader that both stages use: rules, outcomes, and the worker processes that survive model output.
+
+A rule is a pure function of (prompt, completion, answer); `GraderPool` runs it in processes that can be
+killed. Names that need pydantic or threads load on first use: a worker imports this package too.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from common.grading.outcome import Grade, Outcome, reward_of
+
+if TYPE_CHECKING:
+    from common.grading.config import GraderConfig, fingerprint
+    from common.grading.graders import GRADERS, extract_gold, validate_gold
+    from common.grading.pool import GraderPool, GradingTask
+
+__all__ = [
+    "GRADERS",
+    "Grade",
+    "GraderConfig",
+    "GraderPool",
+    "GradingTask",
+    "Outcome",
+    "extract_gold",
+    "fingerprint",
+    "reward_of",
+    "validate_gold",
+]
+
+_HOME = {
+    "GraderConfig": "config",
+    "fingerprint": "config",
+    "GraderPool": "pool",
+    "GradingTask": "pool",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'graders')}"), name)

@@ -1,0 +1,29 @@
+"""The `[grader]` section of a run's configuration, and the fingerprint that artifacts carry."""
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from common.grading.graders import GRADERS, find_grader, is_grader_name
+
+
+class GraderConfig(BaseModel):
+    """Which grader, and what one worker process may use. Only the name changes verdicts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    workers: int = Field(default=1, ge=1)
+    timeout_seconds: float = Field(default=5.0, gt=0)
+    memory_gib: float = Field(default=2.0, ge=0.5)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if not is_grader_name(name):
+            known = ", ".join(GRADERS)
+            raise ValueError(f"unknown grader {name!r}: use one of {known}, or 'package.module:function'")
+        return name
+
+
+def fingerprint(config: GraderConfig) -> str:
+    """Name and version: two artifacts with equal fingerprints were graded by the same rule."""
+    return find_grader(config.name).version

@@ -1,0 +1,58 @@
+"""What grading a completion can end in, and the one policy that turns it into a reward.
+
+Both stages import these nouns; neither assigns a reward of its own.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+MAX_EXTRACTED_CHARACTERS = 512
+
+
+class Outcome(StrEnum):
+    """How grading one completion ended; the value is what the artifacts store."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSED = "unparsed"  # no answer found, or one that cannot be read
+    GOLD_UNPARSED = "gold_unparsed"  # the reference answer itself cannot be read
+    TRUNCATED = "truncated"  # cut at the token limit: never read, whatever it says
+    VERIFIER_TIMEOUT = "verifier_timeout"
+    VERIFIER_CRASH = "verifier_crash"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grade:
+    """The verdict on one completion; `reason` says why a grader crashed or a gold was refused."""
+
+    outcome: Outcome
+    reward: float
+    extracted: str | None = None
+    reason: str | None = None
+
+
+def reward_of(outcome: Outcome) -> float:
+    """1 for a correct answer, 0 for everything else (paper, appendix A.3).
+
+    A truncated completion earns 0 in both stages even where its text already holds the right answer:
+    without its end-of-text token it is not a finished completion y, so its log-probability is not the
+    one the regression target is about. A custom reward replaces this table for what it did grade.
+    """
+    return 1.0 if outcome is Outcome.CORRECT else 0.0
+
+
+def graded(outcome: Outcome, extracted: str | None = None, *, reason: str | None = None) -> Grade:
+    """The grade that the policy gives to an outcome, its texts made fit for storage."""
+    return Grade(
+        outcome=outcome,
+        reward=reward_of(outcome),
+        extracted=storable(extracted),
+        reason=storable(reason),
+    )
+
+
+def storable(text: str | None) -> str | None:
+    """Bounded text without lone surrogates, which neither pyarrow nor polars can hold."""
+    if text is None or (text.isascii() and len(text) <= MAX_EXTRACTED_CHARACTERS):
+        return text
+    return text[:MAX_EXTRACTED_CHARACTERS].encode("utf-8", "replace").decode("utf-8")

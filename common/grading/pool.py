@@ -1,0 +1,265 @@
+"""Grading beside an engine: worker processes, and one thread that feeds, times and replaces them.
+
+The caller's thread only appends to a queue and collects what is finished; it waits for a full queue and for
+nothing else. Every submitted completion ends in exactly one grade, whatever it does to a worker.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from types import TracebackType
+from typing import Any, Self
+
+from common.errors import UserError
+from common.grading.config import GraderConfig
+from common.grading.graders import find_grader
+from common.grading.outcome import Grade, Outcome, graded
+from common.grading.process import Inbox, Job, WorkerProcess
+
+MAX_QUEUED = 16_384
+MAX_QUEUED_CHARACTERS = 64 * 1024**2
+MAX_FRUITLESS_DEATHS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradingTask:
+    """What `grade_all` grades."""
+
+    prompt: str
+    completion: str
+    answer: str
+    truncated: bool = False
+
+
+class GraderPool:
+    """Grades completions in killable processes; safe to use from any thread, and from several.
+
+    Built before the engine it costs a second at most and refuses a grader that cannot be loaded (UserError).
+    """
+
+    def __init__(self, config: GraderConfig) -> None:
+        self._config = config
+        self._max_characters = find_grader(config.name).max_completion_characters
+        self._changed = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._queued_characters = 0
+        self._inbox = Inbox()
+        self._starved = True  # a worker waits: the supervisor wants to hear of the next job
+        self._closing = False
+        self._started = False
+        self._failure: Exception | None = None
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._workers: list[WorkerProcess] = []
+        self._fruitless_deaths = 0
+        self._supervisor = threading.Thread(target=self._supervise, name="grader-pool", daemon=True)
+        self._supervisor.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._started or self._failure is not None)
+        if self._failure is not None:
+            failure = self._failure
+            self.close()
+            raise failure
+
+    def submit(
+        self,
+        key: Hashable,
+        *,
+        prompt: str,
+        completion: str,
+        answer: str,
+        truncated: bool,
+    ) -> None:
+        """Queues one completion; its grade comes back under `key`. Waits only while the queue is full."""
+        self._submit(self._inbox, key, prompt, completion, answer, truncated)
+
+    def ready(self) -> list[tuple[Any, Grade]]:
+        """What has finished since the last call, without waiting."""
+        with self._changed:
+            return self._collect(self._inbox)
+
+    def drain(self) -> list[tuple[Any, Grade]]:
+        """Waits for everything submitted so far and returns what has finished since the last call."""
+        return self._wait(self._inbox)
+
+    def grade_all(self, tasks: Iterable[GradingTask]) -> list[Grade]:
+        """The grades in the order of the tasks; independent of what other callers have submitted."""
+        inbox = Inbox()
+        for position, task in enumerate(tasks):
+            self._submit(
+                inbox,
+                position,
+                task.prompt,
+                task.completion,
+                task.answer,
+                task.truncated,
+            )
+        return [grade for _, grade in sorted(self._wait(inbox), key=lambda pair: pair[0])]
+
+    def validate_golds(self, answers: Sequence[str]) -> list[str | None]:
+        """What is wrong with each extracted reference answer, before anything is generated for it."""
+        inbox = Inbox()
+        for position, answer in enumerate(answers):
+            self._enqueue(Job(inbox, position, "", None, answer))
+        grades = [grade for _, grade in sorted(self._wait(inbox), key=lambda pair: pair[0])]
+        return [None if grade.outcome is Outcome.CORRECT else grade.reason for grade in grades]
+
+    def close(self) -> None:
+        """Ends the workers; grades not collected by now are lost."""
+        with self._changed:
+            self._closing = True
+            self._wake()
+        self._supervisor.join()
+        for descriptor in (self._wake_reader, self._wake_writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._wake_reader = self._wake_writer = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # The caller's side.
+
+    def _submit(
+        self,
+        inbox: Inbox,
+        key: Hashable,
+        prompt: str,
+        completion: str,
+        answer: str,
+        truncated: bool,
+    ) -> None:
+        if truncated:
+            with self._changed:
+                inbox.finished.append((key, graded(Outcome.TRUNCATED)))
+            return
+        if (
+            self._max_characters is not None
+        ):  # a built-in rule reads the end of the completion and nothing else
+            prompt, completion = "", completion[-self._max_characters :]
+        self._enqueue(Job(inbox, key, prompt, completion, answer))
+
+    def _enqueue(self, job: Job) -> None:
+        with self._changed:
+            while len(self._queue) >= MAX_QUEUED or self._queued_characters >= MAX_QUEUED_CHARACTERS:
+                self._check()
+                self._changed.wait()
+            self._check()
+            job.inbox.pending += 1
+            self._queue.append(job)
+            self._queued_characters += job.characters
+            if self._starved:
+                self._wake()
+
+    def _wait(self, inbox: Inbox) -> list[tuple[Any, Grade]]:
+        with self._changed:
+            while inbox.pending:
+                self._check()
+                self._changed.wait()
+            return self._collect(inbox)
+
+    def _collect(self, inbox: Inbox) -> list[tuple[Any, Grade]]:
+        if inbox.pending:
+            self._check()
+        finished, inbox.finished = inbox.finished, []
+        return finished
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError("the grader pool has failed") from self._failure
+        if self._closing:
+            raise RuntimeError("the grader pool is closed")
+
+    def _wake(self) -> None:
+        if self._wake_writer >= 0:
+            self._starved = False
+            os.write(self._wake_writer, b".")
+
+    # The supervising thread's side.
+
+    def _supervise(self) -> None:
+        try:
+            self._workers = [self._spawn() for _ in range(self._config.workers)]
+            while not self._closing:
+                self._feed()
+                self._listen()
+                for worker in self._workers:
+                    if (left := worker.seconds_left()) is not None and left <= 0:
+                        worker.kill()
+        except Exception as error:  # noqa: BLE001  callers wait on this thread: silence would hang them
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+        finally:
+            for worker in self._workers:
+                worker.kill()
+                worker.bury()
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+
+    def _spawn(self) -> WorkerProcess:
+        return WorkerProcess(
+            self._config.name,
+            timeout_seconds=self._config.timeout_seconds,
+            memory_bytes=int(self._config.memory_gib * 1024**3),
+        )
+
+    def _feed(self) -> None:
+        """Gives every waiting worker its share of the queue."""
+        waiting = [worker for worker in self._workers if worker.ready and not worker.batch]
+        batches: list[list[Job]] = []
+        with self._changed:
+            for worker in waiting:
+                size = min(worker.batch_size, -(-len(self._queue) // len(self._workers)))
+                batches.append([self._queue.popleft() for _ in range(size)])
+                self._queued_characters -= sum(job.characters for job in batches[-1])
+            self._starved = any(not batch for batch in batches)
+            if any(batches):
+                self._changed.notify_all()
+        for worker, batch in zip(waiting, batches, strict=True):
+            if batch:
+                worker.send(batch)
+
+    def _listen(self) -> None:
+        """Sleeps until a worker speaks or dies, a deadline passes, or a caller has work."""
+        limits = [left for worker in self._workers if (left := worker.seconds_left()) is not None]
+        speakers = {worker.connection: worker for worker in self._workers}
+        heard = connection.wait([*speakers, self._wake_reader], max(0.0, min(limits)) if limits else None)
+        for speaker in heard:
+            if isinstance(speaker, connection.Connection):
+                self._receive(speakers[speaker])
+            else:
+                os.read(self._wake_reader, 4096)
+
+    def _receive(self, worker: WorkerProcess) -> None:
+        rest: list[Job] = []
+        try:
+            finished = worker.receive()
+            self._fruitless_deaths = 0
+        except ValueError as refusal:
+            raise UserError(str(refusal)) from None
+        except EOFError:
+            finished, rest = worker.bury()
+            self._fruitless_deaths += not finished
+            if self._fruitless_deaths >= MAX_FRUITLESS_DEATHS:
+                raise RuntimeError("grading processes die before they grade anything") from None
+            self._workers[self._workers.index(worker)] = self._spawn()
+        with self._changed:
+            self._started = self._started or all(each.ready for each in self._workers)
+            for job, grade in finished:
+                job.inbox.finished.append((job.key, grade))
+                job.inbox.pending -= 1
+            self._queue.extendleft(reversed(rest))
+            self._queued_characters += sum(job.characters for job in rest)
+            self._changed.notify_all()

@@ -1,0 +1,181 @@
+"""The parent's end of one worker process: start it, talk to it, watch its deadline, kill it.
+
+A fresh interpreter, neither forked nor re-importing `__main__`: it holds nothing of the engine's memory.
+"""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from common.grading.outcome import Grade, Outcome, graded
+from common.grading.progress import ProgressPage, page_file
+
+KILL_GRACE_SECONDS = 0.5  # after the worker's own alarm had its chance
+START_SECONDS = 120.0
+MAX_BATCH = 512
+BATCH_SECONDS = 0.02  # long enough to pay for its message, short enough not to queue behind a slow item
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class Inbox:
+    """Where grades wait for whoever submitted the work."""
+
+    def __init__(self) -> None:
+        self.finished: list[tuple[Any, Grade]] = []
+        self.pending = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One completion on its way through the pool; without a completion, an answer to validate."""
+
+    inbox: Inbox
+    key: Hashable
+    prompt: str
+    completion: str | None
+    answer: str
+
+    @property
+    def characters(self) -> int:
+        return len(self.prompt) + len(self.completion or "") + len(self.answer)
+
+
+class WorkerProcess:
+    """A child process and the batch it is working on; used by the pool's supervising thread alone."""
+
+    def __init__(self, grader: str, *, timeout_seconds: float, memory_bytes: int) -> None:
+        self.batch: deque[Job] = deque()
+        self.ready = False
+        self.batch_size = 8
+        self._received = 0
+        self._killed = False
+        self._sent = 0.0
+        self._limit_seconds = timeout_seconds + KILL_GRACE_SECONDS
+        self._started = time.monotonic()
+        ours, theirs = socket.socketpair()
+        with theirs, page_file() as page:
+            self._page = ProgressPage(page.fileno())
+            arguments = [
+                grader,
+                theirs.fileno(),
+                page.fileno(),
+                timeout_seconds,
+                memory_bytes,
+            ]
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "common.grading.worker",
+                    *map(str, arguments),
+                ],
+                env=_environment(),
+                pass_fds=(theirs.fileno(), page.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        self.connection = Connection(ours.detach())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, jobs: list[Job]) -> None:
+        """Sends to a waiting worker, so it never blocks for long; a dead one shows at the next receive."""
+        self.batch.extend(jobs)
+        self._received, self._sent = 0, time.monotonic()
+        try:
+            tasks = [(job.prompt, job.completion, job.answer) for job in jobs]
+            self.connection.send_bytes(pickle.dumps(tasks, pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            self._process.kill()
+
+    def receive(self) -> list[tuple[Job, Grade]]:
+        """The next finished items; EOFError once the process is gone and all it said is read.
+
+        ValueError if the worker could not load its grader.
+        """
+        try:
+            message = pickle.loads(self.connection.recv_bytes())
+        except OSError as error:
+            raise EOFError from error
+        if not self.ready:
+            if message is not None:
+                raise ValueError(message)
+            self.ready = True
+            return []
+        self._received += len(message)
+        finished = [(self.batch.popleft(), _grade(*parts)) for parts in message]
+        if not self.batch:
+            fast = time.monotonic() - self._sent < BATCH_SECONDS
+            self.batch_size = min(MAX_BATCH, 2 * self.batch_size) if fast else max(1, self.batch_size // 2)
+        return finished
+
+    def seconds_left(self) -> float | None:
+        """Until this process must be killed; None while it waits for work."""
+        if not self.ready:
+            return self._started + START_SECONDS - time.monotonic()
+        if not self.batch:
+            return None
+        progress = self._page.read()
+        if not progress.busy:
+            return BATCH_SECONDS  # has not begun yet: look again
+        return progress.started + self._limit_seconds - time.monotonic()
+
+    def kill(self) -> None:
+        self._killed = True
+        self._process.kill()
+
+    def bury(self) -> tuple[list[tuple[Job, Grade]], list[Job]]:
+        """Reaps a dead process: what it finished, with a grade for the item that it died on, and the rest."""
+        finished: list[tuple[Job, Grade]] = []
+        try:
+            while self.ready:
+                finished += self.receive()
+        except EOFError:
+            pass
+        status = self._process.wait()
+        progress = self._page.read()
+        rest = list(self.batch)
+        culprit = progress.position - self._received
+        late = time.monotonic() - progress.started >= self._limit_seconds
+        if progress.busy and 0 <= culprit < len(rest) and (late or not self._killed):
+            finished.append((rest.pop(culprit), _verdict_on_death(status, late=self._killed)))
+        self.batch.clear()
+        self.connection.close()
+        self._page.close()
+        return finished, rest
+
+
+def _grade(outcome: str, reward: float, extracted: str | None, reason: str | None) -> Grade:
+    return Grade(outcome=Outcome(outcome), reward=reward, extracted=extracted, reason=reason)
+
+
+def _verdict_on_death(status: int, *, late: bool) -> Grade:
+    if late:
+        return graded(Outcome.VERIFIER_TIMEOUT, reason="killed at its deadline")
+    how = f"died of {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
+    return graded(Outcome.VERIFIER_CRASH, reason=f"the grading process {how}")
+
+
+def _environment() -> dict[str, str]:
+    """gmpy cannot be interrupted and aborts when out of memory; sys.path makes a user's reward importable."""
+    return {
+        **os.environ,
+        "SYMPY_GROUND_TYPES": "python",
+        "MPMATH_NOGMPY": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), *(os.path.abspath(entry) for entry in sys.path)]),
+    }

@@ -1,0 +1,264 @@
+"""Data sets to prompts: rows to questions and answers, templates to text, text to token ids.
+
+Both stages and the evaluation render prompts here and nowhere else, so that V̂* and the training rollouts belong to
+the same conditional distribution.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from common.config import Config, DataConfig
+from common.errors import UserError
+from common.grading import extract_gold
+from common.rollout import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = {
+    "plain": "{prompt}",
+    "line": "{prompt}\n",
+    "gsm8k": "{prompt} Let's think step by step and output the final answer after \"####\".",
+    "math": "{prompt} Let's think step by step and output the final answer within \\boxed{}.",
+    "openr1": "<｜begin▁of▁sentence｜><｜User｜>{prompt}<｜Assistant｜><think>\n",
+}
+"""Named templates; gsm8k, math and openr1 are the paper's (Table 4). "chat" is the tokenizer's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFormat:
+    """How a data set's rows become prompts."""
+
+    prompt_field: str
+    answer_field: str
+    template: str
+    answer_is_solution: bool
+    """The answer field holds a worked solution, from which the grader extracts the reference answer."""
+
+
+FORMATS = {
+    "gsm8k": DataFormat(prompt_field="question", answer_field="answer", template="gsm8k", answer_is_solution=True),
+    "math": DataFormat(prompt_field="problem", answer_field="solution", template="math", answer_is_solution=True),
+    "openr1": DataFormat(prompt_field="problem", answer_field="answer", template="openr1", answer_is_solution=False),
+    "generic": DataFormat(prompt_field="prompt", answer_field="answer", template="plain", answer_is_solution=False),
+    "word_problems": DataFormat(
+        prompt_field="question", answer_field="answer", template="line", answer_is_solution=True
+    ),
+}
+
+
+class PromptRenderer:
+    """Turns a question into what the model reads, and what the model wrote into text."""
+
+    def __init__(self, folder: Path, data: DataConfig) -> None:
+        """Load the tokenizer. Raises UserError if it cannot end a completion or knows no chat template."""
+        self.tokenizer = load_tokenizer(folder)
+        self.template = _template(data)
+        self.eos_token_ids = eos_token_ids(folder, self.tokenizer)
+        if self.template == "chat" and not self.tokenizer.chat_template:
+            raise UserError(f'{folder} has no chat template; set data.template to a text containing "{{prompt}}"')
+        self._bos = _leading_bos(self.tokenizer)
+
+    def render(self, text: str) -> tuple[int, ...]:
+        """The token ids of a question in its template, with the tokenizer's BOS if it uses one."""
+        if self.template == "chat":
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+        else:
+            rendered = self.template.replace("{prompt}", text)
+        ids = tuple(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a completion, special tokens left out."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two renderings to be the same."""
+        template = self.tokenizer.chat_template if self.template == "chat" else self.template
+        return {"template": template, "eos_token_ids": list(self.eos_token_ids)}
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a local model folder. Raises UserError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def eos_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The ids that end a completion: the tokenizer's and those that the model's generation config adds."""
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    generation_config = folder / "generation_config.json"
+    if generation_config.is_file():
+        named = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
+        ids |= set(named if isinstance(named, list) else [named] if named is not None else [])
+    if not ids:
+        raise UserError(
+            f"{folder}: the tokenizer has no EOS token, so no completion could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tuple(sorted(ids))
+
+
+def _template(data: DataConfig) -> str:
+    name = data.template or FORMATS[data.format].template
+    if name == "chat":
+        return name
+    template = TEMPLATES.get(name, name)
+    if "{prompt}" not in template:
+        known = ", ".join([*TEMPLATES, "chat"])
+        raise UserError(f'data.template is "{name}": use one of {known}, or a text containing {{prompt}}')
+    return template
+
+
+def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    ids = tuple(tokenizer("").input_ids)
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else ()
+
+
+def prompt_id(text: str, answer: str) -> str:
+    """A content hash of a question and its answer."""
+    return hashlib.sha256(json.dumps([text, answer]).encode()).hexdigest()[:24]
+
+
+def load_prompts(data: DataConfig, config: Config, renderer: PromptRenderer) -> list[Prompt]:
+    """Read a data set as prompts, each once, in file order.
+
+    Raises UserError if it is missing or empty, lacks a field, holds an answer that the grader cannot use, or a
+    prompt that is longer than data.max_prompt_tokens.
+    """
+    rows = _read_rows(data, config)
+    fields = FORMATS[data.format]
+    prompt_field = data.prompt_field or fields.prompt_field
+    answer_field = data.answer_field or fields.answer_field
+    if not rows:
+        raise UserError(f"the data set {data.path or data.format} is empty")
+    for field in (prompt_field, answer_field):
+        if field not in rows[0]:
+            raise UserError(
+                f"the data set {data.path} has no field {field}, it has {', '.join(rows[0])}; "
+                "set data.prompt_field and data.answer_field"
+            )
+    if data.limit is not None and data.limit < len(rows):
+        rows = [rows[index] for index in sorted(random.Random(data.seed).sample(range(len(rows)), data.limit))]
+    return prompts_from_pairs(
+        (
+            (str(row[prompt_field]), _gold(str(row[answer_field]), number, data, config, fields.answer_is_solution))
+            for number, row in enumerate(rows, start=1)
+        ),
+        data,
+        renderer,
+    )
+
+
+def _gold(answer: str, number: int, data: DataConfig, config: Config, answer_is_solution: bool) -> str:
+    if not answer_is_solution:
+        return answer
+    try:
+        return extract_gold(config.grader.name, answer)
+    except ValueError as error:
+        raise UserError(f"{data.path or data.format}, row {number}: {error}") from error
+
+
+def prompts_from_pairs(
+    pairs: Iterable[tuple[str, str]], data: DataConfig, renderer: PromptRenderer
+) -> list[Prompt]:
+    """Render (question, answer) pairs; a pair that comes twice is one prompt."""
+    prompts: dict[str, Prompt] = {}
+    for text, answer in pairs:
+        identifier = prompt_id(text, answer)
+        if identifier in prompts:
+            continue
+        token_ids = renderer.render(text)
+        if len(token_ids) > data.max_prompt_tokens:
+            if data.long_prompts == "drop":
+                continue
+            raise UserError(
+                f"a prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}: "
+                f'"{text[:60]}…"; raise the limit or set data.long_prompts = "drop"'
+            )
+        prompts[identifier] = Prompt(id=identifier, text=text, answer=answer, token_ids=token_ids)
+    if not prompts:
+        raise UserError(f"no prompt of {data.path or data.format} is left: all are longer than max_prompt_tokens")
+    return list(prompts.values())
+
+
+def check_context(prompts: Sequence[Prompt], config: Config, folder: Path) -> None:
+    """Raise UserError unless the longest prompt and completion fit the model's context."""
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    length = document.get("max_position_embeddings")
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    needed = longest + config.sampling.max_completion_tokens
+    if length is not None and needed > length:
+        raise UserError(
+            f"the longest prompt ({longest} tokens) and sampling.max_completion_tokens "
+            f"({config.sampling.max_completion_tokens}) need {needed} tokens, more than the model's context of {length}; "
+            "lower max_completion_tokens, or set data.max_prompt_tokens and data.long_prompts"
+        )
+
+
+def _read_rows(data: DataConfig, config: Config) -> list[dict[str, Any]]:
+    if data.format == "word_problems":
+        from common.demo import word_problems
+
+        return word_problems.generate("test" if data.split == "test" else "train", data.limit or 1024, config.seed)
+    path = Path(data.path)
+    if not data.path:
+        raise UserError("data.path is missing: give a .jsonl, .json or .parquet file, or a hub data set's name")
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        return _read_file(path)
+    return _read_hub(data)
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"there is no data file {path}; check data.path")
+    try:
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path).to_dicts()
+        if path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with path.open(encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError, pl.exceptions.ComputeError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is not a list of objects with a prompt and an answer each")
+    return rows
+
+
+def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(data.path, data.name, split=data.split))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"cannot load the data set {data.path} ({data.split}) from the hub: {str(error).splitlines()[0]}; "
+            "for a local file give a path ending in .jsonl, .json or .parquet"
+        ) from error
+
+
+def sampling_identity(config: Config, renderer: PromptRenderer, model: dict[str, Any], grader: str) -> dict[str, Any]:
+    """All that V̂* depends on besides the prompts: stage 1 records it, stage 2 refuses to train on another."""
+    return {
+        "model": model,
+        "prompt": renderer.identity(),
+        "sampling": config.sampling.model_dump(),
+        "grader": grader,
+    }
+
+

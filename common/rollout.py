@@ -1,0 +1,57 @@
+"""The nouns that cross module boundaries.
+
+A prompt is a question with its reference answer. A completion is what an engine sampled for it. A rollout is
+a completion with its grade. Nothing here knows about files, engines or training.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from common.grading import Grade
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A question x and its reference answer.
+
+    `id` is a content hash of text and answer, never a row position, so that the same prompt has the same id in
+    every data set, shard and run. `token_ids` is what the model reads: the text in its template, tokenised.
+    """
+
+    id: str
+    text: str
+    answer: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One completion to sample. With a seed the sample depends on nothing else that shares its batch."""
+
+    key: Hashable
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    with_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A sampled completion y. `token_ids` includes the end token unless the completion was truncated.
+
+    `sampled_logprobs` are those of the sampling distribution (temperature and top-p applied), where asked for.
+    """
+
+    key: Hashable
+    token_ids: tuple[int, ...]
+    text: str
+    truncated: bool
+    sampled_logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A prompt, a completion of it and the completion's grade."""
+
+    prompt: Prompt
+    completion: Completion
+    grade: Grade

@@ -1,0 +1,92 @@
+"""What is in an artifact, and from what it was made: for the terminal, and as JSON."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from common.schema import read_vstar
+
+BINS = 10
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The figures that `show` prints. Raises UserError if the file breaks the contract."""
+    rows, provenance = read_vstar(path)
+    outcomes = rows["outcomes"].explode().value_counts(sort=True)
+    rate = rows["pass_rate"]
+    return {
+        "path": str(path),
+        "prompts": rows.height,
+        "kept": int(rows["keep"].sum()),
+        "samples": int(rows["num_samples"].sum()),
+        "num_samples": {"min": rows["num_samples"].min(), "max": rows["num_samples"].max()},
+        "beta1": rows["beta1"][0],
+        "pass_rate": rate.mean(),
+        "pass_at_n": rows["pass_at_n"].mean(),
+        "vstar": {"mean": rows["vstar"].mean(), "min": rows["vstar"].min(), "max": rows["vstar"].max()},
+        "mean_vstar_se": rows["vstar_se"].mean(),
+        "mean_completion_tokens": rows["completion_tokens"].explode().mean(),
+        "outcomes": dict(outcomes.iter_rows()),
+        "pass_rate_histogram": _histogram(rate),
+        "identity": provenance.identity,
+        "context": provenance.context,
+    }
+
+
+def _histogram(rate: pl.Series) -> list[int]:
+    """Prompts with a pass rate of 0, in each of BINS equal parts of (0, 1), and of 1."""
+    inside = rate.filter((rate > 0) & (rate < 1))
+    parts = (inside * BINS).floor().cast(pl.Int64)
+    return [int((rate == 0).sum()), *(int((parts == part).sum()) for part in range(BINS)), int((rate == 1).sum())]
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """Print the figures: provenance, summary, histogram of pass rates."""
+    console.print(Group(_summary(figures), Text(), Text("pass rate, prompts"), _bars(figures["pass_rate_histogram"])))
+
+
+def _summary(figures: dict[str, Any]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    samples = figures["num_samples"]
+    count = f"{samples['min']}" if samples["min"] == samples["max"] else f"{samples['min']} to {samples['max']}"
+    vstar, identity, context = figures["vstar"], figures["identity"], figures["context"]
+    error = figures["mean_vstar_se"]
+    rows = {
+        "file": figures["path"],
+        "prompts": f"{figures['prompts']:,}, of which {figures['kept']:,} kept for training",
+        "filters": ", ".join(context.get("filters", [])) or "none",
+        "samples a prompt (N)": count,
+        "β1": f"{figures['beta1']:g}",
+        "pass rate": f"{figures['pass_rate']:.4f}",
+        "pass@N": f"{figures['pass_at_n']:.4f}",
+        "V̂*": f"mean {vstar['mean']:.4f}, from {vstar['min']:.4f} to {vstar['max']:.4f}",
+        "standard error of V̂*": "–" if error is None else f"{error:.4f} on average",
+        "tokens a completion": f"{figures['mean_completion_tokens']:.1f}",
+        "outcomes": ", ".join(f"{name} {count:,}" for name, count in figures["outcomes"].items()),
+        "model": f"{context['model_path']} (weights {identity['model']['weights'][:12]})",
+        "prompt template": repr(identity["prompt"]["template"]),
+        "sampling": ", ".join(f"{name} {value}" for name, value in identity["sampling"].items()),
+        "grader": identity["grader"],
+        "made with": ", ".join(f"{name} {version}" for name, version in context["versions"].items() if version),
+        "commit": context["commit"] or "unknown",
+    }
+    for name, value in rows.items():
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def _bars(counts: list[int]) -> RenderableType:
+    labels = ["0", *(f"{part / BINS:.1f}–{(part + 1) / BINS:.1f}" for part in range(BINS)), "1"]
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for label, count in zip(labels, counts, strict=True):
+        table.add_row(label, f"{count:,}", "█" * round(30 * count / max(max(counts), 1)))
+    return table

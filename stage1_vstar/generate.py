@@ -1,0 +1,117 @@
+"""Sample, grade and store what is missing: one engine, one pass, grading in other processes meanwhile."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from common.engine import RolloutEngine, SamplingParams, request_seed
+from common.grading import Grade, GraderPool
+from common.rollout import Completion, Prompt, SampleRequest
+from common.schema import SampleStore
+
+FRAGMENT_SAMPLES = 4096
+FRAGMENT_SECONDS = 60.0
+"""A killed job loses at most one fragment: what was graded since the last one."""
+
+Address = tuple[str, int]
+"""A sample's prompt id and index."""
+
+
+def missing_samples(prompts: Sequence[Prompt], num_samples: int, present: set[Address]) -> list[Address]:
+    """The samples still to be drawn, each prompt's together so that they share its prefix in the engine."""
+    addresses = ((prompt.id, index) for prompt in prompts for index in range(num_samples))
+    return [address for address in addresses if address not in present]
+
+
+def generate_samples(
+    missing: Sequence[Address],
+    prompts: Sequence[Prompt],
+    engine: RolloutEngine,
+    pool: GraderPool,
+    store: SampleStore,
+    sampling: SamplingParams,
+    seed: int,
+) -> None:
+    """Draw the missing samples from the reference policy, grade them and append them to the store."""
+    by_id = {prompt.id: prompt for prompt in prompts}
+    running: dict[Address, Completion] = {}
+    pending: list[dict[str, Any]] = []
+    written_at = time.monotonic()
+
+    def requests() -> Iterator[SampleRequest]:
+        for prompt_id, index in missing:
+            yield SampleRequest(
+                key=(prompt_id, index),
+                prompt_token_ids=by_id[prompt_id].token_ids,
+                seed=request_seed(seed, prompt_id, index),
+            )
+
+    def collect(graded: Sequence[tuple[Any, Grade]]) -> None:
+        for address, grade in graded:
+            pending.append(sample_row(by_id[address[0]], address[1], running.pop(address), grade))
+
+    def write(at_least: int) -> None:
+        nonlocal written_at
+        if pending and (len(pending) >= at_least or time.monotonic() - written_at > FRAGMENT_SECONDS):
+            store.append(pending)
+            pending.clear()
+            written_at = time.monotonic()
+
+    with _progress() as progress:
+        task = progress.add_task("vstar", total=len(missing), rate="")
+        tokens, started = 0, time.monotonic()
+        for completion in engine.generate(requests(), sampling):
+            address = completion.key
+            assert isinstance(address, tuple)
+            prompt = by_id[address[0]]
+            running[address] = completion
+            pool.submit(
+                address,
+                prompt=prompt.text,
+                completion=completion.text,
+                answer=prompt.answer,
+                truncated=completion.truncated,
+            )
+            collect(pool.ready())
+            write(FRAGMENT_SAMPLES)
+            tokens += len(completion.token_ids)
+            progress.update(task, advance=1, rate=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+        collect(pool.drain())
+        write(1)
+
+
+def sample_row(prompt: Prompt, index: int, completion: Completion, grade: Grade) -> dict[str, Any]:
+    """A row of samples/*.parquet."""
+    return {
+        "prompt_id": prompt.id,
+        "sample_index": index,
+        "prompt": prompt.text,
+        "answer": prompt.answer,
+        "completion": completion.text,
+        "completion_tokens": len(completion.token_ids),
+        "outcome": grade.outcome.value,
+        "extracted": grade.extracted,
+        "reward": grade.reward,
+    }
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("samples"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,97 @@
+"""Stage 1 whole: from a config to vstar.parquet. Needs no training library; a re-run continues or does nothing."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import polars as pl
+from rich.console import Console
+
+from common.artifacts import context, exclusive_run, model_identity, reference_model, run_paths, write_text
+from common.config import Config
+from common.engine import SamplingParams, build_engine
+from common.grading import GraderPool, fingerprint
+from common.prompts import PromptRenderer, check_context, load_prompts, sampling_identity
+from common.rollout import Prompt
+from common.schema import Provenance, SampleStore, read_vstar, write_vstar
+from stage1_vstar.generate import generate_samples, missing_samples
+from stage1_vstar.table import vstar_rows, with_keep
+
+
+def run_stage1(config: Config, console: Console) -> None:
+    """Draw the samples that are missing, estimate V̂* and write vstar.parquet.
+
+    Everything a user can get wrong is checked before the model loads. Raises UserError.
+    """
+    paths = run_paths(config.run)
+    folder = reference_model(config)
+    renderer = PromptRenderer(folder, config.data)
+    prompts = load_prompts(config.data, config, renderer)
+    check_context(prompts, config, folder)
+    with exclusive_run(paths, "vstar"):
+        provenance = stage1_provenance(config, renderer, model_identity(folder))
+        store = SampleStore(paths.samples, provenance)
+        missing = missing_samples(prompts, config.vstar.num_samples, store.present())
+        if missing:
+            write_text(paths.config, config.to_json())
+            console.print(
+                f"{len(prompts):,} prompts × {config.vstar.num_samples} samples: {len(missing):,} to draw; loading the model"
+            )
+            engine = build_engine(config, folder, renderer, beside_trainer=False)
+            try:
+                with GraderPool(config.grader) as pool:
+                    generate_samples(
+                        missing, prompts, engine, pool, store, sampling_params(config), config.seed
+                    )
+            finally:
+                engine.close()
+        rows = vstar_rows(
+            in_order(store.read(), prompts),
+            num_samples=config.vstar.num_samples,
+            beta1=config.vstar.beta1,
+            drop_unsolved=config.vstar.drop_unsolved,
+        )
+        if paths.vstar.exists():
+            rows, provenance = carry_over_filter(rows, provenance, *read_vstar(paths.vstar))
+            if is_same(rows, provenance, *read_vstar(paths.vstar)):
+                console.print(f"nothing to do: {paths.vstar} is complete ({rows.height:,} prompts)")
+                return
+        write_vstar(rows, provenance, paths.vstar)
+    console.print(
+        f"{paths.vstar}: {rows.height:,} prompts, pass rate {rows['pass_rate'].mean():.3f}, "
+        f"pass@{config.vstar.num_samples} {rows['pass_at_n'].mean():.3f}, β1 = {config.vstar.beta1:g}, "
+        f"mean V̂* {rows['vstar'].mean():.3f}"
+    )
+
+
+def in_order(samples: pl.DataFrame, prompts: Sequence[Prompt]) -> pl.DataFrame:
+    """The samples of these prompts, in the order of the prompts."""
+    order = pl.DataFrame({"prompt_id": [prompt.id for prompt in prompts]})
+    return order.join(samples, on="prompt_id", how="inner", maintain_order="left")
+
+
+def carry_over_filter(
+    rows: pl.DataFrame, provenance: Provenance, old_rows: pl.DataFrame, old_provenance: Provenance
+) -> tuple[pl.DataFrame, Provenance]:
+    """Keep the flags that `filter` has set on the file that these rows will replace."""
+    if not (filters := old_provenance.context.get("filters")):
+        return rows, provenance
+    kept = pl.col("prompt_id").replace_strict(old_rows["prompt_id"], old_rows["keep"], default=pl.col("keep"))
+    return with_keep(rows, kept), replace(provenance, context={**provenance.context, "filters": filters})
+
+
+def is_same(
+    rows: pl.DataFrame, provenance: Provenance, old_rows: pl.DataFrame, old_provenance: Provenance
+) -> bool:
+    """Whether a file already says what would be written."""
+    return provenance.identity == old_provenance.identity and rows.select(old_rows.columns).equals(old_rows)
+
+
+def sampling_params(config: Config) -> SamplingParams:
+    """The distribution that both stages draw from."""
+    return SamplingParams(**config.sampling.model_dump())
+
+
+def stage1_provenance(config: Config, renderer: PromptRenderer, model: dict[str, str]) -> Provenance:
+    """What a sample belongs to."""
+    identity = sampling_identity(config, renderer, model, fingerprint(config.grader))
+    return Provenance(identity={**identity, "seed": config.seed}, context=context(config))

@@ -1,0 +1,156 @@
+"""How good is a model, and how far from the reference: greedy accuracy, pass@1, pass@k, KL(π‖π_ref).
+
+Shapes: _P prompt, _N sample.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from common.artifacts import reference_model, resolve_model
+from common.config import Config
+from common.engine import SamplingParams, build_engine, request_seed
+from common.errors import UserError
+from common.grading import GraderPool, Outcome
+from common.prompts import PromptRenderer, check_context, load_prompts
+from common.rollout import Rollout
+from stage2_train.batch import TokenSequence, sum_by_sequence, token_batches
+from stage2_train.logprobs import LogprobModel, token_logprobs
+from stage2_train.rollouts import collect_rollouts
+
+BOOTSTRAP_RESAMPLES = 2000
+
+
+def evaluate(config: Config, model: Path, console: Console) -> dict[str, Any]:
+    """Evaluate the model in `model` on the config's held-out prompts. Raises UserError before it loads anything."""
+    if config.evaluate.data is None:
+        raise UserError("the config has no [evaluate.data] section: say which held-out prompts to use")
+    reference = reference_model(config)
+    folder = resolve_model(str(model), None)
+    renderer = PromptRenderer(folder, config.evaluate.data)
+    if renderer.identity() != PromptRenderer(reference, config.evaluate.data).identity():
+        raise UserError(f"{folder} and the reference {reference} render prompts differently; KL would mean nothing")
+    prompts = load_prompts(config.evaluate.data, config, renderer)
+    check_context(prompts, config, folder)
+    places, count = range(len(prompts)), config.evaluate.num_samples
+    sampled_params = SamplingParams(**config.sampling.model_dump())
+    greedy_params = SamplingParams(
+        temperature=0.0, top_p=1.0, max_completion_tokens=config.sampling.max_completion_tokens
+    )
+    engine = build_engine(config, folder, renderer, beside_trainer=False)
+    with GraderPool(config.grader) as pool, console.status(f"{len(prompts):,} prompts"):
+        seed = request_seed(config.seed, "evaluate")
+        greedy = collect_rollouts(prompts, engine, pool, greedy_params, seed=seed, places=places)
+        sampled = collect_rollouts(
+            prompts, engine, pool, sampled_params, seed=seed, places=places, samples_per_prompt=count
+        )
+    engine.close()
+    solved_PN = np.array([_is_solved(rollout) for rollout in sampled]).reshape(len(prompts), count)
+    low, high = bootstrap_interval(solved_PN.mean(axis=1), seed=config.seed)
+    return {
+        "model": str(folder),
+        "prompts": len(prompts),
+        "samples_per_prompt": count,
+        "greedy_accuracy": float(np.mean([_is_solved(rollout) for rollout in greedy])),
+        "pass_at_1": float(solved_PN.mean()),
+        "pass_at_1_interval_95": [low, high],
+        "pass_at_k": {str(k): pass_at_k(solved_PN.sum(axis=1), count, k) for k in _powers_of_two(count)},
+        "completion_tokens_mean": float(np.mean([len(rollout.completion.token_ids) for rollout in sampled])),
+        "truncated": float(np.mean([rollout.completion.truncated for rollout in sampled])),
+        "outcomes": {
+            outcome.value: number
+            for outcome in Outcome
+            if (number := sum(rollout.grade.outcome == outcome for rollout in sampled))
+        },
+        **kl_to_reference(sampled, folder, reference, config),
+    }
+
+
+def _is_solved(rollout: Rollout) -> bool:
+    return rollout.grade.outcome == Outcome.CORRECT
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [2**power for power in range(most.bit_length())]
+
+
+def pass_at_k(solved_P: NDArray[np.int64], samples: int, k: int) -> float:
+    """The unbiased estimate of the chance that one of k samples is correct: 1 − C(n − c, k)/C(n, k), mean over prompts.
+
+    `solved_P` counts each prompt's correct samples among `samples` (n). (Chen et al. 2021, arXiv:2107.03374, Eq. 1.)
+    """
+    total = math.comb(samples, k)
+    return float(np.mean([1 - math.comb(samples - int(solved), k) / total for solved in solved_P]))
+
+
+def bootstrap_interval(values_P: NDArray[np.float64], *, seed: int) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean, resampling prompts."""
+    random = np.random.default_rng(seed)
+    means = [random.choice(values_P, len(values_P)).mean() for _ in range(BOOTSTRAP_RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def kl_to_reference(rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config) -> dict[str, float]:
+    """KL(π‖π_ref), from completions of π: the mean of ln π/π_ref a sequence, its standard error, and a token's share."""
+    sequences = [
+        TokenSequence(
+            place=place,
+            prompt_token_ids=rollout.prompt.token_ids,
+            completion_token_ids=rollout.completion.token_ids,
+        )
+        for place, rollout in enumerate(rollouts)
+    ]
+    ours = sequence_logprobs(sequences, model, config)
+    theirs = sequence_logprobs(sequences, reference, config)
+    log_ratio = ours - theirs
+    tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
+    return {
+        "kl_sequence": float(log_ratio.mean()),
+        "kl_sequence_se": float(log_ratio.std(ddof=1) / math.sqrt(len(log_ratio))) if len(log_ratio) > 1 else 0.0,
+        "kl_token": float(log_ratio.sum() / tokens),
+    }
+
+
+@torch.no_grad()
+def sequence_logprobs(sequences: Sequence[TokenSequence], folder: Path, config: Config) -> NDArray[np.float64]:
+    """ln π(y|x) of each sequence under the model in `folder`, shape (B,)."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
+    module = LogprobModel(model, config.sampling.temperature or 1.0).to(device).eval()
+    result = np.empty(len(sequences))
+    for batch in token_batches(sequences, config.train.tokens_per_micro_batch, pad_token_id=0):
+        tokens = batch.to(device)
+        logprobs_K = token_logprobs(module, tokens).logprobs_K
+        result[list(batch.places)] = sum_by_sequence(logprobs_K, tokens.sequence_of_K, len(batch.places)).cpu().numpy()
+    return result
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The figures in a few lines."""
+    low, high = result["pass_at_1_interval_95"]
+    console.print(f"{result['model']}: {result['prompts']:,} prompts × {result['samples_per_prompt']} samples")
+    console.print(f"  greedy accuracy  {result['greedy_accuracy']:.4f}")
+    console.print(f"  pass@1 sampled   {result['pass_at_1']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    others = [f"pass@{k} {value:.4f}" for k, value in result["pass_at_k"].items() if k != "1"]
+    if others:
+        console.print(f"  {'  '.join(others)}")
+    console.print(
+        f"  KL(π‖π_ref)      {result['kl_sequence']:.4f} ± {result['kl_sequence_se']:.4f} nats a completion, "
+        f"{result['kl_token']:.5f} a token"
+    )
+    console.print(f"  completions      {result['completion_tokens_mean']:.1f} tokens, {result['truncated']:.1%} truncated")
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """The figures as one JSON document."""
+    return json.dumps(result, indent=2)

@@ -1,0 +1,67 @@
+"""Log-probs of completions under a causal language model. The policy's and the reference's come from here alone.
+
+Only the positions that predict a completion token reach the vocabulary, a chunk of them at a time, and in training
+each chunk's logits are computed again in the backward pass instead of being kept: with Qwen2.5's vocabulary of 151,936
+the logits of a single completion of 1,280 tokens take 778 MB, and several copies of them would live at once.
+
+Shapes: _B sequence, _T position, _K completion token of the batch, _H hidden, _V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from stage2_train.batch import TokenBatch
+
+LOGITS_PER_CHUNK = 2**26
+"""Elements of the largest logits tensor: 256 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """ln π(y_t | x, y_<t) of each completion token, and the entropy of π there (detached), both of shape (K,)."""
+
+    logprobs_K: Tensor
+    entropy_K: Tensor
+
+
+class LogprobModel(nn.Module):
+    """A causal language model whose forward pass gives the log-probs of a batch's completions."""
+
+    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
+        """`temperature` is the sampling temperature: the policy is the distribution that completions come from."""
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, input_ids_BT: Tensor, is_completion_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies in row order, shape (K,) each, in float32."""
+        hidden_BTH = self.model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        predicts_BT = is_completion_BT[:, 1:]
+        hidden_KH = hidden_BTH[:, :-1][predicts_BT]
+        target_K = input_ids_BT[:, 1:][predicts_BT]
+        size = max(1, LOGITS_PER_CHUNK // self.model.config.vocab_size)
+        chunks = list(zip(hidden_KH.split(size), target_K.split(size), strict=True))
+        recompute = torch.is_grad_enabled() and len(chunks) > 1
+        parts = [
+            checkpoint(self._chunk, hidden, target, use_reentrant=False) if recompute else self._chunk(hidden, target)
+            for hidden, target in chunks
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _chunk(self, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+        logits_KV = self.model.lm_head(hidden_KH).float() / self.temperature
+        normaliser_K = logits_KV.logsumexp(-1)
+        logprobs_K = logits_KV.gather(-1, target_K[:, None])[:, 0] - normaliser_K
+        with torch.no_grad():
+            probabilities_KV = (logits_KV - normaliser_K[:, None]).exp()
+            entropy_K = normaliser_K - (probabilities_KV * logits_KV).sum(-1)
+        return logprobs_K, entropy_K
+
+
+def token_logprobs(module: nn.Module, batch: TokenBatch) -> TokenLogprobs:
+    """The log-probs of a batch under a LogprobModel, or under an engine that wraps one."""
+    return TokenLogprobs(*module(batch.input_ids_BT, batch.is_completion_BT))

@@ -1,0 +1,95 @@
+"""Where a training run's numbers go: metrics.jsonl, TensorBoard, W&B by flag, and one console line an iteration."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from common.artifacts import RunPaths, write_text
+from common.config import Config
+
+Metrics = dict[str, float]
+"""Values under group/name keys, such as reward/mean or time/rollout (seconds)."""
+
+
+@contextmanager
+def timed(name: str, metrics: Metrics) -> Iterator[None]:
+    """Add the seconds spent inside to metrics["time/<name>"]."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        metrics[f"time/{name}"] = metrics.get(f"time/{name}", 0.0) + time.perf_counter() - started
+
+
+def peak_memory_bytes() -> int:
+    """The most memory held so far: of the GPU where there is one, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class MetricsLog:
+    """Writes each iteration's metrics everywhere they go. For the main rank alone."""
+
+    def __init__(self, config: Config, paths: RunPaths, console: Console, *, first_iteration: int, last: int) -> None:
+        """Continue after `first_iteration` − 1: what was logged of later iterations belonged to a lost run."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._console = console
+        self._last = last
+        kept = [line for line in _lines(paths) if json.loads(line)["iteration"] < first_iteration]
+        write_text(paths.metrics, "".join(kept))
+        self._file = paths.metrics.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(paths.tensorboard), purge_step=first_iteration)
+        self._wandb: Any = None
+        if config.train.wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.train.wandb_project, name=config.run, config=config.model_dump(mode="json")
+            )
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, iteration: int, metrics: Metrics) -> None:
+        """Log one iteration."""
+        self._file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=iteration)
+        self._console.print(self._line(iteration, metrics), highlight=False, soft_wrap=True)
+
+    def _line(self, iteration: int, metrics: Metrics) -> str:
+        parts = [f"{iteration:>5}/{self._last}"]
+        if "reward/mean" in metrics:
+            parts += [
+                f"reward {metrics['reward/mean']:.3f}",
+                f"loss {metrics['loss/regression']:.4f}",
+                f"KL {metrics['kl/sequence']:.3f}",
+                f"tokens {metrics['completion/tokens_mean']:.1f}",
+                f"{metrics['time/iteration']:.2f} s",
+            ]
+        if "evaluate/pass_at_1" in metrics:
+            parts.append(f"held-out {metrics['evaluate/pass_at_1']:.3f}")
+        return "  ".join(parts)
+
+
+def _lines(paths: RunPaths) -> list[str]:
+    if not paths.metrics.exists():
+        return []
+    return [line for line in paths.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,171 @@
+"""The policy under training: a DeepSpeed engine around the reference model's architecture. The only importer of deepspeed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.config import Config
+from common.errors import UserError
+from stage2_train.logprobs import LogprobModel
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join_ranks(seed: int) -> Ranks:
+    """Initialise torch.distributed, before any vLLM engine: one that came first would be taken for the job's group.
+
+    Under torchrun the launcher's environment says who we are; without it the job is this process alone.
+    """
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in launcher.items():
+        os.environ.setdefault(name, value)
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    expected = int(os.environ["WORLD_SIZE"])
+    assert dist.get_world_size() == expected, f"{dist.get_world_size()} ranks joined, the launcher started {expected}"
+    torch.manual_seed(seed)
+    return Ranks(dist.get_rank(), expected, device)
+
+
+def load_model(folder: Path, config: Config) -> LogprobModel:
+    """The model in `folder`, ready to give log-probs at the sampling temperature."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
+    return LogprobModel(model, config.sampling.temperature)
+
+
+class Policy:
+    """π: forward, backward, step, weights. Loss shares of all slices and ranks add up to the step's loss."""
+
+    def __init__(self, folder: Path, config: Config, ranks: Ranks) -> None:
+        """Start from the reference model in `folder`."""
+        self._folder = folder
+        self._ranks = ranks
+        module = load_model(folder, config)
+        if config.train.gradient_checkpointing:
+            module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        module.train()
+        train = config.train
+        optimizer = torch.optim.AdamW(
+            module.parameters(), lr=train.learning_rate, betas=train.adam_betas, weight_decay=train.weight_decay
+        )
+        warmup = max(train.warmup_steps, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=schedule, config=_deepspeed_config(config)
+        )
+        self._zero3 = train.zero_stage == 3
+
+    def backward(self, loss_share: Tensor, *, last: bool) -> None:
+        """Accumulate the gradients of a slice; `last` closes the step.
+
+        DeepSpeed averages gradients over ranks where shares of one loss have to be summed, hence the factor.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss_share * self._ranks.world_size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule; returns the gradient norm before clipping."""
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.engine.get_lr()[0])
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight under its name in the Hugging Face checkpoint; ZeRO-3's are gathered one at a time."""
+        for name, parameter in self.engine.module.model.named_parameters():
+            if self._zero3:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    yield name, parameter.detach().clone()
+            else:
+                yield name, parameter.detach()
+
+    def save_checkpoint(self, folder: Path, state: dict[str, Any], keep: int) -> None:
+        """Write folder/iteration-<n>, whole or not at all, and drop all but the newest `keep`."""
+        final = folder / f"iteration-{state['iteration']:06d}"
+        temporary = folder / f".{final.name}.tmp"
+        if self._ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        self.engine.save_checkpoint(str(temporary), tag="state", client_state=state, save_latest=False)
+        dist.barrier()
+        if self._ranks.is_main:
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Take over weights, optimizer and schedule from the newest checkpoint; returns its state, {} without one."""
+        if not (found := checkpoints(folder)):
+            return {}
+        path, state = self.engine.load_checkpoint(str(found[-1]), tag="state")
+        if path is None:
+            raise UserError(f"{found[-1]} is not a whole checkpoint; delete it and run again")
+        return {"iteration": state["iteration"], "config": state["config"]}
+
+    def export(self, folder: Path) -> None:
+        """Write the policy in Hugging Face format with the reference model's tokenizer, whole or not at all."""
+        state = {name: weight.to("cpu", copy=True) for name, weight in self.named_weights()}
+        if self._ranks.is_main:
+            temporary = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.engine.module.model.save_pretrained(temporary, state_dict=state)
+            for pattern in TOKENIZER_FILES:
+                for file in self._folder.glob(pattern):
+                    shutil.copy2(file, temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        dist.barrier()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("iteration-*"))
+
+
+def _deepspeed_config(config: Config) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+

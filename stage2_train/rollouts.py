@@ -1,0 +1,58 @@
+"""On-policy rollouts: one completion a prompt from the current policy, graded (Algorithm 1, line 9)."""
+
+from collections.abc import Sequence
+
+from common.engine import RolloutEngine, SamplingParams, request_seed
+from common.grading import GraderPool
+from common.rollout import Completion, Prompt, Rollout, SampleRequest
+
+LOGPROB_CHECKS = 4
+"""Completions an iteration whose log-probs the engine reports, to compare with the trainer's."""
+
+
+def collect_rollouts(
+    prompts: Sequence[Prompt],
+    engine: RolloutEngine,
+    pool: GraderPool,
+    sampling: SamplingParams,
+    *,
+    seed: int,
+    places: Sequence[int],
+    samples_per_prompt: int = 1,
+    logprob_checks: int = 0,
+) -> list[Rollout]:
+    """Sample and grade, in order of the prompts, each prompt's samples together.
+
+    `places` number the prompts within the whole job, so that a sample is the same however the job is split over ranks.
+    """
+    requests = [
+        SampleRequest(
+            key=(number, index),
+            prompt_token_ids=prompt.token_ids,
+            seed=request_seed(seed, place, prompt.id, index),
+            with_logprobs=place < logprob_checks,
+        )
+        for number, (place, prompt) in enumerate(zip(places, prompts, strict=True))
+        for index in range(samples_per_prompt)
+    ]
+    completions: dict[object, Completion] = {}
+    for completion in engine.generate(requests, sampling):
+        assert isinstance(completion.key, tuple)
+        completions[completion.key] = completion
+        prompt = prompts[completion.key[0]]
+        pool.submit(
+            completion.key,
+            prompt=prompt.text,
+            completion=completion.text,
+            answer=prompt.answer,
+            truncated=completion.truncated,
+        )
+    grades = dict(pool.drain())
+    return [
+        Rollout(
+            prompt=prompts[key[0]],
+            completion=completions[key],
+            grade=grades[key],
+        )
+        for key in ((number, index) for number in range(len(prompts)) for index in range(samples_per_prompt))
+    ]

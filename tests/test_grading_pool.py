@@ -1,0 +1,313 @@
+"""The pool: every completion ends in one grade, whatever it does to the process that reads it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from common.grading import Grade, GraderConfig, GraderPool, GradingTask, Outcome, fingerprint
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = ROOT.parent / "shared" / "cases" / "hostile.jsonl"
+GOOD = GradingTask(prompt="", completion=r"so \boxed{\frac{1}{2}}", answer="0.5")
+
+REWARDS = """
+import os, time
+
+def by_command(prompt, completion, answer):
+    if completion == "exit": os._exit(3)
+    if completion == "abort": os.abort()
+    if completion == "quit": raise SystemExit
+    if completion == "raise": raise KeyError("no")
+    if completion == "loop":
+        while True: pass
+    if completion == "swallow":
+        while True:
+            try: time.sleep(60)
+            except BaseException: pass
+    if completion == "memory": return len(bytearray(1 << 34))
+    if completion == "nan": return float("nan")
+    if completion == "text": return "1"
+    if completion == "print": print("noise"); os.write(2, b"noise")
+    return len(prompt) + 10 * len(completion) + float(answer)
+
+def picky(prompt, completion, answer):
+    return 1.0 if completion.endswith(answer) else -0.5
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an importable module with rewards."""
+    (tmp_path / "pool_test_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "pool_test_rewards"
+
+
+def workers_of(parent: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command = (folder / "cmdline").read_bytes()
+                status = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if b"common.grading.worker" in command and int(status[1]) == parent and status[0] != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def task(completion: str, answer: str = "0") -> GradingTask:
+    return GradingTask(prompt="", completion=completion, answer=answer)
+
+
+def hostile_tasks(*, keep: int) -> list[GradingTask]:
+    """Every `keep`-th hostile completion, each followed by a good one."""
+    if not HOSTILE.is_file():
+        pytest.skip(f"{HOSTILE} is not on this machine")
+    cases = [json.loads(line) for line in HOSTILE.read_text().splitlines()][::keep]
+    return [
+        each
+        for case in cases
+        for each in (
+            GradingTask(prompt="", completion=eval(case["recipe"]), answer=case["gold"]),
+            GOOD,
+        )
+    ]
+
+
+def assert_survived(grades: list[Grade]) -> None:
+    for grade in grades[0::2]:
+        assert isinstance(grade.outcome, Outcome)
+        (grade.extracted or "").encode()
+        assert len(grade.extracted or "") <= 512
+    assert {grade.outcome for grade in grades[1::2]} == {Outcome.CORRECT}
+
+
+def test_every_hostile_completion_ends_in_an_outcome_from_a_thread() -> None:
+    tasks = hostile_tasks(keep=1)
+    before = set(workers_of(os.getpid()))
+    grades: list[Grade] = []
+    with GraderPool(GraderConfig(name="math", workers=2, timeout_seconds=1, memory_gib=1)) as pool:
+        thread = threading.Thread(target=lambda: grades.extend(pool.grade_all(tasks)))
+        thread.start()
+        thread.join()
+        peaks = [_peak_address_space_kib(worker) for worker in set(workers_of(os.getpid())) - before]
+    assert len(grades) == len(tasks)
+    assert len(peaks) == 2
+    assert max(peaks) <= 1024**2
+    assert_survived(grades)
+    assert set(workers_of(os.getpid())) <= before
+
+
+def test_hostile_completions_end_in_an_outcome_from_the_main_thread() -> None:
+    tasks = hostile_tasks(keep=7)
+    with GraderPool(GraderConfig(name="math", workers=2, timeout_seconds=1)) as pool:
+        assert_survived(pool.grade_all(tasks))
+
+
+def test_text_of_every_kind_reaches_the_rule_intact(rewards: str) -> None:
+    texts = ["\ud800", "a\x00b", "x" * 1_000_000, "".join(map(chr, range(0x300, 0x11_0000, 257))), "", "\r\n"]
+    with GraderPool(GraderConfig(name=f"{rewards}:picky")) as pool:
+        grades = pool.grade_all([task(text, text) for text in texts])
+    assert [grade.outcome for grade in grades] == [Outcome.CORRECT] * len(texts)
+
+
+def test_a_crash_costs_one_grade_and_the_rest_of_the_batch_is_graded(rewards: str) -> None:
+    commands = [
+        "ok",
+        "exit",
+        "ok",
+        "abort",
+        "quit",
+        "raise",
+        "loop",
+        "ok",
+        "swallow",
+        "memory",
+        "nan",
+        "text",
+        "print",
+    ]
+    config = GraderConfig(name=f"{rewards}:by_command", timeout_seconds=1, memory_gib=0.5)
+    with GraderPool(config) as pool:
+        grades = pool.grade_all([task(command) for command in commands])
+    outcomes = [grade.outcome for grade in grades]
+    crash, timeout, fine = Outcome.VERIFIER_CRASH, Outcome.VERIFIER_TIMEOUT, Outcome.CORRECT
+    assert outcomes == [
+        fine, crash, fine, crash, crash, crash, timeout, fine, timeout, crash, crash, crash, fine
+    ]  # fmt: skip
+    assert grades[9].reason == "out of memory"
+    assert "exit status 3" in str(grades[1].reason)
+    assert "SIGABRT" in str(grades[3].reason)
+    assert "KeyError" in str(grades[5].reason)
+    assert grades[0].reward == 20.0
+
+
+def test_a_custom_reward_keeps_its_value_and_sees_the_prompt(rewards: str) -> None:
+    with GraderPool(GraderConfig(name=f"{rewards}:by_command")) as pool:
+        [grade] = pool.grade_all([GradingTask(prompt="abc", completion="", answer="-3.25")])
+        assert (grade.outcome, grade.reward) == (Outcome.WRONG, -0.25)
+        assert pool.validate_golds(["anything"]) == [None]
+
+
+@pytest.mark.parametrize("function", ["missing", "not_a_function"])
+def test_a_reward_that_cannot_be_loaded_is_refused_at_once(rewards: str, function: str) -> None:
+    with pytest.raises(ValueError, match=function):
+        GraderPool(GraderConfig(name=f"{rewards}:{function}"))
+
+
+def test_a_module_that_does_not_exist_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="no module 'nowhere.at_all'"):
+        GraderPool(GraderConfig(name="nowhere.at_all:reward"))
+
+
+def test_an_edited_reward_has_another_fingerprint(rewards: str, tmp_path: Path) -> None:
+    config = GraderConfig(name=f"{rewards}:picky")
+    before = fingerprint(config)
+    (tmp_path / "pool_test_rewards.py").write_text(REWARDS + "# edited\n")
+    assert fingerprint(config) != before
+    assert fingerprint(GraderConfig(name="gsm8k")) == fingerprint(GraderConfig(name="gsm8k", workers=3))
+    assert fingerprint(GraderConfig(name="math")).startswith("math/1+math-verify-")
+
+
+def test_truncated_completions_are_never_read() -> None:
+    with GraderPool(GraderConfig(name="gsm8k")) as pool:
+        pool.submit("cut", prompt="", completion="#### 5", answer="5", truncated=True)
+        pool.submit("done", prompt="", completion="#### 5", answer="5", truncated=False)
+        grades = dict(pool.drain())
+    assert grades["cut"] == Grade(outcome=Outcome.TRUNCATED, reward=0.0)
+    assert grades["done"] == Grade(outcome=Outcome.CORRECT, reward=1.0, extracted="5")
+
+
+def test_finished_grades_can_be_collected_while_others_run() -> None:
+    with GraderPool(GraderConfig(name="gsm8k")) as pool:
+        assert pool.ready() == []
+        pool.submit(("p", 0), prompt="", completion="#### 5", answer="5", truncated=False)
+        collected: list[tuple[object, Grade]] = []
+        deadline = time.monotonic() + 10
+        while not collected and time.monotonic() < deadline:
+            collected = pool.ready()
+        assert [key for key, _ in collected] == [("p", 0)]
+        assert pool.drain() == []
+
+
+def test_callers_in_several_threads_get_their_own_grades_in_order() -> None:
+    results: dict[int, list[float]] = {}
+
+    def work(pool: GraderPool, offset: int) -> None:
+        tasks = [
+            task(f"#### {number}", str(number * (number % 2))) for number in range(offset, offset + 3000)
+        ]
+        results[offset] = [grade.reward for grade in pool.grade_all(tasks)]
+
+    with GraderPool(GraderConfig(name="gsm8k", workers=2)) as pool:
+        threads = [threading.Thread(target=work, args=(pool, offset)) for offset in (1, 2, 10_001)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    expected = {
+        offset: [float(number % 2) for number in range(offset, offset + 3000)] for offset in (1, 2, 10_001)
+    }
+    assert results == expected
+
+
+def test_golds_are_validated_in_the_workers() -> None:
+    with GraderPool(GraderConfig(name="math", timeout_seconds=1)) as pool:
+        problems = pool.validate_golds([r"\frac{1}{2}", r"\frac{", ""])
+    assert problems[0] is None
+    assert "cannot parse" in str(problems[1])
+    assert "empty" in str(problems[2])
+
+
+def test_an_idle_pool_burns_no_processor_time() -> None:
+    with GraderPool(GraderConfig(name="gsm8k")) as pool:
+        pool.grade_all([task("#### 1", "1")])
+        [worker] = workers_of(os.getpid())
+        before = _processor_ticks(worker), time.process_time()
+        time.sleep(0.5)
+        assert _processor_ticks(worker) - before[0] <= 1
+        assert time.process_time() - before[1] < 0.1
+
+
+def test_a_closed_pool_refuses_work() -> None:
+    pool = GraderPool(GraderConfig(name="gsm8k"))
+    pool.close()
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(0, prompt="", completion="", answer="", truncated=False)
+
+
+def test_a_killed_worker_is_replaced() -> None:
+    with GraderPool(GraderConfig(name="gsm8k")) as pool:
+        [worker] = workers_of(os.getpid())
+        os.kill(worker, signal.SIGKILL)
+        grades = pool.grade_all([task(f"#### {number}", "1") for number in range(1000)])
+    assert sum(grade.reward for grade in grades) == 1
+
+
+def test_workers_die_with_their_parent_even_inside_a_grade(rewards: str, tmp_path: Path) -> None:
+    script = f"""
+import os, sys, time
+from common.grading import GraderConfig, GraderPool
+pool = GraderPool(GraderConfig(name="{rewards}:by_command", timeout_seconds=600, workers=2))
+for _ in range(2):
+    pool.submit(0, prompt="", completion="swallow", answer="0", truncated=False)
+time.sleep(0.3)
+print(*[worker.pid for worker in pool._workers], flush=True)
+os.kill(os.getpid(), 9)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    parent = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    workers = [int(pid) for pid in parent.stdout.split()]
+    assert len(workers) == 2, parent.stderr
+    deadline = time.monotonic() + 5
+    while any(map(_is_worker, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(_is_worker, workers))
+
+
+def test_a_worker_for_gsm8k_never_loads_the_heavy_libraries() -> None:
+    script = "import sys, common.grading.worker; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"sympy", "math_verify", "pydantic", "torch", "vllm"} & set(loaded.stdout.split())
+
+
+def test_unknown_options_and_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown grader"):
+        GraderConfig(name="latex")
+    with pytest.raises(ValueError, match="Extra inputs"):
+        GraderConfig.model_validate({"name": "gsm8k", "timeout": 3})
+
+
+def _processor_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def _peak_address_space_kib(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmPeak"))
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return b"common.grading.worker" in command and state != "Z"
