@@ -1,0 +1,91 @@
+# make demo: set up and run everything on the embedded default.   make test: set up and run the tests.
+#
+# CONFIG and RUN choose another configuration and artifact folder: make vstar train CONFIG=my.toml RUN=mine
+# ACCELERATOR=cpu|cuda overrides what is found on this machine. NPROC=4 trains on four processes.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+CONFIG ?= configs/demo.toml
+RUN ?= $(shell sed -n 's/^run *= *"\(.*\)"/\1/p' $(CONFIG) | head -n 1)
+NPROC ?= 1
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARTIFACTS := $(if $(ASTAR_PO_ARTIFACTS),$(ASTAR_PO_ARTIFACTS),artifacts)
+FOLDER := $(ARTIFACTS)/$(RUN)
+OPTIONS = --config $(CONFIG) --run $(RUN) $(ARGS)
+INSTALLED := $(VENV)/.$(ACCELERATOR)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check setup setup-stage1 base-model vstar train evaluate report lock clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf '  make %-14s %s\n' "$$name" "$$text"; done
+	@echo; sed -n '3,4s/^# /  /p' Makefile
+
+demo: setup ## Set up, then base model → vstar → train → evaluate → report on the embedded default
+	@$(MAKE) --no-print-directory base-model vstar train evaluate report
+
+test: $(INSTALLED)-dev ## Set up, then run the tests (ARGS="-k name" for some of them)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)-dev ## Lint and type-check
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+setup: $(INSTALLED)-train ## Install everything that both stages need into .venv
+
+setup-stage1: $(INSTALLED)-stage1 ## Install what stage 1 and the offline commands need (no deepspeed)
+
+base-model: $(FOLDER)/base_model ## Pre-train the demo's reference model
+
+$(FOLDER)/base_model: | $(INSTALLED)-stage1
+	@$(BIN)/python cli.py base-model $(OPTIONS)
+
+vstar: $(INSTALLED)-stage1 ## Stage 1: sample, grade, estimate V̂*; continues where it stopped
+	@$(BIN)/python cli.py vstar $(OPTIONS)
+
+$(FOLDER)/vstar.parquet: | $(INSTALLED)-stage1
+	@$(BIN)/python cli.py vstar $(OPTIONS)
+
+train: $(INSTALLED)-train $(FOLDER)/vstar.parquet ## Stage 2: train on vstar.parquet; continues where it stopped
+	@$(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC)) cli.py train $(OPTIONS)
+
+evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on held-out prompts
+	@$(BIN)/python cli.py evaluate $(OPTIONS) --before-and-after
+
+report: $(INSTALLED)-stage1 ## Table and plot of a run
+	@$(BIN)/python cli.py report --run $(RUN)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Python 3.11 or newer is needed, $$($(PYTHON) --version) found; set PYTHON=…" >&2; exit 2; }
+	@echo "setting up $(VENV) for $(ACCELERATOR)"
+	@$(PYTHON) -m venv $(VENV)
+
+# PyPI has no CPU build of torch: pip finds one where it was told to look (PIP_FIND_LINKS), else uv knows PyTorch's index.
+$(INSTALLED)-stage1: requirements/$(ACCELERATOR)-stage1.txt | $(BIN)/python
+	@set -e; torch=$$(grep '^torch==' $<); \
+	if [ $(ACCELERATOR) = cpu ] && ! $(BIN)/pip install -q --no-deps "$$torch" 2>/dev/null; then \
+		$(BIN)/pip install -q uv; \
+		$(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu --no-deps "$${torch%+cpu}"; \
+	fi
+	@$(BIN)/pip install -q --no-deps -r $<
+	@touch $@
+
+$(INSTALLED)-train: requirements/$(ACCELERATOR)-train.txt $(INSTALLED)-stage1
+	@$(BIN)/pip install -q --no-deps -r $<
+	@touch $@
+
+$(INSTALLED)-dev: requirements/$(ACCELERATOR)-dev.txt $(INSTALLED)-train
+	@$(BIN)/pip install -q --no-deps -r $<
+	@touch $@
+
+lock: $(INSTALLED)-stage1 ## Pin the requirements anew
+	@$(BIN)/pip install -q uv && PATH="$(BIN):$$PATH" requirements/lock.sh
+
+clean: ## Remove a run's artifacts (RUN=…)
+	rm -rf "$(FOLDER)"
