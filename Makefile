@@ -17,6 +17,8 @@ ARTIFACTS := $(if $(ASTAR_PO_ARTIFACTS),$(ASTAR_PO_ARTIFACTS),artifacts)
 FOLDER := $(ARTIFACTS)/$(RUN)
 OPTIONS = --config $(CONFIG) --run $(RUN) $(ARGS)
 INSTALLED := $(VENV)/.$(ACCELERATOR)
+# The demo's config points at a base model of its own making; other configs bring theirs.
+BASE_MODEL := $(if $(shell grep -s '{run}/base_model' $(CONFIG)),$(FOLDER)/base_model)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -45,17 +47,17 @@ base-model: $(FOLDER)/base_model ## Pre-train the demo's reference model
 $(FOLDER)/base_model: | $(INSTALLED)-stage1
 	@$(BIN)/python cli.py base-model $(OPTIONS)
 
-vstar: $(INSTALLED)-stage1 ## Stage 1: sample, grade, estimate V̂*; continues where it stopped
+vstar: $(INSTALLED)-stage1 $(BASE_MODEL) ## Stage 1: sample, grade, estimate V̂*; continues where it stopped
 	@$(BIN)/python cli.py vstar $(OPTIONS)
 
-$(FOLDER)/vstar.parquet: | $(INSTALLED)-stage1
+$(FOLDER)/vstar.parquet: | $(INSTALLED)-stage1 $(BASE_MODEL)
 	@$(BIN)/python cli.py vstar $(OPTIONS)
 
 train: $(INSTALLED)-train $(FOLDER)/vstar.parquet ## Stage 2: train on vstar.parquet; continues where it stopped
 	@$(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC)) cli.py train $(OPTIONS)
 
 evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on held-out prompts
-	@$(BIN)/python cli.py evaluate $(OPTIONS) --before-and-after
+	@$(BIN)/python cli.py evaluate $(OPTIONS)
 
 report: $(INSTALLED)-stage1 ## Table and plot of a run
 	@$(BIN)/python cli.py report --run $(RUN)

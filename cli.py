@@ -23,15 +23,19 @@ app = typer.Typer(
 console = Console(highlight=False)
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's TOML file; see configs/.")]
-Run = Annotated[str | None, typer.Option("--run", help="Artifacts go to artifacts/RUN; by default the config's run.")]
+Run = Annotated[
+    str | None, typer.Option("--run", help="Artifacts go to artifacts/RUN; by default the config's run.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. vstar.beta1=0.25.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. vstar.beta1=0.25."),
 ]
 VstarFile = Annotated[
     Path | None, typer.Option("--vstar", help="The artifact to read; by default artifacts/RUN/vstar.parquet.")
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Write to this file; by default the artifact is replaced.")
+    Path | None,
+    typer.Option("--output", "-o", help="Write to this file; by default the artifact is replaced."),
 ]
 RunName = Annotated[str, typer.Option("--run", help="The run whose artifact is read.")]
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
@@ -78,28 +82,51 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Option("--model", "-m", help="A folder in Hugging Face format, or a hub name.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A model's folder or hub name; by default the reference and the trained one.",
+        ),
+    ] = None,
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Greedy accuracy, sampled pass@1 and pass@k, and KL to the reference on held-out prompts."""
-    from common.artifacts import write_text
+    from common.artifacts import reference_model, run_paths, write_text
     from common.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    from stage2_train.evaluate import evaluate as evaluate_model
-    from stage2_train.evaluate import show, to_json
+    paths = run_paths(settings.run)
+    from stage2_train.evaluate import evaluate as evaluate_models
+    from stage2_train.evaluate import show
 
-    result = evaluate_model(settings, model, Console(stderr=True))
-    if output is not None:
-        write_text(output, to_json(result) + "\n")
+    models = (
+        {"reference": reference_model(settings), "trained": paths.model}
+        if model is None
+        else {"model": model}
+    )
+    results = evaluate_models(settings, list(models.values()), Console(stderr=True, highlight=False))
+    if model is None:
+        for name, result in zip(models, results, strict=True):
+            write_text(paths.evaluations / f"{name}.json", json.dumps(result, indent=2) + "\n")
     if as_json:
-        print(to_json(result))
+        print(json.dumps(results if model is None else results[0], indent=2))
     else:
-        show(result, console)
+        for result in results:
+            show(result, console)
+
+
+@app.command()
+def report(run: RunName = "demo") -> None:
+    """Table and plots of a run: before and after, and the training curves."""
+    from common.artifacts import run_paths
+    from common.report import write_report
+
+    write_report(run_paths(run), console)
 
 
 @app.command()

@@ -153,12 +153,18 @@ def resolve_model(path: str, revision: str | None) -> Path:
             raise UserError(f"{path} is no model in Hugging Face format: it has no config.json")
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise UserError(f"there is no model at {path}; check model.path; the demo's is built by `make base-model`")
+        raise UserError(
+            f"there is no model at {path}; check model.path; the demo's is built by `make base-model`"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -179,7 +185,9 @@ def model_identity(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no *.safetensors weights; convert the model to safetensors first")
     return {
         "weights": weights,
-        "tokenizer": hash_files(folder, ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")),
+        "tokenizer": hash_files(
+            folder, ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+        ),
     }
 
 
@@ -191,7 +199,9 @@ def context(config: Config) -> dict[str, Any]:
         "data": config.data.model_dump(exclude_none=True),
         "engine": config.engine.backend,
         "dtype": config.model.dtype,
-        "versions": {name: _version(name) for name in ("torch", "transformers", "vllm", "math-verify", "pyarrow")},
+        "versions": {
+            name: _version(name) for name in ("torch", "transformers", "vllm", "math-verify", "pyarrow")
+        },
         "python": platform.python_version(),
         "commit": _commit(),
     }

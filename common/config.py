@@ -174,7 +174,9 @@ def load_config(path: Path, overrides: Sequence[str] = (), run: str | None = Non
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}; give one of configs/*.toml") from error
+        raise UserError(
+            f"cannot read the config {path}: {error.strerror}; give one of configs/*.toml"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
@@ -191,7 +193,9 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     names = key.strip().split(".")
     if not separator or not all(names):
-        raise UserError(f"--set {override}: write it as section.key=value, for example --set vstar.beta1=0.25")
+        raise UserError(
+            f"--set {override}: write it as section.key=value, for example --set vstar.beta1=0.25"
+        )
     table = document
     for name in names[:-1]:
         table = table.setdefault(name, {})

@@ -38,7 +38,9 @@ class RolloutEngine(Protocol):
         ...
 
 
-def build_engine(config: Config, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool) -> RolloutEngine:
+def build_engine(
+    config: Config, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+) -> RolloutEngine:
     """Load the model in `folder` into the configured engine.
 
     `beside_trainer` says that the device and the process are shared with a training job.

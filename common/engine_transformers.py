@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
@@ -22,7 +23,7 @@ class TransformersEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._renderer = renderer
         self._batch_size = config.engine.max_num_seqs
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
         self._model = model.to(self._device).eval()
         pad = renderer.tokenizer.pad_token_id
         self._pad_token_id = renderer.eos_token_ids[0] if pad is None else pad
@@ -54,7 +55,9 @@ class TransformersEngine:
         )
         logprobs_TB = [column.tolist() for column in sampler.logprobs]
         return [
-            self._completion(request, output_BT[row, longest:].tolist(), [column[row] for column in logprobs_TB])
+            self._completion(
+                request, output_BT[row, longest:].tolist(), [column[row] for column in logprobs_TB]
+            )
             for row, request in enumerate(batch)
         ]
 
@@ -110,4 +113,4 @@ class _SeededSampler(LogitsProcessor):
         else:
             drawn_B = scores_BV.argmax(-1, keepdim=True)
         self.logprobs.append(scores_BV.log_softmax(-1).gather(-1, drawn_B).squeeze(-1).cpu())
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn_B, 0.0)
+        return cast(torch.FloatTensor, torch.full_like(scores, -torch.inf).scatter(-1, drawn_B, 0.0))

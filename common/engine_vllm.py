@@ -22,7 +22,9 @@ LOGGING_LEVEL = "ERROR"
 class VllmEngine:
     """One vLLM engine, driven step by step so that a completion can be graded while others are sampled."""
 
-    def __init__(self, config: Config, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool) -> None:
+    def __init__(
+        self, config: Config, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+    ) -> None:
         """Load the model. Beside a trainer the engine takes its own share of the GPU."""
         _set_environment(config)
         import vllm
@@ -33,7 +35,11 @@ class VllmEngine:
         max_model_len = config.data.max_prompt_tokens + config.sampling.max_completion_tokens
         options: dict[str, Any] = {}
         if on_gpu:
-            share = config.engine.training_gpu_memory_utilization if beside_trainer else config.engine.gpu_memory_utilization
+            share = (
+                config.engine.training_gpu_memory_utilization
+                if beside_trainer
+                else config.engine.gpu_memory_utilization
+            )
             options["gpu_memory_utilization"] = share
             options["enforce_eager"] = config.engine.enforce_eager
         else:
@@ -56,6 +62,8 @@ class VllmEngine:
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         """Keep a window of requests in the engine and yield each completion as it ends."""
+        import vllm
+
         assert self._llm is not None, "the engine is closed"
         engine = self._llm.llm_engine
         waiting = iter(requests)
@@ -79,6 +87,7 @@ class VllmEngine:
                     break
                 for output in engine.step():
                     if output.finished:
+                        assert isinstance(output, vllm.RequestOutput)
                         yield self._completion(running.pop(output.request_id), output.outputs[0])
         finally:
             if running:
@@ -104,7 +113,8 @@ class VllmEngine:
         logprobs = None
         if request.with_logprobs:
             assert output.logprobs is not None
-            logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
+            entries: list[Any] = list(output.logprobs)
+            logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, entries, strict=True))
         return Completion(
             key=request.key,
             token_ids=token_ids,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TEMPLATES = {
     "plain": "{prompt}",
     "line": "{prompt}\n",
-    "gsm8k": "{prompt} Let's think step by step and output the final answer after \"####\".",
+    "gsm8k": '{prompt} Let\'s think step by step and output the final answer after "####".',
     "math": "{prompt} Let's think step by step and output the final answer within \\boxed{}.",
     "openr1": "<｜begin▁of▁sentence｜><｜User｜>{prompt}<｜Assistant｜><think>\n",
 }
@@ -44,10 +44,18 @@ class DataFormat:
 
 
 FORMATS = {
-    "gsm8k": DataFormat(prompt_field="question", answer_field="answer", template="gsm8k", answer_is_solution=True),
-    "math": DataFormat(prompt_field="problem", answer_field="solution", template="math", answer_is_solution=True),
-    "openr1": DataFormat(prompt_field="problem", answer_field="answer", template="openr1", answer_is_solution=False),
-    "generic": DataFormat(prompt_field="prompt", answer_field="answer", template="plain", answer_is_solution=False),
+    "gsm8k": DataFormat(
+        prompt_field="question", answer_field="answer", template="gsm8k", answer_is_solution=True
+    ),
+    "math": DataFormat(
+        prompt_field="problem", answer_field="solution", template="math", answer_is_solution=True
+    ),
+    "openr1": DataFormat(
+        prompt_field="problem", answer_field="answer", template="openr1", answer_is_solution=False
+    ),
+    "generic": DataFormat(
+        prompt_field="prompt", answer_field="answer", template="plain", answer_is_solution=False
+    ),
     "word_problems": DataFormat(
         prompt_field="question", answer_field="answer", template="line", answer_is_solution=True
     ),
@@ -63,7 +71,9 @@ class PromptRenderer:
         self.template = _template(data)
         self.eos_token_ids = eos_token_ids(folder, self.tokenizer)
         if self.template == "chat" and not self.tokenizer.chat_template:
-            raise UserError(f'{folder} has no chat template; set data.template to a text containing "{{prompt}}"')
+            raise UserError(
+                f'{folder} has no chat template; set data.template to a text containing "{{prompt}}"'
+            )
         self._bos = _leading_bos(self.tokenizer)
 
     def render(self, text: str) -> tuple[int, ...]:
@@ -79,7 +89,7 @@ class PromptRenderer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, special tokens left out."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two renderings to be the same."""
@@ -152,10 +162,15 @@ def load_prompts(data: DataConfig, config: Config, renderer: PromptRenderer) -> 
                 "set data.prompt_field and data.answer_field"
             )
     if data.limit is not None and data.limit < len(rows):
-        rows = [rows[index] for index in sorted(random.Random(data.seed).sample(range(len(rows)), data.limit))]
+        rows = [
+            rows[index] for index in sorted(random.Random(data.seed).sample(range(len(rows)), data.limit))
+        ]
     return prompts_from_pairs(
         (
-            (str(row[prompt_field]), _gold(str(row[answer_field]), number, data, config, fields.answer_is_solution))
+            (
+                str(row[prompt_field]),
+                _gold(str(row[answer_field]), number, data, config, fields.answer_is_solution),
+            )
             for number, row in enumerate(rows, start=1)
         ),
         data,
@@ -191,7 +206,9 @@ def prompts_from_pairs(
             )
         prompts[identifier] = Prompt(id=identifier, text=text, answer=answer, token_ids=token_ids)
     if not prompts:
-        raise UserError(f"no prompt of {data.path or data.format} is left: all are longer than max_prompt_tokens")
+        raise UserError(
+            f"no prompt of {data.path or data.format} is left: all are longer than max_prompt_tokens"
+        )
     return list(prompts.values())
 
 
@@ -213,10 +230,14 @@ def _read_rows(data: DataConfig, config: Config) -> list[dict[str, Any]]:
     if data.format == "word_problems":
         from common.demo import word_problems
 
-        return word_problems.generate("test" if data.split == "test" else "train", data.limit or 1024, config.seed)
+        return word_problems.generate(
+            "test" if data.split == "test" else "train", data.limit or 1024, config.seed
+        )
     path = Path(data.path)
     if not data.path:
-        raise UserError("data.path is missing: give a .jsonl, .json or .parquet file, or a hub data set's name")
+        raise UserError(
+            "data.path is missing: give a .jsonl, .json or .parquet file, or a hub data set's name"
+        )
     if path.suffix in (".jsonl", ".json", ".parquet"):
         return _read_file(path)
     return _read_hub(data)
@@ -252,7 +273,9 @@ def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
         ) from error
 
 
-def sampling_identity(config: Config, renderer: PromptRenderer, model: dict[str, Any], grader: str) -> dict[str, Any]:
+def sampling_identity(
+    config: Config, renderer: PromptRenderer, model: dict[str, Any], grader: str
+) -> dict[str, Any]:
     """All that V̂* depends on besides the prompts: stage 1 records it, stage 2 refuses to train on another."""
     return {
         "model": model,
@@ -260,5 +283,3 @@ def sampling_identity(config: Config, renderer: PromptRenderer, model: dict[str,
         "sampling": config.sampling.model_dump(),
         "grader": grader,
     }
-
-

@@ -125,11 +125,15 @@ def read_provenance(path: Path) -> Provenance:
 
 def _validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.Expr], path: Path) -> None:
     if missing := [name for name in schema.names if name not in frame.columns]:
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}; make it anew with `python cli.py vstar`")
+        raise UserError(
+            f"{path} lacks the columns {', '.join(missing)}; make it anew with `python cli.py vstar`"
+        )
     for name, rule in invariants.items():
         broken = frame.filter(~rule.fill_null(False))
         if broken.height:
-            row = broken.select("prompt_id", *sorted(set(rule.meta.root_names()) - {"prompt_id"})).row(0, named=True)
+            row = broken.select("prompt_id", *sorted(set(rule.meta.root_names()) - {"prompt_id"})).row(
+                0, named=True
+            )
             raise UserError(f"{path}: {broken.height} rows break the rule “{name}”, the first is {row}")
 
 
@@ -166,7 +170,9 @@ class SampleStore:
         self.provenance = provenance
         for fragment in self.fragments():
             provenance.refuse_unless_same(
-                read_provenance(fragment), what=str(fragment), advice="choose another --run for this configuration"
+                read_provenance(fragment),
+                what=str(fragment),
+                advice="choose another --run for this configuration",
             )
 
     def fragments(self) -> list[Path]:

@@ -41,12 +41,18 @@ def _histogram(rate: pl.Series) -> list[int]:
     """Prompts with a pass rate of 0, in each of BINS equal parts of (0, 1), and of 1."""
     inside = rate.filter((rate > 0) & (rate < 1))
     parts = (inside * BINS).floor().cast(pl.Int64)
-    return [int((rate == 0).sum()), *(int((parts == part).sum()) for part in range(BINS)), int((rate == 1).sum())]
+    return [
+        int((rate == 0).sum()),
+        *(int((parts == part).sum()) for part in range(BINS)),
+        int((rate == 1).sum()),
+    ]
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
     """Print the figures: provenance, summary, histogram of pass rates."""
-    console.print(Group(_summary(figures), Text(), Text("pass rate, prompts"), _bars(figures["pass_rate_histogram"])))
+    console.print(
+        Group(_summary(figures), Text(), Text("pass rate, prompts"), _bars(figures["pass_rate_histogram"]))
+    )
 
 
 def _summary(figures: dict[str, Any]) -> RenderableType:
@@ -54,7 +60,9 @@ def _summary(figures: dict[str, Any]) -> RenderableType:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     samples = figures["num_samples"]
-    count = f"{samples['min']}" if samples["min"] == samples["max"] else f"{samples['min']} to {samples['max']}"
+    count = (
+        f"{samples['min']}" if samples["min"] == samples["max"] else f"{samples['min']} to {samples['max']}"
+    )
     vstar, identity, context = figures["vstar"], figures["identity"], figures["context"]
     error = figures["mean_vstar_se"]
     rows = {
@@ -73,7 +81,9 @@ def _summary(figures: dict[str, Any]) -> RenderableType:
         "prompt template": repr(identity["prompt"]["template"]),
         "sampling": ", ".join(f"{name} {value}" for name, value in identity["sampling"].items()),
         "grader": identity["grader"],
-        "made with": ", ".join(f"{name} {version}" for name, version in context["versions"].items() if version),
+        "made with": ", ".join(
+            f"{name} {version}" for name, version in context["versions"].items() if version
+        ),
         "commit": context["commit"] or "unknown",
     }
     for name, value in rows.items():

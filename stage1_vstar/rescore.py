@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import polars as pl
+
 from common.schema import read_vstar, write_vstar
 from stage1_vstar.table import with_beta1
 
@@ -11,7 +13,8 @@ def rescore(source: Path, output: Path, beta1: float) -> str:
     rows, provenance = read_vstar(source)
     rescored = with_beta1(rows, beta1)
     write_vstar(rescored, provenance, output)
+    before, after = (table.select(pl.col("vstar").mean()).item() for table in (rows, rescored))
     return (
         f"{output}: {rows.height:,} prompts, β1 {rows['beta1'][0]:g} → {beta1:g}, "
-        f"mean V̂* {rows['vstar'].mean():.4f} → {rescored['vstar'].mean():.4f}"
+        f"mean V̂* {before:.4f} → {after:.4f}"
     )

@@ -56,10 +56,15 @@ def run_stage1(config: Config, console: Console) -> None:
                 console.print(f"nothing to do: {paths.vstar} is complete ({rows.height:,} prompts)")
                 return
         write_vstar(rows, provenance, paths.vstar)
-    console.print(
-        f"{paths.vstar}: {rows.height:,} prompts, pass rate {rows['pass_rate'].mean():.3f}, "
-        f"pass@{config.vstar.num_samples} {rows['pass_at_n'].mean():.3f}, β1 = {config.vstar.beta1:g}, "
-        f"mean V̂* {rows['vstar'].mean():.3f}"
+    console.print(f"{paths.vstar}: {summary(rows)}")
+
+
+def summary(rows: pl.DataFrame) -> str:
+    """The means of a table in a line."""
+    means = rows.select(pl.col("pass_rate", "pass_at_n", "vstar").mean()).row(0)
+    return (
+        f"{rows.height:,} prompts, pass rate {means[0]:.3f}, pass@N {means[1]:.3f}, "
+        f"β1 = {rows['beta1'][0]:g}, mean V̂* {means[2]:.3f}"
     )
 
 

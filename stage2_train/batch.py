@@ -67,7 +67,9 @@ def sum_by_sequence(values_K: Tensor, sequence_of_K: Tensor, sequences: int) -> 
     return values_K.new_zeros(sequences).index_add(0, sequence_of_K, values_K)
 
 
-def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_token_id: int) -> Iterator[TokenBatch]:
+def token_batches(
+    sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_token_id: int
+) -> Iterator[TokenBatch]:
     """Cut sequences into batches of similar length, each at most `tokens_per_batch` padded tokens.
 
     A single sequence that is longer than that makes a batch of its own.

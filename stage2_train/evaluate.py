@@ -3,9 +3,8 @@
 Shapes: _P prompt, _N sample.
 """
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from rich.console import Console
 
 from common.artifacts import reference_model, resolve_model
 from common.config import Config
-from common.engine import SamplingParams, build_engine, request_seed
+from common.engine import RolloutEngine, SamplingParams, build_engine, request_seed
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
 from common.prompts import PromptRenderer, check_context, load_prompts
-from common.rollout import Rollout
+from common.rollout import Prompt, Rollout
 from stage2_train.batch import TokenSequence, sum_by_sequence, token_batches
 from stage2_train.logprobs import LogprobModel, token_logprobs
 from stage2_train.rollouts import collect_rollouts
@@ -28,39 +27,89 @@ from stage2_train.rollouts import collect_rollouts
 BOOTSTRAP_RESAMPLES = 2000
 
 
-def evaluate(config: Config, model: Path, console: Console) -> dict[str, Any]:
-    """Evaluate the model in `model` on the config's held-out prompts. Raises UserError before it loads anything."""
+def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[dict[str, Any]]:
+    """Evaluate models of one architecture on the config's held-out prompts, one after the other.
+
+    Raises UserError before it loads anything.
+    """
     if config.evaluate.data is None:
         raise UserError("the config has no [evaluate.data] section: say which held-out prompts to use")
     reference = reference_model(config)
-    folder = resolve_model(str(model), None)
-    renderer = PromptRenderer(folder, config.evaluate.data)
-    if renderer.identity() != PromptRenderer(reference, config.evaluate.data).identity():
-        raise UserError(f"{folder} and the reference {reference} render prompts differently; KL would mean nothing")
+    folders = [resolve_model(str(model), None) for model in models]
+    renderer = PromptRenderer(reference, config.evaluate.data)
+    for folder in folders:
+        if PromptRenderer(folder, config.evaluate.data).identity() != renderer.identity():
+            raise UserError(
+                f"{folder} and the reference {reference} render prompts differently, so KL would mean nothing; "
+                "evaluate a model that was trained from this reference"
+            )
     prompts = load_prompts(config.evaluate.data, config, renderer)
-    check_context(prompts, config, folder)
-    places, count = range(len(prompts)), config.evaluate.num_samples
-    sampled_params = SamplingParams(**config.sampling.model_dump())
-    greedy_params = SamplingParams(
+    check_context(prompts, config, reference)
+    engine = None
+    results = []
+    with GraderPool(config.grader) as pool:
+        for folder in folders:
+            console.print(f"evaluating {folder} on {len(prompts):,} prompts")
+            if engine is None:
+                engine = build_engine(config, folder, renderer, beside_trainer=False)
+            else:
+                engine.load_weights(checkpoint_weights(folder))
+            greedy, sampled = sample_both_ways(config, prompts, engine, pool)
+            results.append(summarise(config, folder, greedy, sampled))
+    if engine is not None:
+        engine.close()
+    for result, sampled in results:
+        result |= kl_to_reference(sampled, Path(result["model"]), reference, config)
+    return [result for result, _ in results]
+
+
+def checkpoint_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights in a model's safetensors files, by name."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (no mapping, its keys() is all it has)
+                yield name, weights.get_tensor(name)
+
+
+def sample_both_ways(
+    config: Config, prompts: Sequence[Prompt], engine: RolloutEngine, pool: GraderPool
+) -> tuple[list[Rollout], list[Rollout]]:
+    """A greedy completion of each prompt, and num_samples from the training distribution."""
+    greedy = SamplingParams(
         temperature=0.0, top_p=1.0, max_completion_tokens=config.sampling.max_completion_tokens
     )
-    engine = build_engine(config, folder, renderer, beside_trainer=False)
-    with GraderPool(config.grader) as pool, console.status(f"{len(prompts):,} prompts"):
-        seed = request_seed(config.seed, "evaluate")
-        greedy = collect_rollouts(prompts, engine, pool, greedy_params, seed=seed, places=places)
-        sampled = collect_rollouts(
-            prompts, engine, pool, sampled_params, seed=seed, places=places, samples_per_prompt=count
-        )
-    engine.close()
-    solved_PN = np.array([_is_solved(rollout) for rollout in sampled]).reshape(len(prompts), count)
-    low, high = bootstrap_interval(solved_PN.mean(axis=1), seed=config.seed)
+    sampled = SamplingParams(**config.sampling.model_dump())
+    seed = request_seed(config.seed, "evaluate")
+    places = range(len(prompts))
+    return (
+        collect_rollouts(prompts, engine, pool, greedy, seed=seed, places=places),
+        collect_rollouts(
+            prompts,
+            engine,
+            pool,
+            sampled,
+            seed=seed,
+            places=places,
+            samples_per_prompt=config.evaluate.num_samples,
+        ),
+    )
+
+
+def summarise(
+    config: Config, folder: Path, greedy: list[Rollout], sampled: list[Rollout]
+) -> tuple[dict[str, Any], list[Rollout]]:
+    """The figures that need no model, and the sampled rollouts that KL is measured on."""
+    count = config.evaluate.num_samples
+    solved_PN = np.array([_is_solved(rollout) for rollout in sampled]).reshape(-1, count)
     return {
         "model": str(folder),
-        "prompts": len(prompts),
+        "prompts": len(solved_PN),
         "samples_per_prompt": count,
         "greedy_accuracy": float(np.mean([_is_solved(rollout) for rollout in greedy])),
         "pass_at_1": float(solved_PN.mean()),
-        "pass_at_1_interval_95": [low, high],
+        "pass_at_1_interval_95": bootstrap_interval(solved_PN.mean(axis=1), seed=config.seed),
         "pass_at_k": {str(k): pass_at_k(solved_PN.sum(axis=1), count, k) for k in _powers_of_two(count)},
         "completion_tokens_mean": float(np.mean([len(rollout.completion.token_ids) for rollout in sampled])),
         "truncated": float(np.mean([rollout.completion.truncated for rollout in sampled])),
@@ -69,8 +118,7 @@ def evaluate(config: Config, model: Path, console: Console) -> dict[str, Any]:
             for outcome in Outcome
             if (number := sum(rollout.grade.outcome == outcome for rollout in sampled))
         },
-        **kl_to_reference(sampled, folder, reference, config),
-    }
+    }, sampled
 
 
 def _is_solved(rollout: Rollout) -> bool:
@@ -98,7 +146,9 @@ def bootstrap_interval(values_P: NDArray[np.float64], *, seed: int) -> tuple[flo
     return float(low), float(high)
 
 
-def kl_to_reference(rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config) -> dict[str, float]:
+def kl_to_reference(
+    rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config
+) -> dict[str, float]:
     """KL(π‖π_ref), from completions of π: the mean of ln π/π_ref a sequence, its standard error, and a token's share."""
     sequences = [
         TokenSequence(
@@ -114,13 +164,17 @@ def kl_to_reference(rollouts: Sequence[Rollout], model: Path, reference: Path, c
     tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
     return {
         "kl_sequence": float(log_ratio.mean()),
-        "kl_sequence_se": float(log_ratio.std(ddof=1) / math.sqrt(len(log_ratio))) if len(log_ratio) > 1 else 0.0,
+        "kl_sequence_se": float(log_ratio.std(ddof=1) / math.sqrt(len(log_ratio)))
+        if len(log_ratio) > 1
+        else 0.0,
         "kl_token": float(log_ratio.sum() / tokens),
     }
 
 
 @torch.no_grad()
-def sequence_logprobs(sequences: Sequence[TokenSequence], folder: Path, config: Config) -> NDArray[np.float64]:
+def sequence_logprobs(
+    sequences: Sequence[TokenSequence], folder: Path, config: Config
+) -> NDArray[np.float64]:
     """ln π(y|x) of each sequence under the model in `folder`, shape (B,)."""
     from transformers import AutoModelForCausalLM
 
@@ -131,14 +185,18 @@ def sequence_logprobs(sequences: Sequence[TokenSequence], folder: Path, config: 
     for batch in token_batches(sequences, config.train.tokens_per_micro_batch, pad_token_id=0):
         tokens = batch.to(device)
         logprobs_K = token_logprobs(module, tokens).logprobs_K
-        result[list(batch.places)] = sum_by_sequence(logprobs_K, tokens.sequence_of_K, len(batch.places)).cpu().numpy()
+        result[list(batch.places)] = (
+            sum_by_sequence(logprobs_K, tokens.sequence_of_K, len(batch.places)).cpu().numpy()
+        )
     return result
 
 
 def show(result: dict[str, Any], console: Console) -> None:
     """The figures in a few lines."""
     low, high = result["pass_at_1_interval_95"]
-    console.print(f"{result['model']}: {result['prompts']:,} prompts × {result['samples_per_prompt']} samples")
+    console.print(
+        f"{result['model']}: {result['prompts']:,} prompts × {result['samples_per_prompt']} samples"
+    )
     console.print(f"  greedy accuracy  {result['greedy_accuracy']:.4f}")
     console.print(f"  pass@1 sampled   {result['pass_at_1']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
     others = [f"pass@{k} {value:.4f}" for k, value in result["pass_at_k"].items() if k != "1"]
@@ -148,9 +206,6 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"  KL(π‖π_ref)      {result['kl_sequence']:.4f} ± {result['kl_sequence_se']:.4f} nats a completion, "
         f"{result['kl_token']:.5f} a token"
     )
-    console.print(f"  completions      {result['completion_tokens_mean']:.1f} tokens, {result['truncated']:.1%} truncated")
-
-
-def to_json(result: dict[str, Any]) -> str:
-    """The figures as one JSON document."""
-    return json.dumps(result, indent=2)
+    console.print(
+        f"  completions      {result['completion_tokens_mean']:.1f} tokens, {result['truncated']:.1%} truncated"
+    )

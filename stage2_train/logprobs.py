@@ -44,10 +44,12 @@ class LogprobModel(nn.Module):
         hidden_KH = hidden_BTH[:, :-1][predicts_BT]
         target_K = input_ids_BT[:, 1:][predicts_BT]
         size = max(1, LOGITS_PER_CHUNK // self.model.config.vocab_size)
-        chunks = list(zip(hidden_KH.split(size), target_K.split(size), strict=True))
+        chunks = list(zip(torch.split(hidden_KH, size), torch.split(target_K, size), strict=True))
         recompute = torch.is_grad_enabled() and len(chunks) > 1
         parts = [
-            checkpoint(self._chunk, hidden, target, use_reentrant=False) if recompute else self._chunk(hidden, target)
+            checkpoint(self._chunk, hidden, target, use_reentrant=False)
+            if recompute
+            else self._chunk(hidden, target)
             for hidden, target in chunks
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -39,7 +39,9 @@ def peak_memory_bytes() -> int:
 class MetricsLog:
     """Writes each iteration's metrics everywhere they go. For the main rank alone."""
 
-    def __init__(self, config: Config, paths: RunPaths, console: Console, *, first_iteration: int, last: int) -> None:
+    def __init__(
+        self, config: Config, paths: RunPaths, console: Console, *, first_iteration: int, last: int
+    ) -> None:
         """Continue after `first_iteration` − 1: what was logged of later iterations belonged to a lost run."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -92,4 +94,8 @@ class MetricsLog:
 def _lines(paths: RunPaths) -> list[str]:
     if not paths.metrics.exists():
         return []
-    return [line for line in paths.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        line
+        for line in paths.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]

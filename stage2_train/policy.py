@@ -16,9 +16,16 @@ from common.errors import UserError
 from stage2_train.logprobs import LogprobModel
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
+import deepspeed
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,13 @@ def join_ranks(seed: int) -> Ranks:
 
     Under torchrun the launcher's environment says who we are; without it the job is this process alone.
     """
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    launcher = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     for name, value in launcher.items():
         os.environ.setdefault(name, value)
     on_gpu = torch.cuda.is_available()
@@ -47,9 +60,13 @@ def join_ranks(seed: int) -> Ranks:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    )
     expected = int(os.environ["WORLD_SIZE"])
-    assert dist.get_world_size() == expected, f"{dist.get_world_size()} ranks joined, the launcher started {expected}"
+    assert dist.get_world_size() == expected, (
+        f"{dist.get_world_size()} ranks joined, the launcher started {expected}"
+    )
     torch.manual_seed(seed)
     return Ranks(dist.get_rank(), expected, device)
 
@@ -75,7 +92,10 @@ class Policy:
         module.train()
         train = config.train
         optimizer = torch.optim.AdamW(
-            module.parameters(), lr=train.learning_rate, betas=train.adam_betas, weight_decay=train.weight_decay
+            module.parameters(),
+            lr=train.learning_rate,
+            betas=train.adam_betas,
+            weight_decay=train.weight_decay,
         )
         warmup = max(train.warmup_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
@@ -168,4 +188,3 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-

@@ -22,7 +22,7 @@ from common.grading import GraderPool, Outcome, fingerprint
 from common.prompts import PromptRenderer, check_context, load_prompts, prompts_from_pairs, sampling_identity
 from common.rollout import Prompt, Rollout
 from common.schema import Provenance, read_vstar
-from stage2_train.batch import MicroBatch, TokenBatch, TokenSequence, sum_by_sequence, token_batches
+from stage2_train.batch import MicroBatch, TokenBatch, TokenSequence, token_batches
 from stage2_train.logprobs import LogprobModel, token_logprobs
 from stage2_train.metrics import Metrics, MetricsLog, peak_memory_bytes, timed
 from stage2_train.objectives import Objective, build_objective
@@ -39,7 +39,9 @@ def run_stage2(config: Config, console: Console, vstar_file: Path | None = None)
     inputs = prepare(config, vstar_file or paths.vstar)
     total = inputs.iterations(config)
     if _finished(paths, config):
-        console.print(f"nothing to do: {paths.model} has been trained for {total} iterations with this config")
+        console.print(
+            f"nothing to do: {paths.model} has been trained for {total} iterations with this config"
+        )
         return
     ranks = join_ranks(config.seed)
     _refuse_uneven_split(config, ranks)
@@ -205,9 +207,13 @@ class Trainer:
         self.objective: Objective = build_objective(config.train.objective)
         self.sampling = SamplingParams(**config.sampling.model_dump())
         self.policy = Policy(inputs.folder, config, ranks)
-        self.reference: LogprobModel = load_model(inputs.folder, config).to(ranks.device).eval().requires_grad_(False)
+        self.reference: LogprobModel = (
+            load_model(inputs.folder, config).to(ranks.device).eval().requires_grad_(False)
+        )
         tokenizer = inputs.renderer.tokenizer
-        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_token_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
 
     def iteration(self, number: int) -> Metrics:
         """Algorithm 1, lines 9 and 10: a batch of rollouts from π_t, then SGD on the regression loss."""
@@ -216,10 +222,13 @@ class Trainer:
             places = range(self.ranks.rank, self.config.train.batch_size, self.ranks.world_size)
             with timed("rollout", metrics):
                 rollouts = self.rollouts(number, places)
-            records, gradient_norms = {}, []
+            records: dict[int, SequenceRecord] = {}
+            gradient_norms = []
             for start in range(0, self.config.train.batch_size, self.config.train.mini_batch_size):
                 step = range(start, start + self.config.train.mini_batch_size)
-                mini_batch = {place: rollout for place, rollout in zip(places, rollouts, strict=True) if place in step}
+                mini_batch = {
+                    place: rollout for place, rollout in zip(places, rollouts, strict=True) if place in step
+                }
                 metrics["train/learning_rate"] = self.policy.learning_rate
                 step_records, norm = self.optimizer_step(mini_batch, metrics)
                 records |= step_records
@@ -227,10 +236,14 @@ class Trainer:
             with timed("weight_sync", metrics):
                 self.synchronise()
         gathered = self.gather(list(records.values()))
-        return metrics | _summarise(gathered, metrics["time/iteration"]) | {
-            "train/gradient_norm": sum(gradient_norms) / len(gradient_norms),
-            "memory/peak_gib": peak_memory_bytes() / 2**30,
-        }
+        return (
+            metrics
+            | _summarise(gathered, metrics["time/iteration"])
+            | {
+                "train/gradient_norm": sum(gradient_norms) / len(gradient_norms),
+                "memory/peak_gib": peak_memory_bytes() / 2**30,
+            }
+        )
 
     def rollouts(self, number: int, places: Sequence[int]) -> list[Rollout]:
         """Line 9: x from the training prompts, one y ~ π_t(·|x) each, r(x, y)."""
@@ -264,7 +277,9 @@ class Trainer:
                 batch = MicroBatch(
                     sequence_of_K=tokens.sequence_of_K,
                     reference_logprobs_K=reference_logprobs_K,
-                    advantages_B=torch.tensor([advantage[place] for place in tokens.places], device=self.ranks.device),
+                    advantages_B=torch.tensor(
+                        [advantage[place] for place in tokens.places], device=self.ranks.device
+                    ),
                     step_sequences=self.config.train.mini_batch_size,
                 )
                 loss_share, squared_residual_B = self.objective.loss(policy.logprobs_K, batch)
@@ -383,7 +398,7 @@ def _summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
     tokens = sum(record.completion_tokens for record in records)
 
     def mean(name: str) -> float:
-        return sum(getattr(record, name) for record in records) / count
+        return float(sum(getattr(record, name) for record in records) / count)
 
     return {
         "reward/mean": mean("reward"),

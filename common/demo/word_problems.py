@@ -18,7 +18,7 @@ PROMPT_TEMPLATE = "{question}\n"
 
 MAX_CHANGES = 5
 MAX_NUMBER = 99
-MAX_TOTAL = 30
+MAX_TOTAL = 20
 
 PEOPLE = (
     *(("He", "him", name) for name in ("Tom", "Ben", "Sam", "Omar", "Leo", "Ivan", "Raj", "Max")),
@@ -33,7 +33,7 @@ OPENINGS = (
     "{name} starts with {number} {objects}.",
     "{name} owns {number} {objects}.",
 )
-# Each sentence is six tokens long, as is each step of a solution: telling which number comes next is then soon learnt.
+# Each sentence is six tokens long, as is each step of a solution: which number comes next is soon learnt.
 GAINS = (
     "{subject} buys {number} more {objects}.",
     "{subject} finds {number} new {objects}.",
@@ -54,7 +54,7 @@ ENDINGS = (
 )
 
 # What the demonstrations get wrong, and by how much.
-GUESS_PROBABILITY = 0.5
+GUESS_PROBABILITY = 0.45
 SLIP_PROBABILITY = 0.11
 SLIPS = (-10, -2, -1, 1, 2, 10)
 GUESS_STANDARD_DEVIATION = 4.0
@@ -62,7 +62,7 @@ GUESS_STANDARD_DEVIATION = 4.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WordProblem:
-    """A question and the arithmetic behind it: a start and signed changes whose running total stays in range."""
+    """A question and the arithmetic behind it: a start, and signed changes that keep the total in range."""
 
     question: str
     start: int
@@ -82,7 +82,7 @@ class WordProblem:
 
     @property
     def split(self) -> Split:
-        """One question in sixteen is held out, by the hash of its text: the splits cannot meet whatever the seed."""
+        """One question in sixteen is held out, by the hash of its text, so no seed lets the splits meet."""
         return "test" if hashlib.sha256(self.question.encode()).digest()[0] % 16 == 0 else "train"
 
 
@@ -94,25 +94,25 @@ def generate(split: Split, count: int, seed: int) -> list[dict[str, str]]:
         if len(problems) >= count:
             break
         problems.setdefault(problem.question, problem)
-    return [{"question": problem.question, "answer": problem.worked_solution} for problem in problems.values()]
+    return [
+        {"question": problem.question, "answer": problem.worked_solution} for problem in problems.values()
+    ]
 
 
-def stream(split: Split, rng: random.Random) -> Iterator[WordProblem]:
+def stream(split: Split, rng: random.Random, max_changes: int = MAX_CHANGES) -> Iterator[WordProblem]:
     """Problems of a split without end; a short question may come twice."""
     while True:
-        problem = _draw(rng)
+        problem = _draw(rng, max_changes)
         if problem.split == split:
             yield problem
 
 
-def demonstration(
-    problem: WordProblem, rng: random.Random, *, guess_probability: float = GUESS_PROBABILITY
-) -> str:
+def demonstration(problem: WordProblem, rng: random.Random) -> str:
     """One writer's completion: a guess at once, or a worked solution whose steps may slip.
 
     A slip is carried on: later steps follow from the wrong value. Every total stays a whole number in range.
     """
-    if rng.random() < guess_probability:
+    if rng.random() < GUESS_PROBABILITY:
         guess = round(problem.total + rng.gauss(0.0, GUESS_STANDARD_DEVIATION))
         return f"#### {min(max(guess, 0), MAX_NUMBER)}"
     total, before, after = problem.start, [], []
@@ -143,18 +143,20 @@ def vocabulary_text() -> Iterator[str]:
     yield "#### 1"
 
 
-def _draw(rng: random.Random) -> WordProblem:
+def _draw(rng: random.Random, max_changes: int) -> WordProblem:
     subject, object_, name = rng.choice(PEOPLE)
     friend = rng.choice([other for _, _, other in PEOPLE if other != name])
     objects = rng.choice(OBJECTS)
     start = total = rng.randint(2, 12)
     sentences = [rng.choice(OPENINGS).format(name=name, number=start, objects=objects)]
     changes: list[int] = []
-    for _ in range(rng.randint(1, MAX_CHANGES)):
+    for _ in range(rng.randint(1, max_changes)):
         size = rng.randint(1, 9)
         gain = total < size or (total + size <= MAX_TOTAL and rng.random() < 0.5)
         sentence = rng.choice(GAINS if gain else LOSSES)
-        sentences.append(sentence.format(subject=subject, object=object_, friend=friend, objects=objects, number=size))
+        sentences.append(
+            sentence.format(subject=subject, object=object_, friend=friend, objects=objects, number=size)
+        )
         changes.append(size if gain else -size)
         total += changes[-1]
     sentences.append(rng.choice(ENDINGS).format(name=name, objects=objects))

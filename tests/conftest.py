@@ -1,0 +1,98 @@
+"""Fixtures that several test files share: a model small enough to load in seconds, and the command line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.demo.base_model import build_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 folder whose samples look like answers without any training: `7 #### 3`, `#### 2`, now and then junk.
+
+    The next token depends on the class of the last one (anything, `####`, a number) and, weakly and at random, on
+    all before it: after `####` comes 1, 2, 3 or 4, so a prompt whose answer is one of these is solved now and then.
+    """
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_model(folder, seed=0)
+    return folder
+
+
+def save_tiny_model(folder: Path, *, seed: int, context: int = 512) -> None:
+    """Write the model that `tiny_model` describes; another seed gives other weights."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = build_tokenizer()
+    width = 64
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+
+        def ids(*texts: str) -> list[int]:
+            encoded = [tokenizer.encode(text) for text in texts]
+            return [tokens[0] for tokens in encoded]
+
+        numbers = ids(*(str(number) for number in range(100)))
+        marker = ids(" #### 1")[0]
+        end = tokenizer.eos_token_id
+        classes = torch.zeros(len(tokenizer), dtype=torch.long)
+        classes[marker], classes[numbers] = 1, 2
+        share = torch.full((len(tokenizer), 3), 6e-6)
+        share[marker, 0], share[numbers[5:10], 0] = 0.7, 0.06
+        share[numbers[1:5], 1] = 0.25
+        share[end, 2], share[marker, 2], share[numbers[7], 2] = 0.6, 0.3, 0.1
+        model.model.embed_tokens.weight[torch.arange(len(tokenizer)), classes] += 1.0
+        # The final norm turns a one-hot row into one of length sqrt(width).
+        model.lm_head.weight[:, :3] += share.log() / width**0.5
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's runs live, instead of the checkout's artifacts/."""
+    folder = tmp_path / "artifacts"
+    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def run_cli(artifacts: Path, tmp_path: Path) -> RunCli:
+    """Run `python cli.py …` as a user would, in another folder; returns the finished process."""
+
+    def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=timeout,
+        )
+
+    return run
