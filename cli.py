@@ -13,6 +13,9 @@ from rich.console import Console
 
 from common.errors import UserError
 
+# OpenMP threads that wait by spinning stall for minutes when anything else wants their cores. Read at torch's import.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     help="A*-PO: post-train language models for reasoning by regressing on optimal advantages.",
     no_args_is_help=True,
@@ -172,11 +175,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """What is in an artifact, from what it was made, and its histogram of pass rates."""
-    from stage1_vstar.describe import describe, show
+    from stage1_vstar.describe import describe, show, to_json
 
     figures = describe(_vstar_path(run, vstar_file))
     if as_json:
-        print(json.dumps(figures, indent=2, ensure_ascii=False))
+        print(to_json(figures))
     else:
         show(figures, console)
 
@@ -192,7 +195,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.stdout.flush()
         # Engines and grader processes may still be up: leave without waiting for their threads.
         os._exit(2)

@@ -168,7 +168,8 @@ def resolve_model(path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no model {path}: it is neither a local folder nor to be had from the Hugging Face hub ({reason})"
+            f"no model {path}: it is neither a local folder nor to be had from the Hugging Face hub "
+            f"({reason}); check model.path"
         ) from error
 
 

@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -60,6 +60,8 @@ class DataConfig(Section):
     seed: int = 0
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
     long_prompts: Literal["error", "drop"] = "error"
+    bad_golds: Literal["error", "drop"] = "error"
+    """What to do about a prompt whose reference answer the grader cannot use."""
 
 
 class SamplingConfig(Section):
@@ -211,12 +213,28 @@ def _parse_value(text: str) -> Any:
         return text
 
 
+def _known_keys(place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section that a wrong key stands in."""
+    sections: list[type[BaseModel]] = [Config]
+    for part in place[:-1]:
+        fields = [section.model_fields[str(part)] for section in sections if part in section.model_fields]
+        # A part that is no field is the tag of a union's member: stay with the union's sections.
+        sections = [inner for field in fields for inner in _sections_in(field.annotation)] or sections
+    return list(dict.fromkeys(key for section in sections for key in section.model_fields))
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+
+
 def _describe(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"]) or "the file"
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key {place}")
+            problems.append(f"unknown key {place}; use one of {', '.join(_known_keys(item['loc']))}")
         elif item["type"] == "missing":
             problems.append(f"{place} is missing")
         elif item["type"] == "value_error":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from common.config import Config
@@ -25,6 +25,8 @@ class TransformersEngine:
         self._batch_size = config.engine.max_num_seqs
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
         self._model = model.to(self._device).eval()
+        # The folder's own may hold a repetition penalty or a top-k, and `generate` would apply them before our sampler.
+        self._model.generation_config = GenerationConfig()
         pad = renderer.tokenizer.pad_token_id
         self._pad_token_id = renderer.eos_token_ids[0] if pad is None else pad
 

@@ -1,7 +1,10 @@
 """vLLM as the rollout engine, in this process. The only importer of vllm."""
 
 import gc
+import json
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +35,7 @@ class VllmEngine:
         self._renderer = renderer
         self._eos_token_ids = frozenset(renderer.eos_token_ids)
         on_gpu = torch.cuda.is_available()
-        max_model_len = config.data.max_prompt_tokens + config.sampling.max_completion_tokens
+        max_model_len = context_length(config, folder)
         options: dict[str, Any] = {}
         if on_gpu:
             share = (
@@ -44,7 +47,7 @@ class VllmEngine:
             options["enforce_eager"] = config.engine.enforce_eager
         else:
             options["enforce_eager"] = True
-            # A prompt prefilled in chunks cannot have a seed of its own on the CPU ("CPU Generator does not use offset").
+            # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".
             options["max_num_batched_tokens"] = max(65536, max_model_len)
         self._llm: vllm.LLM | None = vllm.LLM(
             model=str(folder),
@@ -55,6 +58,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             seed=config.seed,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **options,
         )
         self._window = 2 * config.engine.max_num_seqs
@@ -137,6 +141,17 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
 
+def context_length(config: Config, folder: Path) -> int:
+    """Room for the longest prompt, held-out ones included, with its completion, within the model's own context.
+
+    That context may be shorter than what the config allows: the prompts themselves have been checked to fit.
+    """
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data = [config.data] if config.evaluate.data is None else [config.data, config.evaluate.data]
+    needed = max(section.max_prompt_tokens for section in data) + config.sampling.max_completion_tokens
+    return min(needed, document.get("max_position_embeddings", needed))
+
+
 def _set_environment(config: Config) -> None:
     """What vLLM reads from the environment when it is imported; what the user has set stays."""
     settings = {
@@ -144,7 +159,11 @@ def _set_environment(config: Config) -> None:
         "VLLM_LOGGING_LEVEL": LOGGING_LEVEL,
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(config.engine.cpu_kv_cache_gib),
+        # Bound threads fight with every other process on their cores: the graders, a second rank, a browser.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(LOGGING_LEVEL)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")

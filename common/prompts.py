@@ -16,7 +16,7 @@ import polars as pl
 
 from common.config import Config, DataConfig
 from common.errors import UserError
-from common.grading import extract_gold
+from common.grading import GraderPool, extract_gold
 from common.rollout import Prompt
 
 if TYPE_CHECKING:
@@ -103,7 +103,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # The tokenizers library raises bare Exceptions for a damaged file.
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
+            raise
         raise UserError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
 
 
@@ -112,7 +115,7 @@ def eos_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[i
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     generation_config = folder / "generation_config.json"
     if generation_config.is_file():
-        named = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
+        named = _read_json(generation_config).get("eos_token_id")
         ids |= set(named if isinstance(named, list) else [named] if named is not None else [])
     if not ids:
         raise UserError(
@@ -161,30 +164,59 @@ def load_prompts(data: DataConfig, config: Config, renderer: PromptRenderer) -> 
                 f"the data set {data.path} has no field {field}, it has {', '.join(rows[0])}; "
                 "set data.prompt_field and data.answer_field"
             )
+    numbered = list(enumerate(rows, start=1))
     if data.limit is not None and data.limit < len(rows):
-        rows = [
-            rows[index] for index in sorted(random.Random(data.seed).sample(range(len(rows)), data.limit))
-        ]
-    return prompts_from_pairs(
-        (
-            (
-                str(row[prompt_field]),
-                _gold(str(row[answer_field]), number, data, config, fields.answer_is_solution),
-            )
-            for number, row in enumerate(rows, start=1)
-        ),
+        chosen = random.Random(data.seed).sample(range(len(rows)), data.limit)
+        numbered = [numbered[index] for index in sorted(chosen)]
+    pairs: list[tuple[str, str]] = []
+    problems: list[str] = []
+    for number, row in numbered:
+        text = _text_of(row, prompt_field, number, data)
+        answer = _text_of(row, answer_field, number, data)
+        if not text.strip():
+            raise UserError(f"{data.path}, row {number}: {prompt_field} is empty; correct or remove the row")
+        try:
+            pairs.append((text, extract_gold(config.grader.name, answer) if fields.answer_is_solution else answer))
+        except UserError as error:
+            problems.append(f"row {number}: {error}")
+    _refuse_bad_golds(problems, len(numbered), data)
+    return prompts_from_pairs(pairs, data, renderer)
+
+
+def _text_of(row: dict[str, Any], field: str, number: int, data: DataConfig) -> str:
+    value = row.get(field)
+    place = f"{data.path or data.format}, row {number}"
+    if not isinstance(value, str | int | float):
+        found = "is missing" if value is None else f"is a {type(value).__name__}, not a text"
+        raise UserError(f"{place}: {field} {found}; correct the row, or set data.prompt_field and data.answer_field")
+    text = str(value)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{place}: {field} holds half of a UTF-16 pair, which no file can store; correct the row")
+    return text
+
+
+def usable_prompts(prompts: Sequence[Prompt], data: DataConfig, pool: GraderPool) -> list[Prompt]:
+    """The prompts whose reference answer the grader can use, found before anything is generated for them.
+
+    Raises UserError, naming the others, unless data.bad_golds says to drop them.
+    """
+    verdicts = pool.validate_golds([prompt.answer for prompt in prompts])
+    judged = list(zip(prompts, verdicts, strict=True))
+    _refuse_bad_golds(
+        [f'"{prompt.text[:60]}…": {problem}' for prompt, problem in judged if problem is not None],
+        len(prompts),
         data,
-        renderer,
     )
+    return [prompt for prompt, problem in judged if problem is None]
 
 
-def _gold(answer: str, number: int, data: DataConfig, config: Config, answer_is_solution: bool) -> str:
-    if not answer_is_solution:
-        return answer
-    try:
-        return extract_gold(config.grader.name, answer)
-    except ValueError as error:
-        raise UserError(f"{data.path or data.format}, row {number}: {error}") from error
+def _refuse_bad_golds(problems: Sequence[str], total: int, data: DataConfig) -> None:
+    if problems and data.bad_golds == "error":
+        shown = "; ".join([*problems[:3], *(["…"] if len(problems) > 3 else [])])
+        raise UserError(
+            f"{len(problems):,} of {total:,} reference answers of {data.path or data.format} cannot be used by the "
+            f'grader: {shown}; correct them or set data.bad_golds = "drop"'
+        )
 
 
 def prompts_from_pairs(
@@ -207,23 +239,41 @@ def prompts_from_pairs(
         prompts[identifier] = Prompt(id=identifier, text=text, answer=answer, token_ids=token_ids)
     if not prompts:
         raise UserError(
-            f"no prompt of {data.path or data.format} is left: all are longer than max_prompt_tokens"
+            f"no prompt of {data.path or data.format} is left: all are longer than data.max_prompt_tokens "
+            "or have a reference answer that the grader cannot use"
         )
     return list(prompts.values())
 
 
 def check_context(prompts: Sequence[Prompt], config: Config, folder: Path) -> None:
-    """Raise UserError unless the longest prompt and completion fit the model's context."""
-    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    length = document.get("max_position_embeddings")
+    """Raise UserError unless every prompt and its completion fit the model's context and the engine's limit.
+
+    The engine makes room for data.max_prompt_tokens and a completion, in the evaluations too.
+    """
+    limit, completion = config.data.max_prompt_tokens, config.sampling.max_completion_tokens
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    needed = longest + config.sampling.max_completion_tokens
-    if length is not None and needed > length:
+    if longest > limit:
         raise UserError(
-            f"the longest prompt ({longest} tokens) and sampling.max_completion_tokens "
-            f"({config.sampling.max_completion_tokens}) need {needed} tokens, more than the model's context of {length}; "
-            "lower max_completion_tokens, or set data.max_prompt_tokens and data.long_prompts"
+            f"the longest held-out prompt has {longest} tokens, more than data.max_prompt_tokens = {limit}, for which "
+            "the engine makes room; raise that, or lower evaluate.data.max_prompt_tokens"
         )
+    length = _read_json(folder / "config.json").get("max_position_embeddings")
+    if length is not None and limit + completion > length:
+        raise UserError(
+            f"data.max_prompt_tokens ({limit}) and sampling.max_completion_tokens ({completion}) need "
+            f"{limit + completion} tokens, more than the model's context of {length}; lower one of them "
+            f"(the longest prompt has {longest} tokens)"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; download the model again") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} holds no JSON object; download the model again")
+    return document
 
 
 def _read_rows(data: DataConfig, config: Config) -> list[dict[str, Any]]:

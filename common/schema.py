@@ -55,6 +55,7 @@ VSTAR = pa.schema(
 _TOLERANCE = 1e-9
 _OUTCOMES = [outcome.value for outcome in Outcome]
 _solved = pl.col("outcomes").list.count_matches(Outcome.CORRECT.value)
+_rounding = _TOLERANCE * (1 + pl.col("rewards").list.eval(pl.element().abs()).list.max())
 
 VSTAR_INVARIANTS: dict[str, pl.Expr] = {
     "a prompt appears once": pl.col("prompt_id").is_unique(),
@@ -62,16 +63,21 @@ VSTAR_INVARIANTS: dict[str, pl.Expr] = {
     "num_samples counts the outcomes": pl.col("outcomes").list.len() == pl.col("num_samples"),
     "num_samples counts the lengths": pl.col("completion_tokens").list.len() == pl.col("num_samples"),
     "there is at least one sample": pl.col("num_samples") >= 1,
-    "rewards are finite": pl.col("rewards").list.eval(pl.element().is_finite()).list.all(),
-    "outcomes are known": pl.col("outcomes").list.eval(pl.element().is_in(_OUTCOMES)).list.all(),
+    "rewards are finite": pl.col("rewards").list.eval(pl.element().is_finite().fill_null(False)).list.all(),
+    "outcomes are known": (
+        pl.col("outcomes").list.eval(pl.element().is_in(_OUTCOMES).fill_null(False)).list.all()
+    ),
     "pass_rate is the share of correct outcomes": (
         (pl.col("pass_rate") - _solved / pl.col("num_samples")).abs() < _TOLERANCE
     ),
     "pass_at_n says whether any sample is correct": pl.col("pass_at_n") == (_solved > 0),
-    "beta1 is not negative": pl.col("beta1") >= 0,
+    "beta1 is a number and not negative": (pl.col("beta1") >= 0) & pl.col("beta1").is_not_nan(),
+    "beta1 is the same for every prompt": pl.col("beta1") == pl.col("beta1").first(),
     "vstar lies between the mean and the best reward": pl.col("vstar").is_between(
-        pl.col("rewards").list.mean() - _TOLERANCE * (1 + pl.col("rewards").list.mean().abs()),
-        pl.col("rewards").list.max() + _TOLERANCE * (1 + pl.col("rewards").list.max().abs()),
+        pl.col("rewards").list.mean() - _rounding, pl.col("rewards").list.max() + _rounding
+    ),
+    "vstar_se is missing or not negative": (
+        pl.col("vstar_se").is_null() | ((pl.col("vstar_se") >= 0) & pl.col("vstar_se").is_not_nan())
     ),
 }
 
@@ -128,13 +134,32 @@ def _validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.E
         raise UserError(
             f"{path} lacks the columns {', '.join(missing)}; make it anew with `python cli.py vstar`"
         )
-    for name, rule in invariants.items():
+    expected = pl.DataFrame(schema.empty_table()).schema
+    for name in schema.names:
+        if frame.schema[name] != expected[name]:
+            raise UserError(
+                f"{path}: column {name} holds {frame.schema[name]}, not {expected[name]}; "
+                "make it anew with `python cli.py vstar`"
+            )
+    if frame.is_empty():
+        raise UserError(f"{path} has no rows; make it anew with `python cli.py vstar`")
+    present = {f"{field.name} is present": pl.col(field.name).is_not_null() for field in schema if not field.nullable}
+    for name, rule in {**present, **invariants}.items():
         broken = frame.filter(~rule.fill_null(False))
         if broken.height:
             row = broken.select("prompt_id", *sorted(set(rule.meta.root_names()) - {"prompt_id"})).row(
                 0, named=True
             )
             raise UserError(f"{path}: {broken.height} rows break the rule “{name}”, the first is {row}")
+
+
+def _read(paths: list[Path]) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(paths)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(
+            f"cannot read {', '.join(map(str, paths[:3]))}: {str(error).splitlines()[0]}; remove the damaged file"
+        ) from error
 
 
 def _write(frame: pl.DataFrame, schema: pa.Schema, provenance: Provenance, path: Path) -> None:
@@ -152,7 +177,7 @@ def write_vstar(frame: pl.DataFrame, provenance: Provenance, path: Path) -> None
 def read_vstar(path: Path) -> tuple[pl.DataFrame, Provenance]:
     """Read vstar.parquet and check every invariant. Raises UserError naming the broken rule and row."""
     provenance = read_provenance(path)
-    frame = pl.read_parquet(path)
+    frame = _read([path])
     _validate(frame, VSTAR, VSTAR_INVARIANTS, path)
     return frame, provenance
 
@@ -193,6 +218,6 @@ class SampleStore:
 
     def read(self) -> pl.DataFrame:
         """Every sample, each once. Raises UserError naming the broken rule and row."""
-        frame = pl.read_parquet(self.fragments())
+        frame = _read(self.fragments())
         _validate(frame, SAMPLES, SAMPLES_INVARIANTS, self.folder)
         return frame

@@ -1,5 +1,7 @@
 """What is in an artifact, and from what it was made: for the terminal, and as JSON."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ def _histogram(rate: pl.Series) -> list[int]:
         *(int((parts == part).sum()) for part in range(BINS)),
         int((rate == 1).sum()),
     ]
+
+
+def to_json(figures: dict[str, Any]) -> str:
+    """The figures as JSON, which has no infinity: an infinite β1 becomes the text "inf"."""
+    beta1 = figures["beta1"]
+    document = {**figures, "beta1": beta1 if math.isfinite(beta1) else "inf"}
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def show(figures: dict[str, Any], console: Console) -> None:

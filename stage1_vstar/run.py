@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import polars as pl
 from rich.console import Console
@@ -9,11 +10,12 @@ from rich.console import Console
 from common.artifacts import context, exclusive_run, model_identity, reference_model, run_paths, write_text
 from common.config import Config
 from common.engine import SamplingParams, build_engine
+from common.errors import UserError
 from common.grading import GraderPool, fingerprint
-from common.prompts import PromptRenderer, check_context, load_prompts, sampling_identity
+from common.prompts import PromptRenderer, check_context, load_prompts, sampling_identity, usable_prompts
 from common.rollout import Prompt
-from common.schema import Provenance, SampleStore, read_vstar, write_vstar
-from stage1_vstar.generate import generate_samples, missing_samples
+from common.schema import Provenance, SampleStore, read_provenance, read_vstar, write_vstar
+from stage1_vstar.generate import Address, generate_samples, missing_samples
 from stage1_vstar.table import vstar_rows, with_keep
 
 
@@ -30,20 +32,14 @@ def run_stage1(config: Config, console: Console) -> None:
     with exclusive_run(paths, "vstar"):
         provenance = stage1_provenance(config, renderer, model_identity(folder))
         store = SampleStore(paths.samples, provenance)
+        if paths.vstar.exists():
+            provenance.refuse_unless_same(
+                read_provenance(paths.vstar), what=str(paths.vstar), advice="remove it or choose another --run"
+            )
         missing = missing_samples(prompts, config.vstar.num_samples, store.present())
         if missing:
             write_text(paths.config, config.to_json())
-            console.print(
-                f"{len(prompts):,} prompts × {config.vstar.num_samples} samples: {len(missing):,} to draw; loading the model"
-            )
-            engine = build_engine(config, folder, renderer, beside_trainer=False)
-            try:
-                with GraderPool(config.grader) as pool:
-                    generate_samples(
-                        missing, prompts, engine, pool, store, sampling_params(config), config.seed
-                    )
-            finally:
-                engine.close()
+            draw(missing, prompts, config, folder, renderer, store, console)
         rows = vstar_rows(
             in_order(store.read(), prompts),
             num_samples=config.vstar.num_samples,
@@ -66,6 +62,39 @@ def summary(rows: pl.DataFrame) -> str:
         f"{rows.height:,} prompts, pass rate {means[0]:.3f}, pass@N {means[1]:.3f}, "
         f"β1 = {rows['beta1'][0]:g}, mean V̂* {means[2]:.3f}"
     )
+
+
+def draw(
+    missing: Sequence[Address],
+    prompts: Sequence[Prompt],
+    config: Config,
+    folder: Path,
+    renderer: PromptRenderer,
+    store: SampleStore,
+    console: Console,
+) -> None:
+    """Draw the missing samples of the prompts that can be graded. Raises UserError before the model loads."""
+    incomplete = {identifier for identifier, _ in missing}
+    with GraderPool(config.grader) as pool:
+        wanted = [prompt for prompt in prompts if prompt.id in incomplete]
+        usable = usable_prompts(wanted, config.data, pool)
+        if len(usable) < len(wanted):
+            dropped = len(wanted) - len(usable)
+            console.print(f"{dropped:,} prompts dropped: the grader cannot use their reference answers")
+            identifiers = {prompt.id for prompt in usable}
+            missing = [address for address in missing if address[0] in identifiers]
+        if not missing:
+            if store.fragments():
+                return
+            raise UserError("no prompt is left: the grader can use none of the reference answers")
+        console.print(
+            f"{len(usable):,} prompts × {config.vstar.num_samples} samples: {len(missing):,} to draw; loading the model"
+        )
+        engine = build_engine(config, folder, renderer, beside_trainer=False)
+        try:
+            generate_samples(missing, usable, engine, pool, store, sampling_params(config), config.seed)
+        finally:
+            engine.close()
 
 
 def in_order(samples: pl.DataFrame, prompts: Sequence[Prompt]) -> pl.DataFrame:

@@ -21,7 +21,7 @@ from common.grading import GraderPool, Outcome
 from common.prompts import PromptRenderer, check_context, load_prompts
 from common.rollout import Prompt, Rollout
 from stage2_train.batch import TokenSequence, sum_by_sequence, token_batches
-from stage2_train.logprobs import LogprobModel, token_logprobs
+from stage2_train.logprobs import load_model, token_logprobs
 from stage2_train.rollouts import collect_rollouts
 
 BOOTSTRAP_RESAMPLES = 2000
@@ -149,7 +149,7 @@ def bootstrap_interval(values_P: NDArray[np.float64], *, seed: int) -> tuple[flo
 def kl_to_reference(
     rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config
 ) -> dict[str, float]:
-    """KL(π‖π_ref), from completions of π: the mean of ln π/π_ref a sequence, its standard error, and a token's share."""
+    """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error, and a token's share."""
     sequences = [
         TokenSequence(
             place=place,
@@ -176,11 +176,8 @@ def sequence_logprobs(
     sequences: Sequence[TokenSequence], folder: Path, config: Config
 ) -> NDArray[np.float64]:
     """ln π(y|x) of each sequence under the model in `folder`, shape (B,)."""
-    from transformers import AutoModelForCausalLM
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
-    module = LogprobModel(model, config.sampling.temperature or 1.0).to(device).eval()
+    module = load_model(folder, config).to(device).eval()
     result = np.empty(len(sequences))
     for batch in token_batches(sequences, config.train.tokens_per_micro_batch, pad_token_id=0):
         tokens = batch.to(device)

@@ -8,12 +8,14 @@ Shapes: _B sequence, _T position, _K completion token of the batch, _H hidden, _
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from common.config import Config
 from stage2_train.batch import TokenBatch
 
 LOGITS_PER_CHUNK = 2**26
@@ -62,6 +64,16 @@ class LogprobModel(nn.Module):
             probabilities_KV = (logits_KV - normaliser_K[:, None]).exp()
             entropy_K = normaliser_K - (probabilities_KV * logits_KV).sum(-1)
         return logprobs_K, entropy_K
+
+
+def load_model(folder: Path, config: Config) -> LogprobModel:
+    """The model in `folder`, ready to give log-probs at the sampling temperature."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
+    return LogprobModel(model, config.sampling.temperature or 1.0)
 
 
 def token_logprobs(module: nn.Module, batch: TokenBatch) -> TokenLogprobs:

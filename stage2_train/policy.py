@@ -1,8 +1,11 @@
-"""The policy under training: a DeepSpeed engine around the reference model's architecture. The only importer of deepspeed."""
+"""The policy under training: a DeepSpeed engine around the model. The only importer of deepspeed."""
 
+import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.artifacts import write_text
 from common.config import Config
 from common.errors import UserError
-from stage2_train.logprobs import LogprobModel
+from stage2_train.logprobs import load_model
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 
+CHECKPOINT_STATE = "state.json"
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -60,23 +65,16 @@ def join_ranks(seed: int) -> Ranks:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    with redirect_stdout(io.StringIO()):  # it prints which of its operators it has compiled
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+        )
     expected = int(os.environ["WORLD_SIZE"])
     assert dist.get_world_size() == expected, (
         f"{dist.get_world_size()} ranks joined, the launcher started {expected}"
     )
     torch.manual_seed(seed)
     return Ranks(dist.get_rank(), expected, device)
-
-
-def load_model(folder: Path, config: Config) -> LogprobModel:
-    """The model in `folder`, ready to give log-probs at the sampling temperature."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
-    return LogprobModel(model, config.sampling.temperature)
 
 
 class Policy:
@@ -140,23 +138,23 @@ class Policy:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        self.engine.save_checkpoint(str(temporary), tag="state", client_state=state, save_latest=False)
+        self.engine.save_checkpoint(str(temporary), tag="state", save_latest=False)
         dist.barrier()
         if self._ranks.is_main:
+            write_text(temporary / CHECKPOINT_STATE, json.dumps(state, indent=2))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
         dist.barrier()
 
-    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Take over weights, optimizer and schedule from the newest checkpoint; returns its state, {} without one."""
+    def load_checkpoint(self, folder: Path) -> None:
+        """Take over weights, optimizer and schedule from the newest checkpoint, if there is one."""
         if not (found := checkpoints(folder)):
-            return {}
-        path, state = self.engine.load_checkpoint(str(found[-1]), tag="state")
+            return
+        path, _ = self.engine.load_checkpoint(str(found[-1]), tag="state")
         if path is None:
             raise UserError(f"{found[-1]} is not a whole checkpoint; delete it and run again")
-        return {"iteration": state["iteration"], "config": state["config"]}
 
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format with the reference model's tokenizer, whole or not at all."""
@@ -176,6 +174,14 @@ class Policy:
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
     return sorted(folder.glob("iteration-*"))
+
+
+def checkpoint_state(folder: Path) -> dict[str, Any]:
+    """What was saved beside the weights of the newest checkpoint in a folder, {} without one."""
+    if not (found := checkpoints(folder)):
+        return {}
+    state: dict[str, Any] = json.loads((found[-1] / CHECKPOINT_STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:

@@ -5,16 +5,27 @@
 Shapes: _B sequence, _K completion token.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from common.artifacts import RunPaths, exclusive_run, model_identity, reference_model, run_paths, write_text
+from common.artifacts import (
+    RunPaths,
+    differences,
+    exclusive_run,
+    model_identity,
+    reference_model,
+    run_paths,
+    write_text,
+)
 from common.config import Config
 from common.engine import RolloutEngine, SamplingParams, build_engine, request_seed
 from common.errors import UserError
@@ -23,10 +34,10 @@ from common.prompts import PromptRenderer, check_context, load_prompts, prompts_
 from common.rollout import Prompt, Rollout
 from common.schema import Provenance, read_vstar
 from stage2_train.batch import MicroBatch, TokenBatch, TokenSequence, token_batches
-from stage2_train.logprobs import LogprobModel, token_logprobs
+from stage2_train.logprobs import LogprobModel, load_model, token_logprobs
 from stage2_train.metrics import Metrics, MetricsLog, peak_memory_bytes, timed
 from stage2_train.objectives import Objective, build_objective
-from stage2_train.policy import Policy, Ranks, join_ranks, load_model
+from stage2_train.policy import Policy, Ranks, checkpoint_state, join_ranks
 from stage2_train.rollouts import LOGPROB_CHECKS, collect_rollouts
 
 
@@ -38,18 +49,23 @@ def run_stage2(config: Config, console: Console, vstar_file: Path | None = None)
     paths = run_paths(config.run)
     inputs = prepare(config, vstar_file or paths.vstar)
     total = inputs.iterations(config)
-    if _finished(paths, config):
+    origin = _origin(config, inputs)
+    if _finished(paths, origin):
         console.print(
             f"nothing to do: {paths.model} has been trained for {total} iterations with this config"
         )
         return
+    state = checkpoint_state(paths.checkpoints)
+    _refuse_other_origin(paths, origin, state)
     ranks = join_ranks(config.seed)
     _refuse_uneven_split(config, ranks)
+    _refuse_other_world(paths, ranks, state)
+    first = state.get("iteration", 0) + 1
     if not ranks.is_main:
-        _train(config, paths, inputs, ranks, total, Console(quiet=True))
+        _train(config, paths, inputs, ranks, first, total, Console(quiet=True))
         return
     with exclusive_run(paths, "train"):
-        _train(config, paths, inputs, ranks, total, console)
+        _train(config, paths, inputs, ranks, first, total, console)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +100,8 @@ def prepare(config: Config, vstar_file: Path) -> Inputs:
         "with another --run",
     )
     kept = rows.filter("keep")
+    if kept.is_empty():
+        raise UserError(f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules")
     prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
     held_out = []
     if config.evaluate.data is not None:
@@ -106,27 +124,44 @@ def _refuse_uneven_split(config: Config, ranks: Ranks) -> None:
         )
 
 
-def _finished(paths: RunPaths, config: Config) -> bool:
+def _origin(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """What two runs must share for one to continue the other: the config, and the V̂* that it trains on."""
+    vstar = json.dumps(sorted(inputs.vstar.items())).encode()
+    return {"config": config.model_dump(mode="json"), "vstar": hashlib.sha256(vstar).hexdigest()[:32]}
+
+
+def _finished(paths: RunPaths, origin: dict[str, Any]) -> bool:
     marker = paths.model / TRAINED_WITH
-    return marker.is_file() and marker.read_text(encoding="utf-8") == config.to_json()
+    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == origin
+
+
+def _refuse_other_origin(paths: RunPaths, origin: dict[str, Any], state: dict[str, Any]) -> None:
+    if state and (lines := differences(origin, state["origin"])):
+        raise UserError(
+            f"{paths.checkpoints} was made with another config or V̂*: {'; '.join(lines)}; "
+            "choose another --run, or delete that folder"
+        )
+
+
+def _refuse_other_world(paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> None:
+    if state and state["world_size"] != ranks.world_size:
+        raise UserError(
+            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by as many, "
+            f"found {ranks.world_size}; start {state['world_size']}, or delete that folder"
+        )
 
 
 TRAINED_WITH = "astar_po.json"
-"""In the exported model's folder: the config that it was trained with."""
+"""In the exported model's folder: what it was trained with."""
 
 
 def _train(
-    config: Config, paths: RunPaths, inputs: Inputs, ranks: Ranks, total: int, console: Console
+    config: Config, paths: RunPaths, inputs: Inputs, ranks: Ranks, first: int, total: int, console: Console
 ) -> None:
     engine = build_engine(config, inputs.folder, inputs.renderer, beside_trainer=True)
     with GraderPool(config.grader) as pool:
         trainer = Trainer(config, inputs, engine, pool, ranks)
-        state = trainer.policy.load_checkpoint(paths.checkpoints)
-        if state and state["config"] != config.to_json():
-            raise UserError(
-                f"{paths.checkpoints} was made with another config; choose another --run, or delete that folder"
-            )
-        first = state.get("iteration", 0) + 1
+        trainer.policy.load_checkpoint(paths.checkpoints)
         if first > 1:
             console.print(f"continuing after iteration {first - 1}")
             trainer.synchronise()
@@ -139,7 +174,7 @@ def _train(
         train(trainer, config, paths, console, first=first, last=total)
         trainer.policy.export(paths.model)
         if ranks.is_main:
-            write_text(paths.model / TRAINED_WITH, config.to_json())
+            write_text(paths.model / TRAINED_WITH, json.dumps(trainer.origin, indent=2))
             console.print(f"{paths.model}: the trained policy in Hugging Face format")
     engine.close()
 
@@ -165,7 +200,7 @@ def train(
             if number % config.train.checkpoint_every == 0 or number == last:
                 trainer.policy.save_checkpoint(
                     paths.checkpoints,
-                    {"iteration": number, "config": config.to_json()},
+                    {"iteration": number, "origin": trainer.origin, "world_size": trainer.ranks.world_size},
                     keep=config.train.keep_checkpoints,
                 )
     finally:
@@ -198,6 +233,7 @@ class Trainer:
     ) -> None:
         """Load the policy and the reference model."""
         self.config = config
+        self.origin = _origin(config, inputs)
         self.ranks = ranks
         self.prompts = inputs.prompts
         self.vstar = inputs.vstar

@@ -39,8 +39,8 @@ IGNORED = -100
 class Pretraining:
     """How the base model is made; the defaults fit a minute on two cores."""
 
-    steps: int = 700
-    textbook_steps: int = 500
+    steps: int = 900
+    textbook_steps: int = 650
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 50
@@ -50,6 +50,7 @@ class Pretraining:
     layers: int = 3
     heads: int = 4
     mlp_size: int = 256
+    rope_theta: float = 100.0
 
 
 def build_base_model(
@@ -154,6 +155,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Pretraining) -> Qwen3
         num_key_value_heads=recipe.heads,
         head_dim=recipe.hidden_size // recipe.heads,
         max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         tie_word_embeddings=False,
         initializer_range=0.05,
         bos_token_id=None,

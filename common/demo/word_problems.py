@@ -54,8 +54,8 @@ ENDINGS = (
 )
 
 # What the demonstrations get wrong, and by how much.
-GUESS_PROBABILITY = 0.45
-SLIP_PROBABILITY = 0.11
+GUESS_PROBABILITY = 0.42
+SLIP_PROBABILITY = 0.1
 SLIPS = (-10, -2, -1, 1, 2, 10)
 GUESS_STANDARD_DEVIATION = 4.0
 

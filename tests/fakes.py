@@ -1,0 +1,112 @@
+"""Stand-ins for what is slow or needs a device: an engine that follows a script, and artifacts without a model."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from common.config import Config
+from common.engine import SamplingParams
+from common.rollout import Completion, SampleRequest
+from common.schema import Provenance, write_vstar
+from stage1_vstar.table import vstar_rows
+
+IDENTITY: dict[str, Any] = {
+    "model": {"weights": "w" * 32, "tokenizer": "t" * 32},
+    "prompt": {"template": "{prompt}\n", "eos_token_ids": [0]},
+    "sampling": {"temperature": 1.0, "top_p": 1.0, "max_completion_tokens": 12},
+    "grader": "gsm8k/1",
+    "seed": 0,
+}
+CONTEXT: dict[str, Any] = {"model_path": "some/model", "versions": {"torch": "2.13.0"}, "commit": None}
+
+
+class EngineDied(RuntimeError):
+    """What `ScriptedEngine` raises when its script says so."""
+
+
+class ScriptedEngine:
+    """A RolloutEngine whose completions follow from a request's seed alone, and come out of order, as vLLM's do.
+
+    `dies_after` ends it with EngineDied once so many completions are out. `drawn` lists the keys it was asked for.
+    """
+
+    def __init__(self, write: Callable[[SampleRequest], str] | None = None, *, dies_after: int | None = None) -> None:
+        self.drawn: list[Any] = []
+        self.closed = False
+        self._write = write or (lambda request: f"so #### {1 + request.seed % 4}")
+        self._dies_after = dies_after
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        waiting = list(requests)
+        random.Random(len(waiting)).shuffle(waiting)
+        for place, request in enumerate(waiting):
+            if place == self._dies_after:
+                raise EngineDied(f"after {place} completions")
+            self.drawn.append(request.key)
+            yield Completion(
+                key=request.key,
+                token_ids=tuple(range(1 + request.seed % sampling.max_completion_tokens)),
+                text=self._write(request),
+                truncated=request.seed % 7 == 0,
+            )
+
+    def load_weights(self, named_tensors: object) -> None:
+        raise AssertionError("stage 1 never changes the weights")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def tiny_config(model: Path, data: Path, /, **sections: dict[str, Any]) -> Config:
+    """A run of the tiny model on a generic data set; each section's values are added to these."""
+    document: dict[str, Any] = {
+        "run": "test",
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"format": "generic", "path": str(data), "template": "line", "max_prompt_tokens": 64},
+        "sampling": {"max_completion_tokens": 12},
+        "grader": {"name": "gsm8k"},
+        "vstar": {"num_samples": 4},
+    }
+    for name, values in sections.items():
+        document[name] = {**document.get(name, {}), **values}
+    return Config.model_validate(document)
+
+
+def sample_rows(outcomes: dict[str, list[str]], rewards: dict[str, list[float]] | None = None) -> pl.DataFrame:
+    """Rows of samples/*.parquet: per prompt the outcomes of its samples; rewards are 1 for correct ones by default."""
+    return pl.DataFrame(
+        [
+            {
+                "prompt_id": name,
+                "sample_index": index,
+                "prompt": f"question {name}",
+                "answer": "1",
+                "completion": f"#### {index}",
+                "completion_tokens": 3 + index,
+                "outcome": outcome,
+                "extracted": None,
+                "reward": rewards[name][index] if rewards else float(outcome == "correct"),
+            }
+            for name, many in outcomes.items()
+            for index, outcome in enumerate(many)
+        ],
+        schema_overrides={"sample_index": pl.Int32, "completion_tokens": pl.Int32, "extracted": pl.String},
+    )
+
+
+def write_artifact(
+    path: Path,
+    outcomes: dict[str, list[str]],
+    *,
+    beta1: float = 0.5,
+    rewards: dict[str, list[float]] | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Path:
+    """A vstar.parquet made from those samples."""
+    many = max(len(each) for each in outcomes.values())
+    rows = vstar_rows(sample_rows(outcomes, rewards), num_samples=many, beta1=beta1, drop_unsolved=False)
+    write_vstar(rows, Provenance(identity=identity or IDENTITY, context=CONTEXT), path)
+    return path

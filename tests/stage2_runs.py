@@ -1,0 +1,99 @@
+"""What the tests of stage 2 share: a config for the tiny model, and a vstar.parquet made without sampling."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from common.artifacts import model_identity
+from common.config import Config
+from common.grading import fingerprint
+from common.prompts import PromptRenderer, load_prompts, sampling_identity
+from common.schema import Provenance, write_vstar
+
+NUM_SAMPLES = 4
+REWARDS = ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])
+
+
+def write_questions(path: Path, count: int, *, first: int = 0) -> None:
+    """A .jsonl of questions whose answers are what the tiny model says now and then: 1 to 4."""
+    rows = (
+        {"prompt": f"Tom has {number} apples. How many?" + " Tom buys more." * (number % 3), "answer": f"{number % 4 + 1}"}
+        for number in range(first, first + count)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def tiny_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Config:
+    """A config of three iterations of two steps on 32 prompts; `sections` override its values."""
+    train, held_out = folder / "train.jsonl", folder / "test.jsonl"
+    write_questions(train, 32)
+    write_questions(held_out, 5, first=32)
+    document: dict[str, Any] = {
+        "run": "tiny",
+        "seed": 1,
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"format": "generic", "path": str(train), "max_prompt_tokens": 64},
+        "sampling": {"max_completion_tokens": 16},
+        "grader": {"name": "gsm8k"},
+        "engine": {"max_num_seqs": 16},
+        "vstar": {"num_samples": NUM_SAMPLES},
+        "train": {
+            "objective": {"beta2": 0.05},
+            "learning_rate": 1e-3,
+            "batch_size": 16,
+            "mini_batch_size": 8,
+            "iterations": 3,
+            "tokens_per_micro_batch": 160,
+            "evaluate_every": 2,
+        },
+        "evaluate": {"num_samples": 4, "data": {"format": "generic", "path": str(held_out)}},
+    }
+    for name, values in sections.items():
+        document[name] = {**document[name], **values} if isinstance(values, dict) else values
+    return Config.model_validate(document)
+
+
+def write_tiny_vstar(config: Config, path: Path, *, change: dict[str, Any] | None = None) -> None:
+    """vstar.parquet of a config, with made-up rewards; `change` overrides parts of the identity that it records."""
+    folder = Path(config.model.path)
+    renderer = PromptRenderer(folder, config.data)
+    prompts = load_prompts(config.data, config, renderer)
+    rewards = [REWARDS[number % len(REWARDS)] for number in range(len(prompts))]
+    identity = sampling_identity(config, renderer, model_identity(folder), fingerprint(config.grader))
+    rows = pl.DataFrame(
+        {
+            "prompt_id": [prompt.id for prompt in prompts],
+            "prompt": [prompt.text for prompt in prompts],
+            "answer": [prompt.answer for prompt in prompts],
+            "num_samples": [NUM_SAMPLES] * len(prompts),
+            "rewards": rewards,
+            "outcomes": [["correct" if reward else "wrong" for reward in row] for row in rewards],
+            "completion_tokens": [[5] * NUM_SAMPLES] * len(prompts),
+            "pass_rate": [sum(row) / NUM_SAMPLES for row in rewards],
+            "pass_at_n": [any(row) for row in rewards],
+            "beta1": [float("inf")] * len(prompts),
+            "vstar": [sum(row) / NUM_SAMPLES for row in rewards],
+            "vstar_se": [0.1] * len(prompts),
+            "keep": [True] * len(prompts),
+        }
+    )
+    frame = rows.cast({"num_samples": pl.Int32, "completion_tokens": pl.List(pl.Int32)})
+    write_vstar(frame, Provenance(identity={**identity, "seed": 1, **(change or {})}, context={}), path)
+
+
+def as_toml(config: Config) -> str:
+    """The config as a TOML file."""
+    lines: list[str] = []
+
+    def table(name: str, values: dict[str, Any]) -> None:
+        if name:
+            lines.append(f"[{name}]")
+        tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in values.items() if key not in tables)
+        for key, value in tables.items():
+            table(f"{name}.{key}" if name else key, value)
+
+    table("", config.model_dump(mode="json", exclude_none=True))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,105 @@
+"""Sequences into padded batches, and prompts into the endless row of epochs."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from stage2_train.batch import MicroBatch, TokenSequence, sum_by_sequence, token_batches
+from stage2_train.train import prompt_batch
+
+PAD = 99
+
+
+def ragged(count: int, *, seed: int = 0) -> list[TokenSequence]:
+    """Sequences whose tokens tell where they belong; prompts and completions of 1 to 9 tokens."""
+    rng = random.Random(seed)
+    return [
+        TokenSequence(
+            place=place,
+            prompt_token_ids=tuple(1000 * place + index for index in range(rng.randint(1, 9))),
+            completion_token_ids=tuple(1000 * place + 500 + index for index in range(rng.randint(1, 9))),
+        )
+        for place in range(count)
+    ]
+
+
+@pytest.mark.parametrize("budget", [1, 18, 40, 64, 100_000])
+def test_every_sequence_comes_once_and_whole_whatever_the_budget(budget: int) -> None:
+    sequences = ragged(23)
+    found: Counter[int] = Counter()
+    for batch in token_batches(sequences, budget, PAD):
+        for row, place in enumerate(batch.places):
+            found[place] += 1
+            sequence = sequences[place]
+            tokens = batch.input_ids_BT[row].tolist()
+            padding = [PAD] * (len(tokens) - len(sequence))
+            assert tokens == [*sequence.prompt_token_ids, *sequence.completion_token_ids, *padding]
+            completion = batch.input_ids_BT[row][batch.is_completion_BT[row]].tolist()
+            assert completion == list(sequence.completion_token_ids)
+    assert found == Counter(range(23))
+
+
+@pytest.mark.parametrize("budget", [1, 18, 40, 64])
+def test_no_batch_is_over_the_budget_unless_one_sequence_is(budget: int) -> None:
+    for batch in token_batches(ragged(23), budget, PAD):
+        assert batch.input_ids_BT.numel() <= budget or len(batch.places) == 1
+
+
+def test_batches_are_filled_and_hold_similar_lengths() -> None:
+    sequences = ragged(40)
+    batches = list(token_batches(sequences, 60, PAD))
+    padded = sum(batch.input_ids_BT.numel() for batch in batches)
+    assert padded < 1.15 * sum(map(len, sequences))
+    for batch, following in zip(batches, batches[1:], strict=False):
+        assert (len(batch.places) + 1) * batch.input_ids_BT.shape[1] > 60
+        assert min(len(sequences[place]) for place in batch.places) >= following.input_ids_BT.shape[1]
+
+
+def test_no_sequences_make_no_batches() -> None:
+    assert list(token_batches([], 10, PAD)) == []
+
+
+def test_each_completion_token_knows_its_row() -> None:
+    (batch,) = token_batches(ragged(5), 10_000, PAD)
+    lengths = [len(ragged(5)[place].completion_token_ids) for place in batch.places]
+    assert batch.sequence_of_K.tolist() == [row for row, length in enumerate(lengths) for _ in range(length)]
+
+
+def test_values_are_added_up_by_sequence() -> None:
+    values_K, sequence_of_K = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([2, 0, 2, 0])
+    assert sum_by_sequence(values_K, sequence_of_K, 3).tolist() == [10.0, 0.0, 5.0]
+    batch = MicroBatch(
+        sequence_of_K=sequence_of_K,
+        reference_logprobs_K=torch.zeros(4),
+        advantages_B=torch.zeros(3),
+        step_sequences=3,
+    )
+    assert batch.sum_by_sequence(values_K).tolist() == [10.0, 0.0, 5.0]
+
+
+@pytest.mark.parametrize(("prompts", "batch_size"), [(10, 4), (7, 7), (5, 13), (12, 1)])
+def test_each_epoch_has_each_prompt_once(prompts: int, batch_size: int) -> None:
+    row: list[int] = []
+    for iteration in range(1, 3 * prompts + 1):
+        batch = prompt_batch(prompts, batch_size, seed=3, iteration=iteration)
+        assert len(batch) == batch_size
+        row += batch
+    epochs = [row[start : start + prompts] for start in range(0, len(row) - prompts + 1, prompts)]
+    assert len(epochs) >= 3
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(prompts))
+    assert len({tuple(epoch) for epoch in epochs}) > 1 or prompts == 1
+
+
+def test_the_order_of_prompts_does_not_depend_on_how_it_is_cut() -> None:
+    def row(batch_size: int) -> list[int]:
+        return [place for step in range(1, 60 // batch_size + 1) for place in prompt_batch(11, batch_size, 5, step)]
+
+    assert row(4) == row(5) == row(60) == row(1)
+
+
+def test_the_order_of_prompts_follows_the_seed() -> None:
+    assert prompt_batch(50, 20, 1, 4) == prompt_batch(50, 20, 1, 4)
+    assert prompt_batch(50, 20, 1, 4) != prompt_batch(50, 20, 2, 4)

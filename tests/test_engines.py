@@ -1,0 +1,259 @@
+"""vLLM and transformers as rollout engines: one distribution, the trainer's, whatever shares the batch.
+
+The model folder carries a generation config with a temperature, top-k and a repetition penalty, as instruction-tuned
+models do: none of it may touch what is sampled.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.config import Config
+from common.engine import RolloutEngine, SamplingParams, build_engine, request_seed
+from common.prompts import PromptRenderer
+from common.rollout import Completion, SampleRequest
+from stage2_train.batch import TokenSequence, token_batches
+from stage2_train.logprobs import LogprobModel, token_logprobs
+from tests.stage2_runs import tiny_config
+
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore::DeprecationWarning:(torch|vllm)\..*", "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning"
+)
+
+TOLERANCE = 1e-4
+"""Between the engine's and the trainer's log-prob of a token, both in float32 (required; measured: below 1e-5)."""
+SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_completion_tokens=16)
+GREEDY = replace(SAMPLING, temperature=0.0)
+BACKENDS = ["vllm", "transformers"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "model"
+    shutil.copytree(tiny_model, folder)
+    path = folder / "generation_config.json"
+    document = json.loads(path.read_text())
+    document |= {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "repetition_penalty": 3.0}
+    path.write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return tiny_config(tmp_path_factory.mktemp("config"), folder)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def engine(request: pytest.FixtureRequest, config: Config, folder: Path) -> Iterator[RolloutEngine]:
+    engine = new_engine(config, folder, request.param, max_num_seqs=16)
+    yield engine
+    engine.close()
+
+
+def new_engine(config: Config, folder: Path, backend: str, max_num_seqs: int) -> RolloutEngine:
+    section = config.engine.model_copy(update={"backend": backend, "max_num_seqs": max_num_seqs})
+    return build_engine(
+        config.model_copy(update={"engine": section}), folder, PromptRenderer(folder, config.data), beside_trainer=True
+    )
+
+
+def requests(folder: Path, config: Config, count: int = 24) -> list[SampleRequest]:
+    renderer = PromptRenderer(folder, config.data)
+    return [
+        SampleRequest(
+            key=number,
+            prompt_token_ids=renderer.render(f"Tom has {number} pens." + " He buys more." * (number % 5)),
+            seed=request_seed(7, number),
+            with_logprobs=True,
+        )
+        for number in range(count)
+    ]
+
+
+def sample(
+    engine: RolloutEngine, batch: list[SampleRequest], sampling: SamplingParams = SAMPLING
+) -> dict[object, Completion]:
+    completions = list(engine.generate(batch, sampling))
+    assert len(completions) == len(batch)
+    return {completion.key: completion for completion in completions}
+
+
+def tokens(completions: dict[object, Completion]) -> dict[object, tuple[int, ...]]:
+    return {key: completion.token_ids for key, completion in completions.items()}
+
+
+def trainer_gap(module: LogprobModel, batch: list[SampleRequest], completions: dict[object, Completion]) -> float:
+    """The largest difference between the engine's and the trainer's log-prob of any token."""
+    sequences = [
+        TokenSequence(
+            place=place,
+            prompt_token_ids=request.prompt_token_ids,
+            completion_token_ids=completions[request.key].token_ids,
+        )
+        for place, request in enumerate(batch)
+    ]
+    worst = 0.0
+    for slice_ in token_batches(sequences, 400, pad_token_id=0):
+        with torch.no_grad():
+            ours_K = token_logprobs(module, slice_).logprobs_K
+        theirs = [completions[batch[place].key].sampled_logprobs for place in slice_.places]
+        theirs_K = torch.tensor([value for values in theirs for value in values or ()])
+        assert theirs_K.shape == ours_K.shape
+        worst = max(worst, float((ours_K - theirs_K).abs().max()))
+    return worst
+
+
+def load(folder: Path, temperature: float) -> LogprobModel:
+    return LogprobModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), temperature)
+
+
+def test_every_request_is_answered_under_its_key_and_samples_differ(
+    engine: RolloutEngine, folder: Path, config: Config
+) -> None:
+    completions = sample(engine, requests(folder, config))
+    assert completions.keys() == set(range(24))
+    assert len(set(tokens(completions).values())) > 5
+    assert list(engine.generate([], SAMPLING)) == []
+
+
+def test_a_sample_depends_on_its_seed_and_prompt_alone(engine: RolloutEngine, folder: Path, config: Config) -> None:
+    batch = requests(folder, config)
+    together = sample(engine, batch)
+    shuffled = batch.copy()
+    random.Random(0).shuffle(shuffled)
+    assert tokens(sample(engine, shuffled)) == tokens(together)
+    for request in batch[:3]:
+        assert tokens(sample(engine, [request])) == {request.key: together[request.key].token_ids}
+    other_seeds = [replace(request, seed=request.seed + 1) for request in batch]
+    assert tokens(sample(engine, other_seeds)) != tokens(together)
+
+
+def test_an_ended_completion_holds_its_end_token_and_only_a_cut_one_lacks_it(
+    engine: RolloutEngine, folder: Path, config: Config
+) -> None:
+    renderer = PromptRenderer(folder, config.data)
+    (end,) = renderer.eos_token_ids
+    short = replace(SAMPLING, max_completion_tokens=4)
+    completions = sample(engine, requests(folder, config), short).values()
+    assert {completion.truncated for completion in completions} == {True, False}
+    for completion in completions:
+        assert end not in completion.token_ids[:-1]
+        assert completion.truncated == (completion.token_ids[-1] != end)
+        assert len(completion.token_ids) == 4 or not completion.truncated
+        assert completion.text == renderer.decode(completion.token_ids)
+        assert "<|" not in completion.text
+        assert completion.sampled_logprobs is not None
+        assert len(completion.sampled_logprobs) == len(completion.token_ids)
+
+
+def test_log_probs_come_only_where_asked_for(engine: RolloutEngine, folder: Path, config: Config) -> None:
+    batch = [replace(request, with_logprobs=request.key == 1) for request in requests(folder, config, 3)]
+    completions = sample(engine, batch)
+    assert [completions[key].sampled_logprobs is None for key in range(3)] == [True, False, True]
+
+
+def test_greedy_takes_the_most_likely_token_whatever_the_seed(
+    engine: RolloutEngine, folder: Path, config: Config
+) -> None:
+    model = load(folder, 1.0).model
+    batch = requests(folder, config, 6)
+    greedy = sample(engine, batch, GREEDY)
+    for request in batch:
+        ids = list(request.prompt_token_ids)
+        for token in greedy[request.key].token_ids:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            assert int(logits.argmax()) == token
+            ids.append(token)
+    reseeded = [replace(request, seed=request.seed + 1) for request in batch]
+    assert tokens(sample(engine, reseeded, GREEDY)) == tokens(greedy)
+
+
+def test_samples_follow_the_models_distribution(engine: RolloutEngine, folder: Path, config: Config) -> None:
+    """The first token's frequencies over 2,000 seeds, against the model's probabilities."""
+    one = requests(folder, config, 1)[0]
+    draws = 2000
+    batch = [replace(one, key=number, seed=number, with_logprobs=False) for number in range(draws)]
+    first = replace(SAMPLING, max_completion_tokens=1)
+    drawn = torch.tensor([token for (token,) in tokens(sample(engine, batch, first)).values()])
+    model = load(folder, 1.0).model
+    with torch.no_grad():
+        probability_V = model(input_ids=torch.tensor([one.prompt_token_ids])).logits[0, -1].double().softmax(-1)
+    frequency_V = torch.bincount(drawn, minlength=len(probability_V)) / draws
+    error_V = (probability_V * (1 - probability_V) / draws).sqrt()
+    likely_V = probability_V > 0.01
+    assert int(likely_V.sum()) >= 5
+    assert float(((frequency_V - probability_V).abs() / error_V)[likely_V].max()) < 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_agree_with_the_trainers_before_training(
+    engine: RolloutEngine, folder: Path, config: Config, temperature: float
+) -> None:
+    batch = requests(folder, config)
+    completions = sample(engine, batch, replace(SAMPLING, temperature=temperature))
+    assert trainer_gap(load(folder, temperature), batch, completions) < TOLERANCE
+
+
+def test_log_probs_agree_after_every_weight_synchronisation(
+    engine: RolloutEngine, folder: Path, config: Config
+) -> None:
+    """The last set of weights is the first again: the engine's other tests need it, and its samples must return."""
+    module, batch = load(folder, 1.0), requests(folder, config)
+    original = {name: weight.clone() for name, weight in module.model.named_parameters()}
+    before = sample(engine, batch)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        with torch.no_grad():
+            for weight in module.model.parameters():
+                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+        stale = trainer_gap(module, batch, before)
+        engine.load_weights((name, weight.detach()) for name, weight in module.model.named_parameters())
+        completions = sample(engine, batch)
+        assert stale > 100 * TOLERANCE
+        assert trainer_gap(module, batch, completions) < TOLERANCE
+        assert tokens(completions) != tokens(before)
+    engine.load_weights(original.items())
+    again = sample(engine, batch)
+    assert again == before
+
+
+def test_an_engine_goes_on_after_its_caller_lost_interest(
+    engine: RolloutEngine, folder: Path, config: Config
+) -> None:
+    batch = requests(folder, config)
+    stream = engine.generate(batch, SAMPLING)
+    first = next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    completions = sample(engine, batch)
+    assert completions[first.key] == first
+
+
+def test_a_held_out_prompt_may_be_longer_than_a_training_prompt(tmp_path: Path, tiny_model: Path) -> None:
+    """The engine is one for both, and the longest of either fits if it fits the model."""
+    from common.engine_vllm import context_length
+
+    config = tiny_config(tmp_path, tiny_model)
+    longer = config.evaluate.data.model_copy(update={"max_prompt_tokens": 100}) if config.evaluate.data else None
+    evaluate = config.evaluate.model_copy(update={"data": longer})
+    assert context_length(config.model_copy(update={"evaluate": evaluate}), tiny_model) == 116
+    sampling = config.sampling.model_copy(update={"max_completion_tokens": 500})
+    assert context_length(config.model_copy(update={"sampling": sampling}), tiny_model) == 512
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_size_of_the_engine_changes_no_sample(backend: str, folder: Path, config: Config) -> None:
+    """One engine after the other: a vLLM engine that closes takes the process's groups along."""
+    found = []
+    for max_num_seqs in (5, 64):
+        engine = new_engine(config, folder, backend, max_num_seqs)
+        found.append(tokens(sample(engine, requests(folder, config))))
+        engine.close()
+    assert found[0] == found[1]

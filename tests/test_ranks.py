@@ -1,0 +1,130 @@
+"""One training step however it is split: over processes, ZeRO stages and micro-batches.
+
+The same scripted completions are trained on by one process and by two. Sums are taken in another order, so results
+agree to rounding; AdamW divides gradients by their own size, which magnifies the rounding of the smallest.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.stage2_runs import tiny_config, write_tiny_vstar
+
+ROOT = Path(__file__).parents[1]
+FIGURES_TOLERANCE = 1e-5
+"""Relative, for losses, KL, entropy and gradient norm."""
+WEIGHTS_TOLERANCE = 2e-6
+"""Absolute. One step moves a weight by up to 1e-3."""
+BASELINE = "ZeRO-2"
+CASES: dict[str, dict[str, Any]] = {
+    "ZeRO-0": {"zero_stage": 0},
+    "ZeRO-1": {"zero_stage": 1},
+    BASELINE: {"zero_stage": 2},
+    "ZeRO-3": {"zero_stage": 3},
+    "a sequence at a time": {"zero_stage": 2, "tokens_per_micro_batch": 1},
+    "all at once": {"zero_stage": 2, "tokens_per_micro_batch": 100_000},
+    "gradient checkpointing": {"zero_stage": 2, "gradient_checkpointing": True},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What each rank found, by case."""
+
+    figures: list[dict[str, dict[str, Any]]]
+    weights: list[dict[str, dict[str, torch.Tensor]]]
+
+
+def run(folder: Path, model: Path, processes: int) -> Outcome:
+    config = tiny_config(folder, model, train={"iterations": 2, "tokens_per_micro_batch": 60})
+    write_tiny_vstar(config, folder / "vstar.parquet")
+    cases = {
+        name: config.model_copy(update={"train": config.train.model_copy(update=change)}).model_dump(mode="json")
+        for name, change in CASES.items()
+    }
+    job = folder / f"job-{processes}.json"
+    output = folder / f"outcome-{processes}"
+    job.write_text(json.dumps({"cases": cases, "vstar": str(folder / "vstar.parquet"), "output": str(output)}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    finished = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.train_steps", str(job)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    found = [torch.load(f"{output}.{rank}") for rank in range(processes)]
+    return Outcome([figures for figures, _ in found], [weights for _, weights in found])
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcome]:
+    found = {processes: run(tmp_path_factory.mktemp("ranks"), tiny_model, processes) for processes in (1, 2)}
+    return found.__getitem__
+
+
+def assert_same(outcome: Outcome, rank: int, case: str, reference: Outcome) -> None:
+    ours, theirs = dict(outcome.figures[rank][case]), dict(reference.figures[0][BASELINE])
+    ours.pop("slices")
+    theirs.pop("slices")
+    for name, values in theirs.items():
+        assert ours[name] == pytest.approx(values, rel=FIGURES_TOLERANCE, abs=1e-6), name
+    assert outcome.weights[rank][case].keys() == reference.weights[0][BASELINE].keys()
+    for name, weight in reference.weights[0][BASELINE].items():
+        found = outcome.weights[rank][case][name]
+        torch.testing.assert_close(found, weight, rtol=0, atol=WEIGHTS_TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_gives_the_same_step_in_every_way(outcome: Callable[[int], Outcome], case: str) -> None:
+    assert_same(outcome(1), 0, case, outcome(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_step_of_one(outcome: Callable[[int], Outcome], case: str) -> None:
+    for rank in range(2):
+        assert_same(outcome(2), rank, case, outcome(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_processes_hold_the_very_same_weights(outcome: Callable[[int], Outcome], case: str) -> None:
+    first, second = (weights[case] for weights in outcome(2).weights)
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+
+
+def test_the_cases_differ_in_what_they_are_meant_to_compare(
+    outcome: Callable[[int], Outcome], tiny_model: Path
+) -> None:
+    """Training moved the weights, slices were many or one, and the two ranks had unequal numbers of them."""
+    from safetensors.torch import load_file
+
+    start = load_file(tiny_model / "model.safetensors")
+    for name, weight in outcome(1).weights[0][BASELINE].items():
+        assert float((weight - start[name]).abs().max()) > 100 * WEIGHTS_TOLERANCE, name
+    one, two = outcome(1).figures[0], outcome(2).figures[0]
+    assert all(count == 8 for step in one["a sequence at a time"]["slices"] for count in step)
+    assert all(count == 1 for step in one["all at once"]["slices"] for count in step)
+    assert any(left != right for left, right in two[BASELINE]["slices"])
+    assert 0 < one[BASELINE]["pass_at_1"] < 1
+    assert all(norm > 0 for norm in one[BASELINE]["train/gradient_norm"])
+
+
+def test_before_its_first_step_the_policy_is_the_reference(tmp_path: Path, tiny_model: Path) -> None:
+    """A step an iteration: the first one's log-ratio is that of equal weights."""
+    config = tiny_config(tmp_path, tiny_model, train={"iterations": 1, "mini_batch_size": 16})
+    assert config.train.batch_size == 16

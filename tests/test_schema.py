@@ -1,0 +1,252 @@
+"""The contract between the stages: what is written is read by anyone, what is broken is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common.artifacts import SCHEMA_VERSION
+from common.errors import UserError
+from common.schema import (
+    METADATA_KEY,
+    SAMPLES,
+    VSTAR,
+    Provenance,
+    SampleStore,
+    read_provenance,
+    read_vstar,
+    write_vstar,
+)
+from tests.fakes import CONTEXT, IDENTITY, sample_rows, write_artifact
+
+OUTCOMES = {"p1": ["correct", "wrong", "unparsed"], "p2": ["truncated", "wrong", "wrong"], "p3": ["correct"] * 3}
+PROVENANCE = Provenance(identity=IDENTITY, context=CONTEXT)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return write_artifact(tmp_path / "vstar.parquet", OUTCOMES)
+
+
+def rewrite(path: Path, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
+    """Break an artifact as another tool could: past the writer's checks, with the provenance kept."""
+    table = change(pl.read_parquet(path)).to_arrow()
+    pq.write_table(table.replace_schema_metadata(pq.read_schema(path).metadata), path)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_vstar(path)
+    return str(caught.value)
+
+
+def test_what_is_written_is_read_back(artifact: Path) -> None:
+    rows, provenance = read_vstar(artifact)
+    assert rows.columns == VSTAR.names
+    assert rows["rewards"].to_list() == [[1.0, 0.0, 0.0], [0.0] * 3, [1.0] * 3]
+    assert rows["outcomes"].to_list() == list(OUTCOMES.values())
+    assert rows["completion_tokens"].to_list() == [[3, 4, 5]] * 3
+    assert rows["pass_rate"].to_list() == [1 / 3, 0.0, 1.0]
+    assert rows["pass_at_n"].to_list() == [True, False, True]
+    assert provenance == PROVENANCE
+
+
+def test_the_file_opens_in_polars_duckdb_and_pandas_with_the_same_columns_and_values(artifact: Path) -> None:
+    by_polars = pl.read_parquet(artifact)
+    by_duckdb = duckdb.sql(f"select * from '{artifact}'")
+    by_pandas = pd.read_parquet(artifact)
+    assert by_polars.columns == by_duckdb.columns == list(by_pandas.columns) == VSTAR.names
+    expected = by_polars.select("prompt_id", "num_samples", "pass_rate", "beta1", "vstar", "keep").rows()
+    assert by_duckdb.select("prompt_id, num_samples, pass_rate, beta1, vstar, keep").fetchall() == expected
+    columns = by_pandas[["prompt_id", "num_samples", "pass_rate", "beta1", "vstar", "keep"]]
+    assert list(columns.itertuples(index=False, name=None)) == expected
+    assert [list(rewards) for rewards in by_pandas["rewards"]] == by_polars["rewards"].to_list()
+    assert duckdb.sql(f"select list_avg(rewards) from '{artifact}'").fetchall() == [
+        (rate,) for rate in by_polars["pass_rate"]
+    ]
+
+
+BROKEN: dict[str, pl.Expr] = {
+    "a prompt appears once": pl.lit("p1").alias("prompt_id"),
+    "prompt is present": pl.lit(None, pl.String).alias("prompt"),
+    "num_samples counts the rewards": pl.col("rewards").list.head(2),
+    "num_samples counts the outcomes": pl.col("outcomes").list.head(2),
+    "num_samples counts the lengths": pl.col("completion_tokens").list.head(2),
+    "pass_rate is the share of correct outcomes": pl.lit(0.5).alias("pass_rate"),
+    "pass_at_n says whether any sample is correct": (~pl.col("pass_at_n")).alias("pass_at_n"),
+    "beta1 is a number and not negative": pl.lit(-1.0).alias("beta1"),
+    "vstar lies between the mean and the best reward": (pl.col("vstar") + 0.6).alias("vstar"),
+    "vstar_se is missing or not negative": pl.lit(-0.1).alias("vstar_se"),
+    "keep is present": pl.lit(None, pl.Boolean).alias("keep"),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_row_is_named_with_the_rule_that_it_breaks(artifact: Path, rule: str) -> None:
+    only_second = pl.col("prompt_id") == "p2"
+    name = BROKEN[rule].meta.output_name()
+    rewrite(artifact, lambda rows: rows.with_columns(pl.when(only_second).then(BROKEN[rule]).otherwise(pl.col(name)).alias(name)))
+    message = refusal(artifact)
+    assert f"break the rule “{rule}”" in message
+    assert str(artifact) in message
+    assert ("'prompt_id': 'p1'" if rule == "a prompt appears once" else "'prompt_id': 'p2'") in message
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "rule"),
+    [
+        ("rewards", [0.0, None, 0.0], "rewards are finite"),
+        ("rewards", [0.0, float("nan"), 0.0], "rewards are finite"),
+        ("rewards", [0.0, float("inf"), 0.0], "rewards are finite"),
+        ("outcomes", ["wrong", "guessed", "wrong"], "outcomes are known"),
+        ("outcomes", ["wrong", None, "wrong"], "outcomes are known"),
+        ("beta1", float("nan"), "beta1 is a number and not negative"),
+        ("beta1", 0.25, "beta1 is the same for every prompt"),
+        ("vstar", float("nan"), "vstar lies between the mean and the best reward"),
+        ("vstar", None, "vstar is present"),
+        ("vstar_se", float("nan"), "vstar_se is missing or not negative"),
+        ("pass_rate", float("nan"), "pass_rate is the share of correct outcomes"),
+    ],
+)
+def test_a_value_that_no_reader_expects_is_refused(artifact: Path, column: str, value: Any, rule: str) -> None:
+    def change(rows: pl.DataFrame) -> pl.DataFrame:
+        values = rows[column].to_list()
+        values[1] = value
+        return rows.with_columns(pl.Series(column, values, dtype=rows.schema[column]))
+
+    rewrite(artifact, change)
+    message = refusal(artifact)
+    assert f"1 rows break the rule “{rule}”" in message
+    assert "'prompt_id': 'p2'" in message
+
+
+def test_a_prompt_without_samples_is_refused(artifact: Path) -> None:
+    empty = [pl.col(name).list.head(0) for name in ("rewards", "outcomes", "completion_tokens")]
+    rewrite(artifact, lambda rows: rows.with_columns(pl.lit(0, pl.Int32).alias("num_samples"), *empty))
+    assert "“there is at least one sample”" in refusal(artifact)
+
+
+def test_a_missing_column_a_wrong_type_and_no_rows_are_named(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    rewrite(artifact, lambda rows: rows.drop("vstar", "keep"))
+    assert "lacks the columns vstar, keep" in refusal(artifact)
+    artifact.write_bytes(whole)
+    rewrite(artifact, lambda rows: rows.with_columns(pl.col("vstar").cast(pl.String)))
+    assert "column vstar holds String, not Float64" in refusal(artifact)
+    artifact.write_bytes(whole)
+    rewrite(artifact, lambda rows: rows.clear())
+    assert "has no rows" in refusal(artifact)
+
+
+def test_the_writer_refuses_a_broken_row_and_leaves_the_old_file(artifact: Path) -> None:
+    before = artifact.read_bytes()
+    rows = pl.read_parquet(artifact).with_columns(pl.col("vstar") - 1.0)
+    with pytest.raises(UserError, match="“vstar lies between the mean and the best reward”"):
+        write_vstar(rows, PROVENANCE, artifact)
+    assert artifact.read_bytes() == before
+    assert list(artifact.parent.iterdir()) == [artifact]
+
+
+@pytest.mark.parametrize("beta1", [0.0, 1e-6, 0.5, 1e6, float("inf")])
+def test_rewards_of_any_size_satisfy_the_invariants_under_any_beta1(tmp_path: Path, beta1: float) -> None:
+    rewards = {"p1": [-1e9, 1e9, 1 / 3], "p2": [1e15, 1e15 + 1, 1e15 - 0.5], "p3": [0.1, 0.1, 0.1]}
+    path = write_artifact(tmp_path / "vstar.parquet", {name: ["wrong"] * 3 for name in rewards}, beta1=beta1, rewards=rewards)
+    assert read_vstar(path)[0]["rewards"].to_list() == list(rewards.values())
+
+
+def test_a_file_that_is_missing_damaged_or_foreign_is_named_with_what_to_do(artifact: Path) -> None:
+    assert "there is no" in refusal(artifact.with_name("none.parquet"))
+    assert "python cli.py vstar" in refusal(artifact.with_name("none.parquet"))
+    whole = artifact.read_bytes()
+    artifact.write_bytes(whole[: len(whole) // 2])
+    assert "is not a readable Parquet file" in refusal(artifact)
+    damaged = bytearray(whole)
+    damaged[4:60] = bytes(56)
+    artifact.write_bytes(damaged)
+    assert "remove the damaged file" in refusal(artifact)
+    pl.DataFrame({"prompt_id": ["p"]}).write_parquet(artifact)
+    assert "carries no provenance" in refusal(artifact)
+
+
+def test_another_schema_version_is_refused(artifact: Path) -> None:
+    table = pq.read_table(artifact)
+    document = json.loads(table.schema.metadata[METADATA_KEY])
+    metadata = {METADATA_KEY: json.dumps({**document, "schema_version": SCHEMA_VERSION + 1}).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), artifact)
+    assert f"schema version {SCHEMA_VERSION + 1}; this checkout reads {SCHEMA_VERSION}" in refusal(artifact)
+
+
+def test_another_identity_is_refused_with_each_difference() -> None:
+    other = Provenance(
+        identity={**IDENTITY, "grader": "math/3", "model": {**IDENTITY["model"], "weights": "x"}}, context={}
+    )
+    with pytest.raises(UserError) as caught:
+        PROVENANCE.refuse_unless_same(other, what="the file", advice="choose another --run")
+    message = str(caught.value)
+    assert 'grader is "math/3" there and "gsm8k/1" here' in message
+    assert 'model.weights is "x" there' in message
+    assert message.endswith("choose another --run")
+    PROVENANCE.refuse_unless_same(Provenance(identity=IDENTITY, context={"commit": "c"}), what="", advice="")
+
+
+def append(store: SampleStore, rows: pl.DataFrame) -> None:
+    store.append(rows.to_dicts())
+
+
+def test_the_store_knows_what_is_there_and_reads_it_back(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path / "samples", PROVENANCE)
+    assert store.present() == set()
+    rows = sample_rows(OUTCOMES)
+    append(store, rows.head(4))
+    append(store, rows.tail(5))
+    assert store.present() == set(rows.select("prompt_id", "sample_index").iter_rows())
+    assert len(store.fragments()) == 2
+    again = SampleStore(tmp_path / "samples", PROVENANCE).read()
+    assert again.columns == SAMPLES.names
+    assert again.sort("prompt_id", "sample_index").equals(rows.select(SAMPLES.names))
+    assert all(read_provenance(fragment) == PROVENANCE for fragment in store.fragments())
+
+
+def test_samples_of_another_identity_are_refused_with_the_difference(tmp_path: Path) -> None:
+    append(SampleStore(tmp_path, PROVENANCE), sample_rows(OUTCOMES))
+    changed = {**IDENTITY, "sampling": {**IDENTITY["sampling"], "temperature": 0.7}}
+    with pytest.raises(UserError, match=r"sampling\.temperature is 1\.0 there and 0\.7 here; choose another --run"):
+        SampleStore(tmp_path, Provenance(identity=changed, context=CONTEXT))
+
+
+def test_a_sample_that_comes_twice_is_named(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path, PROVENANCE)
+    append(store, sample_rows(OUTCOMES))
+    append(store, sample_rows({"p2": ["wrong"]}))
+    with pytest.raises(UserError, match=r"2 rows break the rule “a sample appears once”.*'prompt_id': 'p2'"):
+        store.read()
+
+
+def test_a_fragment_whose_write_fails_is_not_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SampleStore(tmp_path, PROVENANCE)
+    append(store, sample_rows(OUTCOMES).head(4))
+    before = store.read()
+
+    def half_written(table: pa.Table, path: Path, **_: Any) -> None:
+        path.write_bytes(b"PAR1 half of a fragment")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", half_written)
+    with pytest.raises(OSError, match="No space left"):
+        append(store, sample_rows(OUTCOMES).tail(5))
+    assert store.read().equals(before)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_leftovers_of_a_killed_write_are_ignored(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path, PROVENANCE)
+    append(store, sample_rows(OUTCOMES))
+    (tmp_path / ".part-0.parquet.123.tmp").write_bytes(b"half")
+    assert SampleStore(tmp_path, PROVENANCE).read().height == 9

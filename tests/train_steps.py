@@ -1,0 +1,85 @@
+"""A few optimizer steps as a program, to be started alone or under torchrun: `python -m tests.train_steps JOB.json`.
+
+The job file holds `cases` (name to config) and the file to write to. Completions are scripted: drawn from their
+seeds, not from a model, so that every process count trains on the very same ones.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import Config
+from common.engine import SamplingParams
+from common.grading import GraderPool
+from common.prompts import PromptRenderer
+from common.rollout import Completion, SampleRequest
+from stage2_train.policy import Ranks, join_ranks
+from stage2_train.train import Trainer, prepare
+
+STEPS_OF = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")
+
+
+class ScriptedEngine:
+    """Answers each request with `#### 1` to `#### 4` after some junk, as its seed says; keeps the last weights."""
+
+    def __init__(self, renderer: PromptRenderer) -> None:
+        self._renderer = renderer
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        for request in requests:
+            rng = random.Random(request.seed)
+            text = "".join(rng.choice([" apples", " Tom", " 7", " more"]) for _ in range(rng.choice([0, 1, 2, 9])))
+            body = self._renderer.tokenizer.encode(f"{text} #### {rng.randint(1, 4)}")[: sampling.max_completion_tokens - 1]
+            token_ids = (*body, self._renderer.eos_token_ids[0])
+            yield Completion(
+                key=request.key, token_ids=token_ids, text=self._renderer.decode(token_ids), truncated=False
+            )
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.weights = {name: tensor.clone() for name, tensor in named_tensors}
+
+    def close(self) -> None:
+        pass
+
+
+def train(config: Config, vstar: Path, ranks: Ranks, pool: GraderPool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The figures of each iteration, and the weights after the last."""
+    inputs = prepare(config, vstar)
+    engine = ScriptedEngine(inputs.renderer)
+    trainer = Trainer(config, inputs, engine, pool, ranks)
+    assert config.train.iterations is not None
+    figures: dict[str, Any] = {"pass_at_1": trainer.evaluate()["evaluate/pass_at_1"], "slices": []}
+    count_slices = trainer.token_batches
+
+    def counting(mini_batch: Any) -> Any:
+        slices = count_slices(mini_batch)
+        figures["slices"].append(trainer.gather([len(slices)]))  # type: ignore[list-item]
+        return slices
+
+    trainer.token_batches = counting  # type: ignore[method-assign]
+    metrics = [trainer.iteration(number) for number in range(1, config.train.iterations + 1)]
+    figures |= {name: [row[name] for row in metrics] for name in STEPS_OF}
+    return figures, engine.weights
+
+
+def main(job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    ranks = join_ranks(seed=0)
+    figures, weights = {}, {}
+    with GraderPool(Config.model_validate(next(iter(job["cases"].values()))).grader) as pool:
+        for name, document in job["cases"].items():
+            config = Config.model_validate(document)
+            figures[name], weights[name] = train(config, Path(job["vstar"]), ranks, pool)
+    torch.save((figures, weights), f"{job['output']}.{ranks.rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
