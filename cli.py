@@ -15,6 +15,7 @@ from common.errors import UserError
 
 # OpenMP threads that wait by spinning stall for minutes when anything else wants their cores. Read at torch's import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 app = typer.Typer(
     help="A*-PO: post-train language models for reasoning by regressing on optimal advantages.",

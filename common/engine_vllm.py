@@ -161,7 +161,6 @@ def _set_environment(config: Config) -> None:
         "VLLM_CPU_KVCACHE_SPACE": str(config.engine.cpu_kv_cache_gib),
         # Bound threads fight with every other process on their cores: the graders, a second rank, a browser.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

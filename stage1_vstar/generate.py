@@ -4,19 +4,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console
 
 from common.engine import RolloutEngine, SamplingParams, request_seed
 from common.grading import Grade, GraderPool
 from common.rollout import Completion, Prompt, SampleRequest
 from common.schema import SampleStore
+from stage1_vstar.progress import SamplingProgress
 
 FRAGMENT_SAMPLES = 4096
 FRAGMENT_SECONDS = 60.0
@@ -40,6 +34,7 @@ def generate_samples(
     store: SampleStore,
     sampling: SamplingParams,
     seed: int,
+    console: Console,
 ) -> None:
     """Draw the missing samples from the reference policy, grade them and append them to the store."""
     by_id = {prompt.id: prompt for prompt in prompts}
@@ -66,27 +61,26 @@ def generate_samples(
             pending.clear()
             written_at = time.monotonic()
 
-    with _progress() as progress:
-        task = progress.add_task("vstar", total=len(missing), rate="")
-        tokens, started = 0, time.monotonic()
-        for completion in engine.generate(requests(), sampling):
-            address = completion.key
-            assert isinstance(address, tuple)
-            prompt = by_id[address[0]]
-            running[address] = completion
-            pool.submit(
-                address,
-                prompt=prompt.text,
-                completion=completion.text,
-                answer=prompt.answer,
-                truncated=completion.truncated,
-            )
-            collect(pool.ready())
-            write(FRAGMENT_SAMPLES)
-            tokens += len(completion.token_ids)
-            progress.update(task, advance=1, rate=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-        collect(pool.drain())
-        write(1)
+    with SamplingProgress((prompt_id for prompt_id, _ in missing), console) as progress:
+        try:
+            for completion in engine.generate(requests(), sampling):
+                address = completion.key
+                assert isinstance(address, tuple)
+                prompt = by_id[address[0]]
+                running[address] = completion
+                pool.submit(
+                    address,
+                    prompt=prompt.text,
+                    completion=completion.text,
+                    answer=prompt.answer,
+                    truncated=completion.truncated,
+                )
+                collect(pool.ready())
+                write(FRAGMENT_SAMPLES)
+                progress.add(prompt.id, len(completion.token_ids))
+            collect(pool.drain())
+        finally:
+            write(1)
 
 
 def sample_row(prompt: Prompt, index: int, completion: Completion, grade: Grade) -> dict[str, Any]:
@@ -103,15 +97,3 @@ def sample_row(prompt: Prompt, index: int, completion: Completion, grade: Grade)
         "reward": grade.reward,
     }
 
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("samples"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )

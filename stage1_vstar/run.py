@@ -92,7 +92,9 @@ def draw(
         )
         engine = build_engine(config, folder, renderer, beside_trainer=False)
         try:
-            generate_samples(missing, usable, engine, pool, store, sampling_params(config), config.seed)
+            generate_samples(
+                missing, usable, engine, pool, store, sampling_params(config), config.seed, console
+            )
         finally:
             engine.close()
 

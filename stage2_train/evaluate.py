@@ -38,6 +38,10 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
     folders = [resolve_model(str(model), None) for model in models]
     renderer = PromptRenderer(reference, config.evaluate.data)
     for folder in folders:
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{folder} holds no *.safetensors weights; convert the model to safetensors first"
+            )
         if PromptRenderer(folder, config.evaluate.data).identity() != renderer.identity():
             raise UserError(
                 f"{folder} and the reference {reference} render prompts differently, so KL would mean nothing; "

@@ -100,7 +100,7 @@ class Policy:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=schedule, config=_deepspeed_config(config)
         )
-        self._zero3 = train.zero_stage == 3
+        self._zero_stage = train.zero_stage
 
     def backward(self, loss_share: Tensor, *, last: bool) -> None:
         """Accumulate the gradients of a slice; `last` closes the step.
@@ -112,9 +112,13 @@ class Policy:
 
     def step(self) -> float:
         """Clip, update, advance the schedule; returns the gradient norm before clipping."""
+        # Without ZeRO, DeepSpeed clips by a norm that it does not tell.
+        gradients = (
+            [] if self._zero_stage else [parameter.grad for parameter in self.engine.module.parameters()]
+        )
+        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(self.engine.get_global_grad_norm() or norm)
 
     @property
     def learning_rate(self) -> float:
@@ -124,7 +128,7 @@ class Policy:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight under its name in the Hugging Face checkpoint; ZeRO-3's are gathered one at a time."""
         for name, parameter in self.engine.module.model.named_parameters():
-            if self._zero3:
+            if self._zero_stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     yield name, parameter.detach().clone()
             else:

@@ -101,7 +101,9 @@ def prepare(config: Config, vstar_file: Path) -> Inputs:
     )
     kept = rows.filter("keep")
     if kept.is_empty():
-        raise UserError(f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules")
+        raise UserError(
+            f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
+        )
     prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
     held_out = []
     if config.evaluate.data is not None:

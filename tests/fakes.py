@@ -1,6 +1,7 @@
 """Stand-ins for what is slow or needs a device: an engine that follows a script, and artifacts without a model."""
 
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,23 @@ class EngineDied(RuntimeError):
 class ScriptedEngine:
     """A RolloutEngine whose completions follow from a request's seed alone, and come out of order, as vLLM's do.
 
-    `dies_after` ends it with EngineDied once so many completions are out. `drawn` lists the keys it was asked for.
+    It draws slowly and raises EngineDied as soon as `dies_when` holds. `drawn` lists the keys of what came out.
     """
 
-    def __init__(self, write: Callable[[SampleRequest], str] | None = None, *, dies_after: int | None = None) -> None:
+    def __init__(self, write: Callable[[SampleRequest], str] | None = None, *, dies_when: Callable[[], bool] | None = None) -> None:
         self.drawn: list[Any] = []
         self.closed = False
         self._write = write or (lambda request: f"so #### {1 + request.seed % 4}")
-        self._dies_after = dies_after
+        self._dies_when = dies_when
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         waiting = list(requests)
         random.Random(len(waiting)).shuffle(waiting)
-        for place, request in enumerate(waiting):
-            if place == self._dies_after:
-                raise EngineDied(f"after {place} completions")
+        for request in waiting:
+            if self._dies_when is not None:
+                time.sleep(0.05)
+                if self._dies_when():
+                    raise EngineDied(f"after {len(self.drawn)} completions")
             self.drawn.append(request.key)
             yield Completion(
                 key=request.key,
@@ -60,8 +63,8 @@ class ScriptedEngine:
         self.closed = True
 
 
-def tiny_config(model: Path, data: Path, /, **sections: dict[str, Any]) -> Config:
-    """A run of the tiny model on a generic data set; each section's values are added to these."""
+def tiny_config(model: Path, data: Path, /, **sections: Any) -> Config:
+    """A run of the tiny model on a generic data set; a section's values are added to these, a single value replaces one."""
     document: dict[str, Any] = {
         "run": "test",
         "model": {"path": str(model), "dtype": "float32"},
@@ -71,7 +74,7 @@ def tiny_config(model: Path, data: Path, /, **sections: dict[str, Any]) -> Confi
         "vstar": {"num_samples": 4},
     }
     for name, values in sections.items():
-        document[name] = {**document.get(name, {}), **values}
+        document[name] = {**document.get(name, {}), **values} if isinstance(values, dict) else values
     return Config.model_validate(document)
 
 

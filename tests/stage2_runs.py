@@ -19,7 +19,10 @@ REWARDS = ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.
 def write_questions(path: Path, count: int, *, first: int = 0) -> None:
     """A .jsonl of questions whose answers are what the tiny model says now and then: 1 to 4."""
     rows = (
-        {"prompt": f"Tom has {number} apples. How many?" + " Tom buys more." * (number % 3), "answer": f"{number % 4 + 1}"}
+        {
+            "prompt": f"Tom has {number} apples." + " Tom buys more." * (number % 3),
+            "answer": f"{number % 4 + 1}",
+        }
         for number in range(first, first + count)
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_batches_are_filled_and_hold_similar_lengths() -> None:
     batches = list(token_batches(sequences, 60, PAD))
     padded = sum(batch.input_ids_BT.numel() for batch in batches)
     assert padded < 1.15 * sum(map(len, sequences))
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         assert (len(batch.places) + 1) * batch.input_ids_BT.shape[1] > 60
         assert min(len(sequences[place]) for place in batch.places) >= following.input_ids_BT.shape[1]
 
@@ -95,7 +96,11 @@ def test_each_epoch_has_each_prompt_once(prompts: int, batch_size: int) -> None:
 
 def test_the_order_of_prompts_does_not_depend_on_how_it_is_cut() -> None:
     def row(batch_size: int) -> list[int]:
-        return [place for step in range(1, 60 // batch_size + 1) for place in prompt_batch(11, batch_size, 5, step)]
+        return [
+            place
+            for step in range(1, 60 // batch_size + 1)
+            for place in prompt_batch(11, batch_size, 5, step)
+        ]
 
     assert row(4) == row(5) == row(60) == row(1)
 

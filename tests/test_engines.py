@@ -24,7 +24,8 @@ from stage2_train.logprobs import LogprobModel, token_logprobs
 from tests.stage2_runs import tiny_config
 
 pytestmark = pytest.mark.filterwarnings(
-    r"ignore::DeprecationWarning:(torch|vllm)\..*", "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning"
+    r"ignore::DeprecationWarning:(torch|vllm)\..*",
+    "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning",
 )
 
 TOLERANCE = 1e-4
@@ -60,7 +61,10 @@ def engine(request: pytest.FixtureRequest, config: Config, folder: Path) -> Iter
 def new_engine(config: Config, folder: Path, backend: str, max_num_seqs: int) -> RolloutEngine:
     section = config.engine.model_copy(update={"backend": backend, "max_num_seqs": max_num_seqs})
     return build_engine(
-        config.model_copy(update={"engine": section}), folder, PromptRenderer(folder, config.data), beside_trainer=True
+        config.model_copy(update={"engine": section}),
+        folder,
+        PromptRenderer(folder, config.data),
+        beside_trainer=True,
     )
 
 
@@ -89,7 +93,9 @@ def tokens(completions: dict[object, Completion]) -> dict[object, tuple[int, ...
     return {key: completion.token_ids for key, completion in completions.items()}
 
 
-def trainer_gap(module: LogprobModel, batch: list[SampleRequest], completions: dict[object, Completion]) -> float:
+def trainer_gap(
+    module: LogprobModel, batch: list[SampleRequest], completions: dict[object, Completion]
+) -> float:
     """The largest difference between the engine's and the trainer's log-prob of any token."""
     sequences = [
         TokenSequence(
@@ -123,7 +129,9 @@ def test_every_request_is_answered_under_its_key_and_samples_differ(
     assert list(engine.generate([], SAMPLING)) == []
 
 
-def test_a_sample_depends_on_its_seed_and_prompt_alone(engine: RolloutEngine, folder: Path, config: Config) -> None:
+def test_a_sample_depends_on_its_seed_and_prompt_alone(
+    engine: RolloutEngine, folder: Path, config: Config
+) -> None:
     batch = requests(folder, config)
     together = sample(engine, batch)
     shuffled = batch.copy()
@@ -185,7 +193,9 @@ def test_samples_follow_the_models_distribution(engine: RolloutEngine, folder: P
     drawn = torch.tensor([token for (token,) in tokens(sample(engine, batch, first)).values()])
     model = load(folder, 1.0).model
     with torch.no_grad():
-        probability_V = model(input_ids=torch.tensor([one.prompt_token_ids])).logits[0, -1].double().softmax(-1)
+        probability_V = (
+            model(input_ids=torch.tensor([one.prompt_token_ids])).logits[0, -1].double().softmax(-1)
+        )
     frequency_V = torch.bincount(drawn, minlength=len(probability_V)) / draws
     error_V = (probability_V * (1 - probability_V) / draws).sqrt()
     likely_V = probability_V > 0.01
@@ -241,7 +251,9 @@ def test_a_held_out_prompt_may_be_longer_than_a_training_prompt(tmp_path: Path, 
     from common.engine_vllm import context_length
 
     config = tiny_config(tmp_path, tiny_model)
-    longer = config.evaluate.data.model_copy(update={"max_prompt_tokens": 100}) if config.evaluate.data else None
+    longer = (
+        config.evaluate.data.model_copy(update={"max_prompt_tokens": 100}) if config.evaluate.data else None
+    )
     evaluate = config.evaluate.model_copy(update={"data": longer})
     assert context_length(config.model_copy(update={"evaluate": evaluate}), tiny_model) == 116
     sampling = config.sampling.model_copy(update={"max_completion_tokens": 500})

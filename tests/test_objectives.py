@@ -70,7 +70,9 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
     objective = AStarPO(beta2=BETA2)
     batch = whole_batch(objective)
     assert torch.autograd.gradcheck(
-        lambda logprobs_K: objective.loss(logprobs_K, batch)[0], (tensor(POLICY_K).requires_grad_(),), atol=1e-8
+        lambda logprobs_K: objective.loss(logprobs_K, batch)[0],
+        (tensor(POLICY_K).requires_grad_(),),
+        atol=1e-8,
     )
 
 

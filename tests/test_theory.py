@@ -74,7 +74,9 @@ class Problem:
         """ln π*(y|x)."""
         return (sequence_logprobs(self.reference) + self.rewards_PY / BETA).log_softmax(-1)
 
-    def micro_batch(self, objective: AStarPO, pairs: list[tuple[int, int]], step_sequences: int) -> MicroBatch:
+    def micro_batch(
+        self, objective: AStarPO, pairs: list[tuple[int, int]], step_sequences: int
+    ) -> MicroBatch:
         """The (prompt, completion) pairs as the trainer would hand them to the objective."""
         at = tuple(torch.tensor(pairs).T)
         lengths = torch.tensor([len(COMPLETIONS[completion]) for _, completion in pairs])

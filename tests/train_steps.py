@@ -17,11 +17,13 @@ from common.config import Config
 from common.engine import SamplingParams
 from common.grading import GraderPool
 from common.prompts import PromptRenderer
-from common.rollout import Completion, SampleRequest
+from common.rollout import Completion, Rollout, SampleRequest
+from stage2_train.batch import TokenBatch
+from stage2_train.metrics import Metrics
 from stage2_train.policy import Ranks, join_ranks
-from stage2_train.train import Trainer, prepare
+from stage2_train.train import SequenceRecord, Trainer, prepare
 
-STEPS_OF = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")
+FIGURES = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")
 
 
 class ScriptedEngine:
@@ -34,8 +36,12 @@ class ScriptedEngine:
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         for request in requests:
             rng = random.Random(request.seed)
-            text = "".join(rng.choice([" apples", " Tom", " 7", " more"]) for _ in range(rng.choice([0, 1, 2, 9])))
-            body = self._renderer.tokenizer.encode(f"{text} #### {rng.randint(1, 4)}")[: sampling.max_completion_tokens - 1]
+            text = "".join(
+                rng.choice([" apples", " Tom", " 7", " more"]) for _ in range(rng.choice([0, 1, 2, 9]))
+            )
+            body = self._renderer.tokenizer.encode(f"{text} #### {rng.randint(1, 4)}")[
+                : sampling.max_completion_tokens - 1
+            ]
             token_ids = (*body, self._renderer.eos_token_ids[0])
             yield Completion(
                 key=request.key, token_ids=token_ids, text=self._renderer.decode(token_ids), truncated=False
@@ -48,24 +54,40 @@ class ScriptedEngine:
         pass
 
 
-def train(config: Config, vstar: Path, ranks: Ranks, pool: GraderPool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def train(
+    config: Config, vstar: Path, ranks: Ranks, pool: GraderPool
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The figures of each iteration, and the weights after the last."""
     inputs = prepare(config, vstar)
     engine = ScriptedEngine(inputs.renderer)
     trainer = Trainer(config, inputs, engine, pool, ranks)
     assert config.train.iterations is not None
-    figures: dict[str, Any] = {"pass_at_1": trainer.evaluate()["evaluate/pass_at_1"], "slices": []}
-    count_slices = trainer.token_batches
+    figures: dict[str, Any] = {"pass_at_1": trainer.evaluate()["evaluate/pass_at_1"]}
+    watch(trainer, figures)
+    metrics = [trainer.iteration(number) for number in range(1, config.train.iterations + 1)]
+    figures |= {name: [row[name] for row in metrics] for name in FIGURES}
+    return figures, engine.weights
 
-    def counting(mini_batch: Any) -> Any:
-        slices = count_slices(mini_batch)
-        figures["slices"].append(trainer.gather([len(slices)]))  # type: ignore[list-item]
+
+def watch(trainer: Trainer, figures: dict[str, Any]) -> None:
+    """Note each step's number of slices on every rank, and the log-ratio of its sequences."""
+    token_batches, optimizer_step = trainer.token_batches, trainer.optimizer_step
+    figures |= {"slices": [], "log_ratios": []}
+
+    def watched_token_batches(mini_batch: dict[int, Rollout]) -> list[TokenBatch]:
+        slices = token_batches(mini_batch)
+        figures["slices"].append(len(slices))
         return slices
 
-    trainer.token_batches = counting  # type: ignore[method-assign]
-    metrics = [trainer.iteration(number) for number in range(1, config.train.iterations + 1)]
-    figures |= {name: [row[name] for row in metrics] for name in STEPS_OF}
-    return figures, engine.weights
+    def watched_optimizer_step(
+        mini_batch: dict[int, Rollout], metrics: Metrics
+    ) -> tuple[dict[int, SequenceRecord], float]:
+        records, norm = optimizer_step(mini_batch, metrics)
+        figures["log_ratios"].append([record.log_ratio for record in records.values()])
+        return records, norm
+
+    trainer.token_batches = watched_token_batches  # type: ignore[method-assign]
+    trainer.optimizer_step = watched_optimizer_step  # type: ignore[method-assign]
 
 
 def main(job_file: str) -> None:

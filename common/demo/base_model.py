@@ -39,8 +39,8 @@ IGNORED = -100
 class Pretraining:
     """How the base model is made; the defaults fit a minute on two cores."""
 
-    steps: int = 900
-    textbook_steps: int = 650
+    steps: int = 750
+    textbook_steps: int = 500
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 50

@@ -39,7 +39,7 @@ GAINS = (
     "{subject} finds {number} new {objects}.",
     "{subject} gets {number} from {friend}.",
     "{subject} wins {number} from {friend}.",
-    "{friend} gives {object} {number} more.",
+    "{friend} gives {number} to {object}.",
 )
 LOSSES = (
     "{subject} loses {number} old {objects}.",
@@ -50,11 +50,12 @@ LOSSES = (
 )
 ENDINGS = (
     "How many {objects} does {name} have now?",
-    "How many {objects} are left?",
+    "How many {objects} does {name} have left?",
+    "How many {objects} does {name} own now?",
 )
 
 # What the demonstrations get wrong, and by how much.
-GUESS_PROBABILITY = 0.42
+GUESS_PROBABILITY = 0.45
 SLIP_PROBABILITY = 0.1
 SLIPS = (-10, -2, -1, 1, 2, 10)
 GUESS_STANDARD_DEVIATION = 4.0
@@ -147,11 +148,12 @@ def _draw(rng: random.Random, max_changes: int) -> WordProblem:
     subject, object_, name = rng.choice(PEOPLE)
     friend = rng.choice([other for _, _, other in PEOPLE if other != name])
     objects = rng.choice(OBJECTS)
-    start = total = rng.randint(2, 12)
+    # All different: the next number of a solution is then the one that follows, in the question, the one just used.
+    sizes = rng.sample(range(2, 10), rng.randint(1, max_changes))
+    start = total = rng.choice([number for number in range(2, 13) if number not in sizes])
     sentences = [rng.choice(OPENINGS).format(name=name, number=start, objects=objects)]
     changes: list[int] = []
-    for _ in range(rng.randint(1, max_changes)):
-        size = rng.randint(1, 9)
+    for size in sizes:
         gain = total < size or (total + size <= MAX_TOTAL and rng.random() < 0.5)
         sentence = rng.choice(GAINS if gain else LOSSES)
         sentences.append(

@@ -1,0 +1,64 @@
+"""How far stage 1 is: a bar in a terminal, a line now and then in a log file."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+LOG_SECONDS = 30.0
+
+
+class SamplingProgress:
+    """Counts samples, prompts and tokens, and shows them with the rate and the time left."""
+
+    def __init__(self, prompt_ids: Iterable[str], console: Console) -> None:
+        """`prompt_ids` names the prompt of each sample to draw."""
+        self._left = Counter(prompt_ids)
+        self._samples = self._left.total()
+        self._console = console
+        self._started = self._logged = time.monotonic()
+        self._done = self._prompts = self._tokens = 0
+        self._bar = Progress(
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(self._state(), total=self._samples)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def add(self, prompt_id: str, tokens: int) -> None:
+        """Count one sample."""
+        self._done += 1
+        self._tokens += tokens
+        self._left[prompt_id] -= 1
+        self._prompts += self._left[prompt_id] == 0
+        self._bar.update(self._task, advance=1, description=self._state())
+        now = time.monotonic()
+        if not self._console.is_terminal and (
+            now - self._logged > LOG_SECONDS or self._done == self._samples
+        ):
+            self._logged = now
+            left = (now - self._started) / self._done * (self._samples - self._done)
+            self._console.print(f"{self._state()}, {left:,.0f} s left", soft_wrap=True)
+
+    def _state(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return (
+            f"{self._prompts:,}/{len(self._left):,} prompts, {self._done:,}/{self._samples:,} samples, "
+            f"{self._tokens / seconds:,.0f} tokens/s"
+        )

@@ -1,0 +1,85 @@
+"""The shape of the house: imports go one way, and what is heavy is imported in one place."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    [ROOT / "cli.py", *(file for folder in ("common", "stage1_vstar", "stage2_train") for file in (ROOT / folder).rglob("*.py"))]
+)
+
+
+def place(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def imports(file: Path, *, at_runtime_only: bool = False, top_level_only: bool = False) -> set[str]:
+    """The full names of the modules that a file imports; those for the type checker only can be left out."""
+    names: set[str] = set()
+    for node in walk(ast.parse(file.read_text(encoding="utf-8")), at_runtime_only, top_level_only):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{place(file)} has a relative import"
+            assert node.module is not None
+            names.add(node.module)
+    return names
+
+
+def walk(node: ast.AST, at_runtime_only: bool, top_level_only: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if at_runtime_only and isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if top_level_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield child
+        yield from walk(child, at_runtime_only, top_level_only)
+
+
+def packages(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert {"cli.py", "common/schema.py", "stage1_vstar/run.py", "stage2_train/train.py"} <= set(map(place, SOURCES))
+    assert "polars" in packages(imports(ROOT / "common" / "schema.py"))
+    assert "vllm" in packages(imports(ROOT / "common" / "engine_vllm.py"))
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=place)
+def test_imports_go_from_the_command_line_over_the_stages_to_common(file: Path) -> None:
+    forbidden = {
+        "cli.py": set(),
+        "common": {"cli", "stage1_vstar", "stage2_train", "tests"},
+        "stage1_vstar": {"cli", "stage2_train", "deepspeed", "tests"},
+        "stage2_train": {"cli", "stage1_vstar", "tests"},
+    }[place(file).partition("/")[0]]
+    assert not packages(imports(file)) & forbidden
+
+
+@pytest.mark.parametrize(
+    ("package", "home"), [("vllm", "common/engine_vllm.py"), ("deepspeed", "stage2_train/policy.py")]
+)
+def test_a_heavy_package_is_imported_in_one_place(package: str, home: str) -> None:
+    importers = [place(file) for file in SOURCES if package in packages(imports(file))]
+    assert importers == [home]
+
+
+def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
+    loaded = packages(imports(ROOT / "cli.py", top_level_only=True))
+    assert loaded - set(sys.stdlib_module_names) == {"typer", "rich", "common"}
+    script = "import sys, cli; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    modules = set(ast.literal_eval(result.stdout))
+    assert not modules & {"torch", "vllm", "polars", "pyarrow", "numpy", "transformers", "deepspeed", "sympy"}
+
+
+def test_what_stage_one_is_made_of_runs_without_a_training_library() -> None:
+    stage1 = [file for file in SOURCES if place(file).startswith("stage1_vstar/")]
+    used = set().union(*(packages(imports(file, at_runtime_only=True)) for file in stage1))
+    assert used - set(sys.stdlib_module_names) == {"common", "stage1_vstar", "numpy", "polars", "rich"}

@@ -1,0 +1,199 @@
+"""What a user can get wrong: one line that starts with `error:` and names the fix, exit code 2, no model loaded."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from common.artifacts import model_identity
+from tests.fakes import IDENTITY, write_artifact
+
+ROOT = Path(__file__).parents[1]
+
+TOML = """
+run = "test"
+[model]
+path = "model"
+dtype = "float32"
+[data]
+format = "generic"
+path = "data.jsonl"
+template = "line"
+max_prompt_tokens = 64
+[sampling]
+max_completion_tokens = 12
+[grader]
+name = "gsm8k"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """A command line, run in a folder where everything it does not name is right, and what the error must say."""
+
+    command: str
+    says: tuple[str, ...]
+
+
+VSTAR = "vstar --config run.toml"
+MISTAKES = {
+    "an unknown key": Mistake(
+        "vstar --config unknown_key.toml",
+        ("unknown_key.toml: unknown key vstar.num_sample; use one of num_samples, beta1, drop_unsolved",),
+    ),
+    "an unknown section in --set": Mistake(
+        f"{VSTAR} --set stage1.beta1=1", ("unknown key stage1; use one of run, seed, model, data",)
+    ),
+    "a --set without a value": Mistake(f"{VSTAR} --set vstar.beta1", ("write it as section.key=value",)),
+    "a missing config": Mistake("vstar --config none.toml", ("cannot read the config none.toml", "configs/*.toml")),
+    "invalid TOML": Mistake("vstar --config broken.toml", ("broken.toml is not valid TOML", "line 1")),
+    "no samples": Mistake(
+        f"{VSTAR} --set vstar.num_samples=0", ("vstar.num_samples should be greater than or equal to 1, found 0",)
+    ),
+    "a negative beta1": Mistake(
+        f"{VSTAR} --set vstar.beta1=-0.5", ("vstar.beta1 should be greater than or equal to 0, found -0.5",)
+    ),
+    "a beta1 that is no number": Mistake(f"{VSTAR} --set vstar.beta1=nan", ("vstar.beta1", "found nan")),
+    "rescoring under a negative beta1": Mistake(
+        "rescore --run filtered --beta1 -1", ("--beta1 must be 0 or more", "inf is the mean", "found -1")
+    ),
+    "rescoring under nan": Mistake("rescore --run filtered --beta1 nan", ("--beta1 must be 0 or more", "found nan")),
+    "a filter that leaves nothing": Mistake(
+        "filter --run filtered --min-pass-rate 0.4 --max-pass-rate 0.45", ("would be left", "Loosen the rules")
+    ),
+    "an empty range": Mistake("filter --run filtered --min-pass-rate 0.9 --max-pass-rate 0.1", ("min ≤ max ≤ 1",)),
+    "no artifact to inspect": Mistake("inspect --run none", ("there is no", "none/vstar.parquet", "cli.py vstar")),
+    "no artifact to rescore": Mistake("rescore --run none --beta1 1", ("there is no", "cli.py vstar")),
+    "no artifact to filter": Mistake("filter --run none", ("there is no", "cli.py vstar")),
+    "an artifact that is no Parquet file": Mistake(
+        "inspect --vstar data.jsonl", ("data.jsonl is not a readable Parquet file",)
+    ),
+    "a missing data file": Mistake(
+        f"{VSTAR} --set data.path=none.jsonl", ("there is no data file none.jsonl; check data.path",)
+    ),
+    "an empty data set": Mistake(f"{VSTAR} --set data.path=empty.jsonl", ("the data set empty.jsonl is empty",)),
+    "data without the field": Mistake(
+        f"{VSTAR} --set data.format=gsm8k",
+        ("data.jsonl has no field question, it has prompt, answer", "set data.prompt_field and data.answer_field"),
+    ),
+    "a prompt that is too long": Mistake(
+        f"{VSTAR} --set data.max_prompt_tokens=4",
+        ("tokens, more than data.max_prompt_tokens = 4", 'raise the limit or set data.long_prompts = "drop"'),
+    ),
+    "a completion that the context cannot hold": Mistake(
+        f"{VSTAR} --set sampling.max_completion_tokens=500",
+        ("need 564 tokens, more than the model's context of 512", "sampling.max_completion_tokens (500)", "lower"),
+    ),
+    "a tokenizer without EOS": Mistake(
+        f"{VSTAR} --set model.path=no_eos", ("the tokenizer has no EOS token", "set eos_token")
+    ),
+    "a missing model": Mistake(
+        f"{VSTAR} --set model.path=./nowhere/model", ("there is no model at ./nowhere/model; check model.path",)
+    ),
+    "a model that the hub does not have": Mistake(
+        f"{VSTAR} --set model.path=nobody/no-such-model", ("no model nobody/no-such-model", "check model.path")
+    ),
+    "a folder that is no model": Mistake(
+        f"{VSTAR} --set model.path=./empty", ("empty is no model in Hugging Face format: it has no config.json",)
+    ),
+    "a model without weights": Mistake(
+        f"{VSTAR} --set model.path=no_weights", ("holds no *.safetensors weights; convert the model",)
+    ),
+    "a reference answer that cannot be read": Mistake(
+        f"{VSTAR} --set data.path=bad_gold.jsonl",
+        ("1 of 2 reference answers of bad_gold.jsonl", "not a number: 'far'", 'set data.bad_golds = "drop"'),
+    ),
+    "an unknown grader": Mistake(
+        f"{VSTAR} --set grader.name=exact", ("unknown grader 'exact': use one of gsm8k, math, or 'package.module:",)
+    ),
+    "a reward function that is not there": Mistake(
+        f"{VSTAR} --set grader.name=no_module:reward", ("grader 'no_module:reward': no module 'no_module'",)
+    ),
+    "no artifact to train on": Mistake("train --config run.toml", ("there is no", "cli.py vstar")),
+    "an artifact of another model to train on": Mistake(
+        "train --config run.toml --run trained",
+        ('model.weights is "wwwww', "there and", "make it anew with another --run"),
+    ),
+    "an artifact of another template and grader": Mistake(
+        "train --config run.toml --run graded",
+        (r'prompt.template is "Q: {prompt}" there and "{prompt}\n" here', 'grader is "math/0" there and "gsm8k/'),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a config, data and models, right and wrong."""
+    root = tmp_path_factory.mktemp("mistakes")
+    (root / "run.toml").write_text(TOML)
+    (root / "unknown_key.toml").write_text(TOML + "[vstar]\nnum_sample = 4\n")
+    (root / "broken.toml").write_text("run =\n")
+    (root / "data.jsonl").write_text('{"prompt": "How many apples has Tom?", "answer": "3"}\n')
+    (root / "empty.jsonl").write_text("")
+    (root / "bad_gold.jsonl").write_text((root / "data.jsonl").read_text() + '{"prompt": "How far?", "answer": "far"}\n')
+    (root / "empty").mkdir()
+    shutil.copytree(tiny_model, root / "model")
+    shutil.copytree(tiny_model, root / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(tiny_model, root / "no_eos", ignore=shutil.ignore_patterns("generation_config.json"))
+    settings = json.loads((root / "no_eos" / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (root / "no_eos" / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    outcomes = {"p1": ["correct", "wrong"], "p2": ["wrong", "wrong"]}
+    write_artifact(root / "artifacts" / "filtered" / "vstar.parquet", outcomes)
+    write_artifact(root / "artifacts" / "trained" / "vstar.parquet", outcomes)
+    ours = {**IDENTITY, "model": model_identity(root / "model"), "grader": "math/0"}
+    ours["prompt"] = {**IDENTITY["prompt"], "template": "Q: {prompt}"}
+    write_artifact(root / "artifacts" / "graded" / "vstar.parquet", outcomes, identity=ours)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, request: pytest.FixtureRequest) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Each mistake that was asked for, made once; two at a time, since most of a run is waiting for imports."""
+    asked = {item.callspec.params["name"] for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path and hasattr(item, "callspec")}
+    environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(folder / "artifacts"), "HF_HUB_OFFLINE": "1"}
+
+    def make(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "cli.py"), *MISTAKES[name].command.split()],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=environment,
+            timeout=120,
+        )
+
+    names = [name for name in MISTAKES if name in asked]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(make, names), strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_line_that_names_the_fix(
+    name: str, finished: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    result = finished[name]
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for part in MISTAKES[name].says:
+        assert part in lines[0]
+    # Stage 1 says so before it loads a model.
+    assert "loading" not in result.stdout
+
+
+def test_mistakes_change_no_artifact(folder: Path, finished: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    assert all(result.returncode == 2 for result in finished.values())
+    files = {path.relative_to(folder / "artifacts").as_posix() for path in (folder / "artifacts").rglob("*.*")}
+    artifacts = {f"{run}/vstar.parquet" for run in ("filtered", "trained", "graded")}
+    locks = {name for name in files if name.endswith(".lock")}
+    assert artifacts <= files
+    assert files - artifacts - locks <= {"test/config.json"}

@@ -1,0 +1,409 @@
+"""Stage 1: resume, more samples and a new β1 are one operation, and a scripted engine shows it row by row."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+from common.artifacts import exclusive_run, run_paths
+from common.config import Config
+from common.engine import request_seed
+from common.errors import UserError
+from common.schema import SampleStore, read_provenance, read_vstar
+from stage1_vstar import generate
+from stage1_vstar.filter import drop_rules, filter_prompts
+from stage1_vstar.generate import missing_samples
+from stage1_vstar.rescore import rescore
+from stage1_vstar.run import run_stage1
+from stage1_vstar.table import vstar_rows
+from tests.conftest import RunCli, save_tiny_model
+from tests.fakes import EngineDied, ScriptedEngine, sample_rows, tiny_config
+
+QUESTIONS = 6
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    return write_questions(tmp_path / "data.jsonl")
+
+
+def write_questions(path: Path, rows: int = QUESTIONS) -> Path:
+    lines = [json.dumps({"prompt": f"How many is {number}?", "answer": str(1 + number % 4)}) for number in range(rows)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+class Engines:
+    """Stands where `build_engine` does: hands out the engine of the moment and counts how often one is loaded."""
+
+    def __init__(self) -> None:
+        self.loaded = 0
+        self.next = ScriptedEngine()
+
+    def build(self, *_: Any, **__: Any) -> ScriptedEngine:
+        self.loaded += 1
+        return self.next
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engines]:
+    """Every run of the test draws from a scripted engine and keeps its artifacts in the test's own folder."""
+    assert run_paths("test").root.parent == artifacts
+    scripted = Engines()
+    monkeypatch.setattr("stage1_vstar.run.build_engine", scripted.build)
+    yield scripted
+    assert scripted.next.closed or not scripted.loaded
+
+
+def run(config: Config) -> str:
+    """Run stage 1; returns what it printed."""
+    printed = io.StringIO()
+    run_stage1(config, Console(file=printed, width=200))
+    return printed.getvalue()
+
+
+def stored(name: str = "test") -> pl.DataFrame:
+    fragments = SampleStore(run_paths(name).samples, read_provenance(run_paths(name).vstar))
+    return fragments.read().sort("prompt_id", "sample_index")
+
+
+def rows_of(name: str = "test") -> pl.DataFrame:
+    return read_vstar(run_paths(name).vstar)[0]
+
+
+def test_each_prompt_gets_n_graded_samples_and_one_row(tiny_model: Path, data_file: Path, engines: Engines) -> None:
+    run(tiny_config(tiny_model, data_file))
+    samples, rows = stored(), rows_of()
+    assert samples.height == QUESTIONS * 4
+    assert rows["prompt"].to_list() == [f"How many is {number}?" for number in range(QUESTIONS)]
+    for sample in samples.iter_rows(named=True):
+        seed = request_seed(0, sample["prompt_id"], sample["sample_index"])
+        correct = seed % 7 != 0 and 1 + seed % 4 == int(sample["answer"])
+        assert sample["outcome"] == ("correct" if correct else "truncated" if seed % 7 == 0 else "wrong")
+        assert sample["reward"] == float(correct)
+        assert sample["completion_tokens"] == 1 + seed % 12
+    assert 0 < samples["reward"].sum() < samples.height
+    for row in rows.iter_rows(named=True):
+        of_prompt = samples.filter(pl.col("prompt_id") == row["prompt_id"])
+        assert row["rewards"] == of_prompt["reward"].to_list()
+        assert row["outcomes"] == of_prompt["outcome"].to_list()
+        assert row["completion_tokens"] == of_prompt["completion_tokens"].to_list()
+    assert rows["keep"].all()
+
+
+def test_an_interrupted_run_continues_with_what_is_missing_and_gives_the_same_rows(
+    tiny_model: Path, data_file: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_config(tiny_model, data_file, run="whole"))
+    assert len(set(engines.next.drawn)) == QUESTIONS * 4
+
+    monkeypatch.setattr(generate, "FRAGMENT_SAMPLES", 3)
+    config = tiny_config(tiny_model, data_file)
+    samples = run_paths("test").samples
+    for fragments in (1, 2):
+        engines.next = ScriptedEngine(dies_when=lambda fragments=fragments: len(list(samples.glob("part-*"))) == fragments)
+        with pytest.raises(EngineDied):
+            run(config)
+        assert not run_paths("test").vstar.exists()
+    there = {tuple(row) for file in samples.glob("part-*") for row in pl.read_parquet(file).select("prompt_id", "sample_index").iter_rows()}
+    assert 6 <= len(there) < QUESTIONS * 4
+    engines.next = ScriptedEngine()
+    run(config)
+    assert sorted([*there, *engines.next.drawn]) == sorted(stored().select("prompt_id", "sample_index").iter_rows())
+    assert stored().equals(stored("whole"))
+    assert rows_of().equals(rows_of("whole"))
+
+
+def test_a_second_run_does_nothing(tiny_model: Path, data_file: Path, engines: Engines) -> None:
+    config = tiny_config(tiny_model, data_file)
+    run(config)
+    before = {path: path.read_bytes() for path in run_paths("test").root.rglob("*") if path.is_file()}
+    assert "nothing to do" in run(config)
+    assert engines.loaded == 1
+    assert {path: path.read_bytes() for path in run_paths("test").root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.1, float("inf")])
+def test_a_new_beta1_needs_no_engine(tiny_model: Path, data_file: Path, engines: Engines, beta1: float) -> None:
+    run(tiny_config(tiny_model, data_file))
+    before = rows_of()
+    run(tiny_config(tiny_model, data_file, vstar={"beta1": beta1}))
+    after = rows_of()
+    assert engines.loaded == 1
+    assert after["beta1"].to_list() == [beta1] * QUESTIONS
+    assert after.drop("beta1", "vstar", "vstar_se").equals(before.drop("beta1", "vstar", "vstar_se"))
+    if beta1 == 0.0:
+        assert after["vstar"].to_list() == [max(rewards) for rewards in after["rewards"]]
+    elif beta1 == 0.1:
+        assert (after["vstar"] >= before["vstar"]).all()
+    else:
+        assert after["vstar"].to_list() == after["pass_rate"].to_list()
+
+
+def test_more_samples_a_prompt_draws_only_the_missing_ones(tiny_model: Path, data_file: Path, engines: Engines) -> None:
+    run(tiny_config(tiny_model, data_file))
+    four = rows_of()
+    engines.next = ScriptedEngine()
+    run(tiny_config(tiny_model, data_file, vstar={"num_samples": 7}))
+    assert sorted({index for _, index in engines.next.drawn}) == [4, 5, 6]
+    assert len(engines.next.drawn) == QUESTIONS * 3
+    seven = rows_of()
+    assert [rewards[:4] for rewards in seven["rewards"].to_list()] == four["rewards"].to_list()
+    assert seven["num_samples"].to_list() == [7] * QUESTIONS
+    run(tiny_config(tiny_model, data_file, vstar={"num_samples": 4}))
+    assert engines.loaded == 2
+    assert rows_of().equals(four)
+
+
+def test_more_prompts_draw_only_the_missing_ones_and_fewer_read_fewer(
+    tiny_model: Path, data_file: Path, engines: Engines
+) -> None:
+    run(tiny_config(tiny_model, data_file, data={"limit": 2}))
+    two = rows_of()
+    engines.next = ScriptedEngine()
+    run(tiny_config(tiny_model, data_file))
+    assert len(engines.next.drawn) == (QUESTIONS - 2) * 4
+    assert rows_of().filter(pl.col("prompt_id").is_in(two["prompt_id"].to_list())).equals(two)
+    assert rows_of().height == QUESTIONS
+    run(tiny_config(tiny_model, data_file, data={"limit": 2}))
+    assert rows_of().equals(two)
+    assert engines.loaded == 2
+
+
+def test_samples_depend_on_the_seed(tiny_model: Path, data_file: Path, engines: Engines) -> None:
+    run(tiny_config(tiny_model, data_file))
+    run(tiny_config(tiny_model, data_file, run="other", seed=1))
+    assert not stored()["completion_tokens"].equals(stored("other")["completion_tokens"])
+    assert stored()["prompt_id"].equals(stored("other")["prompt_id"])
+
+
+def test_unsolved_prompts_can_be_marked_at_once(tiny_model: Path, data_file: Path, engines: Engines) -> None:
+    engines.next = ScriptedEngine(lambda request: "#### 1")
+    run(tiny_config(tiny_model, data_file, vstar={"drop_unsolved": True}))
+    assert rows_of()["keep"].to_list() == rows_of()["pass_at_n"].to_list()
+    assert 0 < rows_of()["keep"].sum() < QUESTIONS
+
+
+def test_the_second_of_two_jobs_is_told_before_it_loads_an_engine(
+    tiny_model: Path, data_file: Path, engines: Engines
+) -> None:
+    with (
+        exclusive_run(run_paths("test"), "vstar"),
+        pytest.raises(UserError, match=r"another vstar job \(process \d+\) is writing"),
+    ):
+        run(tiny_config(tiny_model, data_file))
+    assert engines.loaded == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"sampling": {"temperature": 0.7}}, "sampling.temperature is 1.0 there and 0.7 here"),
+        ({"sampling": {"max_completion_tokens": 11}}, "sampling.max_completion_tokens is 12 there and 11 here"),
+        ({"data": {"template": "plain"}}, r'prompt.template is "{prompt}\n" there and "{prompt}" here'),
+        ({"grader": {"name": "math"}}, 'grader is "gsm8k/1" there and "math/'),
+        ({"seed": 5}, "seed is 0 there and 5 here"),
+    ],
+)
+def test_samples_of_another_distribution_are_refused_with_the_difference(
+    tiny_model: Path, data_file: Path, engines: Engines, section: dict[str, Any], expected: str
+) -> None:
+    run(tiny_config(tiny_model, data_file))
+    with pytest.raises(UserError) as caught:
+        run(tiny_config(tiny_model, data_file, **section))
+    assert expected in str(caught.value)
+    assert "choose another --run" in str(caught.value)
+    assert engines.loaded == 1
+
+
+def test_samples_of_another_model_are_refused(
+    tiny_model: Path, tmp_path: Path, data_file: Path, engines: Engines
+) -> None:
+    run(tiny_config(tiny_model, data_file))
+    save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r'model\.weights is "[0-9a-f]+" there and "[0-9a-f]+" here; choose another'):
+        run(tiny_config(tmp_path / "other", data_file))
+
+
+def test_an_artifact_of_another_distribution_is_not_overwritten(
+    tiny_model: Path, data_file: Path, engines: Engines
+) -> None:
+    run(tiny_config(tiny_model, data_file))
+    for fragment in run_paths("test").samples.iterdir():
+        fragment.unlink()
+    before = run_paths("test").vstar.read_bytes()
+    with pytest.raises(UserError, match=r"seed is 0 there and 3 here; remove it or choose another --run"):
+        run(tiny_config(tiny_model, data_file, seed=3))
+    assert run_paths("test").vstar.read_bytes() == before
+    assert engines.loaded == 1
+
+
+def test_a_filters_flags_survive_a_new_beta1_and_more_samples(
+    tiny_model: Path, data_file: Path, engines: Engines
+) -> None:
+    run(tiny_config(tiny_model, data_file))
+    path = run_paths("test").vstar
+    filter_prompts(path, None, drop_rules(unsolved=True, solved=False, min_pass_rate=0.3, max_pass_rate=1))
+    flags = rows_of()["keep"].to_list()
+    assert 0 < sum(flags) < QUESTIONS
+    assert "nothing to do" in run(tiny_config(tiny_model, data_file))
+    rescore(path, path, 0.0)
+    assert rows_of()["keep"].to_list() == flags
+    run(tiny_config(tiny_model, data_file, vstar={"num_samples": 5, "beta1": 2.0}))
+    assert rows_of()["keep"].to_list() == flags
+    assert read_provenance(path).context["filters"] == ["pass@N = 0", "pass rate below 0.3"]
+
+
+def test_answers_that_no_grader_can_use_are_refused_before_the_engine_loads_or_dropped(
+    tiny_model: Path, data_file: Path, engines: Engines
+) -> None:
+    with data_file.open("a") as file:
+        file.write('\n{"prompt": "How far?", "answer": "far"}')
+    with pytest.raises(UserError, match=r"1 of 7 reference answers .*How far\?.* set data\.bad_golds"):
+        run(tiny_config(tiny_model, data_file))
+    assert engines.loaded == 0
+    dropping = tiny_config(tiny_model, data_file, data={"bad_golds": "drop"})
+    assert "1 prompts dropped" in run(dropping)
+    assert rows_of().height == QUESTIONS
+    assert "nothing to do" in run(dropping)
+    assert engines.loaded == 1
+
+
+def test_a_data_set_without_any_usable_answer_is_refused(tiny_model: Path, tmp_path: Path, engines: Engines) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "How far?", "answer": "far"}\n')
+    with pytest.raises(UserError, match="no prompt is left: the grader can use none of the reference answers"):
+        run(tiny_config(tiny_model, path, data={"bad_golds": "drop"}))
+    assert engines.loaded == 0
+
+
+def test_a_failed_write_of_the_artifact_leaves_none_and_loses_no_sample(
+    tiny_model: Path, data_file: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stage1_vstar.run.write_vstar", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run(tiny_config(tiny_model, data_file))
+    assert not run_paths("test").vstar.exists()
+    run(tiny_config(tiny_model, data_file))
+    assert engines.loaded == 1
+    assert rows_of().height == QUESTIONS
+
+
+def test_rewards_of_a_users_own_may_be_any_number(
+    tiny_model: Path, data_file: Path, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stage1_test_reward.py").write_text(
+        "def length(prompt, completion, answer):\n    return -1e6 if len(completion) % 2 else 0.25\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    engines.next = ScriptedEngine(lambda request: "x" * (request.seed % 5))
+    run(tiny_config(tiny_model, data_file, grader={"name": "stage1_test_reward:length"}))
+    rewards = set(stored().filter(pl.col("outcome") != "truncated")["reward"])
+    assert rewards == {-1e6, 0.25}
+    assert rows_of()["vstar"].max() <= 0.25  # type: ignore[operator]
+
+
+def test_missing_samples_keep_each_prompts_together(tiny_model: Path, data_file: Path) -> None:
+    from common.prompts import PromptRenderer, load_prompts
+
+    config = tiny_config(tiny_model, data_file)
+    prompts = load_prompts(config.data, config, PromptRenderer(tiny_model, config.data))[:2]
+    first, second = (prompt.id for prompt in prompts)
+    assert missing_samples(prompts, 3, {(first, 1), (second, 0), ("another", 2)}) == [
+        (first, 0),
+        (first, 2),
+        (second, 1),
+        (second, 2),
+    ]
+
+
+def test_the_rows_do_not_depend_on_the_order_in_which_samples_came() -> None:
+    samples = sample_rows({"a": ["correct", "wrong", "wrong"], "b": ["wrong", "correct", "correct"]})
+    rows = vstar_rows(samples, num_samples=3, beta1=0.5, drop_unsolved=False)
+    shuffled = vstar_rows(samples.sample(fraction=1, shuffle=True, seed=4), num_samples=3, beta1=0.5, drop_unsolved=False)
+    assert shuffled.sort("prompt_id").equals(rows)
+
+
+def test_a_samples_seed_follows_from_its_address_alone() -> None:
+    assert request_seed(0, "p", 1) == request_seed(0, "p", 1)
+    seeds = {request_seed(seed, prompt, index) for seed in range(3) for prompt in "abc" for index in range(50)}
+    assert len(seeds) == 450
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert request_seed(1, "2", 3) != request_seed(12, "", 3)
+
+
+TOML = """
+run = "test"
+[model]
+path = "{model}"
+dtype = "float32"
+[data]
+format = "generic"
+path = "{data}"
+template = "line"
+max_prompt_tokens = 64
+[sampling]
+max_completion_tokens = 12
+[grader]
+name = "gsm8k"
+[vstar]
+num_samples = 4
+"""
+
+
+def test_stage_one_with_vllm_gives_the_same_rows_whatever_else_is_in_the_batch(
+    tiny_model: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(TOML.format(model=tiny_model, data=write_questions(tmp_path / "data.jsonl", 8)))
+    first = run_cli("vstar", "--config", config, timeout=240)
+    assert first.returncode == 0, first.stderr
+    rows, samples = rows_of(), stored()
+    assert rows.height == 8
+    assert samples.height == 32
+
+    for sample in samples.iter_rows(named=True):
+        marked = re.findall(r"#### (\d+)", sample["completion"])
+        if sample["outcome"] == "truncated":
+            assert sample["completion_tokens"] == 12
+            assert sample["reward"] == 0.0
+        else:
+            assert sample["reward"] == float(bool(marked) and marked[-1] == sample["answer"]), sample
+    assert 0 < samples["reward"].sum() < 32
+
+    second = run_cli("vstar", "--config", config)
+    assert second.returncode == 0, second.stderr
+    assert "nothing to do" in second.stdout
+
+    lines = (tmp_path / "data.jsonl").read_text().splitlines()
+    (tmp_path / "shuffled.jsonl").write_text("\n".join(lines[::-1]))
+    arguments = ("--config", config, "--run", "again", "--set", f"data.path={tmp_path / 'shuffled.jsonl'}")
+    again = run_cli("vstar", *arguments, "--set", "engine.max_num_seqs=3", timeout=240)
+    assert again.returncode == 0, again.stderr
+    assert stored("again").equals(samples)
+    assert rows_of("again").reverse().equals(rows)
+
+
+def test_stage_one_never_imports_the_trainer() -> None:
+    script = (
+        "import sys\n"
+        "import stage1_vstar.run, stage1_vstar.generate, common.engine\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(sorted(loaded & {'deepspeed', 'stage2_train', 'vllm', 'torch'}))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1]
+    )
+    assert result.stdout.strip() == "[]", result.stderr

@@ -1,0 +1,451 @@
+"""Stage 2 through its command line, with real DeepSpeed and real vLLM: figures, interruption, export, refusals."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from common.artifacts import RunPaths, run_paths
+from common.config import Config
+from common.errors import UserError
+from common.schema import read_vstar, write_vstar
+from stage2_train.metrics import MetricsLog
+from stage2_train.train import SequenceRecord, prepare, run_stage2
+from stage2_train.train import _summarise as summarise_records
+from tests.conftest import save_tiny_model
+from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:(torch|tensorboard|deepspeed)\..*")
+
+ROOT = Path(__file__).parents[1]
+ITERATIONS = 6
+VARIES = ("time/", "throughput/", "memory/")
+METRICS = {
+    "reward/mean",
+    "reward/solved",
+    "advantage/mean",
+    "loss/regression",
+    "kl/sequence",
+    "kl/token",
+    "completion/tokens_mean",
+    "completion/tokens_max",
+    "completion/truncated",
+    "policy/entropy",
+    "engine/logprob_gap",
+    "train/gradient_norm",
+    "train/learning_rate",
+    "time/rollout",
+    "time/reference",
+    "time/update",
+    "time/weight_sync",
+    "time/iteration",
+    "throughput/completion_tokens_per_second",
+    "memory/peak_gib",
+}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A config and its vstar.parquet, trained on by several runs, each with artifacts of its own."""
+
+    folder: Path
+    config: Config
+
+    def start(self, name: str, *overrides: str) -> "subprocess.Popen[str]":
+        """`python cli.py train` in the background, with artifacts under `name`."""
+        paths = self.paths(name)
+        paths.root.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(self.folder / "vstar.parquet", paths.vstar)
+        return subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "cli.py"),
+                "train",
+                "--config",
+                str(self.folder / "run.toml"),
+                *overrides,
+            ],
+            cwd=self.folder,
+            env=self.environment(name),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def environment(self, name: str) -> dict[str, str]:
+        # One thread each: the runs share two cores.
+        artifacts = {"ASTAR_PO_ARTIFACTS": str(self.folder / name)}
+        return {**os.environ, **artifacts, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+    def paths(self, name: str) -> RunPaths:
+        return RunPaths(self.folder / name / self.config.run)
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        text = self.paths(name).metrics.read_text(encoding="utf-8")
+        return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def output_of(process: "subprocess.Popen[str]") -> str:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("training")
+    train = {"iterations": ITERATIONS, "checkpoint_every": 1, "warmup_steps": 3}
+    config = tiny_config(folder, tiny_model, train=train)
+    (folder / "run.toml").write_text(as_toml(config), encoding="utf-8")
+    write_tiny_vstar(config, folder / "vstar.parquet")
+    return Workspace(folder, config)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """`whole` ran in one go; `resumed` is the same run killed in the middle and started again."""
+
+    workspace: Workspace
+    whole_output: str
+    resumed_output: str
+    iterations_before_kill: int
+    transformers_output: str
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Workspace) -> Finished:
+    whole, killed = workspace.start("whole"), workspace.start("resumed")
+    metrics = workspace.paths("resumed").metrics
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and killed.poll() is None:
+        if metrics.exists() and '"iteration": 2' in metrics.read_text(encoding="utf-8"):
+            break
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=10)
+    assert killed.returncode == -signal.SIGKILL
+    lines = metrics.read_text(encoding="utf-8").count("\n")
+    whole_output = output_of(whole)
+    resumed = workspace.start("resumed")
+    transformers = workspace.start("transformers", "--set", "engine.backend=transformers")
+    return Finished(workspace, whole_output, output_of(resumed), lines - 1, output_of(transformers))
+
+
+def test_every_iteration_logs_every_figure(finished: Finished) -> None:
+    start, *rows = finished.workspace.metrics("whole")
+    assert start.keys() == {"iteration", "time/evaluate", "evaluate/pass_at_1"}
+    assert [row["iteration"] for row in rows] == list(range(1, ITERATIONS + 1))
+    for row in rows:
+        evaluated = row["iteration"] % 2 == 0
+        extra = {"time/evaluate", "evaluate/pass_at_1"} if evaluated else set()
+        assert row.keys() == METRICS | {"iteration"} | extra
+        assert all(math.isfinite(value) for value in row.values())
+
+
+def test_figures_are_of_a_run_that_samples_grades_and_learns(finished: Finished) -> None:
+    rows = finished.workspace.metrics("whole")[1:]
+    assert len({row["reward/mean"] for row in rows}) > 1
+    assert all(0 <= row["reward/mean"] == row["reward/solved"] < 1 for row in rows)
+    assert all(1 <= row["completion/tokens_mean"] <= row["completion/tokens_max"] <= 16 for row in rows)
+    assert any(row["completion/truncated"] > 0 for row in rows)
+    assert all(row["train/gradient_norm"] > 0 and row["policy/entropy"] > 0 for row in rows)
+    assert [row["train/learning_rate"] for row in rows] == pytest.approx(
+        [2e-3 / 3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]
+    )
+    parts = ("time/rollout", "time/reference", "time/update", "time/weight_sync")
+    for row in rows:
+        assert 0.8 * row["time/iteration"] < sum(row[part] for part in parts) <= row["time/iteration"]
+        tokens = row["completion/tokens_mean"] * 16
+        assert row["throughput/completion_tokens_per_second"] == pytest.approx(tokens / row["time/iteration"])
+        assert 0.1 < row["memory/peak_gib"] < 16
+
+
+@pytest.mark.parametrize("name", ["whole", "resumed", "transformers"])
+def test_the_engine_has_the_trainers_weights_at_every_iteration(finished: Finished, name: str) -> None:
+    gaps = [row["engine/logprob_gap"] for row in finished.workspace.metrics(name)[1:]]
+    assert len(gaps) == ITERATIONS
+    assert max(gaps) < 1e-4
+    assert min(gaps) > 0
+
+
+def test_the_same_config_and_seed_give_the_same_figures_even_after_a_kill(finished: Finished) -> None:
+    def repeatable(name: str) -> list[dict[str, Any]]:
+        rows = finished.workspace.metrics(name)
+        return [{key: value for key, value in row.items() if not key.startswith(VARIES)} for row in rows]
+
+    assert 2 <= finished.iterations_before_kill < ITERATIONS
+    assert "continuing after iteration" not in finished.whole_output
+    assert any(f"continuing after iteration {n}\n" in finished.resumed_output for n in range(1, ITERATIONS))
+    assert repeatable("resumed") == repeatable("whole")
+
+
+def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(finished: Finished) -> None:
+    whole, resumed = (
+        load_file(finished.workspace.paths(name).model / "model.safetensors") for name in ("whole", "resumed")
+    )
+    assert whole.keys() == resumed.keys()
+    for name, weight in whole.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_the_exported_model_is_the_policy(finished: Finished, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    paths = finished.workspace.paths("whole")
+    newest = paths.checkpoints / f"iteration-{ITERATIONS:06d}"
+    state = torch.load(newest / "state" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    model = AutoModelForCausalLM.from_pretrained(paths.model)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model)
+    exported = dict(model.named_parameters())
+    assert {f"model.{name}" for name in exported} == state.keys()
+    for name, weight in exported.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, state[f"model.{name}"]), name
+        assert not torch.equal(weight, reference.get_parameter(name)), name
+    text = "Tom has 12 pens.\n"
+    folders = (paths.model, tiny_model)
+    ours, theirs = (AutoTokenizer.from_pretrained(folder)(text).input_ids for folder in folders)
+    assert ours == theirs
+    assert model.generation_config.eos_token_id == reference.generation_config.eos_token_id
+
+
+def test_the_exported_model_loads_in_vllm_and_is_evaluated(finished: Finished) -> None:
+    workspace = finished.workspace
+    process = subprocess.run(
+        [*workspace.command("evaluate"), "--model", str(workspace.paths("whole").model), "--json"],
+        env=workspace.environment("whole"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    result = json.loads(process.stdout)
+    assert result["model"] == str(workspace.paths("whole").model)
+    assert (result["prompts"], result["samples_per_prompt"]) == (5, 4)
+    assert sum(result["outcomes"].values()) == 20
+    assert result["pass_at_1"] == pytest.approx(result["outcomes"].get("correct", 0) / 20)
+    low, high = result["pass_at_1_interval_95"]
+    assert 0 <= low <= result["pass_at_1"] <= high <= 1
+    assert result["pass_at_k"].keys() == {"1", "2", "4"}
+    assert 0 <= result["greedy_accuracy"] <= 1
+    assert 1 <= result["completion_tokens_mean"] <= 16
+    assert result["kl_sequence"] > 1e-3
+    assert result["kl_token"] == pytest.approx(result["kl_sequence"] / result["completion_tokens_mean"])
+
+
+def test_old_checkpoints_are_dropped_and_none_is_left_half_written(finished: Finished) -> None:
+    for name in ("whole", "resumed"):
+        folders = sorted(path.name for path in finished.workspace.paths(name).checkpoints.iterdir())
+        assert folders == [f"iteration-{ITERATIONS - 1:06d}", f"iteration-{ITERATIONS:06d}"]
+
+
+def test_training_with_the_transformers_engine_moves_the_policy_too(
+    finished: Finished, tiny_model: Path
+) -> None:
+    rows = finished.workspace.metrics("transformers")
+    assert [row["iteration"] for row in rows] == list(range(ITERATIONS + 1))
+    trained = load_file(finished.workspace.paths("transformers").model / "model.safetensors")
+    start = load_file(tiny_model / "model.safetensors")
+    assert all(not torch.equal(weight, start[name]) for name, weight in trained.items())
+
+
+def rerun(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, config: Config, vstar_file: Path | None = None
+) -> str:
+    """What a re-run of the finished `whole` says, in this process: it must end before it loads a model."""
+    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", str(finished.workspace.folder / "whole"))
+    written = StringIO()
+    run_stage2(config, Console(file=written, width=200), vstar_file)
+    return written.getvalue()
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_finished_run_does_nothing_when_run_again(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stamps(finished.workspace.paths("whole").root)
+    assert "nothing to do" in rerun(finished, monkeypatch, finished.workspace.config)
+    assert stamps(finished.workspace.paths("whole").root) == before
+
+
+def test_another_config_is_refused_and_the_difference_is_named(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = finished.workspace.config.train.model_copy(update={"learning_rate": 5e-4})
+    before = stamps(finished.workspace.paths("whole").root)
+    with pytest.raises(UserError, match=r"config\.train\.learning_rate is 0\.001 there and 0\.0005 here"):
+        rerun(finished, monkeypatch, finished.workspace.config.model_copy(update={"train": train}))
+    assert stamps(finished.workspace.paths("whole").root) == before
+
+
+def test_training_does_not_go_on_with_other_optimal_values(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows, provenance = read_vstar(finished.workspace.folder / "vstar.parquet")
+    best = rows.with_columns(pl.lit(0.0).alias("beta1"), pl.col("rewards").list.max().alias("vstar"))
+    write_vstar(best, provenance, tmp_path / "vstar.parquet")
+    with pytest.raises(UserError, match=r"another config or V̂\*: vstar is"):
+        rerun(finished, monkeypatch, finished.workspace.config, tmp_path / "vstar.parquet")
+
+
+# What `prepare` refuses, before any model is loaded.
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tiny_model: Path) -> tuple[Config, Path]:
+    config = tiny_config(tmp_path, tiny_model)
+    write_tiny_vstar(config, tmp_path / "vstar.parquet")
+    return config, tmp_path / "vstar.parquet"
+
+
+def changed(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def test_the_artifact_of_the_same_config_is_accepted(setting: tuple[Config, Path]) -> None:
+    config, vstar = setting
+    inputs = prepare(config, vstar)
+    rows, _ = read_vstar(vstar)
+    assert [prompt.id for prompt in inputs.prompts] == rows["prompt_id"].to_list()
+    assert inputs.vstar == dict(zip(rows["prompt_id"], rows["vstar"], strict=True))
+    assert len(inputs.held_out) == 5
+    assert inputs.iterations(config) == 3
+    assert inputs.iterations(changed(config, "train", iterations=None, epochs=25)) == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda config: changed(config, "sampling", temperature=0.7),
+            "sampling.temperature is 1.0 there and 0.7 here",
+        ),
+        (lambda config: changed(config, "sampling", top_p=0.9), "sampling.top_p is 1.0 there and 0.9 here"),
+        (
+            lambda config: changed(config, "sampling", max_completion_tokens=8),
+            "sampling.max_completion_tokens is 16 there and 8 here",
+        ),
+        (lambda config: changed(config, "data", template="line"), "prompt.template is"),
+        (lambda config: changed(config, "grader", name="math"), "grader is"),
+    ],
+    ids=["temperature", "top_p", "length", "template", "grader"],
+)
+def test_an_artifact_of_another_setting_is_refused_and_the_difference_is_named(
+    setting: tuple[Config, Path], change: Callable[[Config], Config], named: str
+) -> None:
+    config, vstar = setting
+    with pytest.raises(UserError) as refused:
+        prepare(change(config), vstar)
+    message = str(refused.value)
+    assert str(vstar) in message
+    assert named in message
+    assert message.count(" there and ") == 1
+    assert "make it anew" in message
+
+
+def test_an_artifact_of_another_model_is_refused(setting: tuple[Config, Path], tmp_path: Path) -> None:
+    config, vstar = setting
+    save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"model\.weights is \"\w+\" there and \"\w+\" here") as refused:
+        prepare(changed(config, "model", path=str(tmp_path / "other")), vstar)
+    assert str(refused.value).count(" there and ") == 1
+
+
+def test_greedy_sampling_is_refused(setting: tuple[Config, Path]) -> None:
+    config, vstar = setting
+    with pytest.raises(UserError, match=r"sampling\.temperature is 0"):
+        prepare(changed(config, "sampling", temperature=0.0), vstar)
+
+
+def test_only_prompts_marked_keep_are_trained_on(setting: tuple[Config, Path]) -> None:
+    config, vstar = setting
+    rows, provenance = read_vstar(vstar)
+    write_vstar(rows.with_columns(pl.col("pass_at_n").alias("keep")), provenance, vstar)
+    inputs = prepare(config, vstar)
+    kept = set(rows.filter("pass_at_n")["prompt_id"])
+    assert {prompt.id for prompt in inputs.prompts} == inputs.vstar.keys() == kept
+    assert len(kept) == 24
+
+
+def test_an_artifact_with_no_prompt_left_is_refused(setting: tuple[Config, Path]) -> None:
+    config, vstar = setting
+    rows, provenance = read_vstar(vstar)
+    write_vstar(rows.with_columns(pl.lit(False).alias("keep")), provenance, vstar)
+    with pytest.raises(UserError, match="no prompt is left to train on"):
+        prepare(config, vstar)
+
+
+# The log, and what it says of a step.
+
+
+def test_the_log_forgets_what_came_after_the_checkpoint_and_a_line_cut_in_half(
+    setting: tuple[Config, Path], artifacts: Path
+) -> None:
+    config, _ = setting
+    paths = run_paths(config.run)
+    assert paths.root.is_relative_to(artifacts)
+    paths.root.mkdir(parents=True)
+    paths.metrics.write_text('{"iteration": 1, "a/b": 1}\n{"iteration": 2, "a/b": 2}\n{"iteration": 3, "a/b"')
+    log = MetricsLog(config, paths, Console(file=StringIO()), first_iteration=2, last=3)
+    log.write(2, {"a/b": 5.0})
+    log.close()
+    rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    assert rows == [{"iteration": 1, "a/b": 1}, {"iteration": 2, "a/b": 5.0}]
+
+
+def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
+    long = SequenceRecord(
+        reward=1.0,
+        advantage=0.5,
+        completion_tokens=6,
+        truncated=False,
+        solved=True,
+        squared_residual=0.25,
+        log_ratio=0.8,
+        entropy=3.0,
+        logprob_gap=1e-6,
+    )
+    short = SequenceRecord(
+        reward=0.0,
+        advantage=-0.3,
+        completion_tokens=2,
+        truncated=True,
+        solved=False,
+        squared_residual=0.05,
+        log_ratio=-0.4,
+        entropy=1.0,
+    )
+    assert summarise_records([long, short], seconds=2.0) == pytest.approx(
+        {
+            "reward/mean": 0.5,
+            "reward/solved": 0.5,
+            "advantage/mean": 0.1,
+            "loss/regression": 0.15,
+            "kl/sequence": 0.2,
+            "kl/token": 0.05,
+            "completion/tokens_mean": 4.0,
+            "completion/tokens_max": 6,
+            "completion/truncated": 0.5,
+            "policy/entropy": 0.5,
+            "engine/logprob_gap": 1e-6,
+            "throughput/completion_tokens_per_second": 4.0,
+        }
+    )
