@@ -146,7 +146,7 @@ def context_length(config: Config, folder: Path) -> int:
 
     That context may be shorter than what the config allows: the prompts themselves have been checked to fit.
     """
-    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    document: dict[str, int] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     data = [config.data] if config.evaluate.data is None else [config.data, config.evaluate.data]
     needed = max(section.max_prompt_tokens for section in data) + config.sampling.max_completion_tokens
     return min(needed, document.get("max_position_embeddings", needed))

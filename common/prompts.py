@@ -147,10 +147,14 @@ def prompt_id(text: str, answer: str) -> str:
 
 
 def load_prompts(data: DataConfig, config: Config, renderer: PromptRenderer) -> list[Prompt]:
-    """Read a data set as prompts, each once, in file order.
+    """Read a data set as prompts, each once, in file order. Raises the UserErrors of its two steps."""
+    return prompts_from_pairs(read_pairs(data, config), data, renderer)
 
-    Raises UserError if it is missing or empty, lacks a field, holds an answer that the grader cannot use, or a
-    prompt that is longer than data.max_prompt_tokens.
+
+def read_pairs(data: DataConfig, config: Config) -> list[tuple[str, str]]:
+    """Read a data set's questions and reference answers, in file order; needs no tokenizer.
+
+    Raises UserError if it is missing or empty, lacks a field, or holds an answer that the grader cannot use.
     """
     rows = _read_rows(data, config)
     fields = FORMATS[data.format]
@@ -176,11 +180,13 @@ def load_prompts(data: DataConfig, config: Config, renderer: PromptRenderer) -> 
         if not text.strip():
             raise UserError(f"{data.path}, row {number}: {prompt_field} is empty; correct or remove the row")
         try:
-            pairs.append((text, extract_gold(config.grader.name, answer) if fields.answer_is_solution else answer))
+            pairs.append(
+                (text, extract_gold(config.grader.name, answer) if fields.answer_is_solution else answer)
+            )
         except UserError as error:
             problems.append(f"row {number}: {error}")
     _refuse_bad_golds(problems, len(numbered), data)
-    return prompts_from_pairs(pairs, data, renderer)
+    return pairs
 
 
 def _text_of(row: dict[str, Any], field: str, number: int, data: DataConfig) -> str:
@@ -188,10 +194,14 @@ def _text_of(row: dict[str, Any], field: str, number: int, data: DataConfig) -> 
     place = f"{data.path or data.format}, row {number}"
     if not isinstance(value, str | int | float):
         found = "is missing" if value is None else f"is a {type(value).__name__}, not a text"
-        raise UserError(f"{place}: {field} {found}; correct the row, or set data.prompt_field and data.answer_field")
+        raise UserError(
+            f"{place}: {field} {found}; correct the row, or set data.prompt_field and data.answer_field"
+        )
     text = str(value)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{place}: {field} holds half of a UTF-16 pair, which no file can store; correct the row")
+        raise UserError(
+            f"{place}: {field} holds half of a UTF-16 pair, which no file can store; correct the row"
+        )
     return text
 
 
@@ -222,7 +232,10 @@ def _refuse_bad_golds(problems: Sequence[str], total: int, data: DataConfig) -> 
 def prompts_from_pairs(
     pairs: Iterable[tuple[str, str]], data: DataConfig, renderer: PromptRenderer
 ) -> list[Prompt]:
-    """Render (question, answer) pairs; a pair that comes twice is one prompt."""
+    """Render (question, answer) pairs; a pair that comes twice is one prompt.
+
+    Raises UserError if a prompt is longer than data.max_prompt_tokens, or if none is left.
+    """
     prompts: dict[str, Prompt] = {}
     for text, answer in pairs:
         identifier = prompt_id(text, answer)
@@ -270,7 +283,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; download the model again") from error
+        raise UserError(
+            f"cannot read {path}: {str(error).splitlines()[0]}; download the model again"
+        ) from error
     if not isinstance(document, dict):
         raise UserError(f"{path} holds no JSON object; download the model again")
     return document

@@ -143,7 +143,9 @@ def _validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.E
             )
     if frame.is_empty():
         raise UserError(f"{path} has no rows; make it anew with `python cli.py vstar`")
-    present = {f"{field.name} is present": pl.col(field.name).is_not_null() for field in schema if not field.nullable}
+    present = {
+        f"{field.name} is present": pl.col(field.name).is_not_null() for field in schema if not field.nullable
+    }
     for name, rule in {**present, **invariants}.items():
         broken = frame.filter(~rule.fill_null(False))
         if broken.height:

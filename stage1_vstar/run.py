@@ -12,7 +12,14 @@ from common.config import Config
 from common.engine import SamplingParams, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, fingerprint
-from common.prompts import PromptRenderer, check_context, load_prompts, sampling_identity, usable_prompts
+from common.prompts import (
+    PromptRenderer,
+    check_context,
+    prompts_from_pairs,
+    read_pairs,
+    sampling_identity,
+    usable_prompts,
+)
 from common.rollout import Prompt
 from common.schema import Provenance, SampleStore, read_provenance, read_vstar, write_vstar
 from stage1_vstar.generate import Address, generate_samples, missing_samples
@@ -26,15 +33,18 @@ def run_stage1(config: Config, console: Console) -> None:
     """
     paths = run_paths(config.run)
     folder = reference_model(config)
+    pairs = read_pairs(config.data, config)
     renderer = PromptRenderer(folder, config.data)
-    prompts = load_prompts(config.data, config, renderer)
+    prompts = prompts_from_pairs(pairs, config.data, renderer)
     check_context(prompts, config, folder)
     with exclusive_run(paths, "vstar"):
         provenance = stage1_provenance(config, renderer, model_identity(folder))
         store = SampleStore(paths.samples, provenance)
         if paths.vstar.exists():
             provenance.refuse_unless_same(
-                read_provenance(paths.vstar), what=str(paths.vstar), advice="remove it or choose another --run"
+                read_provenance(paths.vstar),
+                what=str(paths.vstar),
+                advice="remove it or choose another --run",
             )
         missing = missing_samples(prompts, config.vstar.num_samples, store.present())
         if missing:

@@ -85,7 +85,12 @@ def run_cli(artifacts: Path, tmp_path: Path) -> RunCli:
     """Run `python cli.py …` as a user would, in another folder; returns the finished process."""
 
     def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        environment = {
+            **os.environ,
+            "ASTAR_PO_ARTIFACTS": str(artifacts),
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "200",
+        }
         return subprocess.run(
             [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
             capture_output=True,

@@ -34,7 +34,12 @@ class ScriptedEngine:
     It draws slowly and raises EngineDied as soon as `dies_when` holds. `drawn` lists the keys of what came out.
     """
 
-    def __init__(self, write: Callable[[SampleRequest], str] | None = None, *, dies_when: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        write: Callable[[SampleRequest], str] | None = None,
+        *,
+        dies_when: Callable[[], bool] | None = None,
+    ) -> None:
         self.drawn: list[Any] = []
         self.closed = False
         self._write = write or (lambda request: f"so #### {1 + request.seed % 4}")
@@ -56,7 +61,7 @@ class ScriptedEngine:
                 truncated=request.seed % 7 == 0,
             )
 
-    def load_weights(self, named_tensors: object) -> None:
+    def load_weights(self, _: object) -> None:
         raise AssertionError("stage 1 never changes the weights")
 
     def close(self) -> None:
@@ -64,7 +69,7 @@ class ScriptedEngine:
 
 
 def tiny_config(model: Path, data: Path, /, **sections: Any) -> Config:
-    """A run of the tiny model on a generic data set; a section's values are added to these, a single value replaces one."""
+    """A run of the tiny model on a generic data set; with these values in place of its own."""
     document: dict[str, Any] = {
         "run": "test",
         "model": {"path": str(model), "dtype": "float32"},
@@ -78,7 +83,9 @@ def tiny_config(model: Path, data: Path, /, **sections: Any) -> Config:
     return Config.model_validate(document)
 
 
-def sample_rows(outcomes: dict[str, list[str]], rewards: dict[str, list[float]] | None = None) -> pl.DataFrame:
+def sample_rows(
+    outcomes: dict[str, list[str]], rewards: dict[str, list[float]] | None = None
+) -> pl.DataFrame:
     """Rows of samples/*.parquet: per prompt the outcomes of its samples; rewards are 1 for correct ones by default."""
     return pl.DataFrame(
         [

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(
-    [ROOT / "cli.py", *(file for folder in ("common", "stage1_vstar", "stage2_train") for file in (ROOT / folder).rglob("*.py"))]
-)
+PACKAGES = ("common", "stage1_vstar", "stage2_train")
+SOURCES = [ROOT / "cli.py", *(file for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py")))]
 
 
 def place(file: Path) -> str:
@@ -46,7 +45,9 @@ def packages(names: set[str]) -> set[str]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert {"cli.py", "common/schema.py", "stage1_vstar/run.py", "stage2_train/train.py"} <= set(map(place, SOURCES))
+    assert {"cli.py", "common/schema.py", "stage1_vstar/run.py", "stage2_train/train.py"} <= set(
+        map(place, SOURCES)
+    )
     assert "polars" in packages(imports(ROOT / "common" / "schema.py"))
     assert "vllm" in packages(imports(ROOT / "common" / "engine_vllm.py"))
 
@@ -74,7 +75,9 @@ def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
     loaded = packages(imports(ROOT / "cli.py", top_level_only=True))
     assert loaded - set(sys.stdlib_module_names) == {"typer", "rich", "common"}
     script = "import sys, cli; print(sorted({name.partition('.')[0] for name in sys.modules}))"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
     modules = set(ast.literal_eval(result.stdout))
     assert not modules & {"torch", "vllm", "polars", "pyarrow", "numpy", "transformers", "deepspeed", "sympy"}
 

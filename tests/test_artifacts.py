@@ -94,7 +94,9 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_the_second_of_two_jobs_on_one_run_is_told_who_holds_it(artifacts: Path) -> None:
     with (
         exclusive_run(run_paths("one"), "vstar"),
-        pytest.raises(UserError, match=rf"another vstar job \(process {os.getpid()}\) is writing to {artifacts}/one"),
+        pytest.raises(
+            UserError, match=rf"another vstar job \(process {os.getpid()}\) is writing to {artifacts}/one"
+        ),
         exclusive_run(run_paths("one"), "vstar"),
     ):
         raise AssertionError("two jobs hold the same run")

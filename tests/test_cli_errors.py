@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from common.artifacts import model_identity
 from tests.fakes import IDENTITY, write_artifact
 
 ROOT = Path(__file__).parents[1]
@@ -51,10 +50,13 @@ MISTAKES = {
         f"{VSTAR} --set stage1.beta1=1", ("unknown key stage1; use one of run, seed, model, data",)
     ),
     "a --set without a value": Mistake(f"{VSTAR} --set vstar.beta1", ("write it as section.key=value",)),
-    "a missing config": Mistake("vstar --config none.toml", ("cannot read the config none.toml", "configs/*.toml")),
+    "a missing config": Mistake(
+        "vstar --config none.toml", ("cannot read the config none.toml", "configs/*.toml")
+    ),
     "invalid TOML": Mistake("vstar --config broken.toml", ("broken.toml is not valid TOML", "line 1")),
     "no samples": Mistake(
-        f"{VSTAR} --set vstar.num_samples=0", ("vstar.num_samples should be greater than or equal to 1, found 0",)
+        f"{VSTAR} --set vstar.num_samples=0",
+        ("vstar.num_samples should be greater than or equal to 1, found 0",),
     ),
     "a negative beta1": Mistake(
         f"{VSTAR} --set vstar.beta1=-0.5", ("vstar.beta1 should be greater than or equal to 0, found -0.5",)
@@ -63,12 +65,19 @@ MISTAKES = {
     "rescoring under a negative beta1": Mistake(
         "rescore --run filtered --beta1 -1", ("--beta1 must be 0 or more", "inf is the mean", "found -1")
     ),
-    "rescoring under nan": Mistake("rescore --run filtered --beta1 nan", ("--beta1 must be 0 or more", "found nan")),
-    "a filter that leaves nothing": Mistake(
-        "filter --run filtered --min-pass-rate 0.4 --max-pass-rate 0.45", ("would be left", "Loosen the rules")
+    "rescoring under nan": Mistake(
+        "rescore --run filtered --beta1 nan", ("--beta1 must be 0 or more", "found nan")
     ),
-    "an empty range": Mistake("filter --run filtered --min-pass-rate 0.9 --max-pass-rate 0.1", ("min ≤ max ≤ 1",)),
-    "no artifact to inspect": Mistake("inspect --run none", ("there is no", "none/vstar.parquet", "cli.py vstar")),
+    "a filter that leaves nothing": Mistake(
+        "filter --run filtered --min-pass-rate 0.4 --max-pass-rate 0.45",
+        ("would be left", "Loosen the rules"),
+    ),
+    "an empty range": Mistake(
+        "filter --run filtered --min-pass-rate 0.9 --max-pass-rate 0.1", ("min ≤ max ≤ 1",)
+    ),
+    "no artifact to inspect": Mistake(
+        "inspect --run none", ("there is no", "none/vstar.parquet", "cli.py vstar")
+    ),
     "no artifact to rescore": Mistake("rescore --run none --beta1 1", ("there is no", "cli.py vstar")),
     "no artifact to filter": Mistake("filter --run none", ("there is no", "cli.py vstar")),
     "an artifact that is no Parquet file": Mistake(
@@ -77,10 +86,15 @@ MISTAKES = {
     "a missing data file": Mistake(
         f"{VSTAR} --set data.path=none.jsonl", ("there is no data file none.jsonl; check data.path",)
     ),
-    "an empty data set": Mistake(f"{VSTAR} --set data.path=empty.jsonl", ("the data set empty.jsonl is empty",)),
+    "an empty data set": Mistake(
+        f"{VSTAR} --set data.path=empty.jsonl", ("the data set empty.jsonl is empty",)
+    ),
     "data without the field": Mistake(
         f"{VSTAR} --set data.format=gsm8k",
-        ("data.jsonl has no field question, it has prompt, answer", "set data.prompt_field and data.answer_field"),
+        (
+            "data.jsonl has no field question, it has prompt, answer",
+            "set data.prompt_field and data.answer_field",
+        ),
     ),
     "a prompt that is too long": Mistake(
         f"{VSTAR} --set data.max_prompt_tokens=4",
@@ -88,19 +102,26 @@ MISTAKES = {
     ),
     "a completion that the context cannot hold": Mistake(
         f"{VSTAR} --set sampling.max_completion_tokens=500",
-        ("need 564 tokens, more than the model's context of 512", "sampling.max_completion_tokens (500)", "lower"),
+        (
+            "need 564 tokens, more than the model's context of 512",
+            "sampling.max_completion_tokens (500)",
+            "lower",
+        ),
     ),
     "a tokenizer without EOS": Mistake(
         f"{VSTAR} --set model.path=no_eos", ("the tokenizer has no EOS token", "set eos_token")
     ),
     "a missing model": Mistake(
-        f"{VSTAR} --set model.path=./nowhere/model", ("there is no model at ./nowhere/model; check model.path",)
+        f"{VSTAR} --set model.path=./nowhere/model",
+        ("there is no model at ./nowhere/model; check model.path",),
     ),
     "a model that the hub does not have": Mistake(
-        f"{VSTAR} --set model.path=nobody/no-such-model", ("no model nobody/no-such-model", "check model.path")
+        f"{VSTAR} --set model.path=nobody/no-such-model",
+        ("no model nobody/no-such-model", "check model.path"),
     ),
     "a folder that is no model": Mistake(
-        f"{VSTAR} --set model.path=./empty", ("empty is no model in Hugging Face format: it has no config.json",)
+        f"{VSTAR} --set model.path=./empty",
+        ("empty is no model in Hugging Face format: it has no config.json",),
     ),
     "a model without weights": Mistake(
         f"{VSTAR} --set model.path=no_weights", ("holds no *.safetensors weights; convert the model",)
@@ -110,19 +131,21 @@ MISTAKES = {
         ("1 of 2 reference answers of bad_gold.jsonl", "not a number: 'far'", 'set data.bad_golds = "drop"'),
     ),
     "an unknown grader": Mistake(
-        f"{VSTAR} --set grader.name=exact", ("unknown grader 'exact': use one of gsm8k, math, or 'package.module:",)
+        f"{VSTAR} --set grader.name=exact",
+        ("unknown grader 'exact': use one of gsm8k, math, or 'package.module:",),
     ),
     "a reward function that is not there": Mistake(
         f"{VSTAR} --set grader.name=no_module:reward", ("grader 'no_module:reward': no module 'no_module'",)
     ),
     "no artifact to train on": Mistake("train --config run.toml", ("there is no", "cli.py vstar")),
-    "an artifact of another model to train on": Mistake(
-        "train --config run.toml --run trained",
-        ('model.weights is "wwwww', "there and", "make it anew with another --run"),
-    ),
-    "an artifact of another template and grader": Mistake(
-        "train --config run.toml --run graded",
-        (r'prompt.template is "Q: {prompt}" there and "{prompt}\n" here', 'grader is "math/0" there and "gsm8k/'),
+    "an artifact of another model, template and grader": Mistake(
+        "train --config run.toml --run other",
+        (
+            'model.weights is "wwwww',
+            r'prompt.template is "Q: {prompt}" there and "{prompt}\n" here',
+            'grader is "math/0" there and "gsm8k/',
+            "make it anew with another --run",
+        ),
     ),
 }
 
@@ -136,28 +159,29 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "broken.toml").write_text("run =\n")
     (root / "data.jsonl").write_text('{"prompt": "How many apples has Tom?", "answer": "3"}\n')
     (root / "empty.jsonl").write_text("")
-    (root / "bad_gold.jsonl").write_text((root / "data.jsonl").read_text() + '{"prompt": "How far?", "answer": "far"}\n')
+    rows = (root / "data.jsonl").read_text() + '{"prompt": "How far?", "answer": "far"}
+'
+    (root / "bad_gold.jsonl").write_text(rows)
     (root / "empty").mkdir()
     shutil.copytree(tiny_model, root / "model")
     shutil.copytree(tiny_model, root / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(tiny_model, root / "no_eos", ignore=shutil.ignore_patterns("generation_config.json"))
     settings = json.loads((root / "no_eos" / "tokenizer_config.json").read_text())
-    del settings["eos_token"]
+    settings["eos_token"] = None
     (root / "no_eos" / "tokenizer_config.json").write_text(json.dumps(settings))
 
     outcomes = {"p1": ["correct", "wrong"], "p2": ["wrong", "wrong"]}
     write_artifact(root / "artifacts" / "filtered" / "vstar.parquet", outcomes)
-    write_artifact(root / "artifacts" / "trained" / "vstar.parquet", outcomes)
-    ours = {**IDENTITY, "model": model_identity(root / "model"), "grader": "math/0"}
-    ours["prompt"] = {**IDENTITY["prompt"], "template": "Q: {prompt}"}
-    write_artifact(root / "artifacts" / "graded" / "vstar.parquet", outcomes, identity=ours)
+    prompt = {**IDENTITY["prompt"], "template": "Q: {prompt}"}
+    other = {**IDENTITY, "prompt": prompt, "grader": "math/0"}
+    write_artifact(root / "artifacts" / "other" / "vstar.parquet", outcomes, identity=other)
     return root
 
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, request: pytest.FixtureRequest) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Each mistake that was asked for, made once; two at a time, since most of a run is waiting for imports."""
-    asked = {item.callspec.params["name"] for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path and hasattr(item, "callspec")}
+    """Each mistake that this session asks for, made once; two at a time, since a run is mostly imports."""
+    asked = {item.name.partition("[")[2].removesuffix("]") for item in request.session.items}
     environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(folder / "artifacts"), "HF_HUB_OFFLINE": "1"}
 
     def make(name: str) -> subprocess.CompletedProcess[str]:
@@ -190,10 +214,14 @@ def test_a_mistake_ends_in_one_line_that_names_the_fix(
     assert "loading" not in result.stdout
 
 
-def test_mistakes_change_no_artifact(folder: Path, finished: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_mistakes_change_no_artifact(
+    folder: Path, finished: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
     assert all(result.returncode == 2 for result in finished.values())
-    files = {path.relative_to(folder / "artifacts").as_posix() for path in (folder / "artifacts").rglob("*.*")}
-    artifacts = {f"{run}/vstar.parquet" for run in ("filtered", "trained", "graded")}
+    files = {
+        path.relative_to(folder / "artifacts").as_posix() for path in (folder / "artifacts").rglob("*.*")
+    }
+    artifacts = {f"{run}/vstar.parquet" for run in ("filtered", "other")}
     locks = {name for name in files if name.endswith(".lock")}
     assert artifacts <= files
     assert files - artifacts - locks <= {"test/config.json"}

@@ -42,7 +42,11 @@ def test_defaults_are_the_papers(minimal: Path) -> None:
     assert (config.vstar.num_samples, config.vstar.beta1, config.vstar.drop_unsolved) == (8, 0.5, False)
     assert (config.sampling.temperature, config.sampling.top_p) == (1.0, 1.0)
     assert (config.data.max_prompt_tokens, config.sampling.max_completion_tokens) == (256, 1024)
-    assert (config.train.learning_rate, config.train.batch_size, config.train.mini_batch_size) == (1e-6, 256, 128)
+    assert (config.train.learning_rate, config.train.batch_size, config.train.mini_batch_size) == (
+        1e-6,
+        256,
+        128,
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
@@ -128,7 +132,13 @@ def test_an_override_below_a_value_is_refused(minimal: Path) -> None:
 def test_overrides_are_typed_as_in_toml_and_bare_words_are_texts(minimal: Path) -> None:
     config = load_config(
         minimal,
-        ["vstar.beta1=inf", "vstar.num_samples=16", "vstar.drop_unsolved=true", "data.path=a=b.jsonl", 'data.name="x"'],
+        [
+            "vstar.beta1=inf",
+            "vstar.num_samples=16",
+            "vstar.drop_unsolved=true",
+            "data.path=a=b.jsonl",
+            'data.name="x"',
+        ],
         run="other",
     )
     assert math.isinf(config.vstar.beta1)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import mpmath
 import numpy as np
@@ -100,7 +101,7 @@ def test_extreme_beta1_neither_overflows_nor_leaves_the_range_from_mean_to_best(
 def test_vstar_falls_from_the_best_reward_to_the_mean_as_beta1_grows() -> None:
     prompts = [rewards for rewards in PROMPTS.values() if len(set(rewards)) > 1 and max(rewards) < 100]
     estimates = [estimate(prompts, beta1).vstar_P for beta1 in [0.0, *BETAS, math.inf]]
-    for smaller, larger in zip(estimates, estimates[1:], strict=False):
+    for smaller, larger in pairwise(estimates):
         assert (larger <= smaller + 1e-9).all()
     assert (estimates[0] > estimates[-1]).all()
 

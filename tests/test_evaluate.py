@@ -42,7 +42,8 @@ def test_pass_at_k_is_averaged_over_prompts() -> None:
     assert pass_at_k(np.array([0, 1, 4]), 4, 2) == pytest.approx((0 + 0.5 + 1) / 3)
 
 
-def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
+def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BOOTSTRAP_RESAMPLES", 400)
     truth, prompts, trials = 0.4, 60, 100
     random = np.random.default_rng(0)
     covered = 0

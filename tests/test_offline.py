@@ -52,7 +52,9 @@ def rules(
         (0.25, [0.0, *(0.25 * math.log((n * math.exp(4) + 4 - n) / 4) for n in (1, 3)), 1.0]),
     ],
 )
-def test_a_new_beta1_changes_v_star_and_nothing_else(artifact: Path, beta1: float, expected: list[float]) -> None:
+def test_a_new_beta1_changes_v_star_and_nothing_else(
+    artifact: Path, beta1: float, expected: list[float]
+) -> None:
     before, provenance = read_vstar(artifact)
     line = rescore(artifact, artifact, beta1)
     after, same_provenance = read_vstar(artifact)
@@ -93,7 +95,9 @@ def test_rescoring_into_a_new_file_leaves_the_old_one(artifact: Path, tmp_path: 
         (rules(), ["none", "one", "three", "all"]),
     ],
 )
-def test_rules_flag_the_prompts_that_they_drop(artifact: Path, chosen: list[Rule], expected: list[str]) -> None:
+def test_rules_flag_the_prompts_that_they_drop(
+    artifact: Path, chosen: list[Rule], expected: list[str]
+) -> None:
     before = read_vstar(artifact)[0]
     lines = filter_prompts(artifact, None, chosen)
     assert kept(artifact) == expected
@@ -133,7 +137,9 @@ def test_a_filter_that_would_leave_nothing_is_refused_and_changes_nothing(
     assert not (tmp_path / "new.parquet").exists()
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.6, 0.4), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0), (0.0, math.nan)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.6, 0.4), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0), (0.0, math.nan)]
+)
 def test_an_empty_or_impossible_range_is_refused(low: float, high: float) -> None:
     with pytest.raises(UserError, match="give --min-pass-rate and --max-pass-rate with 0 ≤ min ≤ max ≤ 1"):
         rules(min_pass_rate=low, max_pass_rate=high)

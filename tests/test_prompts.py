@@ -73,8 +73,12 @@ def test_a_prompts_id_is_a_hash_of_its_content_and_stays_what_it_is() -> None:
 
 
 def test_the_papers_templates_are_exact() -> None:
-    assert TEMPLATES["gsm8k"] == '{prompt} Let\'s think step by step and output the final answer after "####".'
-    assert TEMPLATES["math"] == "{prompt} Let's think step by step and output the final answer within \\boxed{}."
+    assert (
+        TEMPLATES["gsm8k"] == '{prompt} Let\'s think step by step and output the final answer after "####".'
+    )
+    assert (
+        TEMPLATES["math"] == "{prompt} Let's think step by step and output the final answer within \\boxed{}."
+    )
     assert TEMPLATES["openr1"] == "<｜begin▁of▁sentence｜><｜User｜>{prompt}<｜Assistant｜><think>\n"
 
 
@@ -99,7 +103,9 @@ def test_a_question_is_rendered_in_its_template_and_nothing_is_added(
 @pytest.mark.parametrize(
     ("name", "expected"), [("gsm8k", "gsm8k"), ("math", "math"), ("openr1", "openr1"), ("generic", "plain")]
 )
-def test_each_format_has_its_own_template_unless_told(tiny_model: Path, data_file: Path, name: str, expected: str) -> None:
+def test_each_format_has_its_own_template_unless_told(
+    tiny_model: Path, data_file: Path, name: str, expected: str
+) -> None:
     config = tiny_config(tiny_model, data_file, data={"format": name, "template": None})
     assert PromptRenderer(tiny_model, config.data).template == TEMPLATES[expected]
 
@@ -109,7 +115,9 @@ def test_a_template_without_a_place_for_the_prompt_is_refused(tiny_model: Path, 
     assert 'data.template is "gsm9k": use one of plain, line, gsm8k' in refusal(config)
 
 
-def test_the_tokenizers_bos_comes_first_and_comes_once(tiny_model: Path, data_file: Path, tmp_path: Path) -> None:
+def test_the_tokenizers_bos_comes_first_and_comes_once(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
     folder = model_with(tiny_model, tmp_path / "bos", bos="<s>")
     plain = PromptRenderer(folder, tiny_config(folder, data_file).data)
     written = PromptRenderer(folder, tiny_config(folder, data_file, data={"template": "<s>{prompt}\n"}).data)
@@ -120,7 +128,10 @@ def test_the_tokenizers_bos_comes_first_and_comes_once(tiny_model: Path, data_fi
 
 
 def test_the_chat_template_is_the_tokenizers_own(tiny_model: Path, data_file: Path, tmp_path: Path) -> None:
-    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     folder = model_with(tiny_model, tmp_path / "chat", chat_template=template)
     renderer = PromptRenderer(folder, tiny_config(folder, data_file, data={"template": "chat"}).data)
     assert renderer.decode(renderer.render("How many?")) == "[user] How many?\n[assistant] "
@@ -139,7 +150,9 @@ def test_a_completion_may_end_in_the_tokenizers_eos_or_the_generation_configs(
     folder = model_with(tiny_model, tmp_path / "model")
     eos = PromptRenderer(folder, tiny_config(folder, data_file).data).tokenizer.eos_token_id
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, eos]}))
-    assert PromptRenderer(folder, tiny_config(folder, data_file).data).eos_token_ids == tuple(sorted({eos, 7}))
+    assert PromptRenderer(folder, tiny_config(folder, data_file).data).eos_token_ids == tuple(
+        sorted({eos, 7})
+    )
     (folder / "generation_config.json").write_text("{}")
     assert PromptRenderer(folder, tiny_config(folder, data_file).data).eos_token_ids == (eos,)
 
@@ -168,13 +181,17 @@ def test_what_the_rendering_depends_on_is_in_its_identity(tiny_model: Path, data
     }
 
 
-def test_json_jsonl_and_parquet_give_the_same_prompts(tiny_model: Path, data_file: Path, tmp_path: Path) -> None:
+def test_json_jsonl_and_parquet_give_the_same_prompts(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "data.json").write_text(json.dumps(ROWS))
     pl.DataFrame(ROWS).write_parquet(tmp_path / "data.parquet")
     (tmp_path / "gaps.jsonl").write_text("\n" + data_file.read_text().replace("\n", "\n\n"))
     files = [data_file, *(tmp_path / name for name in ("data.json", "data.parquet", "gaps.jsonl"))]
     first, *others = [load(tiny_config(tiny_model, file)) for file in files]
-    assert [(prompt.text, prompt.answer) for prompt in first] == [(row["prompt"], row["answer"]) for row in ROWS]
+    assert [(prompt.text, prompt.answer) for prompt in first] == [
+        (row["prompt"], row["answer"]) for row in ROWS
+    ]
     assert others == [first] * 3
 
 
@@ -184,7 +201,9 @@ def test_any_field_can_be_the_prompt_and_the_answer(tiny_model: Path, tmp_path: 
     assert [(prompt.text, prompt.answer) for prompt in load(config)] == [("How many?", "12")]
 
 
-def test_a_limit_draws_the_same_rows_for_the_same_seed_in_file_order(tiny_model: Path, data_file: Path) -> None:
+def test_a_limit_draws_the_same_rows_for_the_same_seed_in_file_order(
+    tiny_model: Path, data_file: Path
+) -> None:
     def texts(**data: Any) -> list[str]:
         return [prompt.text for prompt in load(tiny_config(tiny_model, data_file, data=data))]
 
@@ -223,8 +242,14 @@ def test_a_long_prompt_is_refused_or_dropped(tiny_model: Path, tmp_path: Path) -
         ("\n\n", "is empty"),
         ('{"prompt": "x"', "cannot read"),
         ("[1, 2]\n", "is not a list of objects"),
-        ('{"question": "x", "answer": "1"}\n', "has no field prompt, it has question, answer; set data.prompt_field"),
-        ('{"prompt": "x"}\n', "has no field answer, it has prompt; set data.prompt_field and data.answer_field"),
+        (
+            '{"question": "x", "answer": "1"}\n',
+            "has no field prompt, it has question, answer; set data.prompt_field",
+        ),
+        (
+            '{"prompt": "x"}\n',
+            "has no field answer, it has prompt; set data.prompt_field and data.answer_field",
+        ),
         ('{"prompt": "x", "answer": "1"}\n{"prompt": "y"}\n', "row 2: answer is missing"),
         ('{"prompt": "x", "answer": "1"}\n{"prompt": null, "answer": "1"}\n', "row 2: prompt is missing"),
         ('{"prompt": ["x"], "answer": "1"}\n', "row 1: prompt is a list, not a text"),
@@ -257,7 +282,9 @@ def test_the_reference_answer_is_read_out_of_a_worked_solution(tiny_model: Path,
     assert load(config)[0].answer == r"\frac{1}{2}"
 
 
-def test_a_solution_without_an_answer_is_refused_with_its_row_or_dropped(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_solution_without_an_answer_is_refused_with_its_row_or_dropped(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     rows = [{"problem": f"{number}?", "solution": rf"\boxed{{{number}}}"} for number in range(6)]
     rows[2]["solution"], rows[4]["solution"] = r"\boxed{}", r"\boxed{1} or \boxed{2}"
     path = write_jsonl(tmp_path / "math.jsonl", rows)
@@ -268,7 +295,12 @@ def test_a_solution_without_an_answer_is_refused_with_its_row_or_dropped(tiny_mo
     assert "row 5: several different boxes" in message
     assert 'set data.bad_golds = "drop"' in message
     sections["data"]["bad_golds"] = "drop"
-    assert [prompt.answer for prompt in load(tiny_config(tiny_model, path, **sections))] == ["0", "1", "3", "5"]
+    assert [prompt.answer for prompt in load(tiny_config(tiny_model, path, **sections))] == [
+        "0",
+        "1",
+        "3",
+        "5",
+    ]
     # A limited run names the row of the file, not that of its selection.
     sections["data"] = {"format": "math", "limit": 5, "seed": 1}
     assert "row 5: several different boxes" in refusal(tiny_config(tiny_model, path, **sections))
@@ -293,16 +325,22 @@ def test_answers_that_the_grader_cannot_read_are_refused_or_dropped_before_gener
     assert 'set data.bad_golds = "drop"' in message
 
 
-def test_the_context_has_room_for_the_longest_prompt_and_a_completion(tiny_model: Path, data_file: Path) -> None:
+def test_the_context_has_room_for_the_longest_prompt_and_a_completion(
+    tiny_model: Path, data_file: Path
+) -> None:
     fitting = tiny_config(tiny_model, data_file, sampling={"max_completion_tokens": 512 - 64})
     prompts = load(fitting)
     check_context(prompts, fitting, tiny_model)
     longer = tiny_config(tiny_model, data_file, sampling={"max_completion_tokens": 512 - 63})
-    with pytest.raises(UserError, match=r"need 513 tokens, more than the model's context of 512; lower one of them"):
+    with pytest.raises(
+        UserError, match=r"need 513 tokens, more than the model's context of 512; lower one of them"
+    ):
         check_context(prompts, longer, tiny_model)
 
 
-def test_held_out_prompts_are_not_longer_than_the_engine_makes_room_for(tiny_model: Path, data_file: Path) -> None:
+def test_held_out_prompts_are_not_longer_than_the_engine_makes_room_for(
+    tiny_model: Path, data_file: Path
+) -> None:
     prompts = load(tiny_config(tiny_model, data_file))
     narrow = tiny_config(tiny_model, data_file, data={"max_prompt_tokens": 2})
     with pytest.raises(UserError, match=r"more than data\.max_prompt_tokens = 2, .* raise that"):

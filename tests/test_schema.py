@@ -26,7 +26,11 @@ from common.schema import (
 )
 from tests.fakes import CONTEXT, IDENTITY, sample_rows, write_artifact
 
-OUTCOMES = {"p1": ["correct", "wrong", "unparsed"], "p2": ["truncated", "wrong", "wrong"], "p3": ["correct"] * 3}
+OUTCOMES = {
+    "p1": ["correct", "wrong", "unparsed"],
+    "p2": ["truncated", "wrong", "wrong"],
+    "p3": ["correct"] * 3,
+}
 PROVENANCE = Provenance(identity=IDENTITY, context=CONTEXT)
 
 
@@ -90,9 +94,9 @@ BROKEN: dict[str, pl.Expr] = {
 
 @pytest.mark.parametrize("rule", BROKEN)
 def test_a_broken_row_is_named_with_the_rule_that_it_breaks(artifact: Path, rule: str) -> None:
-    only_second = pl.col("prompt_id") == "p2"
     name = BROKEN[rule].meta.output_name()
-    rewrite(artifact, lambda rows: rows.with_columns(pl.when(only_second).then(BROKEN[rule]).otherwise(pl.col(name)).alias(name)))
+    second = pl.when(pl.col("prompt_id") == "p2").then(BROKEN[rule]).otherwise(pl.col(name))
+    rewrite(artifact, lambda rows: rows.with_columns(second.alias(name)))
     message = refusal(artifact)
     assert f"break the rule “{rule}”" in message
     assert str(artifact) in message
@@ -115,7 +119,9 @@ def test_a_broken_row_is_named_with_the_rule_that_it_breaks(artifact: Path, rule
         ("pass_rate", float("nan"), "pass_rate is the share of correct outcomes"),
     ],
 )
-def test_a_value_that_no_reader_expects_is_refused(artifact: Path, column: str, value: Any, rule: str) -> None:
+def test_a_value_that_no_reader_expects_is_refused(
+    artifact: Path, column: str, value: Any, rule: str
+) -> None:
     def change(rows: pl.DataFrame) -> pl.DataFrame:
         values = rows[column].to_list()
         values[1] = value
@@ -157,7 +163,8 @@ def test_the_writer_refuses_a_broken_row_and_leaves_the_old_file(artifact: Path)
 @pytest.mark.parametrize("beta1", [0.0, 1e-6, 0.5, 1e6, float("inf")])
 def test_rewards_of_any_size_satisfy_the_invariants_under_any_beta1(tmp_path: Path, beta1: float) -> None:
     rewards = {"p1": [-1e9, 1e9, 1 / 3], "p2": [1e15, 1e15 + 1, 1e15 - 0.5], "p3": [0.1, 0.1, 0.1]}
-    path = write_artifact(tmp_path / "vstar.parquet", {name: ["wrong"] * 3 for name in rewards}, beta1=beta1, rewards=rewards)
+    outcomes = {name: ["wrong"] * 3 for name in rewards}
+    path = write_artifact(tmp_path / "vstar.parquet", outcomes, beta1=beta1, rewards=rewards)
     assert read_vstar(path)[0]["rewards"].to_list() == list(rewards.values())
 
 
@@ -217,7 +224,9 @@ def test_the_store_knows_what_is_there_and_reads_it_back(tmp_path: Path) -> None
 def test_samples_of_another_identity_are_refused_with_the_difference(tmp_path: Path) -> None:
     append(SampleStore(tmp_path, PROVENANCE), sample_rows(OUTCOMES))
     changed = {**IDENTITY, "sampling": {**IDENTITY["sampling"], "temperature": 0.7}}
-    with pytest.raises(UserError, match=r"sampling\.temperature is 1\.0 there and 0\.7 here; choose another --run"):
+    with pytest.raises(
+        UserError, match=r"sampling\.temperature is 1\.0 there and 0\.7 here; choose another --run"
+    ):
         SampleStore(tmp_path, Provenance(identity=changed, context=CONTEXT))
 
 
@@ -229,12 +238,14 @@ def test_a_sample_that_comes_twice_is_named(tmp_path: Path) -> None:
         store.read()
 
 
-def test_a_fragment_whose_write_fails_is_not_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fragment_whose_write_fails_is_not_in_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = SampleStore(tmp_path, PROVENANCE)
     append(store, sample_rows(OUTCOMES).head(4))
     before = store.read()
 
-    def half_written(table: pa.Table, path: Path, **_: Any) -> None:
+    def half_written(_: pa.Table, path: Path, **__: Any) -> None:
         path.write_bytes(b"PAR1 half of a fragment")
         raise OSError(28, "No space left on device")
 

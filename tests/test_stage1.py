@@ -36,7 +36,10 @@ def data_file(tmp_path: Path) -> Path:
 
 
 def write_questions(path: Path, rows: int = QUESTIONS) -> Path:
-    lines = [json.dumps({"prompt": f"How many is {number}?", "answer": str(1 + number % 4)}) for number in range(rows)]
+    lines = [
+        json.dumps({"prompt": f"How many is {number}?", "answer": str(1 + number % 4)})
+        for number in range(rows)
+    ]
     path.write_text("\n".join(lines))
     return path
 
@@ -79,7 +82,8 @@ def rows_of(name: str = "test") -> pl.DataFrame:
     return read_vstar(run_paths(name).vstar)[0]
 
 
-def test_each_prompt_gets_n_graded_samples_and_one_row(tiny_model: Path, data_file: Path, engines: Engines) -> None:
+@pytest.mark.usefixtures("engines")
+def test_each_prompt_gets_n_graded_samples_and_one_row(tiny_model: Path, data_file: Path) -> None:
     run(tiny_config(tiny_model, data_file))
     samples, rows = stored(), rows_of()
     assert samples.height == QUESTIONS * 4
@@ -108,16 +112,22 @@ def test_an_interrupted_run_continues_with_what_is_missing_and_gives_the_same_ro
     monkeypatch.setattr(generate, "FRAGMENT_SAMPLES", 3)
     config = tiny_config(tiny_model, data_file)
     samples = run_paths("test").samples
-    for fragments in (1, 2):
-        engines.next = ScriptedEngine(dies_when=lambda fragments=fragments: len(list(samples.glob("part-*"))) == fragments)
+
+    def fragments() -> list[Path]:
+        return list(samples.glob("part-*"))
+
+    for many in (1, 2):
+        engines.next = ScriptedEngine(dies_when=lambda many=many: len(fragments()) == many)
         with pytest.raises(EngineDied):
             run(config)
         assert not run_paths("test").vstar.exists()
-    there = {tuple(row) for file in samples.glob("part-*") for row in pl.read_parquet(file).select("prompt_id", "sample_index").iter_rows()}
+    there = list(pl.read_parquet(fragments()).select("prompt_id", "sample_index").iter_rows())
     assert 6 <= len(there) < QUESTIONS * 4
     engines.next = ScriptedEngine()
     run(config)
-    assert sorted([*there, *engines.next.drawn]) == sorted(stored().select("prompt_id", "sample_index").iter_rows())
+    assert sorted([*there, *engines.next.drawn]) == sorted(
+        stored().select("prompt_id", "sample_index").iter_rows()
+    )
     assert stored().equals(stored("whole"))
     assert rows_of().equals(rows_of("whole"))
 
@@ -132,7 +142,9 @@ def test_a_second_run_does_nothing(tiny_model: Path, data_file: Path, engines: E
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.1, float("inf")])
-def test_a_new_beta1_needs_no_engine(tiny_model: Path, data_file: Path, engines: Engines, beta1: float) -> None:
+def test_a_new_beta1_needs_no_engine(
+    tiny_model: Path, data_file: Path, engines: Engines, beta1: float
+) -> None:
     run(tiny_config(tiny_model, data_file))
     before = rows_of()
     run(tiny_config(tiny_model, data_file, vstar={"beta1": beta1}))
@@ -148,7 +160,9 @@ def test_a_new_beta1_needs_no_engine(tiny_model: Path, data_file: Path, engines:
         assert after["vstar"].to_list() == after["pass_rate"].to_list()
 
 
-def test_more_samples_a_prompt_draws_only_the_missing_ones(tiny_model: Path, data_file: Path, engines: Engines) -> None:
+def test_more_samples_a_prompt_draws_only_the_missing_ones(
+    tiny_model: Path, data_file: Path, engines: Engines
+) -> None:
     run(tiny_config(tiny_model, data_file))
     four = rows_of()
     engines.next = ScriptedEngine()
@@ -178,7 +192,8 @@ def test_more_prompts_draw_only_the_missing_ones_and_fewer_read_fewer(
     assert engines.loaded == 2
 
 
-def test_samples_depend_on_the_seed(tiny_model: Path, data_file: Path, engines: Engines) -> None:
+@pytest.mark.usefixtures("engines")
+def test_samples_depend_on_the_seed(tiny_model: Path, data_file: Path) -> None:
     run(tiny_config(tiny_model, data_file))
     run(tiny_config(tiny_model, data_file, run="other", seed=1))
     assert not stored()["completion_tokens"].equals(stored("other")["completion_tokens"])
@@ -186,7 +201,7 @@ def test_samples_depend_on_the_seed(tiny_model: Path, data_file: Path, engines: 
 
 
 def test_unsolved_prompts_can_be_marked_at_once(tiny_model: Path, data_file: Path, engines: Engines) -> None:
-    engines.next = ScriptedEngine(lambda request: "#### 1")
+    engines.next = ScriptedEngine(lambda _: "#### 1")
     run(tiny_config(tiny_model, data_file, vstar={"drop_unsolved": True}))
     assert rows_of()["keep"].to_list() == rows_of()["pass_at_n"].to_list()
     assert 0 < rows_of()["keep"].sum() < QUESTIONS
@@ -207,7 +222,10 @@ def test_the_second_of_two_jobs_is_told_before_it_loads_an_engine(
     ("section", "expected"),
     [
         ({"sampling": {"temperature": 0.7}}, "sampling.temperature is 1.0 there and 0.7 here"),
-        ({"sampling": {"max_completion_tokens": 11}}, "sampling.max_completion_tokens is 12 there and 11 here"),
+        (
+            {"sampling": {"max_completion_tokens": 11}},
+            "sampling.max_completion_tokens is 12 there and 11 here",
+        ),
         ({"data": {"template": "plain"}}, r'prompt.template is "{prompt}\n" there and "{prompt}" here'),
         ({"grader": {"name": "math"}}, 'grader is "gsm8k/1" there and "math/'),
         ({"seed": 5}, "seed is 0 there and 5 here"),
@@ -224,12 +242,13 @@ def test_samples_of_another_distribution_are_refused_with_the_difference(
     assert engines.loaded == 1
 
 
-def test_samples_of_another_model_are_refused(
-    tiny_model: Path, tmp_path: Path, data_file: Path, engines: Engines
-) -> None:
+@pytest.mark.usefixtures("engines")
+def test_samples_of_another_model_are_refused(tiny_model: Path, tmp_path: Path, data_file: Path) -> None:
     run(tiny_config(tiny_model, data_file))
     save_tiny_model(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r'model\.weights is "[0-9a-f]+" there and "[0-9a-f]+" here; choose another'):
+    with pytest.raises(
+        UserError, match=r'model\.weights is "[0-9a-f]+" there and "[0-9a-f]+" here; choose another'
+    ):
         run(tiny_config(tmp_path / "other", data_file))
 
 
@@ -246,9 +265,8 @@ def test_an_artifact_of_another_distribution_is_not_overwritten(
     assert engines.loaded == 1
 
 
-def test_a_filters_flags_survive_a_new_beta1_and_more_samples(
-    tiny_model: Path, data_file: Path, engines: Engines
-) -> None:
+@pytest.mark.usefixtures("engines")
+def test_a_filters_flags_survive_a_new_beta1_and_more_samples(tiny_model: Path, data_file: Path) -> None:
     run(tiny_config(tiny_model, data_file))
     path = run_paths("test").vstar
     filter_prompts(path, None, drop_rules(unsolved=True, solved=False, min_pass_rate=0.3, max_pass_rate=1))
@@ -277,10 +295,14 @@ def test_answers_that_no_grader_can_use_are_refused_before_the_engine_loads_or_d
     assert engines.loaded == 1
 
 
-def test_a_data_set_without_any_usable_answer_is_refused(tiny_model: Path, tmp_path: Path, engines: Engines) -> None:
+def test_a_data_set_without_any_usable_answer_is_refused(
+    tiny_model: Path, tmp_path: Path, engines: Engines
+) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "How far?", "answer": "far"}\n')
-    with pytest.raises(UserError, match="no prompt is left: the grader can use none of the reference answers"):
+    with pytest.raises(
+        UserError, match="no prompt is left: the grader can use none of the reference answers"
+    ):
         run(tiny_config(tiny_model, path, data={"bad_golds": "drop"}))
     assert engines.loaded == 0
 
@@ -332,13 +354,16 @@ def test_missing_samples_keep_each_prompts_together(tiny_model: Path, data_file:
 def test_the_rows_do_not_depend_on_the_order_in_which_samples_came() -> None:
     samples = sample_rows({"a": ["correct", "wrong", "wrong"], "b": ["wrong", "correct", "correct"]})
     rows = vstar_rows(samples, num_samples=3, beta1=0.5, drop_unsolved=False)
-    shuffled = vstar_rows(samples.sample(fraction=1, shuffle=True, seed=4), num_samples=3, beta1=0.5, drop_unsolved=False)
+    mixed = samples.sample(fraction=1, shuffle=True, seed=4)
+    shuffled = vstar_rows(mixed, num_samples=3, beta1=0.5, drop_unsolved=False)
     assert shuffled.sort("prompt_id").equals(rows)
 
 
 def test_a_samples_seed_follows_from_its_address_alone() -> None:
     assert request_seed(0, "p", 1) == request_seed(0, "p", 1)
-    seeds = {request_seed(seed, prompt, index) for seed in range(3) for prompt in "abc" for index in range(50)}
+    seeds = {
+        request_seed(seed, prompt, index) for seed in range(3) for prompt in "abc" for index in range(50)
+    }
     assert len(seeds) == 450
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert request_seed(1, "2", 3) != request_seed(12, "", 3)
@@ -404,6 +429,10 @@ def test_stage_one_never_imports_the_trainer() -> None:
         "print(sorted(loaded & {'deepspeed', 'stage2_train', 'vllm', 'torch'}))\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[1],
     )
     assert result.stdout.strip() == "[]", result.stderr

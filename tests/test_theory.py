@@ -113,7 +113,7 @@ def descend(problem: Problem, sampler: Sampler, *, steps: int, samples: int = 4)
             )
         pairs = [(prompt, int(y)) for prompt in range(PROMPTS) for y in drawn[prompt]]
         optimizer.zero_grad()
-        problem.loss(logits, pairs).backward()  # type: ignore[no-untyped-call]
+        problem.loss(logits, pairs).backward()
         optimizer.step()
     return logits.detach()
 
@@ -123,8 +123,8 @@ def test_the_optimal_policy_has_no_loss_on_any_completion(problem: Problem) -> N
     optimal_PY = problem.optimal_PY
     for prompt in range(PROMPTS):
         mass: dict[tuple[int, int], float] = {}
-        for completion, logprob in zip(COMPLETIONS, optimal_PY[prompt], strict=True):
-            for step in completion:
+        for steps, logprob in zip(COMPLETIONS, optimal_PY[prompt], strict=True):
+            for step in steps:
                 mass[step] = mass.get(step, 0.0) + float(logprob.exp())
         for (node, token), value in mass.items():
             tree[prompt, node, token] = torch.tensor(value, dtype=torch.float64).log()
@@ -198,7 +198,7 @@ def test_a_log_linear_policy_learns_the_optimal_one_on_its_own_samples() -> None
             step_sequences=PROMPTS,
         )
         optimizer.zero_grad()
-        objective.loss(policy_PY[at], batch)[0].backward()  # type: ignore[no-untyped-call]
+        objective.loss(policy_PY[at], batch)[0].backward()
         optimizer.step()
     assert distances[0] > 0.25
     assert distances[400] < distances[0] / 10

@@ -72,20 +72,16 @@ class Workspace:
         paths.root.mkdir(parents=True, exist_ok=True)
         shutil.copy2(self.folder / "vstar.parquet", paths.vstar)
         return subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "cli.py"),
-                "train",
-                "--config",
-                str(self.folder / "run.toml"),
-                *overrides,
-            ],
+            [*self.command("train"), *overrides],
             cwd=self.folder,
             env=self.environment(name),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def command(self, name: str) -> list[str]:
+        return [sys.executable, str(ROOT / "cli.py"), name, "--config", str(self.folder / "run.toml")]
 
     def environment(self, name: str) -> dict[str, str]:
         # One thread each: the runs share two cores.

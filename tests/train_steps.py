@@ -36,13 +36,9 @@ class ScriptedEngine:
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         for request in requests:
             rng = random.Random(request.seed)
-            text = "".join(
-                rng.choice([" apples", " Tom", " 7", " more"]) for _ in range(rng.choice([0, 1, 2, 9]))
-            )
-            body = self._renderer.tokenizer.encode(f"{text} #### {rng.randint(1, 4)}")[
-                : sampling.max_completion_tokens - 1
-            ]
-            token_ids = (*body, self._renderer.eos_token_ids[0])
+            junk = "".join(rng.choices([" apples", " Tom", " 7", " more"], k=rng.choice([0, 1, 2, 9])))
+            body = self._renderer.tokenizer.encode(f"{junk} #### {rng.randint(1, 4)}")
+            token_ids = (*body[: sampling.max_completion_tokens - 1], self._renderer.eos_token_ids[0])
             yield Completion(
                 key=request.key, token_ids=token_ids, text=self._renderer.decode(token_ids), truncated=False
             )

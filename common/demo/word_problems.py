@@ -55,8 +55,8 @@ ENDINGS = (
 )
 
 # What the demonstrations get wrong, and by how much.
-GUESS_PROBABILITY = 0.45
-SLIP_PROBABILITY = 0.1
+GUESS_PROBABILITY = 0.41
+SLIP_PROBABILITY = 0.09
 SLIPS = (-10, -2, -1, 1, 2, 10)
 GUESS_STANDARD_DEVIATION = 4.0
 

@@ -15,8 +15,8 @@ MARKER = "####"
 MAX_COMPLETION_CHARACTERS = 65_536
 
 # One character class before the number, and possessive digits: linear on any text. A number that goes on as
-# a fraction, power, time or calculation is not the answer it begins with.
-_NUMBER = r"([-+]?\$?(?:[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++))(?!\s?[/^=:+×])"
+# a fraction, power, time, range or calculation is not the answer it begins with.
+_NUMBER = r"([-+]?\$?(?:[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++))(?!\s?[/^=:+×]|\s?[-*]\s?[0-9])"
 _MARKED_NUMBER = re.compile(MARKER + r"[\s:$*]*" + _NUMBER)
 _BARE_NUMBER = re.compile(r"[\s$]*" + _NUMBER + r"[\s.]*")
 
