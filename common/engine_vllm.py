@@ -45,6 +45,9 @@ class VllmEngine:
             )
             options["gpu_memory_utilization"] = share
             options["enforce_eager"] = config.engine.enforce_eager
+            if beside_trainer and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                # Each rank's engine runs in the rank's own process, on the rank's own GPU.
+                options["distributed_executor_backend"] = "external_launcher"
         else:
             options["enforce_eager"] = True
             # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".

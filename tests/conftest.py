@@ -10,6 +10,9 @@ import pytest
 
 from common.demo.base_model import build_tokenizer
 
+# Read when torch is imported. Threads that spin while they wait take the cores from the tests' other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).parents[1]
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]

@@ -159,8 +159,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "broken.toml").write_text("run =\n")
     (root / "data.jsonl").write_text('{"prompt": "How many apples has Tom?", "answer": "3"}\n')
     (root / "empty.jsonl").write_text("")
-    rows = (root / "data.jsonl").read_text() + '{"prompt": "How far?", "answer": "far"}
-'
+    rows = (root / "data.jsonl").read_text() + '{"prompt": "How far?", "answer": "far"}\n'
     (root / "bad_gold.jsonl").write_text(rows)
     (root / "empty").mkdir()
     shutil.copytree(tiny_model, root / "model")

@@ -49,7 +49,7 @@ class Outcome:
 
 
 def run(folder: Path, model: Path, processes: int) -> Outcome:
-    config = tiny_config(folder, model, train={"iterations": 2, "tokens_per_micro_batch": 60})
+    config = tiny_config(folder, model, train={"iterations": 2, "tokens_per_micro_batch": 55})
     write_tiny_vstar(config, folder / "vstar.parquet")
     cases = {
         name: config.model_copy(update={"train": config.train.model_copy(update=change)}).model_dump(

@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,11 @@ def test_an_interrupted_run_continues_with_what_is_missing_and_gives_the_same_ro
     def fragments() -> list[Path]:
         return list(samples.glob("part-*"))
 
+    def there_are(many: int) -> Callable[[], bool]:
+        return lambda: len(fragments()) == many
+
     for many in (1, 2):
-        engines.next = ScriptedEngine(dies_when=lambda many=many: len(fragments()) == many)
+        engines.next = ScriptedEngine(dies_when=there_are(many))
         with pytest.raises(EngineDied):
             run(config)
         assert not run_paths("test").vstar.exists()
