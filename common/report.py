@@ -4,6 +4,7 @@ Reads the run's artifacts only; no model, no torch.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def _table(evaluations: dict[str, dict[str, Any]]) -> Table:
     table.add_column("")
     for name in evaluations:
         table.add_column(name, justify="right")
-    rows = {
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "greedy accuracy": lambda result: f"{result['greedy_accuracy']:.3f}",
         "pass@1, sampled": lambda result: f"{result['pass_at_1']:.3f}",
         "  95 % interval": lambda result: "{:.3f}–{:.3f}".format(*result["pass_at_1_interval_95"]),
@@ -65,7 +66,8 @@ def draw_training(metrics: list[dict[str, float]], path: Path, suffix: str) -> N
     from matplotlib.ticker import MaxNLocator
 
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, panels = pyplot.subplots(2, 2, figsize=(8, 5), sharex=True, layout="constrained")
+        figure = pyplot.figure(figsize=(8, 5), layout="constrained")
+        panels = figure.subplots(2, 2, sharex=True)
         (reward, divergence), (loss, length) = panels
         _curve(reward, metrics, "reward/solved", "training, share correct")
         held_out = [point for point in metrics if "evaluate/pass_at_1" in point]

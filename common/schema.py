@@ -155,9 +155,9 @@ def _validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.E
             raise UserError(f"{path}: {broken.height} rows break the rule “{name}”, the first is {row}")
 
 
-def _read(paths: list[Path]) -> pl.DataFrame:
+def _read(paths: list[Path], columns: list[str] | None = None) -> pl.DataFrame:
     try:
-        return pl.read_parquet(paths)
+        return pl.read_parquet(paths, columns=columns)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(
             f"cannot read {', '.join(map(str, paths[:3]))}: {str(error).splitlines()[0]}; remove the damaged file"
@@ -220,6 +220,14 @@ class SampleStore:
 
     def read(self) -> pl.DataFrame:
         """Every sample, each once. Raises UserError naming the broken rule and row."""
-        frame = _read(self.fragments())
-        _validate(frame, SAMPLES, SAMPLES_INVARIANTS, self.folder)
+        return self._read(SAMPLES)
+
+    def read_grades(self) -> pl.DataFrame:
+        """The same without the completions' text, which is nearly all of the bytes and which V̂* does not need."""
+        without_text = [field for field in SAMPLES if field.name not in ("completion", "extracted")]
+        return self._read(pa.schema(without_text))
+
+    def _read(self, schema: pa.Schema) -> pl.DataFrame:
+        frame = _read(self.fragments(), schema.names)
+        _validate(frame, schema, SAMPLES_INVARIANTS, self.folder)
         return frame

@@ -96,4 +96,3 @@ def sample_row(prompt: Prompt, index: int, completion: Completion, grade: Grade)
         "extracted": grade.extracted,
         "reward": grade.reward,
     }
-

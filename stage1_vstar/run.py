@@ -37,6 +37,11 @@ def run_stage1(config: Config, console: Console) -> None:
     renderer = PromptRenderer(folder, config.data)
     prompts = prompts_from_pairs(pairs, config.data, renderer)
     check_context(prompts, config, folder)
+    if left_out := len(pairs) - len(prompts):
+        limit = config.data.max_prompt_tokens
+        console.print(
+            f"{left_out:,} of {len(pairs):,} rows left out: longer than {limit} tokens, or there twice"
+        )
     with exclusive_run(paths, "vstar"):
         provenance = stage1_provenance(config, renderer, model_identity(folder))
         store = SampleStore(paths.samples, provenance)
@@ -48,10 +53,9 @@ def run_stage1(config: Config, console: Console) -> None:
             )
         missing = missing_samples(prompts, config.vstar.num_samples, store.present())
         if missing:
-            write_text(paths.config, config.to_json())
             draw(missing, prompts, config, folder, renderer, store, console)
         rows = vstar_rows(
-            in_order(store.read(), prompts),
+            in_order(store.read_grades(), prompts),
             num_samples=config.vstar.num_samples,
             beta1=config.vstar.beta1,
             drop_unsolved=config.vstar.drop_unsolved,
@@ -61,6 +65,7 @@ def run_stage1(config: Config, console: Console) -> None:
             if is_same(rows, provenance, *read_vstar(paths.vstar)):
                 console.print(f"nothing to do: {paths.vstar} is complete ({rows.height:,} prompts)")
                 return
+        write_text(paths.config, config.to_json())
         write_vstar(rows, provenance, paths.vstar)
     console.print(f"{paths.vstar}: {summary(rows)}")
 

@@ -167,7 +167,7 @@ def test_a_reward_that_cannot_be_loaded_is_refused_at_once(rewards: str, functio
 
 
 def test_a_module_that_does_not_exist_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="no module 'nowhere.at_all'"):
+    with pytest.raises(ValueError, match=r"no module 'nowhere\.at_all'"):
         GraderPool(GraderConfig(name="nowhere.at_all:reward"))
 
 

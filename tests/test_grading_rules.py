@@ -1,5 +1,6 @@
 """The rules: what counts as correct, checked against labels that others made."""
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -270,8 +271,6 @@ def _task(case: dict[str, Any]) -> GradingTask:
     completion, answer = case["prediction"], case["gold"]
     if case["form"] != "response" and r"\boxed" not in completion:
         completion = rf"\boxed{{{completion.strip()}}}"
-    try:
+    with contextlib.suppress(ValueError):
         answer = extract_gold(case["kind"], answer)
-    except ValueError:
-        pass
     return GradingTask(prompt="", completion=completion, answer=answer)

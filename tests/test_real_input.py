@@ -1,6 +1,8 @@
 """Stage 1 on real input: GSM8K's questions through real vLLM, each reward derived again from the stored text."""
 
 import re
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -10,14 +12,14 @@ import pytest
 
 from common.artifacts import RunPaths, run_paths
 from common.schema import read_vstar
-from tests.conftest import ROOT, RunCli, save_tiny_model
+from tests.conftest import ROOT, save_tiny_model
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
 pytestmark = pytest.mark.skipif(not GSM8K.exists(), reason=f"GSM8K is not on this machine ({GSM8K.name})")
 
 
-def stage1(run_cli: RunCli, run: str, model: Path, questions: int) -> None:
+def stage1(run: str, model: Path, questions: int) -> None:
     settings = {
         "model.path": model,
         "data.format": "gsm8k",
@@ -27,8 +29,16 @@ def stage1(run_cli: RunCli, run: str, model: Path, questions: int) -> None:
         "data.max_prompt_tokens": 1024,
         "vstar.num_samples": 8,
     }
-    arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    result = run_cli("vstar", "--config", "configs/demo.toml", "--run", run, *arguments, timeout=1800)
+    cli(
+        "vstar",
+        "--run",
+        run,
+        *(part for key, value in settings.items() for part in ("--set", f"{key}={value}")),
+    )
+
+
+def cli(*arguments: str) -> None:
+    result = subprocess.run([sys.executable, ROOT / "cli.py", *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -46,9 +56,7 @@ def check(paths: RunPaths, questions: int, limit: int) -> None:
     assert samples.select(pl.struct("prompt_id", "sample_index").n_unique()).item() == questions * 8
     truncated = (samples["outcome"] == "truncated").to_list()
     assert all(
-        tokens == limit
-        for tokens, cut in zip(samples["completion_tokens"], truncated, strict=True)
-        if cut
+        tokens == limit for tokens, cut in zip(samples["completion_tokens"], truncated, strict=True) if cut
     )
     again = [
         expected_reward(completion, answer, cut)
@@ -67,23 +75,21 @@ def check(paths: RunPaths, questions: int, limit: int) -> None:
 
 
 def test_gsm8k_questions_pass_through_stage_1_and_their_rewards_follow_from_the_stored_text(
-    run_cli: RunCli, artifacts: Path, tmp_path: Path
+    artifacts: Path, tmp_path: Path
 ) -> None:
     save_tiny_model(tmp_path / "model", seed=0, context=2048)
-    stage1(run_cli, "gsm8k", tmp_path / "model", 64)
-    assert (artifacts / "gsm8k").is_dir()
+    stage1("gsm8k", tmp_path / "model", 64)
+    assert run_paths("gsm8k").root == artifacts / "gsm8k"
     check(run_paths("gsm8k"), 64, limit=64)
 
 
 @pytest.mark.slow
 def test_all_gsm8k_training_questions_pass_through_stage_1_with_the_demo_model(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Keeps its artifacts in artifacts/gsm8k-demo, so that a second run only checks them."""
     monkeypatch.delenv("ASTAR_PO_ARTIFACTS", raising=False)
     if not run_paths("demo").base_model.exists():
-        assert run_cli("base-model", timeout=600).returncode == 0
-    stage1(run_cli, "gsm8k-demo", run_paths("demo").base_model, 7473)
+        cli("base-model")
+    stage1("gsm8k-demo", run_paths("demo").base_model, 7473)
     check(run_paths("gsm8k-demo"), 7473, limit=64)
-
-

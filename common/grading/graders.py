@@ -75,5 +75,5 @@ def extract_gold(grader_name: str, raw: str) -> str:
 
 
 def validate_gold(grader_name: str, gold: str) -> str | None:
-    """What is wrong with an extracted reference answer, in this process; `GraderPool.validate_golds` is the safe way."""
+    """What is wrong with a reference answer, found in this process; `GraderPool.validate_golds` is the safe way."""
     return find_grader(grader_name).validate_gold(gold)
