@@ -39,7 +39,7 @@ GAINS = (
     "{subject} finds {number} new {objects}.",
     "{subject} gets {number} from {friend}.",
     "{subject} wins {number} from {friend}.",
-    "{friend} gives {number} to {object}.",
+    "{friend} brings {number} to {object}.",
 )
 LOSSES = (
     "{subject} loses {number} old {objects}.",
