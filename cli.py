@@ -79,7 +79,7 @@ def train(
     from common.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    from stage2_train.train import run_stage2
+    from stage2_train.run import run_stage2
 
     run_stage2(settings, console, vstar_file)
 

@@ -64,8 +64,8 @@ class DataConfig(Section):
     """What to do about a prompt whose reference answer the grader cannot use."""
 
 
-class SamplingConfig(Section):
-    """The distribution that completions are drawn from, in both stages."""
+class SamplingParams(Section):
+    """The distribution that completions are drawn from, in both stages; temperature 0 is greedy."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -156,7 +156,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelConfig
     data: DataConfig
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingParams = SamplingParams()
     grader: GraderConfig
     engine: EngineConfig = EngineConfig()
     vstar: VstarConfig = VstarConfig()

@@ -1,25 +1,15 @@
 """The seam between the stages and whatever samples completions for them."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from common.config import Config
+from common.config import Config, SamplingParams
 from common.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """The distribution to draw completions from; temperature 0 is greedy."""
-
-    temperature: float
-    top_p: float
-    max_completion_tokens: int
 
 
 class RolloutEngine(Protocol):

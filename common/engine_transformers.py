@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from common.config import Config
-from common.engine import SamplingParams
+from common.config import Config, SamplingParams
 from common.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.config import Config
-from common.engine import SamplingParams
+from common.config import Config, SamplingParams
 from common.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from common.engine import RolloutEngine, SamplingParams, request_seed
+from common.config import SamplingParams
+from common.engine import RolloutEngine, request_seed
 from common.grading import Grade, GraderPool
 from common.rollout import Completion, Prompt, SampleRequest
 from common.schema import SampleStore

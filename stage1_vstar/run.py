@@ -9,7 +9,7 @@ from rich.console import Console
 
 from common.artifacts import context, exclusive_run, model_identity, reference_model, run_paths, write_text
 from common.config import Config
-from common.engine import SamplingParams, build_engine
+from common.engine import build_engine
 from common.errors import UserError
 from common.grading import GraderPool, fingerprint
 from common.prompts import (
@@ -107,9 +107,7 @@ def draw(
         )
         engine = build_engine(config, folder, renderer, beside_trainer=False)
         try:
-            generate_samples(
-                missing, usable, engine, pool, store, sampling_params(config), config.seed, console
-            )
+            generate_samples(missing, usable, engine, pool, store, config.sampling, config.seed, console)
         finally:
             engine.close()
 
@@ -135,11 +133,6 @@ def is_same(
 ) -> bool:
     """Whether a file already says what would be written."""
     return provenance.identity == old_provenance.identity and rows.select(old_rows.columns).equals(old_rows)
-
-
-def sampling_params(config: Config) -> SamplingParams:
-    """The distribution that both stages draw from."""
-    return SamplingParams(**config.sampling.model_dump())
 
 
 def stage1_provenance(config: Config, renderer: PromptRenderer, model: dict[str, str]) -> Provenance:

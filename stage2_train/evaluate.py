@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from common.artifacts import reference_model, resolve_model
-from common.config import Config
-from common.engine import RolloutEngine, SamplingParams, build_engine, request_seed
+from common.config import Config, SamplingParams
+from common.engine import RolloutEngine, build_engine, request_seed
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
-from common.prompts import PromptRenderer, check_context, load_prompts
+from common.prompts import PromptRenderer, check_context, load_prompts, usable_prompts
 from common.rollout import Prompt, Rollout
 from stage2_train.batch import TokenSequence, sum_by_sequence, token_batches
 from stage2_train.logprobs import load_model, token_logprobs
@@ -52,6 +52,7 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
     engine = None
     results = []
     with GraderPool(config.grader) as pool:
+        prompts = usable_prompts(prompts, config.evaluate.data, pool)
         for folder in folders:
             console.print(f"evaluating {folder} on {len(prompts):,} prompts")
             if engine is None:
@@ -84,7 +85,7 @@ def sample_both_ways(
     greedy = SamplingParams(
         temperature=0.0, top_p=1.0, max_completion_tokens=config.sampling.max_completion_tokens
     )
-    sampled = SamplingParams(**config.sampling.model_dump())
+    sampled = config.sampling
     seed = request_seed(config.seed, "evaluate")
     places = range(len(prompts))
     return (
@@ -153,7 +154,7 @@ def bootstrap_interval(values_P: NDArray[np.float64], *, seed: int) -> tuple[flo
 def kl_to_reference(
     rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config
 ) -> dict[str, float]:
-    """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error, and a token's share."""
+    """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error (over prompts), a token's share."""
     sequences = [
         TokenSequence(
             place=place,
@@ -166,10 +167,11 @@ def kl_to_reference(
     theirs = sequence_logprobs(sequences, reference, config)
     log_ratio = ours - theirs
     tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
+    by_prompt_P = log_ratio.reshape(-1, config.evaluate.num_samples).mean(axis=1)
     return {
         "kl_sequence": float(log_ratio.mean()),
-        "kl_sequence_se": float(log_ratio.std(ddof=1) / math.sqrt(len(log_ratio)))
-        if len(log_ratio) > 1
+        "kl_sequence_se": float(by_prompt_P.std(ddof=1) / math.sqrt(len(by_prompt_P)))
+        if len(by_prompt_P) > 1
         else 0.0,
         "kl_token": float(log_ratio.sum() / tokens),
     }

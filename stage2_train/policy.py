@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ TOKENIZER_FILES = (
 )
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among those of the job."""
@@ -44,6 +47,22 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def largest(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        if self.world_size == 1:
+            return count
+        most = torch.tensor(count, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most.item())
+
+    def gather(self, items: list[T]) -> list[T]:
+        """All ranks' items."""
+        if self.world_size == 1:
+            return items
+        parts: list[list[T]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
 
 def join_ranks(seed: int) -> Ranks:
@@ -153,12 +172,11 @@ class Policy:
         dist.barrier()
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Take over weights, optimizer and schedule from the newest checkpoint, if there is one."""
-        if not (found := checkpoints(folder)):
-            return
-        path, _ = self.engine.load_checkpoint(str(found[-1]), tag="state")
+        """Take over weights, optimizer and schedule from the newest checkpoint."""
+        newest = checkpoints(folder)[-1]
+        path, _ = self.engine.load_checkpoint(str(newest), tag="state")
         if path is None:
-            raise UserError(f"{found[-1]} is not a whole checkpoint; delete it and run again")
+            raise UserError(f"{newest} is not a whole checkpoint; delete it and run again")
 
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format with the reference model's tokenizer, whole or not at all."""

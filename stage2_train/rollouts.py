@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from common.engine import RolloutEngine, SamplingParams, request_seed
+from common.config import SamplingParams
+from common.engine import RolloutEngine, request_seed
 from common.grading import GraderPool
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
 

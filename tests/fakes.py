@@ -8,8 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from common.config import Config
-from common.engine import SamplingParams
+from common.config import Config, SamplingParams
 from common.rollout import Completion, SampleRequest
 from common.schema import Provenance, write_vstar
 from stage1_vstar.table import vstar_rows

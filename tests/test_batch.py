@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stage2_train.batch import MicroBatch, TokenSequence, sum_by_sequence, token_batches
-from stage2_train.train import prompt_batch
+from stage2_train.inputs import prompt_batch
 
 PAD = 99
 

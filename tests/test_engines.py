@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.config import Config
-from common.engine import RolloutEngine, SamplingParams, build_engine, request_seed
+from common.config import Config, SamplingParams
+from common.engine import RolloutEngine, build_engine, request_seed
 from common.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest
 from stage2_train.batch import TokenSequence, token_batches

@@ -15,8 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from common.config import Config
-from common.engine import SamplingParams
+from common.config import Config, SamplingParams
 from common.errors import UserError
 from common.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest

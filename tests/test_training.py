@@ -24,9 +24,11 @@ from common.artifacts import RunPaths, run_paths
 from common.config import Config
 from common.errors import UserError
 from common.schema import read_vstar, write_vstar
+from stage2_train.inputs import prepare
 from stage2_train.metrics import MetricsLog
-from stage2_train.train import SequenceRecord, prepare, run_stage2
-from stage2_train.train import _summarise as summarise_records
+from stage2_train.records import SequenceRecord
+from stage2_train.records import summarise as summarise_records
+from stage2_train.run import run_stage2
 from tests.conftest import save_tiny_model
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -430,7 +432,7 @@ def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
         completion_tokens=6,
         truncated=False,
         solved=True,
-        squared_residual=0.25,
+        loss=0.25,
         log_ratio=0.8,
         entropy=3.0,
         logprob_gap=1e-6,
@@ -441,7 +443,7 @@ def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
         completion_tokens=2,
         truncated=True,
         solved=False,
-        squared_residual=0.05,
+        loss=0.05,
         log_ratio=-0.4,
         entropy=1.0,
     )

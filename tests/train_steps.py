@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from common.config import Config
-from common.engine import SamplingParams
+from common.config import Config, SamplingParams
 from common.grading import GraderPool
 from common.prompts import PromptRenderer
 from common.rollout import Completion, Rollout, SampleRequest
 from stage2_train.batch import TokenBatch
+from stage2_train.inputs import prepare
 from stage2_train.metrics import Metrics
 from stage2_train.policy import Ranks, join_ranks
-from stage2_train.train import SequenceRecord, Trainer, prepare
+from stage2_train.records import SequenceRecord
+from stage2_train.train import Trainer
 
 FIGURES = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")
 

@@ -33,7 +33,8 @@ OPENINGS = (
     "{name} starts with {number} {objects}.",
     "{name} owns {number} {objects}.",
 )
-# Each sentence is six tokens long, as is each step of a solution: which number comes next is soon learnt.
+# What makes the next number of a solution quick to find: each sentence is six tokens long, as is each step of a
+# solution, and the verb before a number says whether it is gained or lost.
 GAINS = (
     "{subject} buys {number} more {objects}.",
     "{subject} finds {number} new {objects}.",
@@ -55,7 +56,7 @@ ENDINGS = (
 )
 
 # What the demonstrations get wrong, and by how much.
-GUESS_PROBABILITY = 0.41
+GUESS_PROBABILITY = 0.4
 SLIP_PROBABILITY = 0.09
 SLIPS = (-10, -2, -1, 1, 2, 10)
 GUESS_STANDARD_DEVIATION = 4.0
@@ -139,7 +140,6 @@ def vocabulary_text() -> Iterator[str]:
             for objects in OBJECTS:
                 fillers["objects"] = objects
                 yield " ".join(text.format(**fillers) for text in (*OPENINGS, *GAINS, *LOSSES, *ENDINGS))
-                yield f"{name}"
     yield "1+1=2, 2-1=1 #### 1"
     yield "#### 1"
 
@@ -148,7 +148,7 @@ def _draw(rng: random.Random, max_changes: int) -> WordProblem:
     subject, object_, name = rng.choice(PEOPLE)
     friend = rng.choice([other for _, _, other in PEOPLE if other != name])
     objects = rng.choice(OBJECTS)
-    # All different: the next number of a solution is then the one that follows, in the question, the one just used.
+    # All different, so that the number just used tells where in the question the next one follows.
     sizes = rng.sample(range(2, 10), rng.randint(1, max_changes))
     start = total = rng.choice([number for number in range(2, 13) if number not in sizes])
     sentences = [rng.choice(OPENINGS).format(name=name, number=start, objects=objects)]

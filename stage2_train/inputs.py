@@ -1,0 +1,107 @@
+"""What training starts from, read and checked before any model loads: stage 1's file, prompts, held-out prompts."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.artifacts import model_identity, reference_model
+from common.config import Config
+from common.engine import request_seed
+from common.errors import UserError
+from common.grading import fingerprint
+from common.prompts import PromptRenderer, check_context, load_prompts, prompts_from_pairs, sampling_identity
+from common.rollout import Prompt
+from common.schema import Provenance, read_vstar
+
+LENGTH_OF_RUN: Mapping[str, Any] = {
+    "run": True,
+    "vstar": True,
+    "evaluate": True,
+    "train": {
+        "epochs",
+        "iterations",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "evaluate_every",
+        "wandb_project",
+    },
+}
+"""What may differ between a run and its continuation: how long it is and how it is watched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What training starts from."""
+
+    folder: Path
+    renderer: PromptRenderer
+    prompts: list[Prompt]
+    vstar: dict[str, float]
+    held_out: list[Prompt]
+
+    def iterations(self, config: Config) -> int:
+        """Batches until each prompt has been seen `epochs` times, or the configured number."""
+        train = config.train
+        return train.iterations or max(1, train.epochs * len(self.prompts) // train.batch_size)
+
+
+def prepare(config: Config, vstar_file: Path) -> Inputs:
+    """Read and check everything that needs no model. Raises UserError."""
+    if config.sampling.temperature == 0:
+        raise UserError("sampling.temperature is 0: training needs a policy that samples; set it above 0")
+    rows, provenance = read_vstar(vstar_file)
+    folder = reference_model(config)
+    renderer = PromptRenderer(folder, config.data)
+    ours = sampling_identity(config, renderer, model_identity(folder), fingerprint(config.grader))
+    theirs = {key: value for key, value in provenance.identity.items() if key in ours}
+    Provenance(identity=ours, context={}).refuse_unless_same(
+        Provenance(identity=theirs, context={}),
+        what=str(vstar_file),
+        advice="V̂* holds for its own model, template, sampling and grader only: use those, or make it anew "
+        "with another --run",
+    )
+    kept = rows.filter("keep")
+    if kept.is_empty():
+        raise UserError(
+            f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
+        )
+    prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
+    held_out = []
+    if config.evaluate.data is not None:
+        held_out = load_prompts(config.evaluate.data, config, renderer)[: config.evaluate.training_prompts]
+    check_context([*prompts, *held_out], config, folder)
+    return Inputs(
+        folder=folder,
+        renderer=renderer,
+        prompts=prompts,
+        vstar=dict(zip(kept["prompt_id"], kept["vstar"], strict=True)),
+        held_out=held_out,
+    )
+
+
+def origin(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """What two runs must share for one to continue the other: all that shapes the trajectory, and V̂*."""
+    vstar = json.dumps(sorted(inputs.vstar.items())).encode()
+    return {
+        "config": config.model_dump(mode="json", exclude=LENGTH_OF_RUN),
+        "vstar": hashlib.sha256(vstar).hexdigest()[:32],
+    }
+
+
+def prompt_batch(prompts: int, batch_size: int, seed: int, iteration: int) -> list[int]:
+    """The prompts of an iteration (from 1 on): an endless row of shuffled epochs, cut into batches.
+
+    A function of its arguments alone, so that a resumed run sees the data in the same order.
+    """
+    start = (iteration - 1) * batch_size
+    batch: list[int] = []
+    while len(batch) < batch_size:
+        epoch, offset = divmod(start + len(batch), prompts)
+        order = list(range(prompts))
+        random.Random(request_seed(seed, "epoch", epoch)).shuffle(order)
+        batch += order[offset : offset + batch_size - len(batch)]
+    return batch

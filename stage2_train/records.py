@@ -1,0 +1,99 @@
+"""What is logged of each sequence of a step, and its summary over a step.
+
+Shapes: _K completion token of the micro-batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.grading import Outcome
+from common.rollout import Rollout
+from stage2_train.batch import MicroBatch, TokenBatch
+from stage2_train.logprobs import TokenLogprobs
+from stage2_train.metrics import Metrics
+
+
+@dataclass(slots=True, kw_only=True)
+class SequenceRecord:
+    """What is logged of one sequence of a step."""
+
+    reward: float
+    advantage: float
+    completion_tokens: int
+    truncated: bool
+    solved: bool
+    loss: float = 0.0
+    log_ratio: float = 0.0
+    entropy: float = 0.0
+    """Summed over the completion's tokens."""
+    logprob_gap: float = 0.0
+    """The largest difference between the engine's and the trainer's log-prob of a token, where it was compared."""
+
+
+def record_of(rollout: Rollout, advantage: float) -> SequenceRecord:
+    return SequenceRecord(
+        reward=rollout.grade.reward,
+        advantage=advantage,
+        completion_tokens=len(rollout.completion.token_ids),
+        truncated=rollout.completion.truncated,
+        solved=rollout.grade.outcome == Outcome.CORRECT,
+    )
+
+
+def note_slice(
+    records: dict[int, SequenceRecord],
+    tokens: TokenBatch,
+    batch: MicroBatch,
+    policy: TokenLogprobs,
+    loss_B: Tensor,
+) -> None:
+    """Note the loss, log-ratio and entropy of a slice's sequences; `loss_B` is each sequence's own loss."""
+    columns = (
+        loss_B.tolist(),
+        batch.sum_by_sequence(policy.logprobs_K.detach() - batch.reference_logprobs_K).tolist(),
+        batch.sum_by_sequence(policy.entropy_K).tolist(),
+    )
+    for place, loss, log_ratio, entropy in zip(tokens.places, *columns, strict=True):
+        records[place].loss = loss
+        records[place].log_ratio = log_ratio
+        records[place].entropy = entropy
+
+
+def compare_logprobs(
+    records: dict[int, SequenceRecord],
+    tokens: TokenBatch,
+    policy: TokenLogprobs,
+    rollouts: dict[int, Rollout],
+) -> None:
+    """Note how far the engine's log-probs are from the trainer's; before the first step both have the same weights."""
+    for row, place in enumerate(tokens.places):
+        sampled = rollouts[place].completion.sampled_logprobs
+        if sampled is not None:
+            ours = policy.logprobs_K.detach()[tokens.sequence_of_K == row].cpu()
+            records[place].logprob_gap = float((ours - torch.tensor(sampled)).abs().max())
+
+
+def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
+    count = len(records)
+    tokens = sum(record.completion_tokens for record in records)
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(record, name) for record in records) / count)
+
+    return {
+        "reward/mean": mean("reward"),
+        "reward/solved": mean("solved"),
+        "advantage/mean": mean("advantage"),
+        "loss/regression": mean("loss"),
+        "kl/sequence": mean("log_ratio"),
+        "kl/token": sum(record.log_ratio for record in records) / tokens,
+        "completion/tokens_mean": tokens / count,
+        "completion/tokens_max": max(record.completion_tokens for record in records),
+        "completion/truncated": mean("truncated"),
+        "policy/entropy": sum(record.entropy for record in records) / tokens,
+        "engine/logprob_gap": max(record.logprob_gap for record in records),
+        "throughput/completion_tokens_per_second": tokens / seconds,
+    }

@@ -1,0 +1,113 @@
+"""Stage 2 whole: from a config and vstar.parquet to a trained model. A re-run continues or does nothing."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.artifacts import RunPaths, differences, exclusive_run, run_paths, write_text
+from common.config import Config
+from common.engine import build_engine
+from common.errors import UserError
+from common.grading import GraderPool
+from common.prompts import usable_prompts
+from stage2_train.inputs import Inputs, origin, prepare
+from stage2_train.policy import Ranks, checkpoint_state, join_ranks
+from stage2_train.train import Trainer, train
+
+TRAINED_WITH = "astar_po.json"
+"""In the exported model's folder: what it was trained with."""
+
+
+def run_stage2(config: Config, console: Console, vstar_file: Path | None = None) -> None:
+    """Train on a run's vstar.parquet and export the policy to artifacts/<run>/model; a re-run continues.
+
+    Everything a user can get wrong is checked before a model loads. Raises UserError.
+    """
+    paths = run_paths(config.run)
+    inputs = prepare(config, vstar_file or paths.vstar)
+    _refuse_missing_wandb(config)
+    total = inputs.iterations(config)
+    made_with = {"iterations": total, "origin": origin(config, inputs)}
+    if _is_finished(paths, made_with):
+        console.print(
+            f"nothing to do: {paths.model} has been trained for {total} iterations with this config"
+        )
+        return
+    state = checkpoint_state(paths.checkpoints)
+    _refuse_other_origin(paths, origin(config, inputs), state, total)
+    ranks = join_ranks(config.seed)
+    _refuse_other_ranks(config, paths, ranks, state)
+    if not ranks.is_main:
+        _train(config, paths, inputs, ranks, total, Console(quiet=True))
+        return
+    with exclusive_run(paths, "train"):
+        _train(config, paths, inputs, ranks, total, console)
+        write_text(paths.model / TRAINED_WITH, json.dumps(made_with, indent=2))
+    console.print(f"{paths.model}: the trained policy in Hugging Face format")
+
+
+def _train(
+    config: Config, paths: RunPaths, inputs: Inputs, ranks: Ranks, total: int, console: Console
+) -> None:
+    with GraderPool(config.grader) as pool:
+        if config.evaluate.data is not None:
+            held_out = usable_prompts(inputs.held_out, config.evaluate.data, pool)
+            inputs = replace(inputs, held_out=held_out)
+        engine = build_engine(config, inputs.folder, inputs.renderer, beside_trainer=True)
+        trainer = Trainer(config, inputs, engine, pool, ranks)
+        first = checkpoint_state(paths.checkpoints).get("iteration", 0) + 1
+        if first > 1:
+            trainer.policy.load_checkpoint(paths.checkpoints)
+            console.print(f"continuing after iteration {first - 1}")
+            trainer.synchronise()
+        if ranks.is_main:
+            write_text(paths.config, config.to_json())
+        console.print(
+            f"{len(inputs.prompts):,} prompts, {total} iterations of {config.train.batch_size} completions, "
+            f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
+        )
+        train(trainer, config, paths, console, first=first, last=total)
+        trainer.policy.export(paths.model)
+        engine.close()
+
+
+def _is_finished(paths: RunPaths, made_with: dict[str, Any]) -> bool:
+    marker = paths.model / TRAINED_WITH
+    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == made_with
+
+
+def _refuse_missing_wandb(config: Config) -> None:
+    if config.train.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("train.wandb_project is set but wandb is not installed: .venv/bin/pip install wandb")
+
+
+def _refuse_other_origin(paths: RunPaths, ours: dict[str, Any], state: dict[str, Any], total: int) -> None:
+    if not state:
+        return
+    if lines := differences(ours, state["origin"]):
+        raise UserError(
+            f"{paths.checkpoints} was made with another config or V̂*: {'; '.join(lines)}; "
+            "choose another --run, or delete that folder"
+        )
+    if state["iteration"] > total:
+        raise UserError(
+            f"{paths.checkpoints} is at iteration {state['iteration']} already, beyond the {total} asked for; "
+            "choose another --run, or delete that folder"
+        )
+
+
+def _refuse_other_ranks(config: Config, paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> None:
+    if config.train.mini_batch_size % ranks.world_size:
+        raise UserError(
+            f"train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "
+            f"{ranks.world_size} processes; choose a multiple"
+        )
+    if state and state["world_size"] != ranks.world_size:
+        raise UserError(
+            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by as many, "
+            f"found {ranks.world_size}; start {state['world_size']}, or delete that folder"
+        )
