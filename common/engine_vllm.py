@@ -30,6 +30,7 @@ class VllmEngine:
         """Load the model. Beside a trainer the engine takes its own share of the GPU."""
         _set_environment(config)
         import vllm
+        from vllm.platforms import current_platform
 
         self._renderer = renderer
         self._eos_token_ids = frozenset(renderer.eos_token_ids)
@@ -49,6 +50,8 @@ class VllmEngine:
                 options["distributed_executor_backend"] = "external_launcher"
         else:
             options["enforce_eager"] = True
+            # Compiling the sampler's two small helpers takes ten seconds that they never win back on a CPU.
+            current_platform.simple_compile_backend = "eager"
             # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".
             options["max_num_batched_tokens"] = max(65536, max_model_len)
         self._llm: vllm.LLM | None = vllm.LLM(
