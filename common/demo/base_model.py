@@ -67,11 +67,14 @@ def build_base_model(
     """Write a Hugging Face folder at `path`, which appears only when whole; same seed, same weights."""
     if path.exists():
         raise ValueError(f"{path} exists already: remove it to build the base model again")
+    from transformers.utils import logging
+
     recipe = recipe or Pretraining()
     tokenizer = build_tokenizer()
     model = _pretrain(tokenizer, recipe, seed, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    logging.disable_progress_bar()
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

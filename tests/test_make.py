@@ -1,0 +1,81 @@
+"""The Makefile as far as it can be tried without installing anything: what it would run, and for whom."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+
+def make(*arguments: str, path: Path | None = None) -> str:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
+    }
+    environment["ASTAR_PO_ARTIFACTS"] = "/nonexistent"
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    result = subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_help_lists_every_target_that_users_call() -> None:
+    listed = set(re.findall(r"make ([a-z0-9-]+)", make("help")))
+    assert listed >= {
+        "demo",
+        "test",
+        "vstar",
+        "train",
+        "evaluate",
+        "report",
+        "setup",
+        "setup-stage1",
+        "check",
+    }
+
+
+def test_stage_1_never_installs_deepspeed_and_training_does() -> None:
+    def installs(target: str) -> str:
+        return make(
+            "-n", "--always-make", target, "ACCELERATOR=cpu", "CONFIG=configs/gsm8k-qwen2.5-1.5b.toml"
+        )
+
+    assert "cpu-train.txt" not in installs("vstar")
+    assert "cpu-train.txt" in installs("train")
+    for variant in ("cpu", "cuda"):
+        stage1 = (ROOT / "requirements" / f"{variant}-stage1.txt").read_text()
+        assert "deepspeed" not in stage1
+        assert "deepspeed==" in (ROOT / "requirements" / f"{variant}-train.txt").read_text()
+
+
+def test_a_machine_with_a_gpu_gets_the_cuda_requirements(tmp_path: Path) -> None:
+    found = tmp_path / "nvidia-smi"
+    found.write_text("#!/bin/sh\nexit 0\n")
+    found.chmod(0o755)
+    assert "cuda-stage1.txt" in make("-n", "--always-make", "setup-stage1", path=tmp_path)
+    found.write_text("#!/bin/sh\nexit 9\n")
+    assert "cpu-stage1.txt" in make("-n", "--always-make", "setup-stage1", path=tmp_path)
+    assert "cuda-stage1.txt" in make("-n", "--always-make", "setup-stage1", "ACCELERATOR=cuda", path=tmp_path)
+
+
+def test_the_run_is_the_configs_unless_named() -> None:
+    assert "--run gsm8k-qwen2.5-3b " in make("-n", "vstar", "CONFIG=configs/gsm8k-qwen2.5-3b.toml")
+    assert "--run mine " in make("-n", "vstar", "CONFIG=configs/gsm8k-qwen2.5-3b.toml", "RUN=mine")
+
+
+def test_training_makes_the_artifact_that_is_missing_and_uses_as_many_processes_as_told() -> None:
+    commands = make("-n", "train", "NPROC=4")
+    assert commands.index("cli.py vstar") < commands.index("cli.py train")
+    assert "torchrun --nproc-per-node 4 cli.py train" in commands
+
+
+def test_only_a_config_that_uses_the_demo_model_builds_it() -> None:
+    assert "cli.py base-model" in make("-n", "vstar")
+    assert "cli.py base-model" not in make("-n", "vstar", "CONFIG=configs/math-qwen2.5-7b.toml")
+
+
+def test_every_pinned_requirement_is_exact_and_names_no_index() -> None:
+    for file in (ROOT / "requirements").glob("c*-*.txt"):
+        for line in file.read_text().splitlines():
+            assert re.fullmatch(r"[a-zA-Z0-9_.\[\]-]+==[a-zA-Z0-9_.+!]+( ; .*)?", line), (file.name, line)

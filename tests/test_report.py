@@ -1,0 +1,90 @@
+"""The report: a table and curves from a run's files alone."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from common.artifacts import RunPaths
+from common.errors import UserError
+from common.report import write_report
+from tests.conftest import ROOT
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> RunPaths:
+    """A run as training and evaluation leave it, with an evaluation every second iteration."""
+    paths = RunPaths(tmp_path / "run")
+    paths.evaluations.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [{"iteration": 0, "evaluate/pass_at_1": 0.4}]
+    for iteration in range(1, 6):
+        line = {
+            "iteration": iteration,
+            "reward/solved": 0.1 * iteration,
+            "kl/sequence": 0.2 * iteration,
+            "loss/regression": 0.25,
+            "completion/tokens_mean": 10.0 + iteration,
+        }
+        lines.append(line | ({"evaluate/pass_at_1": 0.5} if iteration % 2 == 0 else {}))
+    paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, accuracy in (("reference", 0.4321), ("trained", 0.9876)):
+        result = {
+            "greedy_accuracy": 0.9,
+            "pass_at_1": accuracy,
+            "pass_at_1_interval_95": [accuracy - 0.01, accuracy + 0.01],
+            "pass_at_k": {"1": accuracy, "8": 1.0},
+            "kl_sequence": 0.5,
+            "completion_tokens_mean": 12.0,
+        }
+        (paths.evaluations / f"{name}.json").write_text(json.dumps(result))
+    return paths
+
+
+def report(paths: RunPaths) -> str:
+    printed = io.StringIO()
+    write_report(paths, Console(file=printed, width=80))
+    return printed.getvalue()
+
+
+def test_the_table_sets_the_reference_beside_the_trained_model(trained: RunPaths) -> None:
+    row = next(line for line in report(trained).splitlines() if "pass@1" in line)
+    assert "0.432" in row
+    assert "0.988" in row
+
+
+def test_the_curves_are_drawn_as_png_and_svg_and_the_svg_is_the_same_every_time(trained: RunPaths) -> None:
+    report(trained)
+    first = (trained.report / "training.svg").read_text()
+    assert (trained.report / "training.png").read_bytes().startswith(PNG)
+    report(trained)
+    assert (trained.report / "training.svg").read_text() == first
+    assert first.count("<svg") == 1
+
+
+def test_a_run_that_was_not_evaluated_has_curves_but_no_table(trained: RunPaths) -> None:
+    for file in trained.evaluations.iterdir():
+        file.unlink()
+    assert "pass@1" not in report(trained)
+    assert (trained.report / "training.png").exists()
+
+
+def test_a_run_that_was_not_trained_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no metrics"):
+        write_report(RunPaths(tmp_path), Console(quiet=True))
+
+
+def test_the_report_needs_no_torch(trained: RunPaths) -> None:
+    program = (
+        "import sys; from pathlib import Path; from rich.console import Console; "
+        "from common.artifacts import RunPaths; from common.report import write_report; "
+        f"write_report(RunPaths(Path({str(trained.root)!r})), Console(quiet=True)); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
