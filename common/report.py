@@ -65,7 +65,12 @@ def draw_training(metrics: list[dict[str, float]], path: Path, suffix: str) -> N
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "astar-po"}
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "astar-po",
+    }
     with pyplot.rc_context(style):
         figure = pyplot.figure(figsize=(8, 5), layout="constrained")
         panels = figure.subplots(2, 2, sharex=True)
