@@ -17,8 +17,8 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SMOOTHING = 10
-"""Iterations in the running mean that is drawn over the raw values."""
+SMOOTHING = 4
+"""Iterations to either side in the running mean that is drawn over the raw values."""
 
 
 def write_report(paths: RunPaths, console: Console) -> None:
@@ -106,8 +106,6 @@ def _curve(axes: "Axes", metrics: list[dict[str, float]], name: str, label: str)
     points = [(point["iteration"], point[name]) for point in metrics if name in point]
     iterations, values = [point[0] for point in points], [point[1] for point in points]
     axes.plot(iterations, values, color="0.75", linewidth=0.8)
-    smooth = [
-        sum(values[max(0, place - SMOOTHING + 1) : place + 1]) / min(place + 1, SMOOTHING)
-        for place in range(len(values))
-    ]
+    windows = [values[max(0, place - SMOOTHING) : place + SMOOTHING + 1] for place in range(len(values))]
+    smooth = [sum(window) / len(window) for window in windows]
     axes.plot(iterations, smooth, color="0.35", linewidth=1.8, label=label)
