@@ -7,15 +7,18 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 CONFIG ?= configs/demo.toml
-RUN ?= $(shell sed -n 's/^run *= *"\(.*\)"/\1/p' $(CONFIG) | head -n 1)
+ifndef RUN
+RUN := $(shell $(PYTHON) -c 'import tomllib; print(tomllib.load(open("$(CONFIG)", "rb"))["run"])' 2>/dev/null)
+endif
 NPROC ?= 1
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 ARTIFACTS := $(if $(ASTAR_PO_ARTIFACTS),$(ASTAR_PO_ARTIFACTS),artifacts)
-FOLDER := $(ARTIFACTS)/$(RUN)
-OPTIONS = --config $(CONFIG) --run $(RUN) $(ARGS)
+FOLDER := $(ARTIFACTS)/$(or $(RUN),unknown)
+# Without a RUN the config is missing or wrong: the command line says what about it.
+OPTIONS = --config $(CONFIG) $(if $(RUN),--run $(RUN)) $(ARGS)
 INSTALLED := $(VENV)/.$(ACCELERATOR)
 # The demo's config points at a base model of its own making; other configs bring theirs.
 BASE_MODEL := $(if $(shell grep -s '{run}/base_model' $(CONFIG)),$(FOLDER)/base_model)
@@ -60,7 +63,7 @@ evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on 
 	@$(BIN)/python cli.py evaluate $(OPTIONS)
 
 report: $(INSTALLED)-stage1 ## Table and plot of a run
-	@$(BIN)/python cli.py report --run $(RUN)
+	@$(BIN)/python cli.py report $(if $(RUN),--run $(RUN))
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -70,6 +73,7 @@ $(BIN)/python:
 
 # PyPI has no CPU build of torch: pip finds one where it was told to look (PIP_FIND_LINKS), else uv knows PyTorch's index.
 $(INSTALLED)-stage1: requirements/$(ACCELERATOR)-stage1.txt | $(BIN)/python
+	@rm -f $(VENV)/.cpu-* $(VENV)/.cuda-*
 	@set -e; torch=$$(grep '^torch==' $<); \
 	if [ $(ACCELERATOR) = cpu ] && ! $(BIN)/pip install -q --no-deps "$$torch" 2>/dev/null; then \
 		$(BIN)/pip install -q uv; \
@@ -90,4 +94,4 @@ lock: $(INSTALLED)-stage1 ## Pin the requirements anew
 	@$(BIN)/pip install -q uv && PATH="$(BIN):$$PATH" requirements/lock.sh
 
 clean: ## Remove a run's artifacts (RUN=…)
-	rm -rf "$(FOLDER)"
+	$(if $(RUN),,$(error RUN is empty: name the run to remove, make clean RUN=...))rm -rf "$(FOLDER)"

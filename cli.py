@@ -110,6 +110,8 @@ def evaluate(
     from stage2_train.evaluate import evaluate as evaluate_models
     from stage2_train.evaluate import show
 
+    if model is None and not paths.model.is_dir():
+        raise UserError(f"there is no {paths.model}: run `python cli.py train` first, or give a --model")
     models = (
         {"reference": reference_model(settings), "trained": paths.model}
         if model is None
@@ -198,7 +200,8 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun each rank finds the same mistake
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.stdout.flush()
         # Engines and grader processes may still be up: leave without waiting for their threads.
         os._exit(2)

@@ -122,7 +122,8 @@ class TrainConfig(Section):
     tokens_per_micro_batch: Annotated[int, Field(ge=1)] = 16384
     """Prompt and completion tokens, padding included, in one forward and backward pass."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass instead of keeping them."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Iterations between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.config import Config, SamplingParams
-from common.prompts import PromptRenderer
+from common.prompts import PromptRenderer, longest_allowed_prompt
 from common.rollout import Completion, SampleRequest
 
 if TYPE_CHECKING:
@@ -147,13 +147,12 @@ class VllmEngine:
 
 
 def context_length(config: Config, folder: Path) -> int:
-    """Room for the longest prompt, held-out ones included, with its completion, within the model's own context.
+    """Room for the longest allowed prompt and a completion, within the model's own context.
 
     That context may be shorter than what the config allows: the prompts themselves have been checked to fit.
     """
     document: dict[str, int] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    data = [config.data] if config.evaluate.data is None else [config.data, config.evaluate.data]
-    needed = max(section.max_prompt_tokens for section in data) + config.sampling.max_completion_tokens
+    needed = longest_allowed_prompt(config) + config.sampling.max_completion_tokens
     return min(needed, document.get("max_position_embeddings", needed))
 
 

@@ -258,24 +258,22 @@ def prompts_from_pairs(
     return list(prompts.values())
 
 
-def check_context(prompts: Sequence[Prompt], config: Config, folder: Path) -> None:
-    """Raise UserError unless every prompt and its completion fit the model's context and the engine's limit.
+def longest_allowed_prompt(config: Config) -> int:
+    """The most tokens that a prompt may have, in training or held out: the engine makes room for them."""
+    sections = [config.data] if config.evaluate.data is None else [config.data, config.evaluate.data]
+    return max(section.max_prompt_tokens for section in sections)
 
-    The engine makes room for data.max_prompt_tokens and a completion, in the evaluations too.
-    """
-    limit, completion = config.data.max_prompt_tokens, config.sampling.max_completion_tokens
+
+def check_context(prompts: Sequence[Prompt], config: Config, folder: Path) -> None:
+    """Raise UserError unless every prompt and its completion fit the model's context."""
+    completion = config.sampling.max_completion_tokens
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    if longest > limit:
-        raise UserError(
-            f"the longest held-out prompt has {longest} tokens, more than data.max_prompt_tokens = {limit}, for which "
-            "the engine makes room; raise that, or lower evaluate.data.max_prompt_tokens"
-        )
     length = _read_json(folder / "config.json").get("max_position_embeddings")
-    if length is not None and limit + completion > length:
+    if length is not None and longest + completion > length:
         raise UserError(
-            f"data.max_prompt_tokens ({limit}) and sampling.max_completion_tokens ({completion}) need "
-            f"{limit + completion} tokens, more than the model's context of {length}; lower one of them "
-            f"(the longest prompt has {longest} tokens)"
+            f"the longest prompt ({longest} tokens) and sampling.max_completion_tokens ({completion}) need "
+            f"{longest + completion} tokens, more than the model's context of {length}; lower max_completion_tokens, "
+            'or data.max_prompt_tokens with data.long_prompts = "drop"'
         )
 
 
@@ -330,7 +328,12 @@ def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        return list(datasets.load_dataset(data.path, data.name, split=data.split))
+        rows = datasets.load_dataset(data.path, data.name, split=data.split)
+        wanted = [data.prompt_field or FORMATS[data.format].prompt_field]
+        wanted.append(data.answer_field or FORMATS[data.format].answer_field)
+        return list(
+            rows.select_columns([name for name in rows.column_names if name in wanted] or rows.column_names)
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"cannot load the data set {data.path} ({data.split}) from the hub: {str(error).splitlines()[0]}; "

@@ -103,7 +103,7 @@ def draw_training(metrics: list[dict[str, float]], path: Path, suffix: str) -> N
 
 
 def _curve(axes: "Axes", metrics: list[dict[str, float]], name: str, label: str) -> None:
-    points = [(point["iteration"], point[name]) for point in metrics if name in point]
+    points = [(point["iteration"], point[name]) for point in metrics if point.get(name) is not None]
     iterations, values = [point[0] for point in points], [point[1] for point in points]
     axes.plot(iterations, values, color="0.75", linewidth=0.8)
     windows = [values[max(0, place - SMOOTHING) : place + SMOOTHING + 1] for place in range(len(values))]

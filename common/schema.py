@@ -31,6 +31,7 @@ SAMPLES = pa.schema(
         pa.field("outcome", pa.string(), nullable=False),
         pa.field("extracted", pa.string()),
         pa.field("reward", pa.float64(), nullable=False),
+        pa.field("reason", pa.string()),
     ]
 )
 
@@ -224,7 +225,7 @@ class SampleStore:
 
     def read_grades(self) -> pl.DataFrame:
         """The same without the completions' text, which is nearly all of the bytes and which V̂* does not need."""
-        without_text = [field for field in SAMPLES if field.name not in ("completion", "extracted")]
+        without_text = [field for field in SAMPLES if field.name not in ("completion", "extracted", "reason")]
         return self._read(pa.schema(without_text))
 
     def _read(self, schema: pa.Schema) -> pl.DataFrame:

@@ -1,6 +1,7 @@
 """Sample, grade and store what is missing: one engine, one pass, grading in other processes meanwhile."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ from rich.console import Console
 
 from common.config import SamplingParams
 from common.engine import RolloutEngine, request_seed
-from common.grading import Grade, GraderPool
+from common.errors import UserError
+from common.grading import UNJUDGED, Grade, GraderPool
 from common.rollout import Completion, Prompt, SampleRequest
 from common.schema import SampleStore
 from stage1_vstar.progress import SamplingProgress
@@ -16,6 +18,8 @@ from stage1_vstar.progress import SamplingProgress
 FRAGMENT_SAMPLES = 4096
 FRAGMENT_SECONDS = 60.0
 """A killed job loses at most one fragment: what was graded since the last one."""
+GRADER_TRIAL = 64
+"""A grader that can judge none of this many completions is broken."""
 
 Address = tuple[str, int]
 """A sample's prompt id and index."""
@@ -41,6 +45,7 @@ def generate_samples(
     by_id = {prompt.id: prompt for prompt in prompts}
     running: dict[Address, Completion] = {}
     pending: list[dict[str, Any]] = []
+    written = False
     written_at = time.monotonic()
 
     def requests() -> Iterator[SampleRequest]:
@@ -51,15 +56,28 @@ def generate_samples(
                 seed=request_seed(seed, prompt_id, index),
             )
 
+    unjudged: Counter[str] = Counter()
+
     def collect(graded: Sequence[tuple[Any, Grade]]) -> None:
         for address, grade in graded:
             pending.append(sample_row(by_id[address[0]], address[1], running.pop(address), grade))
+            if grade.outcome in UNJUDGED:
+                unjudged[f"{grade.outcome.value}: {grade.reason}"] += 1
+
+    def refuse_broken_grader(graded: int) -> None:
+        if unjudged.total() == graded > 0:
+            pending.clear()
+            raise UserError(
+                f"the grader could judge none of the first {graded} completions ({next(iter(unjudged))}); "
+                "nothing was kept of them. Correct grader.name, or give it more time or memory"
+            )
 
     def write(at_least: int) -> None:
-        nonlocal written_at
+        nonlocal written, written_at
         if pending and (len(pending) >= at_least or time.monotonic() - written_at > FRAGMENT_SECONDS):
             store.append(pending)
             pending.clear()
+            written = True
             written_at = time.monotonic()
 
     with SamplingProgress((prompt_id for prompt_id, _ in missing), console) as progress:
@@ -77,11 +95,17 @@ def generate_samples(
                     truncated=completion.truncated,
                 )
                 collect(pool.ready())
+                if not written and len(pending) >= GRADER_TRIAL:
+                    refuse_broken_grader(len(pending))
                 write(FRAGMENT_SAMPLES)
                 progress.add(prompt.id, len(completion.token_ids))
             collect(pool.drain())
+            if not written:
+                refuse_broken_grader(len(pending))
         finally:
             write(1)
+    for reason, count in unjudged.most_common(3):
+        console.print(f"{count:,} completions could not be judged, reward 0: {reason}")
 
 
 def sample_row(prompt: Prompt, index: int, completion: Completion, grade: Grade) -> dict[str, Any]:
@@ -96,4 +120,5 @@ def sample_row(prompt: Prompt, index: int, completion: Completion, grade: Grade)
         "outcome": grade.outcome.value,
         "extracted": grade.extracted,
         "reward": grade.reward,
+        "reason": grade.reason,
     }

@@ -61,10 +61,13 @@ def run_stage1(config: Config, console: Console) -> None:
             drop_unsolved=config.vstar.drop_unsolved,
         )
         if paths.vstar.exists():
-            rows, provenance = carry_over_filter(rows, provenance, *read_vstar(paths.vstar))
-            if is_same(rows, provenance, *read_vstar(paths.vstar)):
+            old_rows, old_provenance = read_vstar(paths.vstar)
+            rows, provenance = carry_over_filter(rows, provenance, old_rows, old_provenance)
+            if is_same(rows, provenance, old_rows, old_provenance):
                 console.print(f"nothing to do: {paths.vstar} is complete ({rows.height:,} prompts)")
                 return
+            if (before := old_rows["beta1"][0]) != config.vstar.beta1:
+                console.print(f"re-scored as the config says: β1 {before:g} → {config.vstar.beta1:g}")
         write_text(paths.config, config.to_json())
         write_vstar(rows, provenance, paths.vstar)
     console.print(f"{paths.vstar}: {summary(rows)}")

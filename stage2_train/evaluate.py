@@ -55,6 +55,9 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
         prompts = usable_prompts(prompts, config.evaluate.data, pool)
         for folder in folders:
             console.print(f"evaluating {folder} on {len(prompts):,} prompts")
+            if engine is not None and config.engine.tensor_parallel_size > 1:
+                engine.close()  # its workers are other processes, which weights in memory do not reach
+                engine = None
             if engine is None:
                 engine = build_engine(config, folder, renderer, beside_trainer=False)
             else:

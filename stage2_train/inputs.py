@@ -17,20 +17,18 @@ from common.prompts import PromptRenderer, check_context, load_prompts, prompts_
 from common.rollout import Prompt
 from common.schema import Provenance, read_vstar
 
-LENGTH_OF_RUN: Mapping[str, Any] = {
+MAY_DIFFER: Mapping[str, Any] = {
     "run": True,
     "vstar": True,
     "evaluate": True,
+    "engine": True,
+    "grader": {"workers", "timeout_seconds", "memory_gib"},
     "train": {
-        "epochs",
-        "iterations",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "evaluate_every",
-        "wandb_project",
+        *("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "wandb_project"),
+        *("tokens_per_micro_batch", "gradient_checkpointing"),
     },
 }
-"""What may differ between a run and its continuation: how long it is and how it is watched."""
+"""What may differ between a run and its continuation: its length, how it is watched, the resources it takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +40,9 @@ class Inputs:
     prompts: list[Prompt]
     vstar: dict[str, float]
     held_out: list[Prompt]
+    beta1: float
+    num_samples: int
+    """Of the artifact, which may have been re-scored since the config was written."""
 
     def iterations(self, config: Config) -> int:
         """Batches until each prompt has been seen `epochs` times, or the configured number."""
@@ -53,6 +54,11 @@ def prepare(config: Config, vstar_file: Path) -> Inputs:
     """Read and check everything that needs no model. Raises UserError."""
     if config.sampling.temperature == 0:
         raise UserError("sampling.temperature is 0: training needs a policy that samples; set it above 0")
+    if config.sampling.top_p < 1:
+        raise UserError(
+            f"sampling.top_p is {config.sampling.top_p:g}: completions would not come from the policy whose log-ratio "
+            "is regressed; set it to 1 to train"
+        )
     rows, provenance = read_vstar(vstar_file)
     folder = reference_model(config)
     renderer = PromptRenderer(folder, config.data)
@@ -72,7 +78,8 @@ def prepare(config: Config, vstar_file: Path) -> Inputs:
     prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
     held_out = []
     if config.evaluate.data is not None:
-        held_out = load_prompts(config.evaluate.data, config, renderer)[: config.evaluate.training_prompts]
+        held_out = load_prompts(config.evaluate.data, config, PromptRenderer(folder, config.evaluate.data))
+        held_out = held_out[: config.evaluate.training_prompts]
     check_context([*prompts, *held_out], config, folder)
     return Inputs(
         folder=folder,
@@ -80,6 +87,8 @@ def prepare(config: Config, vstar_file: Path) -> Inputs:
         prompts=prompts,
         vstar=dict(zip(kept["prompt_id"], kept["vstar"], strict=True)),
         held_out=held_out,
+        beta1=rows["beta1"][0],
+        num_samples=rows["num_samples"][0],
     )
 
 
@@ -87,7 +96,7 @@ def origin(config: Config, inputs: Inputs) -> dict[str, Any]:
     """What two runs must share for one to continue the other: all that shapes the trajectory, and V̂*."""
     vstar = json.dumps(sorted(inputs.vstar.items())).encode()
     return {
-        "config": config.model_dump(mode="json", exclude=LENGTH_OF_RUN),
+        "config": config.model_dump(mode="json", exclude=MAY_DIFFER),
         "vstar": hashlib.sha256(vstar).hexdigest()[:32],
     }
 

@@ -1,6 +1,7 @@
 """Where a training run's numbers go: metrics.jsonl, TensorBoard, W&B by flag, and one console line an iteration."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -21,11 +22,19 @@ Metrics = dict[str, float]
 @contextmanager
 def timed(name: str, metrics: Metrics) -> Iterator[None]:
     """Add the seconds spent inside to metrics["time/<name>"]."""
+    _wait_for_device()
     started = time.perf_counter()
     try:
         yield
     finally:
+        _wait_for_device()
         metrics[f"time/{name}"] = metrics.get(f"time/{name}", 0.0) + time.perf_counter() - started
+
+
+def _wait_for_device() -> None:
+    """Let a GPU finish what it was given, so that its time is booked where it belongs."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
@@ -68,7 +77,9 @@ class MetricsLog:
 
     def write(self, iteration: int, metrics: Metrics) -> None:
         """Log one iteration."""
-        self._file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+        # JSON has no NaN.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, iteration)

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.artifacts import write_text
 from common.config import Config
 from common.errors import UserError
-from stage2_train.logprobs import load_model
+from stage2_train.logprobs import VocabularyHead, load_model
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
@@ -107,6 +107,8 @@ class Policy:
         if config.train.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})
         module.train()
+        if config.train.zero_stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(module, [VocabularyHead])
         train = config.train
         optimizer = torch.optim.AdamW(
             module.parameters(),

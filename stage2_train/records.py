@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.grading import Outcome
+from common.grading import UNJUDGED, Outcome
 from common.rollout import Rollout
 from stage2_train.batch import MicroBatch, TokenBatch
 from stage2_train.logprobs import TokenLogprobs
@@ -25,6 +25,8 @@ class SequenceRecord:
     completion_tokens: int
     truncated: bool
     solved: bool
+    unjudged: bool
+    """The grader failed, so that the reward of 0 says nothing."""
     loss: float = 0.0
     log_ratio: float = 0.0
     entropy: float = 0.0
@@ -40,6 +42,7 @@ def record_of(rollout: Rollout, advantage: float) -> SequenceRecord:
         completion_tokens=len(rollout.completion.token_ids),
         truncated=rollout.completion.truncated,
         solved=rollout.grade.outcome == Outcome.CORRECT,
+        unjudged=rollout.grade.outcome in UNJUDGED,
     )
 
 
@@ -86,6 +89,7 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
     return {
         "reward/mean": mean("reward"),
         "reward/solved": mean("solved"),
+        "reward/unjudged": mean("unjudged"),
         "advantage/mean": mean("advantage"),
         "loss/regression": mean("loss"),
         "kl/sequence": mean("log_ratio"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def run_stage2(config: Config, console: Console, vstar_file: Path | None = None)
 
     Everything a user can get wrong is checked before a model loads. Raises UserError.
     """
+    if os.environ.get("RANK", "0") != "0":
+        console = Console(quiet=True)
+    _refuse_uneven_split(config, int(os.environ.get("WORLD_SIZE", "1")))
     paths = run_paths(config.run)
     inputs = prepare(config, vstar_file or paths.vstar)
     _refuse_missing_wandb(config)
@@ -40,9 +44,9 @@ def run_stage2(config: Config, console: Console, vstar_file: Path | None = None)
     state = checkpoint_state(paths.checkpoints)
     _refuse_other_origin(paths, origin(config, inputs), state, total)
     ranks = join_ranks(config.seed)
-    _refuse_other_ranks(config, paths, ranks, state)
+    _refuse_other_world(paths, ranks, state)
     if not ranks.is_main:
-        _train(config, paths, inputs, ranks, total, Console(quiet=True))
+        _train(config, paths, inputs, ranks, total, console)
         return
     with exclusive_run(paths, "train"):
         _train(config, paths, inputs, ranks, total, console)
@@ -67,7 +71,11 @@ def _train(
         if ranks.is_main:
             write_text(paths.config, config.to_json())
         console.print(
-            f"{len(inputs.prompts):,} prompts, {total} iterations of {config.train.batch_size} completions, "
+            f"V̂* of {len(inputs.prompts):,} prompts from N = {inputs.num_samples} samples under β1 = {inputs.beta1:g}"
+            f"{'' if inputs.beta1 == config.vstar.beta1 else f' (the config says {config.vstar.beta1:g})'}"
+        )
+        console.print(
+            f"{total} iterations of {config.train.batch_size} completions, "
             f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
         )
         train(trainer, config, paths, console, first=first, last=total)
@@ -100,12 +108,15 @@ def _refuse_other_origin(paths: RunPaths, ours: dict[str, Any], state: dict[str,
         )
 
 
-def _refuse_other_ranks(config: Config, paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> None:
-    if config.train.mini_batch_size % ranks.world_size:
+def _refuse_uneven_split(config: Config, processes: int) -> None:
+    if config.train.mini_batch_size % processes:
         raise UserError(
-            f"train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "
-            f"{ranks.world_size} processes; choose a multiple"
+            f"train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over {processes} processes; "
+            "choose a multiple"
         )
+
+
+def _refuse_other_world(paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> None:
     if state and state["world_size"] != ranks.world_size:
         raise UserError(
             f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by as many, "

@@ -5,6 +5,7 @@
 Shapes: _B sequence, _K completion token of the micro-batch.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from rich.console import Console
 from common.artifacts import RunPaths
 from common.config import Config
 from common.engine import RolloutEngine, request_seed
+from common.errors import UserError
 from common.grading import GraderPool
 from common.rollout import Rollout
 from stage2_train.batch import MicroBatch, TokenBatch, TokenSequence, token_batches
@@ -23,6 +25,9 @@ from stage2_train.objectives import Objective, build_objective
 from stage2_train.policy import Policy, Ranks
 from stage2_train.records import SequenceRecord, compare_logprobs, note_slice, record_of, summarise
 from stage2_train.rollouts import LOGPROB_CHECKS, collect_rollouts
+
+COLLAPSED_KL = 50.0
+"""Nats a completion: no useful policy is this far from its reference."""
 
 
 class Trainer:
@@ -184,6 +189,7 @@ def train(
                 metrics |= trainer.evaluate()
             if log:
                 log.write(number, metrics)
+            refuse_divergence(number, metrics)
             if number % config.train.checkpoint_every == 0 or number == last:
                 trainer.policy.save_checkpoint(
                     paths.checkpoints,
@@ -193,3 +199,16 @@ def train(
     finally:
         if log:
             log.close()
+
+
+def refuse_divergence(number: int, metrics: Metrics) -> None:
+    """Raise UserError once training has gone wrong beyond repair, before it is written to a checkpoint."""
+    advice = "lower train.learning_rate or raise train.warmup_steps, and start again under another --run"
+    for name in ("loss/regression", "train/gradient_norm", "kl/sequence"):
+        if not math.isfinite(metrics[name]):
+            raise UserError(f"iteration {number}: {name} is {metrics[name]}; {advice}")
+    if metrics["completion/truncated"] == 1.0 and metrics["kl/sequence"] > COLLAPSED_KL:
+        raise UserError(
+            f"iteration {number}: the policy has collapsed: no completion ends, KL to the reference is "
+            f"{metrics['kl/sequence']:.0f} nats; {advice}"
+        )

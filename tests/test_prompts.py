@@ -19,6 +19,7 @@ from common.prompts import (
     PromptRenderer,
     check_context,
     load_prompts,
+    longest_allowed_prompt,
     prompt_id,
     sampling_identity,
     usable_prompts,
@@ -328,23 +329,26 @@ def test_answers_that_the_grader_cannot_read_are_refused_or_dropped_before_gener
 def test_the_context_has_room_for_the_longest_prompt_and_a_completion(
     tiny_model: Path, data_file: Path
 ) -> None:
-    fitting = tiny_config(tiny_model, data_file, sampling={"max_completion_tokens": 512 - 64})
-    prompts = load(fitting)
-    check_context(prompts, fitting, tiny_model)
-    longer = tiny_config(tiny_model, data_file, sampling={"max_completion_tokens": 512 - 63})
-    with pytest.raises(
-        UserError, match=r"need 513 tokens, more than the model's context of 512; lower one of them"
-    ):
-        check_context(prompts, longer, tiny_model)
+    prompts = load(tiny_config(tiny_model, data_file))
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+
+    def check(completion: int) -> None:
+        config = tiny_config(tiny_model, data_file, sampling={"max_completion_tokens": completion})
+        check_context(prompts, config, tiny_model)
+
+    check(512 - longest)
+    with pytest.raises(UserError, match="need 513 tokens, more than the model's context of 512; lower"):
+        check(513 - longest)
 
 
-def test_held_out_prompts_are_not_longer_than_the_engine_makes_room_for(
+def test_the_engine_makes_room_for_held_out_prompts_that_are_longer_than_those_for_training(
     tiny_model: Path, data_file: Path
 ) -> None:
-    prompts = load(tiny_config(tiny_model, data_file))
-    narrow = tiny_config(tiny_model, data_file, data={"max_prompt_tokens": 2})
-    with pytest.raises(UserError, match=r"more than data\.max_prompt_tokens = 2, .* raise that"):
-        check_context(prompts, narrow, tiny_model)
+    config = tiny_config(tiny_model, data_file, data={"max_prompt_tokens": 20})
+    assert longest_allowed_prompt(config) == 20
+    held_out = config.data.model_copy(update={"max_prompt_tokens": 30})
+    evaluate = config.evaluate.model_copy(update={"data": held_out})
+    assert longest_allowed_prompt(config.model_copy(update={"evaluate": evaluate})) == 30
 
 
 def real(name: str) -> Path:

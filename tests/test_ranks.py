@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.stage2_runs import tiny_config, write_tiny_vstar
-from tests.train_steps import FIGURES
+from tests.train_steps import FIGURES, IN_CHUNKS
 
 ROOT = Path(__file__).parents[1]
 FIGURES_TOLERANCE = 1e-5
@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"zero_stage": 1},
     BASELINE: {"zero_stage": 2},
     "ZeRO-3": {"zero_stage": 3},
+    IN_CHUNKS: {"zero_stage": 3},
     "a sequence at a time": {"zero_stage": 2, "tokens_per_micro_batch": 1},
     "all at once": {"zero_stage": 2, "tokens_per_micro_batch": 100_000},
     "gradient checkpointing": {"zero_stage": 2, "gradient_checkpointing": True},

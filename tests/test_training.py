@@ -432,6 +432,7 @@ def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
         completion_tokens=6,
         truncated=False,
         solved=True,
+        unjudged=False,
         loss=0.25,
         log_ratio=0.8,
         entropy=3.0,
@@ -443,6 +444,7 @@ def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
         completion_tokens=2,
         truncated=True,
         solved=False,
+        unjudged=True,
         loss=0.05,
         log_ratio=-0.4,
         entropy=1.0,
@@ -451,6 +453,7 @@ def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
         {
             "reward/mean": 0.5,
             "reward/solved": 0.5,
+            "reward/unjudged": 0.5,
             "advantage/mean": 0.1,
             "loss/regression": 0.15,
             "kl/sequence": 0.2,

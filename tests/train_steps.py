@@ -8,6 +8,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from common.config import Config, SamplingParams
 from common.grading import GraderPool
 from common.prompts import PromptRenderer
 from common.rollout import Completion, Rollout, SampleRequest
+from stage2_train import logprobs, policy
 from stage2_train.batch import TokenBatch
 from stage2_train.inputs import prepare
 from stage2_train.metrics import Metrics
@@ -24,6 +26,7 @@ from stage2_train.policy import Ranks, join_ranks
 from stage2_train.records import SequenceRecord
 from stage2_train.train import Trainer
 
+IN_CHUNKS = "ZeRO-3, logits in chunks"
 FIGURES = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")
 
 
@@ -87,6 +90,23 @@ def watch(trainer: Trainer, figures: dict[str, Any]) -> None:
     trainer.optimizer_step = watched_optimizer_step  # type: ignore[method-assign]
 
 
+@contextmanager
+def as_with_a_large_vocabulary() -> Iterator[None]:
+    """Several chunks of logits a slice, not as many on each rank; under ZeRO-3 no parameter is kept whole."""
+    size, configure = logprobs.LOGITS_PER_CHUNK, policy._deepspeed_config
+
+    def partition_everything(config: Config) -> dict[str, Any]:
+        document = configure(config)
+        document["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return document
+
+    logprobs.LOGITS_PER_CHUNK, policy._deepspeed_config = 3000, partition_everything
+    try:
+        yield
+    finally:
+        logprobs.LOGITS_PER_CHUNK, policy._deepspeed_config = size, configure
+
+
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     ranks = join_ranks(seed=0)
@@ -94,7 +114,8 @@ def main(job_file: str) -> None:
     with GraderPool(Config.model_validate(next(iter(job["cases"].values()))).grader) as pool:
         for name, document in job["cases"].items():
             config = Config.model_validate(document)
-            figures[name], weights[name] = train(config, Path(job["vstar"]), ranks, pool)
+            with as_with_a_large_vocabulary() if name == IN_CHUNKS else nullcontext():
+                figures[name], weights[name] = train(config, Path(job["vstar"]), ranks, pool)
     torch.save((figures, weights), f"{job['output']}.{ranks.rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

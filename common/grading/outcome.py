@@ -21,6 +21,10 @@ class Outcome(StrEnum):
     VERIFIER_CRASH = "verifier_crash"
 
 
+UNJUDGED = frozenset({Outcome.VERIFIER_TIMEOUT, Outcome.VERIFIER_CRASH})
+"""Outcomes that say nothing about the completion: the grader failed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grade:
     """The verdict on one completion; `reason` says why a grader crashed or a gold was refused."""
