@@ -30,8 +30,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_tiny_model(folder: Path, *, seed: int, context: int = 512) -> None:
-    """Write the model that `tiny_model` describes; another seed gives other weights."""
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as small, with one matrix for the embedding and the output layer; its samples are noise."""
+    folder = tmp_path_factory.mktemp("models") / "tied"
+    save_tiny_model(folder, seed=0, tied=True)
+    return folder
+
+
+def save_tiny_model(folder: Path, *, seed: int, context: int = 512, tied: bool = False) -> None:
+    """Write the model that `tiny_model`, or where it is tied `tied_model`, describes; a seed gives other weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -45,7 +53,7 @@ def save_tiny_model(folder: Path, *, seed: int, context: int = 512) -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=context,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -68,9 +76,10 @@ def save_tiny_model(folder: Path, *, seed: int, context: int = 512) -> None:
         share[marker, 0], share[numbers[5:10], 0] = 0.7, 0.06
         share[numbers[1:5], 1] = 0.25
         share[end, 2], share[marker, 2], share[numbers[7], 2] = 0.6, 0.3, 0.1
-        model.model.embed_tokens.weight[torch.arange(len(tokenizer)), classes] += 1.0
-        # The final norm turns a one-hot row into one of length sqrt(width).
-        model.lm_head.weight[:, :3] += share.log() / width**0.5
+        if not tied:
+            model.model.embed_tokens.weight[torch.arange(len(tokenizer)), classes] += 1.0
+            # The final norm turns a one-hot row into one of length sqrt(width).
+            model.lm_head.weight[:, :3] += share.log() / width**0.5
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 TOLERANCE = 1e-4
 """Between the engine's and the trainer's log-prob of a token, both in float32 (required; measured: below 1e-5)."""
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_completion_tokens=16)
-GREEDY = replace(SAMPLING, temperature=0.0)
+GREEDY = SAMPLING.model_copy(update={"temperature": 0.0})
 BACKENDS = ["vllm", "transformers"]
 
 
@@ -148,7 +148,7 @@ def test_an_ended_completion_holds_its_end_token_and_only_a_cut_one_lacks_it(
 ) -> None:
     renderer = PromptRenderer(folder, config.data)
     (end,) = renderer.eos_token_ids
-    short = replace(SAMPLING, max_completion_tokens=4)
+    short = SAMPLING.model_copy(update={"max_completion_tokens": 4})
     completions = sample(engine, requests(folder, config), short).values()
     assert {completion.truncated for completion in completions} == {True, False}
     for completion in completions:
@@ -189,7 +189,7 @@ def test_samples_follow_the_models_distribution(engine: RolloutEngine, folder: P
     one = requests(folder, config, 1)[0]
     draws = 2000
     batch = [replace(one, key=number, seed=number, with_logprobs=False) for number in range(draws)]
-    first = replace(SAMPLING, max_completion_tokens=1)
+    first = SAMPLING.model_copy(update={"max_completion_tokens": 1})
     drawn = torch.tensor([token for (token,) in tokens(sample(engine, batch, first)).values()])
     model = load(folder, 1.0).model
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_log_probs_agree_with_the_trainers_before_training(
     engine: RolloutEngine, folder: Path, config: Config, temperature: float
 ) -> None:
     batch = requests(folder, config)
-    completions = sample(engine, batch, replace(SAMPLING, temperature=temperature))
+    completions = sample(engine, batch, SAMPLING.model_copy(update={"temperature": temperature}))
     assert trainer_gap(load(folder, temperature), batch, completions) < TOLERANCE
 
 
@@ -269,3 +269,28 @@ def test_the_size_of_the_engine_changes_no_sample(backend: str, folder: Path, co
         found.append(tokens(sample(engine, requests(folder, config))))
         engine.close()
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tied_output_layer_follows_the_embedding_at_every_weight_synchronisation(
+    backend: str, tied_model: Path, config: Config
+) -> None:
+    """Its weights come once, under the embedding's name."""
+    engine = new_engine(config, tied_model, backend, max_num_seqs=16)
+    module, batch = load(tied_model, 1.0), requests(tied_model, config)
+    assert module.model.lm_head.weight is module.model.get_input_embeddings().weight
+    completions = sample(engine, batch)
+    assert trainer_gap(module, batch, completions) < TOLERANCE
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        with torch.no_grad():
+            for weight in module.model.parameters():
+                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+        assert trainer_gap(module, batch, completions) > 100 * TOLERANCE
+        weights = {name: weight.detach() for name, weight in module.model.named_parameters()}
+        assert "model.embed_tokens.weight" in weights
+        assert "lm_head.weight" not in weights
+        engine.load_weights(weights.items())
+        completions = sample(engine, batch)
+        assert trainer_gap(module, batch, completions) < TOLERANCE
+    engine.close()

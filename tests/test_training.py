@@ -224,6 +224,32 @@ def test_the_exported_model_is_the_policy(finished: Finished, tiny_model: Path) 
     assert model.generation_config.eos_token_id == reference.generation_config.eos_token_id
 
 
+def test_a_model_with_tied_embeddings_is_exported_whole_and_tied(tied_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    train = {"iterations": 1, "checkpoint_every": 1}
+    config = tiny_config(tmp_path, tied_model, train=train, engine={"backend": "transformers"})
+    (tmp_path / "run.toml").write_text(as_toml(config), encoding="utf-8")
+    write_tiny_vstar(config, tmp_path / "vstar.parquet")
+    workspace = Workspace(tmp_path, config)
+    output_of(workspace.start("tied"))
+    paths = workspace.paths("tied")
+    newest = paths.checkpoints / "iteration-000001" / "state" / "mp_rank_00_model_states.pt"
+    state = torch.load(newest, weights_only=False)["module"]
+    stored = load_file(paths.model / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    model, loading = AutoModelForCausalLM.from_pretrained(paths.model, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert dict(model.named_parameters()).keys() == stored.keys()
+    reference = AutoModelForCausalLM.from_pretrained(tied_model)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, state[f"model.{name}"]), name
+        assert not torch.equal(weight, reference.get_parameter(name)), name
+    assert torch.equal(model.lm_head.weight, state["model.lm_head.weight"])
+
+
 def test_the_exported_model_loads_in_vllm_and_is_evaluated(finished: Finished) -> None:
     workspace = finished.workspace
     process = subprocess.run(
