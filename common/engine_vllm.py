@@ -136,6 +136,8 @@ class VllmEngine:
         """Replace the weights in place and forget the key-value cache of the old ones."""
         assert self._llm is not None, "the engine is closed"
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        if not torch.cuda.is_available():
+            self._llm.apply_model(_repack_output_layer)
         self._llm.reset_prefix_cache()
 
     def close(self) -> None:
@@ -144,6 +146,18 @@ class VllmEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _repack_output_layer(model: torch.nn.Module) -> None:
+    """Renew the packed copy of the output layer's weights that vLLM keeps on a CPU.
+
+    A layer that is tied to the embedding gets no weights of its own in a reload and would keep the old copy.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def context_length(config: Config, folder: Path) -> int:

@@ -10,7 +10,7 @@ from rich.console import Console
 from common.config import SamplingParams
 from common.engine import RolloutEngine, request_seed
 from common.errors import UserError
-from common.grading import UNJUDGED, Grade, GraderPool
+from common.grading import UNJUDGED, Grade, GraderPool, Outcome
 from common.rollout import Completion, Prompt, SampleRequest
 from common.schema import SampleStore
 from stage1_vstar.progress import SamplingProgress
@@ -57,18 +57,22 @@ def generate_samples(
             )
 
     unjudged: Counter[str] = Counter()
+    trials = 0
 
     def collect(graded: Sequence[tuple[Any, Grade]]) -> None:
+        nonlocal trials
         for address, grade in graded:
             pending.append(sample_row(by_id[address[0]], address[1], running.pop(address), grade))
+            if grade.outcome is not Outcome.TRUNCATED:
+                trials += 1
             if grade.outcome in UNJUDGED:
                 unjudged[f"{grade.outcome.value}: {grade.reason}"] += 1
 
-    def refuse_broken_grader(graded: int) -> None:
-        if unjudged.total() == graded > 0:
+    def refuse_broken_grader() -> None:
+        if not written and unjudged.total() == trials > 0:
             pending.clear()
             raise UserError(
-                f"the grader could judge none of the first {graded} completions ({next(iter(unjudged))}); "
+                f"the grader could judge none of the first {trials} completions ({next(iter(unjudged))}); "
                 "nothing was kept of them. Correct grader.name, or give it more time or memory"
             )
 
@@ -95,13 +99,12 @@ def generate_samples(
                     truncated=completion.truncated,
                 )
                 collect(pool.ready())
-                if not written and len(pending) >= GRADER_TRIAL:
-                    refuse_broken_grader(len(pending))
+                if trials >= GRADER_TRIAL:
+                    refuse_broken_grader()
                 write(FRAGMENT_SAMPLES)
                 progress.add(prompt.id, len(completion.token_ids))
             collect(pool.drain())
-            if not written:
-                refuse_broken_grader(len(pending))
+            refuse_broken_grader()
         finally:
             write(1)
     for reason, count in unjudged.most_common(3):

@@ -97,12 +97,18 @@ def sample_rows(
                 "completion_tokens": 3 + index,
                 "outcome": outcome,
                 "extracted": None,
+                "reason": None,
                 "reward": rewards[name][index] if rewards else float(outcome == "correct"),
             }
             for name, many in outcomes.items()
             for index, outcome in enumerate(many)
         ],
-        schema_overrides={"sample_index": pl.Int32, "completion_tokens": pl.Int32, "extracted": pl.String},
+        schema_overrides={
+            "sample_index": pl.Int32,
+            "completion_tokens": pl.Int32,
+            "extracted": pl.String,
+            "reason": pl.String,
+        },
     )
 
 

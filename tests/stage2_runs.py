@@ -38,7 +38,7 @@ def tiny_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Config
         "seed": 1,
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"format": "generic", "path": str(train), "max_prompt_tokens": 64},
-        "sampling": {"max_completion_tokens": 16},
+        "sampling": {"max_completion_tokens": 6},
         "grader": {"name": "gsm8k"},
         "engine": {"max_num_seqs": 16},
         "vstar": {"num_samples": NUM_SAMPLES},

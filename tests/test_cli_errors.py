@@ -101,10 +101,10 @@ MISTAKES = {
         ("tokens, more than data.max_prompt_tokens = 4", 'raise the limit or set data.long_prompts = "drop"'),
     ),
     "a completion that the context cannot hold": Mistake(
-        f"{VSTAR} --set sampling.max_completion_tokens=500",
+        f"{VSTAR} --set sampling.max_completion_tokens=512",
         (
-            "need 564 tokens, more than the model's context of 512",
-            "sampling.max_completion_tokens (500)",
+            "more than the model's context of 512",
+            "sampling.max_completion_tokens (512)",
             "lower",
         ),
     ),

@@ -255,7 +255,7 @@ def test_a_held_out_prompt_may_be_longer_than_a_training_prompt(tmp_path: Path, 
         config.evaluate.data.model_copy(update={"max_prompt_tokens": 100}) if config.evaluate.data else None
     )
     evaluate = config.evaluate.model_copy(update={"data": longer})
-    assert context_length(config.model_copy(update={"evaluate": evaluate}), tiny_model) == 116
+    assert context_length(config.model_copy(update={"evaluate": evaluate}), tiny_model) == 106
     sampling = config.sampling.model_copy(update={"max_completion_tokens": 500})
     assert context_length(config.model_copy(update={"sampling": sampling}), tiny_model) == 512
 

@@ -439,3 +439,20 @@ def test_stage_one_never_imports_the_trainer() -> None:
         cwd=Path(__file__).parents[1],
     )
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_grader_that_can_judge_nothing_stops_the_run_and_keeps_nothing(
+    engines: Engines, data_file: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_reward.py").write_text(
+        "def reward(prompt, completion, answer):\n    return completion.score\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tiny_config(tiny_model, data_file, grader={"name": "broken_reward:reward"})
+    with pytest.raises(
+        UserError, match=r"the grader could judge none of the first .* 'str' object has no attribute"
+    ):
+        run(config)
+    assert not list(run_paths("test").samples.glob("*.parquet"))
+    assert not run_paths("test").vstar.exists()
+    assert engines.loaded == 1
