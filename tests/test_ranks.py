@@ -50,7 +50,12 @@ class Outcome:
 
 
 def run(folder: Path, model: Path, processes: int) -> Outcome:
-    config = tiny_config(folder, model, train={"iterations": 2, "tokens_per_micro_batch": 55})
+    config = tiny_config(
+        folder,
+        model,
+        sampling={"max_completion_tokens": 16},
+        train={"iterations": 2, "tokens_per_micro_batch": 55},
+    )
     write_tiny_vstar(config, folder / "vstar.parquet")
     cases = {
         name: config.model_copy(update={"train": config.train.model_copy(update=change)}).model_dump(
