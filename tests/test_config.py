@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -170,3 +171,10 @@ def test_each_config_says_how_it_is_run_and_what_it_needs() -> None:
         assert "Hardware" in head, path
         assert "cost" in head.lower(), path
         assert tomllib.loads(text)["run"] == path.stem, path
+
+
+def test_the_config_in_the_readme_is_valid(tmp_path: Path) -> None:
+    block = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    (tmp_path / "mine.toml").write_text(block[1], encoding="utf-8")
+    assert load_config(tmp_path / "mine.toml").model.path == "Qwen/Qwen2.5-1.5B"
