@@ -7,9 +7,12 @@ Shapes: _B sequence, _T position (prompt and completion, padded), _K completion 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from common.rollout import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,15 @@ class TokenSequence:
     place: int
     prompt_token_ids: tuple[int, ...]
     completion_token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, place: int, rollout: Rollout) -> Self:
+        """The tokens of a rollout."""
+        return cls(
+            place=place,
+            prompt_token_ids=rollout.prompt.token_ids,
+            completion_token_ids=rollout.completion.token_ids,
+        )
 
     def __len__(self) -> int:
         return len(self.prompt_token_ids) + len(self.completion_token_ids)

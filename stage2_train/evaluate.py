@@ -158,14 +158,7 @@ def kl_to_reference(
     rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config
 ) -> dict[str, float]:
     """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error (over prompts), a token's share."""
-    sequences = [
-        TokenSequence(
-            place=place,
-            prompt_token_ids=rollout.prompt.token_ids,
-            completion_token_ids=rollout.completion.token_ids,
-        )
-        for place, rollout in enumerate(rollouts)
-    ]
+    sequences = [TokenSequence.of(place, rollout) for place, rollout in enumerate(rollouts)]
     ours = sequence_logprobs(sequences, model, config)
     theirs = sequence_logprobs(sequences, reference, config)
     log_ratio = ours - theirs

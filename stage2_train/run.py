@@ -35,14 +35,15 @@ def run_stage2(config: Config, console: Console, vstar_file: Path | None = None)
     inputs = prepare(config, vstar_file or paths.vstar)
     _refuse_missing_wandb(config)
     total = inputs.iterations(config)
-    made_with = {"iterations": total, "origin": origin(config, inputs)}
+    ours = origin(config, inputs)
+    made_with = {"iterations": total, "origin": ours}
     if _is_finished(paths, made_with):
         console.print(
             f"nothing to do: {paths.model} has been trained for {total} iterations with this config"
         )
         return
     state = checkpoint_state(paths.checkpoints)
-    _refuse_other_origin(paths, origin(config, inputs), state, total)
+    _refuse_other_origin(paths, ours, state, total)
     ranks = join_ranks(config.seed)
     _refuse_other_world(paths, ranks, state)
     if not ranks.is_main:

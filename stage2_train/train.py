@@ -139,14 +139,7 @@ class Trainer:
 
     def token_batches(self, mini_batch: dict[int, Rollout]) -> list[TokenBatch]:
         """The step's sequences on the device, cut into micro-batches."""
-        sequences = [
-            TokenSequence(
-                place=place,
-                prompt_token_ids=rollout.prompt.token_ids,
-                completion_token_ids=rollout.completion.token_ids,
-            )
-            for place, rollout in mini_batch.items()
-        ]
+        sequences = [TokenSequence.of(place, rollout) for place, rollout in mini_batch.items()]
         batches = token_batches(sequences, self.config.train.tokens_per_micro_batch, self.pad_token_id)
         return [batch.to(self.ranks.device) for batch in batches]
 
