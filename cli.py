@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -43,6 +45,10 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Write to this file; by default the artifact is replaced."),
 ]
+AllowMismatch = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FIELD", help="Accept a difference that was refused, by its name; it is recorded."),
+]
 RunName = Annotated[str, typer.Option("--run", help="The run whose artifact is read.")]
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
@@ -63,19 +69,38 @@ def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides 
 
 
 @app.command()
-def vstar(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None) -> None:
+def vstar(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N",
+            help="Draw part I (from 1) of N of the prompts only, for job arrays; then run once without it.",
+        ),
+    ] = "1/1",
+    allow_mismatch: AllowMismatch = None,
+) -> None:
     """Stage 1: sample, grade and estimate V̂* for each prompt. A re-run continues where the last one ended."""
+    from common.artifacts import Shard
     from common.config import load_config
 
+    part = Shard.parse(shard)
     settings = load_config(config, overrides or (), run)
     from stage1_vstar.run import run_stage1
 
-    run_stage1(settings, console)
+    with _ending_cleanly():
+        run_stage1(settings, console, shard=part, allow_mismatch=allow_mismatch or ())
 
 
 @app.command()
 def train(
-    config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None, vstar_file: VstarFile = None
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    vstar_file: VstarFile = None,
+    allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Stage 2: on-policy regression on the optimal advantages. A re-run continues from the last checkpoint."""
     from common.config import load_config
@@ -83,7 +108,36 @@ def train(
     settings = load_config(config, overrides or (), run)
     from stage2_train.run import run_stage2
 
-    run_stage2(settings, console, vstar_file)
+    run_stage2(settings, console, vstar_file, allow_mismatch or ())
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[str], typer.Argument(help="Runs by name, or folders that hold samples/.")],
+    run: Annotated[str, typer.Option("--run", help="The run that the samples are added to.")],
+    allow_mismatch: AllowMismatch = None,
+) -> None:
+    """Add the samples of other runs, such as shards from other machines, to a run: each sample once."""
+    from stage1_vstar.merge import merge_runs
+
+    merge_runs(sources, run, console, allow_mismatch or ())
+
+
+@app.command()
+def regrade(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Grade a run's cached completions with the config's grader, beside the old grades, and compare the two."""
+    from common.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    from stage1_vstar.regrade import run_regrade
+
+    with _ending_cleanly():
+        run_regrade(settings, console, as_json=as_json)
 
 
 @app.command()
@@ -193,6 +247,24 @@ def _vstar_path(run: str, vstar_file: Path | None) -> Path:
     from common.artifacts import run_paths
 
     return vstar_file or run_paths(run).vstar
+
+
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """Schedulers announce an eviction with SIGTERM: end as on Ctrl-C, which keeps what has been graded."""
+
+    def interrupt(signal_number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: what was graded is kept; the same command continues", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -1,28 +1,28 @@
-"""A run's folder, writes that are whole or absent, and the provenance that ties an artifact to its origin.
+"""A run's folder, writes that are whole or absent, and what identifies a model.
 
-artifacts/<run>/ is laid out here and nowhere else. Provenance has two halves: `identity` must be equal for two
-pieces of work to be mixed (stage 1's samples among themselves, stage 1's result with stage 2's training);
-`context` is recorded for the reader and never compared.
+artifacts/<run>/ is laid out here and nowhere else.
 """
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
-import json
+import math
 import os
 import platform
+import re
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.config import Config
 from common.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +81,43 @@ def run_paths(run: str) -> RunPaths:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to write to; give it the final name once it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yield a temporary sibling to write to; give it the final name once it is whole and on disk.
+
+    Raises UserError where the disk is full or the folder cannot be written to; the final name is untouched then.
+    """
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raise UserError(
+                f"cannot write {path}: {os.strerror(error.errno)}; what was written before is whole. Make room, or "
+                "correct the folder's permissions, and start the command again: it continues from there"
+            ) from error
         raise
-    _sync_directory(path.parent)
+
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+LEFTOVER_SECONDS = 24 * 3600.0
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed writers: of dead processes of this machine, and any older than a day."""
+    for file in folder.glob(".*.tmp"):
+        host, _, process = file.name.removesuffix(".tmp").rpartition(".")
+        dead = (
+            host.endswith(f".{platform.node()}") and process.isdigit() and not Path("/proc", process).exists()
+        )
+        with suppress(FileNotFoundError):
+            if dead or time.time() - file.stat().st_mtime > LEFTOVER_SECONDS:
+                file.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,26 +134,77 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def exclusive_run(paths: RunPaths, job: str) -> Iterator[None]:
-    """Hold the run's lock, so that two jobs of one kind never write to the same run.
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `index` (from 1) of `count` of a run's prompts; prompts are dealt out by their content hash."""
 
-    The kernel releases the lock with the process, however that ends. Raises UserError if another job holds it.
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read `2/8`. Raises UserError for anything else."""
+        index, _, count = text.partition("/")
+        if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+            return cls(int(index), int(count))
+        raise UserError(f"--shard {text}: write it as i/n with 1 ≤ i ≤ n, for example 2/8")
+
+    def holds(self, prompt_id: str) -> bool:
+        """Whether this shard draws the samples of that prompt."""
+        return int(prompt_id[:12], 16) % self.count == self.index - 1
+
+    def overlaps(self, other: "Shard") -> bool:
+        """Whether the two can hold the same prompt."""
+        return (self.index - other.index) % math.gcd(self.count, other.count) == 0
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard()
+
+
+@contextmanager
+def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[None]:
+    """Hold a run, or a shard of it, so that two jobs of one kind never do the same work in the same run.
+
+    A job's claim is a locked file, which the kernel unlocks with the process, however that ends. Raises UserError if
+    another job holds a shard that overlaps with this one.
     """
     paths.root.mkdir(parents=True, exist_ok=True)
-    with (paths.root / f".{job}.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"another {job} job (process {file.read().strip() or 'unknown'}) is writing to {paths.root}; "
-                "wait for it or choose another --run"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with ExitStack() as claim:
+        with (paths.root / f".{job}.lock").open("a") as one_at_a_time:
+            _lock(one_at_a_time, wait=True)
+            for path in paths.root.glob(f".{job}-*-of-*.lock"):
+                index, count = (int(number) for number in re.findall(r"-(\d+)-of-(\d+)\.lock$", path.name)[0])
+                if shard.overlaps(Shard(index, count)):
+                    with path.open("a+") as file:
+                        _lock(file, wait=False, job=job)
+            ours = paths.root / f".{job}-{shard.index}-of-{shard.count}.lock"
+            file = claim.enter_context(ours.open("a+"))
+            _lock(file, wait=False, job=job)
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {platform.node()}")
+            file.flush()
         yield
+
+
+def _lock(file: IO[str], *, wait: bool, job: str = "") -> None:
+    """Lock an open file until it is closed. Raises UserError if another job holds it and this one shall not wait."""
+    folder = Path(file.name).parent
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(
+            f"another {job} job (process {file.read().strip() or 'unknown'}) is writing to {folder}; "
+            "wait for it or choose another --run"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot lock {file.name}: {error.strerror}; two jobs could write to one run. Choose a file system with "
+            "locks for it, with ASTAR_PO_ARTIFACTS"
+        ) from error
 
 
 def hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
@@ -225,15 +301,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
-
-
-def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
-    """Name each field in which two identities differ, with both values."""
-    lines = []
-    for key in sorted(expected.keys() | found.keys()):
-        here, there = expected.get(key), found.get(key)
-        if isinstance(here, dict) and isinstance(there, dict):
-            lines += differences(here, there, f"{prefix}{key}.")
-        elif here != there:
-            lines.append(f"{prefix}{key} is {json.dumps(there)} there and {json.dumps(here)} here")
-    return lines

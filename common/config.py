@@ -45,7 +45,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where prompts come from and how they are shown to the model."""
 
-    format: Literal["gsm8k", "math", "openr1", "generic", "word_problems"]
+    format: Literal["gsm8k", "math", "openr1", "generic", "word_problems", "mbpp"]
     path: str = ""
     """A local .jsonl, .json or .parquet file, or a data set's name on the Hugging Face hub."""
     name: str | None = None

@@ -7,6 +7,7 @@ the same conditional distribution.
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ TEMPLATES = {
     "gsm8k": '{prompt} Let\'s think step by step and output the final answer after "####".',
     "math": "{prompt} Let's think step by step and output the final answer within \\boxed{}.",
     "openr1": "<｜begin▁of▁sentence｜><｜User｜>{prompt}<｜Assistant｜><think>\n",
+    "mbpp": "{prompt}\nWrite the code in a ```python block.",
 }
 """Named templates; gsm8k, math and openr1 are the paper's (Table 4). "chat" is the tokenizer's own."""
 
@@ -41,8 +43,11 @@ class DataFormat:
     template: str
     answer_is_solution: bool
     """The answer field holds a worked solution, from which the grader extracts the reference answer."""
+    answer_is_tests: bool = False
+    """The answer field holds a list of unit tests, and TEST_SETUP_FIELDS what runs before them."""
 
 
+TEST_SETUP_FIELDS = ("test_setup_code", "test_imports")
 FORMATS = {
     "gsm8k": DataFormat(
         prompt_field="question", answer_field="answer", template="gsm8k", answer_is_solution=True
@@ -58,6 +63,13 @@ FORMATS = {
     ),
     "word_problems": DataFormat(
         prompt_field="question", answer_field="answer", template="line", answer_is_solution=True
+    ),
+    "mbpp": DataFormat(
+        prompt_field="text",
+        answer_field="test_list",
+        template="mbpp",
+        answer_is_solution=True,
+        answer_is_tests=True,
     ),
 }
 
@@ -175,6 +187,8 @@ def read_pairs(data: DataConfig, config: Config) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     problems: list[str] = []
     for number, row in numbered:
+        if fields.answer_is_tests:
+            row = _with_tests_as_text(row, prompt_field, answer_field)
         text = _text_of(row, prompt_field, number, data)
         answer = _text_of(row, answer_field, number, data)
         if not text.strip():
@@ -187,6 +201,20 @@ def read_pairs(data: DataConfig, config: Config) -> list[tuple[str, str]]:
             problems.append(f"row {number}: {error}")
     _refuse_bad_golds(problems, len(numbered), data)
     return pairs
+
+
+def _with_tests_as_text(row: dict[str, Any], prompt_field: str, answer_field: str) -> dict[str, Any]:
+    """The row with its tests as the grader "code" reads them, and the first one shown: it alone names the function."""
+    question, tests = row.get(prompt_field), row.get(answer_field)
+    if not question or not isinstance(tests, list) or not tests:
+        return row
+    found = [row.get(field) or [] for field in TEST_SETUP_FIELDS]
+    setup = [str(line) for lines in found for line in ([lines] if isinstance(lines, str) else lines)]
+    return {
+        **row,
+        prompt_field: f"{question}\nYour code must pass this test, and others:\n{tests[0]}",
+        answer_field: json.dumps({"setup": "\n".join(setup), "tests": tests}),
+    }
 
 
 def _text_of(row: dict[str, Any], field: str, number: int, data: DataConfig) -> str:
@@ -249,7 +277,7 @@ def prompts_from_pairs(
                 f"a prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}: "
                 f'"{text[:60]}…"; raise the limit or set data.long_prompts = "drop"'
             )
-        prompts[identifier] = Prompt(id=identifier, text=text, answer=answer, token_ids=token_ids)
+        prompts[identifier] = Prompt(id=identifier, text=text, answer=answer, token_ids=array("i", token_ids))
     if not prompts:
         raise UserError(
             f"no prompt of {data.path or data.format} is left: all are longer than data.max_prompt_tokens "
@@ -331,6 +359,7 @@ def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
         rows = datasets.load_dataset(data.path, data.name, split=data.split)
         wanted = [data.prompt_field or FORMATS[data.format].prompt_field]
         wanted.append(data.answer_field or FORMATS[data.format].answer_field)
+        wanted += TEST_SETUP_FIELDS
         return list(
             rows.select_columns([name for name in rows.column_names if name in wanted] or rows.column_names)
         )

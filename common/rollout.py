@@ -4,6 +4,8 @@ A prompt is a question with its reference answer. A completion is what an engine
 a completion with its grade. Nothing here knows about files, engines or training.
 """
 
+import hashlib
+from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -15,13 +17,19 @@ class Prompt:
     """A question x and its reference answer.
 
     `id` is a content hash of text and answer, never a row position, so that the same prompt has the same id in
-    every data set, shard and run. `token_ids` is what the model reads: the text in its template, tokenised.
+    every data set, shard and run. `token_ids` is what the model reads: the text in its template, tokenised, in an
+    array of four bytes a token.
     """
 
     id: str
     text: str
     answer: str
-    token_ids: tuple[int, ...]
+    token_ids: "array[int]"
+
+    @property
+    def token_hash(self) -> str:
+        """A content hash of what the model reads."""
+        return hashlib.sha256(self.token_ids.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

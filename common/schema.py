@@ -1,24 +1,20 @@
-"""The contract between the stages: two Parquet schemas, their invariants, one writer and one reader each.
+"""The contract between the stages: Parquet schemas, their invariants, and the one writer and reader of vstar.parquet.
 
-samples/*.parquet holds a row a completion, in append-only fragments. vstar.parquet holds a row a prompt and is all
-that stage 2 needs from stage 1. A broken row is named in the error with the invariant that it breaks.
+samples/*.parquet (common/store.py) holds a row a completion. vstar.parquet holds a row a prompt and is all that
+stage 2 needs from stage 1. A broken row is named in the error with the invariant that it breaks. A nullable column may
+be missing from a file of an earlier format version; it is read as missing values.
 """
 
-import json
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.artifacts import SCHEMA_VERSION, atomic_path, differences
-from common.errors import UserError
+from common.artifacts import atomic_path
+from common.errors import DamagedFile, UserError
 from common.grading import Outcome
-
-METADATA_KEY = b"astar_po"
+from common.provenance import Provenance, read_provenance
 
 SAMPLES = pa.schema(
     [
@@ -26,7 +22,9 @@ SAMPLES = pa.schema(
         pa.field("sample_index", pa.int32(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("answer", pa.string(), nullable=False),
+        pa.field("prompt_token_hash", pa.string()),
         pa.field("completion", pa.string(), nullable=False),
+        pa.field("completion_raw", pa.binary()),
         pa.field("completion_tokens", pa.int32(), nullable=False),
         pa.field("outcome", pa.string(), nullable=False),
         pa.field("extracted", pa.string()),
@@ -34,12 +32,22 @@ SAMPLES = pa.schema(
         pa.field("reason", pa.string()),
     ]
 )
+"""`completion_raw` holds the completion, lone surrogates included, where `completion` (UTF-8) has no place for them."""
+
+GRADES = pa.schema(
+    [
+        SAMPLES.field(name)
+        for name in ("prompt_id", "sample_index", "outcome", "extracted", "reward", "reason")
+    ]
+)
+"""Another grader's verdicts on samples that are stored already."""
 
 VSTAR = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("answer", pa.string(), nullable=False),
+        pa.field("prompt_token_hash", pa.string()),
         pa.field("num_samples", pa.int32(), nullable=False),
         pa.field("rewards", pa.list_(pa.float64()), nullable=False),
         pa.field("outcomes", pa.list_(pa.string()), nullable=False),
@@ -90,52 +98,13 @@ SAMPLES_INVARIANTS: dict[str, pl.Expr] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Provenance:
-    """Where a file came from: `identity` is compared before anything is mixed, `context` is for the reader."""
-
-    identity: dict[str, Any]
-    context: dict[str, Any]
-
-    def refuse_unless_same(self, found: "Provenance", *, what: str, advice: str) -> None:
-        """Raise UserError, spelling out each difference, unless both have the same identity."""
-        if lines := differences(self.identity, found.identity):
-            raise UserError(f"{what} does not belong to this run: {'; '.join(lines)}; {advice}")
-
-
-def _metadata(provenance: Provenance) -> dict[bytes, bytes]:
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "identity": provenance.identity,
-        "context": provenance.context,
-    }
-    return {METADATA_KEY: json.dumps(document).encode()}
-
-
-def read_provenance(path: Path) -> Provenance:
-    """The provenance of an artifact, without reading its rows. Raises UserError if it has none."""
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}; make it with `python cli.py vstar`") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    if METADATA_KEY not in metadata:
-        raise UserError(f"{path} carries no provenance; it was not written by `python cli.py vstar`")
-    document = json.loads(metadata[METADATA_KEY])
-    if document["schema_version"] != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {document['schema_version']}; this checkout reads {SCHEMA_VERSION}"
-        )
-    return Provenance(identity=document["identity"], context=document["context"])
-
-
-def _validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.Expr], path: Path) -> None:
+def validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.Expr], path: Path) -> None:
+    """Raise UserError, naming the first broken row and rule, unless the frame is what the schema promises."""
     if missing := [name for name in schema.names if name not in frame.columns]:
         raise UserError(
             f"{path} lacks the columns {', '.join(missing)}; make it anew with `python cli.py vstar`"
         )
-    expected = pl.DataFrame(schema.empty_table()).schema
+    expected = polars_schema(schema)
     for name in schema.names:
         if frame.schema[name] != expected[name]:
             raise UserError(
@@ -156,79 +125,42 @@ def _validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.E
             raise UserError(f"{path}: {broken.height} rows break the rule “{name}”, the first is {row}")
 
 
-def _read(paths: list[Path], columns: list[str] | None = None) -> pl.DataFrame:
-    try:
-        return pl.read_parquet(paths, columns=columns)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(
-            f"cannot read {', '.join(map(str, paths[:3]))}: {str(error).splitlines()[0]}; remove the damaged file"
-        ) from error
+def polars_schema(schema: pa.Schema) -> pl.Schema:
+    """The same columns as polars names them."""
+    return pl.DataFrame(schema.empty_table()).schema
 
 
-def _write(frame: pl.DataFrame, schema: pa.Schema, provenance: Provenance, path: Path) -> None:
-    table = frame.select(schema.names).to_arrow().cast(schema).replace_schema_metadata(_metadata(provenance))
+def write_table(frame: pl.DataFrame, schema: pa.Schema, provenance: Provenance, path: Path) -> None:
+    """Write a frame's columns of this schema atomically, with its provenance."""
+    table = frame.select(schema.names).to_arrow().cast(schema)
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table.replace_schema_metadata(provenance.metadata()), temporary, compression="zstd")
 
 
 def write_vstar(frame: pl.DataFrame, provenance: Provenance, path: Path) -> None:
     """Write vstar.parquet atomically, once every row satisfies every invariant."""
-    _validate(frame, VSTAR, VSTAR_INVARIANTS, path)
-    _write(frame, VSTAR, provenance, path)
+    validate(frame, VSTAR, VSTAR_INVARIANTS, path)
+    write_table(frame, VSTAR, provenance, path)
 
 
 def read_vstar(path: Path) -> tuple[pl.DataFrame, Provenance]:
-    """Read vstar.parquet and check every invariant. Raises UserError naming the broken rule and row."""
-    provenance = read_provenance(path)
-    frame = _read([path])
-    _validate(frame, VSTAR, VSTAR_INVARIANTS, path)
-    return frame, provenance
+    """Read vstar.parquet of any format version and check every invariant.
 
-
-class SampleStore:
-    """A run's samples: Parquet fragments that appear under their final name only when whole, and never change.
-
-    A sample is addressed by (prompt_id, sample_index). Resume, more samples a prompt and more prompts are the same
-    question: which samples are missing?
+    Raises DamagedFile if it cannot be read, UserError naming a broken rule and row.
     """
-
-    def __init__(self, folder: Path, provenance: Provenance) -> None:
-        """Open the store. Raises UserError if it holds samples of another identity."""
-        self.folder = folder
-        self.provenance = provenance
-        for fragment in self.fragments():
-            provenance.refuse_unless_same(
-                read_provenance(fragment),
-                what=str(fragment),
-                advice="choose another --run for this configuration",
-            )
-
-    def fragments(self) -> list[Path]:
-        """The whole fragments, in a fixed order."""
-        return sorted(self.folder.glob("part-*.parquet"))
-
-    def present(self) -> set[tuple[str, int]]:
-        """The samples that are there."""
-        if not (fragments := self.fragments()):
-            return set()
-        return set(pl.scan_parquet(fragments).select("prompt_id", "sample_index").collect().iter_rows())
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add one fragment."""
-        frame = pl.from_arrow(pa.Table.from_pylist(rows, schema=SAMPLES))
-        assert isinstance(frame, pl.DataFrame)
-        _write(frame, SAMPLES, self.provenance, self.folder / f"part-{uuid.uuid4().hex}.parquet")
-
-    def read(self) -> pl.DataFrame:
-        """Every sample, each once. Raises UserError naming the broken rule and row."""
-        return self._read(SAMPLES)
-
-    def read_grades(self) -> pl.DataFrame:
-        """The same without the completions' text, which is nearly all of the bytes and which V̂* does not need."""
-        without_text = [field for field in SAMPLES if field.name not in ("completion", "extracted", "reason")]
-        return self._read(pa.schema(without_text))
-
-    def _read(self, schema: pa.Schema) -> pl.DataFrame:
-        frame = _read(self.fragments(), schema.names)
-        _validate(frame, schema, SAMPLES_INVARIANTS, self.folder)
-        return frame
+    provenance = read_provenance(path)
+    try:
+        frame = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DamagedFile(
+            f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it anew with `python cli.py vstar`"
+        ) from error
+    types = polars_schema(VSTAR)
+    later = [
+        pl.lit(None, types[field.name]).alias(field.name)
+        for field in VSTAR
+        if field.nullable and field.name not in frame.columns
+    ]
+    frame = frame.with_columns(later)
+    validate(frame, VSTAR, VSTAR_INVARIANTS, path)
+    return frame.select(VSTAR.names), provenance

@@ -1,10 +1,12 @@
-"""Sample, grade and store what is missing: one engine, one pass, grading in other processes meanwhile."""
+"""Sample, grade and store what is missing: one engine, one pass, grading and writing beside it."""
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from common.config import SamplingParams
@@ -12,12 +14,10 @@ from common.engine import RolloutEngine, request_seed
 from common.errors import UserError
 from common.grading import UNJUDGED, Grade, GraderPool, Outcome
 from common.rollout import Completion, Prompt, SampleRequest
-from common.schema import SampleStore
+from common.store import SampleStore, stored_text
 from stage1_vstar.progress import SamplingProgress
+from stage1_vstar.writer import FragmentWriter
 
-FRAGMENT_SAMPLES = 4096
-FRAGMENT_SECONDS = 60.0
-"""A killed job loses at most one fragment: what was graded since the last one."""
 GRADER_TRIAL = 64
 """A grader that can judge none of this many completions is broken."""
 
@@ -25,15 +25,44 @@ Address = tuple[str, int]
 """A sample's prompt id and index."""
 
 
-def missing_samples(prompts: Sequence[Prompt], num_samples: int, present: set[Address]) -> list[Address]:
-    """The samples still to be drawn, each prompt's together so that they share its prefix in the engine."""
-    addresses = ((prompt.id, index) for prompt in prompts for index in range(num_samples))
-    return [address for address in addresses if address not in present]
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """The samples still to be drawn: prompts, and for each which of its samples, shape (P, N)."""
+
+    prompts: Sequence[Prompt]
+    samples_PN: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return int(self.samples_PN.sum())
+
+    def incomplete(self) -> "Missing":
+        """The prompts that lack a sample."""
+        return self._at(np.flatnonzero(self.samples_PN.any(axis=1)))
+
+    def of(self, prompt_ids: Collection[str]) -> "Missing":
+        """These prompts alone."""
+        return self._at(
+            np.array(
+                [place for place, prompt in enumerate(self.prompts) if prompt.id in prompt_ids], dtype=np.intp
+            )
+        )
+
+    def _at(self, places: NDArray[np.intp]) -> "Missing":
+        return Missing([self.prompts[place] for place in places], self.samples_PN[places])
+
+    def requests(self, seed: int) -> Iterator[SampleRequest]:
+        """Each prompt's samples together, so that they share its prefix in the engine. The key is its address."""
+        for prompt, samples_N in zip(self.prompts, self.samples_PN, strict=True):
+            for index in np.flatnonzero(samples_N).tolist():
+                yield SampleRequest(
+                    key=(prompt.id, index),
+                    prompt_token_ids=tuple(prompt.token_ids),
+                    seed=request_seed(seed, prompt.id, index),
+                )
 
 
 def generate_samples(
-    missing: Sequence[Address],
-    prompts: Sequence[Prompt],
+    missing: Missing,
     engine: RolloutEngine,
     pool: GraderPool,
     store: SampleStore,
@@ -42,86 +71,75 @@ def generate_samples(
     console: Console,
 ) -> None:
     """Draw the missing samples from the reference policy, grade them and append them to the store."""
-    by_id = {prompt.id: prompt for prompt in prompts}
-    running: dict[Address, Completion] = {}
-    pending: list[dict[str, Any]] = []
-    written = False
-    written_at = time.monotonic()
+    places = {prompt.id: place for place, prompt in enumerate(missing.prompts)}
+    running: dict[Address, dict[str, Any]] = {}
+    check = GraderCheck()
+    with FragmentWriter(store.append) as writer, SamplingProgress(missing.samples_PN, console) as progress:
 
-    def requests() -> Iterator[SampleRequest]:
-        for prompt_id, index in missing:
-            yield SampleRequest(
-                key=(prompt_id, index),
-                prompt_token_ids=by_id[prompt_id].token_ids,
-                seed=request_seed(seed, prompt_id, index),
+        def collect(graded: Sequence[tuple[Any, Grade]]) -> None:
+            for address, grade in graded:
+                check.count(grade)
+                writer.add(running.pop(address) | grade.columns())
+            if check.broken and not writer.written:
+                writer.discard()
+                raise UserError(check.complaint())
+
+        for completion in engine.generate(missing.requests(seed), sampling):
+            address = completion.key
+            assert isinstance(address, tuple)
+            place = places[address[0]]
+            prompt = missing.prompts[place]
+            running[address] = ungraded_row(prompt, address[1], completion)
+            pool.submit(
+                address,
+                prompt=prompt.text,
+                completion=completion.text,
+                answer=prompt.answer,
+                truncated=completion.truncated,
             )
-
-    unjudged: Counter[str] = Counter()
-    trials = 0
-
-    def collect(graded: Sequence[tuple[Any, Grade]]) -> None:
-        nonlocal trials
-        for address, grade in graded:
-            pending.append(sample_row(by_id[address[0]], address[1], running.pop(address), grade))
-            if grade.outcome is not Outcome.TRUNCATED:
-                trials += 1
-            if grade.outcome in UNJUDGED:
-                unjudged[f"{grade.outcome.value}: {grade.reason}"] += 1
-
-    def refuse_broken_grader() -> None:
-        if not written and unjudged.total() == trials > 0:
-            pending.clear()
-            raise UserError(
-                f"the grader could judge none of the first {trials} completions ({next(iter(unjudged))}); "
-                "nothing was kept of them. Correct grader.name, or give it more time or memory"
-            )
-
-    def write(at_least: int) -> None:
-        nonlocal written, written_at
-        if pending and (len(pending) >= at_least or time.monotonic() - written_at > FRAGMENT_SECONDS):
-            store.append(pending)
-            pending.clear()
-            written = True
-            written_at = time.monotonic()
-
-    with SamplingProgress((prompt_id for prompt_id, _ in missing), console) as progress:
-        try:
-            for completion in engine.generate(requests(), sampling):
-                address = completion.key
-                assert isinstance(address, tuple)
-                prompt = by_id[address[0]]
-                running[address] = completion
-                pool.submit(
-                    address,
-                    prompt=prompt.text,
-                    completion=completion.text,
-                    answer=prompt.answer,
-                    truncated=completion.truncated,
-                )
-                collect(pool.ready())
-                if trials >= GRADER_TRIAL:
-                    refuse_broken_grader()
-                write(FRAGMENT_SAMPLES)
-                progress.add(prompt.id, len(completion.token_ids))
-            collect(pool.drain())
-            refuse_broken_grader()
-        finally:
-            write(1)
-    for reason, count in unjudged.most_common(3):
+            collect(pool.ready())
+            progress.add(place, len(completion.token_ids))
+        check.all_there = True
+        collect(pool.drain())
+    for reason, count in check.unjudged.most_common(3):
         console.print(f"{count:,} completions could not be judged, reward 0: {reason}")
 
 
-def sample_row(prompt: Prompt, index: int, completion: Completion, grade: Grade) -> dict[str, Any]:
-    """A row of samples/*.parquet."""
+class GraderCheck:
+    """Finds out whether the grader can judge anything at all."""
+
+    def __init__(self) -> None:
+        self.unjudged: Counter[str] = Counter()
+        self.all_there = False
+        self._trials = 0
+
+    def count(self, grade: Grade) -> None:
+        self._trials += grade.outcome is not Outcome.TRUNCATED
+        if grade.outcome in UNJUDGED:
+            self.unjudged[f"{grade.outcome.value}: {grade.reason}"] += 1
+
+    @property
+    def broken(self) -> bool:
+        enough = self._trials >= GRADER_TRIAL or self.all_there
+        return enough and self.unjudged.total() == self._trials > 0
+
+    def complaint(self) -> str:
+        return (
+            f"the grader could judge none of the first {self._trials} completions ({next(iter(self.unjudged))}); "
+            "nothing was kept of them. Correct grader.name, or give it more time or memory"
+        )
+
+
+def ungraded_row(prompt: Prompt, index: int, completion: Completion) -> dict[str, Any]:
+    """A row of samples/*.parquet that lacks its grade."""
+    text, raw = stored_text(completion.text)
     return {
         "prompt_id": prompt.id,
         "sample_index": index,
         "prompt": prompt.text,
         "answer": prompt.answer,
-        "completion": completion.text,
+        "prompt_token_hash": prompt.token_hash,
+        "completion": text,
+        "completion_raw": raw,
         "completion_tokens": len(completion.token_ids),
-        "outcome": grade.outcome.value,
-        "extracted": grade.extracted,
-        "reward": grade.reward,
-        "reason": grade.reason,
     }

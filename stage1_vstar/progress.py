@@ -1,11 +1,11 @@
 """How far stage 1 is: a bar in a terminal, a line now and then in a log file."""
 
 import time
-from collections import Counter
-from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -15,10 +15,11 @@ LOG_SECONDS = 30.0
 class SamplingProgress:
     """Counts samples, prompts and tokens, and shows them with the rate and the time left."""
 
-    def __init__(self, prompt_ids: Iterable[str], console: Console) -> None:
-        """`prompt_ids` names the prompt of each sample to draw."""
-        self._left = Counter(prompt_ids)
-        self._samples = self._left.total()
+    def __init__(self, missing_PN: NDArray[np.bool_], console: Console) -> None:
+        """`missing_PN` marks the samples to draw of each prompt."""
+        self._left_P: list[int] = missing_PN.sum(axis=1).tolist()
+        self._all_prompts = sum(left > 0 for left in self._left_P)
+        self._samples = sum(self._left_P)
         self._console = console
         self._started = self._logged = time.monotonic()
         self._done = self._prompts = self._tokens = 0
@@ -41,12 +42,12 @@ class SamplingProgress:
     ) -> None:
         self._bar.stop()
 
-    def add(self, prompt_id: str, tokens: int) -> None:
-        """Count one sample."""
+    def add(self, place: int, tokens: int) -> None:
+        """Count one sample of the prompt at that place."""
         self._done += 1
         self._tokens += tokens
-        self._left[prompt_id] -= 1
-        self._prompts += self._left[prompt_id] == 0
+        self._left_P[place] -= 1
+        self._prompts += self._left_P[place] == 0
         self._bar.update(self._task, advance=1, description=self._state())
         now = time.monotonic()
         if not self._console.is_terminal and (
@@ -59,6 +60,6 @@ class SamplingProgress:
     def _state(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
         return (
-            f"{self._prompts:,}/{len(self._left):,} prompts, {self._done:,}/{self._samples:,} samples, "
+            f"{self._prompts:,}/{self._all_prompts:,} prompts, {self._done:,}/{self._samples:,} samples, "
             f"{self._tokens / seconds:,.0f} tokens/s"
         )

@@ -1,39 +1,117 @@
 """Stage 1 whole: from a config to vstar.parquet. Needs no training library; a re-run continues or does nothing."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 from rich.console import Console
 
-from common.artifacts import context, exclusive_run, model_identity, reference_model, run_paths, write_text
+from common.artifacts import (
+    WHOLE,
+    Shard,
+    context,
+    exclusive_run,
+    model_identity,
+    reference_model,
+    run_paths,
+    write_text,
+)
 from common.config import Config
 from common.engine import build_engine
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.grading import GraderPool, fingerprint
 from common.prompts import (
     PromptRenderer,
     check_context,
+    prompt_id,
     prompts_from_pairs,
     read_pairs,
     sampling_identity,
     usable_prompts,
 )
+from common.provenance import ACCEPTED, Allowance, Provenance, sampler_identity
 from common.rollout import Prompt
-from common.schema import Provenance, SampleStore, read_provenance, read_vstar, write_vstar
-from stage1_vstar.generate import Address, generate_samples, missing_samples
-from stage1_vstar.table import vstar_rows, with_keep
+from common.schema import read_vstar, write_vstar
+from common.store import SampleStore, set_aside_damaged
+from stage1_vstar.generate import Missing, generate_samples
+from stage1_vstar.table import prompt_table, vstar_rows, with_keep
 
 
-def run_stage1(config: Config, console: Console) -> None:
+def run_stage1(
+    config: Config, console: Console, *, shard: Shard = WHOLE, allow_mismatch: Collection[str] = ()
+) -> None:
     """Draw the samples that are missing, estimate V̂* and write vstar.parquet.
 
-    Everything a user can get wrong is checked before the model loads. Raises UserError.
+    A shard draws its prompts' samples only; the run without one, once all are there, finds nothing to draw and writes
+    the file. Everything a user can get wrong is checked before the model loads. Raises UserError.
     """
     paths = run_paths(config.run)
     folder = reference_model(config)
-    pairs = read_pairs(config.data, config)
+    prompts, renderer = read_prompts(config, folder, shard, console)
+    with exclusive_run(paths, "vstar", shard):
+        provenance = stage1_provenance(config, renderer, model_identity(folder))
+        old = read_old(paths.vstar, console)
+        accepted_before = old[1].context.get(ACCEPTED, []) if old else []
+        allowance = Allowance(allow_mismatch, accepted_before)
+        allowance.refuse_unknown([*provenance.fields(), "prompt.tokens"])
+        if old:
+            provenance.refuse_unless_same(
+                old[1],
+                what=str(paths.vstar),
+                advice="remove it or choose another --run (to grade its samples anew: `python cli.py regrade`)",
+                allowance=allowance,
+            )
+        for line in set_aside_damaged(paths.samples):
+            console.print(f"{line}; its samples will be drawn anew", soft_wrap=True)
+        store = SampleStore(paths.samples, provenance, allowance)
+        if ungraded := store.ungraded_count():
+            raise UserError(
+                f"{ungraded:,} samples in {paths.samples} were graded by another grader than this run's "
+                f"({provenance.identity['grader']}); "
+                "grade them anew with `python cli.py regrade`, choose another --run, or accept their grades with "
+                "--allow-mismatch grader"
+            )
+        table = prompt_table(prompts)
+        missing = Missing(prompts, ~store.present(table, config.vstar.num_samples))
+        store.provenance = provenance = provenance.accepting(allowance)
+        write_text(paths.config, config.to_json())
+        if missing:
+            draw(missing, config, folder, renderer, store, console)
+        if shard != WHOLE:
+            console.print(
+                f"shard {shard} of {paths.samples} is complete; "
+                f"when all are, `vstar` without --shard writes {paths.vstar}"
+            )
+            return
+        rows = vstar_rows(
+            table,
+            store.grades(table, config.vstar.num_samples),
+            num_samples=config.vstar.num_samples,
+            beta1=config.vstar.beta1,
+            drop_unsolved=config.vstar.drop_unsolved,
+        )
+        if old:
+            rows, provenance = carry_over_filter(rows, provenance, *old)
+            if is_same(rows, provenance, *old):
+                console.print(f"nothing to do: {paths.vstar} is complete ({rows.height:,} prompts)")
+                return
+            if (before := old[0]["beta1"][0]) != config.vstar.beta1:
+                console.print(f"re-scored as the config says: β1 {before:g} → {config.vstar.beta1:g}")
+        write_vstar(rows, provenance, paths.vstar)
+    console.print(f"{paths.vstar}: {summary(rows)}")
+
+
+def read_prompts(
+    config: Config, folder: Path, shard: Shard, console: Console
+) -> tuple[list[Prompt], PromptRenderer]:
+    """The shard's prompts, rendered and checked against the model's context."""
+    pairs = [pair for pair in read_pairs(config.data, config) if shard.holds(prompt_id(*pair))]
+    if not pairs:
+        raise UserError(
+            f"shard {shard} holds no prompt of {config.data.path or config.data.format}; use fewer shards"
+        )
     renderer = PromptRenderer(folder, config.data)
     prompts = prompts_from_pairs(pairs, config.data, renderer)
     check_context(prompts, config, folder)
@@ -42,35 +120,22 @@ def run_stage1(config: Config, console: Console) -> None:
         console.print(
             f"{left_out:,} of {len(pairs):,} rows left out: longer than {limit} tokens, or there twice"
         )
-    with exclusive_run(paths, "vstar"):
-        provenance = stage1_provenance(config, renderer, model_identity(folder))
-        store = SampleStore(paths.samples, provenance)
-        if paths.vstar.exists():
-            provenance.refuse_unless_same(
-                read_provenance(paths.vstar),
-                what=str(paths.vstar),
-                advice="remove it or choose another --run",
-            )
-        missing = missing_samples(prompts, config.vstar.num_samples, store.present())
-        if missing:
-            draw(missing, prompts, config, folder, renderer, store, console)
-        rows = vstar_rows(
-            in_order(store.read_grades(), prompts),
-            num_samples=config.vstar.num_samples,
-            beta1=config.vstar.beta1,
-            drop_unsolved=config.vstar.drop_unsolved,
+    return prompts, renderer
+
+
+def read_old(path: Path, console: Console) -> tuple[pl.DataFrame, Provenance] | None:
+    """The file that an earlier run has written; a damaged one is set aside, since it can be computed anew."""
+    if not path.exists():
+        return None
+    try:
+        return read_vstar(path)
+    except DamagedFile as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        console.print(
+            f"{error}; moved to {aside}, written anew without the flags of `filter`", soft_wrap=True
         )
-        if paths.vstar.exists():
-            old_rows, old_provenance = read_vstar(paths.vstar)
-            rows, provenance = carry_over_filter(rows, provenance, old_rows, old_provenance)
-            if is_same(rows, provenance, old_rows, old_provenance):
-                console.print(f"nothing to do: {paths.vstar} is complete ({rows.height:,} prompts)")
-                return
-            if (before := old_rows["beta1"][0]) != config.vstar.beta1:
-                console.print(f"re-scored as the config says: β1 {before:g} → {config.vstar.beta1:g}")
-        write_text(paths.config, config.to_json())
-        write_vstar(rows, provenance, paths.vstar)
-    console.print(f"{paths.vstar}: {summary(rows)}")
+        return None
 
 
 def summary(rows: pl.DataFrame) -> str:
@@ -83,8 +148,7 @@ def summary(rows: pl.DataFrame) -> str:
 
 
 def draw(
-    missing: Sequence[Address],
-    prompts: Sequence[Prompt],
+    missing: Missing,
     config: Config,
     folder: Path,
     renderer: PromptRenderer,
@@ -92,33 +156,30 @@ def draw(
     console: Console,
 ) -> None:
     """Draw the missing samples of the prompts that can be graded. Raises UserError before the model loads."""
-    incomplete = {identifier for identifier, _ in missing}
     with GraderPool(config.grader) as pool:
-        wanted = [prompt for prompt in prompts if prompt.id in incomplete]
-        usable = usable_prompts(wanted, config.data, pool)
-        if len(usable) < len(wanted):
-            dropped = len(wanted) - len(usable)
-            console.print(f"{dropped:,} prompts dropped: the grader cannot use their reference answers")
-            identifiers = {prompt.id for prompt in usable}
-            missing = [address for address in missing if address[0] in identifiers]
+        missing = only_gradable(missing, config, pool, console)
         if not missing:
             if store.fragments():
                 return
             raise UserError("no prompt is left: the grader can use none of the reference answers")
         console.print(
-            f"{len(usable):,} prompts × {config.vstar.num_samples} samples: {len(missing):,} to draw; loading the model"
+            f"{len(missing.prompts):,} prompts × {config.vstar.num_samples} samples: {len(missing):,} to draw; "
+            "loading the model"
         )
         engine = build_engine(config, folder, renderer, beside_trainer=False)
         try:
-            generate_samples(missing, usable, engine, pool, store, config.sampling, config.seed, console)
+            generate_samples(missing, engine, pool, store, config.sampling, config.seed, console)
         finally:
             engine.close()
 
 
-def in_order(samples: pl.DataFrame, prompts: Sequence[Prompt]) -> pl.DataFrame:
-    """The samples of these prompts, in the order of the prompts."""
-    order = pl.DataFrame({"prompt_id": [prompt.id for prompt in prompts]})
-    return order.join(samples, on="prompt_id", how="inner", maintain_order="left")
+def only_gradable(missing: Missing, config: Config, pool: GraderPool, console: Console) -> Missing:
+    """The incomplete prompts whose reference answer the grader can use, with their missing samples."""
+    incomplete = missing.incomplete()
+    usable = {prompt.id for prompt in usable_prompts(incomplete.prompts, config.data, pool)}
+    if dropped := len(incomplete.prompts) - len(usable):
+        console.print(f"{dropped:,} prompts dropped: the grader cannot use their reference answers")
+    return incomplete.of(usable)
 
 
 def carry_over_filter(
@@ -135,10 +196,21 @@ def is_same(
     rows: pl.DataFrame, provenance: Provenance, old_rows: pl.DataFrame, old_provenance: Provenance
 ) -> bool:
     """Whether a file already says what would be written."""
-    return provenance.identity == old_provenance.identity and rows.select(old_rows.columns).equals(old_rows)
+    accepted = (each.context.get(ACCEPTED) for each in (provenance, old_provenance))
+    return (
+        provenance.identity == old_provenance.identity
+        and len({json.dumps(lines) for lines in accepted}) == 1
+        and rows.select(old_rows.columns).equals(old_rows)
+    )
 
 
 def stage1_provenance(config: Config, renderer: PromptRenderer, model: dict[str, str]) -> Provenance:
     """What a sample belongs to."""
-    identity = sampling_identity(config, renderer, model, fingerprint(config.grader))
-    return Provenance(identity={**identity, "seed": config.seed}, context=context(config))
+    made = context(config)
+    identity = {
+        **sampling_identity(config, renderer, model, fingerprint(config.grader)),
+        "seed": config.seed,
+        "revision": config.model.revision,
+        **sampler_identity(config.engine.backend, config.model.dtype, made["versions"]),
+    }
+    return Provenance(identity=identity, context=made)

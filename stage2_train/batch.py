@@ -28,7 +28,7 @@ class TokenSequence:
         """The tokens of a rollout."""
         return cls(
             place=place,
-            prompt_token_ids=rollout.prompt.token_ids,
+            prompt_token_ids=tuple(rollout.prompt.token_ids),
             completion_token_ids=rollout.completion.token_ids,
         )
 

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from common.artifacts import model_identity, reference_model
 from common.config import Config
@@ -14,8 +16,9 @@ from common.engine import request_seed
 from common.errors import UserError
 from common.grading import fingerprint
 from common.prompts import PromptRenderer, check_context, load_prompts, prompts_from_pairs, sampling_identity
+from common.provenance import Allowance, Provenance
 from common.rollout import Prompt
-from common.schema import Provenance, read_vstar
+from common.schema import read_vstar
 
 MAY_DIFFER: Mapping[str, Any] = {
     "run": True,
@@ -43,6 +46,8 @@ class Inputs:
     beta1: float
     num_samples: int
     """Of the artifact, which may have been re-scored since the config was written."""
+    accepted_mismatches: tuple[str, ...] = ()
+    """In which the artifact's identity differs from this run's, as the user allowed."""
 
     def iterations(self, config: Config) -> int:
         """Batches until each prompt has been seen `epochs` times, or the configured number."""
@@ -50,7 +55,7 @@ class Inputs:
         return train.iterations or max(1, train.epochs * len(self.prompts) // train.batch_size)
 
 
-def prepare(config: Config, vstar_file: Path) -> Inputs:
+def prepare(config: Config, vstar_file: Path, allow_mismatch: Collection[str] = ()) -> Inputs:
     """Read and check everything that needs no model. Raises UserError."""
     if config.sampling.temperature == 0:
         raise UserError("sampling.temperature is 0: training needs a policy that samples; set it above 0")
@@ -64,11 +69,14 @@ def prepare(config: Config, vstar_file: Path) -> Inputs:
     renderer = PromptRenderer(folder, config.data)
     ours = sampling_identity(config, renderer, model_identity(folder), fingerprint(config.grader))
     theirs = {key: value for key, value in provenance.identity.items() if key in ours}
-    Provenance(identity=ours, context={}).refuse_unless_same(
+    expected, allowance = Provenance(identity=ours, context={}), Allowance(allow_mismatch)
+    allowance.refuse_unknown([*expected.fields(), "prompt.tokens"])
+    expected.refuse_unless_same(
         Provenance(identity=theirs, context={}),
         what=str(vstar_file),
-        advice="V̂* holds for its own model, template, sampling and grader only: use those, or make it anew "
+        advice="V̂* holds for its own model, template, sampling and grader only: use those, make it anew "
         "with another --run",
+        allowance=allowance,
     )
     kept = rows.filter("keep")
     if kept.is_empty():
@@ -76,6 +84,7 @@ def prepare(config: Config, vstar_file: Path) -> Inputs:
             f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
         )
     prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
+    _refuse_other_tokens(prompts, kept, vstar_file, allowance)
     held_out = []
     if config.evaluate.data is not None:
         held_out = load_prompts(config.evaluate.data, config, PromptRenderer(folder, config.evaluate.data))
@@ -89,7 +98,22 @@ def prepare(config: Config, vstar_file: Path) -> Inputs:
         held_out=held_out,
         beta1=rows["beta1"][0],
         num_samples=rows["num_samples"][0],
+        accepted_mismatches=tuple(allowance.used),
     )
+
+
+def _refuse_other_tokens(prompts: list[Prompt], kept: pl.DataFrame, file: Path, allowance: Allowance) -> None:
+    stage1 = dict(zip(kept["prompt_id"], kept["prompt_token_hash"], strict=True))
+    different = [prompt.id for prompt in prompts if stage1[prompt.id] not in (None, prompt.token_hash)]
+    if not different:
+        return
+    line = f"prompt.tokens differ for {len(different):,} prompts, such as {different[0]}"
+    if not allowance.permits("prompt.tokens", line):
+        raise UserError(
+            f"{file}: stage 1 rendered its prompts to other token ids: {line}; use the library versions that "
+            "it names (`python cli.py inspect`), make it anew with another --run, "
+            "or accept it with --allow-mismatch prompt.tokens"
+        )
 
 
 def origin(config: Config, inputs: Inputs) -> dict[str, Any]:

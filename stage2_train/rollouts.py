@@ -29,7 +29,7 @@ def collect_rollouts(
     requests = [
         SampleRequest(
             key=(number, index),
-            prompt_token_ids=prompt.token_ids,
+            prompt_token_ids=tuple(prompt.token_ids),
             seed=request_seed(seed, place, prompt.id, index),
             with_logprobs=place < logprob_checks,
         )

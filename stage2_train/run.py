@@ -3,18 +3,20 @@
 import importlib.util
 import json
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from common.artifacts import RunPaths, differences, exclusive_run, run_paths, write_text
+from common.artifacts import RunPaths, exclusive_run, run_paths, write_text
 from common.config import Config
 from common.engine import build_engine
 from common.errors import UserError
 from common.grading import GraderPool
 from common.prompts import usable_prompts
+from common.provenance import ACCEPTED, differences
 from stage2_train.inputs import Inputs, origin, prepare
 from stage2_train.policy import Ranks, checkpoint_state, join_ranks
 from stage2_train.train import Trainer, train
@@ -23,7 +25,9 @@ TRAINED_WITH = "astar_po.json"
 """In the exported model's folder: what it was trained with."""
 
 
-def run_stage2(config: Config, console: Console, vstar_file: Path | None = None) -> None:
+def run_stage2(
+    config: Config, console: Console, vstar_file: Path | None = None, allow_mismatch: Collection[str] = ()
+) -> None:
     """Train on a run's vstar.parquet and export the policy to artifacts/<run>/model; a re-run continues.
 
     Everything a user can get wrong is checked before a model loads. Raises UserError.
@@ -32,11 +36,11 @@ def run_stage2(config: Config, console: Console, vstar_file: Path | None = None)
         console = Console(quiet=True)
     _refuse_uneven_split(config, int(os.environ.get("WORLD_SIZE", "1")))
     paths = run_paths(config.run)
-    inputs = prepare(config, vstar_file or paths.vstar)
+    inputs = prepare(config, vstar_file or paths.vstar, allow_mismatch)
     _refuse_missing_wandb(config)
     total = inputs.iterations(config)
     ours = origin(config, inputs)
-    made_with = {"iterations": total, "origin": ours}
+    made_with = {"iterations": total, "origin": ours, ACCEPTED: list(inputs.accepted_mismatches)}
     if _is_finished(paths, made_with):
         console.print(
             f"nothing to do: {paths.model} has been trained for {total} iterations with this config"
@@ -99,7 +103,7 @@ def _refuse_other_origin(paths: RunPaths, ours: dict[str, Any], state: dict[str,
         return
     if lines := differences(ours, state["origin"]):
         raise UserError(
-            f"{paths.checkpoints} was made with another config or V̂*: {'; '.join(lines)}; "
+            f"{paths.checkpoints} was made with another config or V̂*: {'; '.join(lines.values())}; "
             "choose another --run, or delete that folder"
         )
     if state["iteration"] > total:

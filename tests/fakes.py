@@ -9,8 +9,9 @@ from typing import Any
 import polars as pl
 
 from common.config import Config, SamplingParams
+from common.provenance import Provenance
 from common.rollout import Completion, SampleRequest
-from common.schema import Provenance, write_vstar
+from common.schema import write_vstar
 from stage1_vstar.table import vstar_rows
 
 IDENTITY: dict[str, Any] = {
@@ -19,6 +20,9 @@ IDENTITY: dict[str, Any] = {
     "sampling": {"temperature": 1.0, "top_p": 1.0, "max_completion_tokens": 12},
     "grader": "gsm8k/1",
     "seed": 0,
+    "revision": None,
+    "engine": {"backend": "vllm", "dtype": "float32"},
+    "versions": {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0"},
 }
 CONTEXT: dict[str, Any] = {"model_path": "some/model", "versions": {"torch": "2.13.0"}, "commit": None}
 
@@ -93,7 +97,9 @@ def sample_rows(
                 "sample_index": index,
                 "prompt": f"question {name}",
                 "answer": "1",
+                "prompt_token_hash": f"tokens of {name}",
                 "completion": f"#### {index}",
+                "completion_raw": None,
                 "completion_tokens": 3 + index,
                 "outcome": outcome,
                 "extracted": None,
@@ -106,10 +112,18 @@ def sample_rows(
         schema_overrides={
             "sample_index": pl.Int32,
             "completion_tokens": pl.Int32,
+            "prompt_token_hash": pl.String,
+            "completion_raw": pl.Binary,
             "extracted": pl.String,
             "reason": pl.String,
         },
     )
+
+
+def rows_of_samples(samples: pl.DataFrame, *, num_samples: int, beta1: float = 0.5) -> pl.DataFrame:
+    """The rows of vstar.parquet that these samples give, prompts in order of first appearance."""
+    prompts = samples.select("prompt_id", "prompt", "answer", "prompt_token_hash").unique(maintain_order=True)
+    return vstar_rows(prompts, samples, num_samples=num_samples, beta1=beta1, drop_unsolved=False)
 
 
 def write_artifact(
@@ -122,6 +136,6 @@ def write_artifact(
 ) -> Path:
     """A vstar.parquet made from those samples."""
     many = max(len(each) for each in outcomes.values())
-    rows = vstar_rows(sample_rows(outcomes, rewards), num_samples=many, beta1=beta1, drop_unsolved=False)
+    rows = rows_of_samples(sample_rows(outcomes, rewards), num_samples=many, beta1=beta1)
     write_vstar(rows, Provenance(identity=identity or IDENTITY, context=CONTEXT), path)
     return path

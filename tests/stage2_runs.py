@@ -10,7 +10,8 @@ from common.artifacts import model_identity
 from common.config import Config
 from common.grading import fingerprint
 from common.prompts import PromptRenderer, load_prompts, sampling_identity
-from common.schema import Provenance, write_vstar
+from common.provenance import Provenance
+from common.schema import write_vstar
 
 NUM_SAMPLES = 4
 REWARDS = ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])
@@ -70,6 +71,7 @@ def write_tiny_vstar(config: Config, path: Path, *, change: dict[str, Any] | Non
             "prompt_id": [prompt.id for prompt in prompts],
             "prompt": [prompt.text for prompt in prompts],
             "answer": [prompt.answer for prompt in prompts],
+            "prompt_token_hash": [prompt.token_hash for prompt in prompts],
             "num_samples": [NUM_SAMPLES] * len(prompts),
             "rewards": rewards,
             "outcomes": [["correct" if reward else "wrong" for reward in row] for row in rewards],

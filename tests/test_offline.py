@@ -10,7 +10,8 @@ import pytest
 
 from common.artifacts import REPOSITORY
 from common.errors import UserError
-from common.schema import read_provenance, read_vstar
+from common.provenance import read_provenance
+from common.schema import read_vstar
 from stage1_vstar.describe import describe, to_json
 from stage1_vstar.filter import Rule, drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
@@ -17,15 +18,16 @@ from common.artifacts import exclusive_run, run_paths
 from common.config import Config
 from common.engine import request_seed
 from common.errors import UserError
-from common.schema import SampleStore, read_provenance, read_vstar
-from stage1_vstar import generate
+from common.provenance import read_provenance
+from common.schema import read_vstar
+from common.store import SampleStore
+from stage1_vstar import writer
 from stage1_vstar.filter import drop_rules, filter_prompts
-from stage1_vstar.generate import missing_samples
+from stage1_vstar.generate import Missing
 from stage1_vstar.rescore import rescore
 from stage1_vstar.run import run_stage1
-from stage1_vstar.table import vstar_rows
 from tests.conftest import RunCli, save_tiny_model
-from tests.fakes import EngineDied, ScriptedEngine, sample_rows, tiny_config
+from tests.fakes import EngineDied, ScriptedEngine, rows_of_samples, sample_rows, tiny_config
 
 QUESTIONS = 6
 
@@ -109,7 +111,7 @@ def test_an_interrupted_run_continues_with_what_is_missing_and_gives_the_same_ro
     run(tiny_config(tiny_model, data_file, run="whole"))
     assert len(set(engines.next.drawn)) == QUESTIONS * 4
 
-    monkeypatch.setattr(generate, "FRAGMENT_SAMPLES", 3)
+    monkeypatch.setattr(writer, "FRAGMENT_SAMPLES", 3)
     config = tiny_config(tiny_model, data_file)
     samples = run_paths("test").samples
 
@@ -215,7 +217,7 @@ def test_the_second_of_two_jobs_is_told_before_it_loads_an_engine(
 ) -> None:
     with (
         exclusive_run(run_paths("test"), "vstar"),
-        pytest.raises(UserError, match=r"another vstar job \(process \d+\) is writing"),
+        pytest.raises(UserError, match=r"another vstar job \(process \d+ on .+\) is writing"),
     ):
         run(tiny_config(tiny_model, data_file))
     assert engines.loaded == 0
@@ -250,7 +252,7 @@ def test_samples_of_another_model_are_refused(tiny_model: Path, tmp_path: Path, 
     run(tiny_config(tiny_model, data_file))
     save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(
-        UserError, match=r'model\.weights is "[0-9a-f]+" there and "[0-9a-f]+" here; choose another'
+        UserError, match=r'model\.weights is "[0-9a-f]+" there and "[0-9a-f]+" here; remove it or choose another'
     ):
         run(tiny_config(tmp_path / "other", data_file))
 
@@ -344,21 +346,28 @@ def test_missing_samples_keep_each_prompts_together(tiny_model: Path, data_file:
     from common.prompts import PromptRenderer, load_prompts
 
     config = tiny_config(tiny_model, data_file)
-    prompts = load_prompts(config.data, config, PromptRenderer(tiny_model, config.data))[:2]
-    first, second = (prompt.id for prompt in prompts)
-    assert missing_samples(prompts, 3, {(first, 1), (second, 0), ("another", 2)}) == [
-        (first, 0),
-        (first, 2),
-        (second, 1),
-        (second, 2),
+    prompts = load_prompts(config.data, config, PromptRenderer(tiny_model, config.data))[:3]
+    missing = Missing(prompts, np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1]], dtype=bool))
+    assert len(missing) == 4
+    requests = list(missing.requests(seed=7))
+    assert [request.key for request in requests] == [
+        (prompts[0].id, 0),
+        (prompts[0].id, 2),
+        (prompts[2].id, 1),
+        (prompts[2].id, 2),
+    ]
+    assert requests[3].seed == request_seed(7, prompts[2].id, 2)
+    assert [prompt.id for prompt in missing.incomplete().prompts] == [prompts[0].id, prompts[2].id]
+    assert [request.seed for request in missing.incomplete().of({prompts[2].id}).requests(seed=7)] == [
+        request_seed(7, prompts[2].id, 1),
+        request_seed(7, prompts[2].id, 2),
     ]
 
 
 def test_the_rows_do_not_depend_on_the_order_in_which_samples_came() -> None:
     samples = sample_rows({"a": ["correct", "wrong", "wrong"], "b": ["wrong", "correct", "correct"]})
-    rows = vstar_rows(samples, num_samples=3, beta1=0.5, drop_unsolved=False)
-    mixed = samples.sample(fraction=1, shuffle=True, seed=4)
-    shuffled = vstar_rows(mixed, num_samples=3, beta1=0.5, drop_unsolved=False)
+    rows = rows_of_samples(samples, num_samples=3)
+    shuffled = rows_of_samples(samples.sample(fraction=1, shuffle=True, seed=4), num_samples=3)
     assert shuffled.sort("prompt_id").equals(rows)
 
 

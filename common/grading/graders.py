@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from common.errors import UserError
-from common.grading import rule_custom, rule_gsm8k, rule_math
+from common.grading import rule_code, rule_custom, rule_gsm8k, rule_math
 from common.grading.outcome import Grade
 
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -43,6 +43,15 @@ GRADERS: dict[str, Grader] = {
         validate_gold=rule_math.validate_gold,
         warm_up=partial(rule_math.grade, "", r"\boxed{x+1}", r"\frac{1}{2}"),
         max_completion_characters=rule_math.MAX_COMPLETION_CHARACTERS,
+    ),
+    "code": Grader(
+        name="code",
+        version=rule_code.VERSION,
+        grade=rule_code.grade,
+        extract_gold=rule_code.extract_gold,
+        validate_gold=rule_code.validate_gold,
+        warm_up=rule_code.warm_up,
+        max_completion_characters=rule_code.MAX_COMPLETION_CHARACTERS,
     ),
 }
 

@@ -34,6 +34,15 @@ class Grade:
     extracted: str | None = None
     reason: str | None = None
 
+    def columns(self) -> dict[str, str | float | None]:
+        """As the artifacts store it."""
+        return {
+            "outcome": self.outcome.value,
+            "extracted": self.extracted,
+            "reward": self.reward,
+            "reason": self.reason,
+        }
+
 
 def reward_of(outcome: Outcome) -> float:
     """1 for a correct answer, 0 for everything else (paper, appendix A.3).

@@ -1,0 +1,156 @@
+"""The code rule: the completion is a Python program, the reference answer its unit tests, and all of them must pass.
+
+A program is run in the sandbox, with the standard library alone. Whatever it does there, failing included, is its own
+fault: wrong. It shares an interpreter with its tests, so an `__eq__` that is always true passes them.
+"""
+
+import ast
+import json
+import re
+import sys
+import warnings
+from functools import lru_cache
+from typing import Any
+
+from common.errors import UserError
+from common.grading import sandbox
+from common.grading.outcome import Grade, Outcome, graded
+
+VERSION = f"code/1+python-{sys.version_info.major}.{sys.version_info.minor}"
+MAX_COMPLETION_CHARACTERS = 65_536
+SECONDS = 4.0  # of wall clock, for a program and its tests; grader.timeout_seconds must be above it
+MEMORY_BYTES = 1024**3
+
+_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([^\s`]*+)[^\n`]*+$", re.MULTILINE)
+_PYTHON = frozenset({"python", "python3", "py"})
+
+# What must not work in there; the tests pass if it does not.
+_PROBE = """
+import os, _socket
+def denied(call, *arguments):
+    try:
+        call(*arguments)
+    except PermissionError:
+        return True
+"""
+_PROBE_TESTS = (
+    ("network", "assert denied(_socket.socket)"),
+    ("processes", "assert denied(os.fork)"),
+    ("signals", "assert denied(os.kill, os.getppid(), 0)"),
+    ("files", "assert denied(os.open, '/dev/null', os.O_WRONLY)"),
+)
+
+
+def extract_gold(raw: str) -> str:
+    """The tests in a data set's field: a JSON list, {"setup": …, "tests": […]}, or a script; JSON in one form."""
+    try:
+        setup, tests = _parts(raw)
+    except ValueError as error:
+        raise UserError(f"{error}: {raw[:80]!r}") from error
+    if tests == [raw]:
+        return raw
+    return json.dumps({"setup": setup, "tests": tests} if setup else tests)
+
+
+def validate_gold(gold: str) -> str | None:
+    try:
+        steps = _steps(gold)
+    except ValueError as error:
+        return str(error)
+    empty = _run("", steps)
+    return "the tests pass without a program: is their call missing?" if empty.failure is None else None
+
+
+def warm_up() -> None:
+    """Raises UserError where programs cannot be run in isolation."""
+    try:
+        leak = _run(_PROBE, _PROBE_TESTS).failure
+    except (OSError, RuntimeError) as error:
+        leak = str(error)
+    if leak is not None:
+        raise UserError(
+            'the grader "code" runs programs in isolation only; that needs Linux on x86-64 or aarch64, with seccomp '
+            f"filters, and grader.memory_gib of at least {MEMORY_BYTES / 1024**3:g}; found: {leak}"
+        )
+
+
+def grade(prompt: str, completion: str, answer: str) -> Grade:
+    try:
+        steps = _steps(answer)
+    except ValueError as error:
+        return graded(Outcome.GOLD_UNPARSED, reason=str(error))
+    program, fenced = extract_program(completion[-MAX_COMPLETION_CHARACTERS:])
+    if not program.strip():
+        return graded(Outcome.UNPARSED)
+    run = _run(program, steps)
+    if run.failure is None:
+        return graded(Outcome.CORRECT, program)
+    if not (fenced or run.compiled):
+        return graded(Outcome.UNPARSED)
+    return graded(Outcome.WRONG, program, reason=run.failure)
+
+
+def extract_program(text: str) -> tuple[str, bool]:
+    """The last block fenced as Python, else the last without a language; a text without fences is all program.
+
+    Also says whether there was a fence. A block that never closes ends with the text.
+    """
+    blocks: list[tuple[str, int, int]] = []
+    opening: tuple[str, int] | None = None
+    for fence in _FENCE.finditer(text):
+        if opening is not None:
+            blocks.append((*opening, fence.start()))
+        opening = None if opening is not None and not fence[1] else (fence[1].lower(), fence.end())
+    if opening is not None:
+        blocks.append((*opening, len(text)))
+    if not blocks:
+        return text, False
+    python = [block for block in blocks if block[0] in _PYTHON] or [block for block in blocks if not block[0]]
+    return (text[python[-1][1] : python[-1][2]], True) if python else ("", True)
+
+
+def _run(program: str, steps: tuple[tuple[str, str], ...]) -> sandbox.Run:
+    return sandbox.run(program, steps, seconds=SECONDS, memory_bytes=MEMORY_BYTES)
+
+
+@lru_cache(maxsize=1_024)
+def _steps(gold: str) -> tuple[tuple[str, str], ...]:
+    """What is run after the program: the set-up and each test with its name. ValueError if a text is no Python."""
+    setup, tests = _parts(gold)
+    steps = [("the set-up", setup)] if setup.strip() else []
+    steps += [(f"test {number}", test) for number, test in enumerate(tests, start=1)]
+    for name, source in steps:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(source, name)
+                compile(tree, name, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{name} is not Python: {error}") from error
+        if not tree.body:
+            raise ValueError(f"{name} is empty")
+    return tuple(steps)
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    """The set-up and the tests that a text holds; ValueError if there is none."""
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, list):
+        found = {"tests": found}
+    if not isinstance(found, dict):
+        found = {"tests": [text]}
+    setup, tests = found.get("setup") or "", found.get("tests")
+    if (
+        not isinstance(setup, str)
+        or not isinstance(tests, list)
+        or not all(isinstance(test, str) for test in tests)
+    ):
+        raise ValueError(
+            'the tests are neither a list of texts, nor {"setup": text, "tests": list}, nor a script'
+        )
+    if not tests or not any(test.strip() for test in tests):
+        raise ValueError("there is no test")
+    return setup, tests

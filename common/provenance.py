@@ -1,0 +1,159 @@
+"""What an artifact was made from, the format it is stored in, and the refusal to mix what does not belong together.
+
+Provenance has two halves. `identity` must be equal for two pieces of work to be mixed: stage 1's samples among
+themselves, stage 1's result with stage 2's training. `context` is recorded for the reader and never compared. A
+difference is refused by name; `--allow-mismatch NAME` accepts it, and what was accepted is written into what is made.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.errors import DamagedFile, UserError
+
+SCHEMA_VERSION = 2
+METADATA_KEY = b"astar_po"
+ACCEPTED = "accepted_mismatches"
+"""In a file's context: the differences that were accepted when it was made."""
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The fields in which two identities differ, each with both values in words."""
+    lines: dict[str, str] = {}
+    for key in sorted(expected.keys() | found.keys()):
+        here, there = expected.get(key), found.get(key)
+        name = f"{prefix}{key}"
+        if isinstance(here, dict) and isinstance(there, dict):
+            lines |= differences(here, there, f"{name}.")
+        elif here != there:
+            lines[name] = f"{name} is {json.dumps(there)} there and {json.dumps(here)} here"
+    return lines
+
+
+def covers(allowed: str, field_name: str) -> bool:
+    """Whether allowing `allowed` allows this field: by its own name or that of a group (`versions`)."""
+    return field_name == allowed or field_name.startswith(f"{allowed}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """Which differences the user accepts: fields by name, and differences that were accepted before, word for word."""
+
+    fields: Collection[str] = ()
+    known: Collection[str] = ()
+    used: dict[str, None] = field(default_factory=dict)
+    """The differences that have been let through, in order."""
+
+    def permits(self, name: str, line: str) -> bool:
+        """Whether this difference may pass; remembers it if so."""
+        permitted = line in self.known or any(covers(allowed, name) for allowed in self.fields)
+        if permitted:
+            self.used[line] = None
+        return permitted
+
+    def refuse_unknown(self, names: Collection[str]) -> None:
+        """Raise UserError for an allowed field that is no field of these."""
+        for allowed in self.fields:
+            if not any(covers(allowed, name) for name in names):
+                raise UserError(
+                    f"--allow-mismatch {allowed}: there is no such field; use one of {', '.join(sorted(names))}"
+                )
+
+
+STRICT = Allowance()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a file came from: `identity` is compared before anything is mixed, `context` is for the reader."""
+
+    identity: dict[str, Any]
+    context: dict[str, Any]
+
+    def refused(self, found: dict[str, Any], allowance: Allowance) -> dict[str, str]:
+        """The fields in which another identity differs and may not, each with both values in words."""
+        lines = differences(self.identity, found)
+        return {name: line for name, line in lines.items() if not allowance.permits(name, line)}
+
+    def refuse_unless_same(
+        self, found: "Provenance", *, what: str, advice: str, allowance: Allowance = STRICT
+    ) -> None:
+        """Raise UserError, spelling out each difference that is not allowed, unless both have the same identity."""
+        if refused := self.refused(found.identity, allowance):
+            accept = " ".join(f"--allow-mismatch {name}" for name in refused)
+            raise UserError(
+                f"{what} does not belong to this run: {'; '.join(refused.values())}; {advice}, "
+                f"or accept it with {accept}"
+            )
+
+    def accepting(self, allowance: Allowance) -> "Provenance":
+        """The same, with the differences that were let through in its context."""
+        if not allowance.used:
+            return self
+        return replace(self, context={**self.context, ACCEPTED: list(allowance.used)})
+
+    def fields(self) -> Iterator[str]:
+        """The names of the identity's fields, as differences name them."""
+        return _field_names(self.identity)
+
+    def metadata(self) -> dict[bytes, bytes]:
+        """As Parquet metadata."""
+        document = {"schema_version": SCHEMA_VERSION, "identity": self.identity, "context": self.context}
+        return {METADATA_KEY: json.dumps(document).encode()}
+
+
+def _field_names(document: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from _field_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def read_provenance(path: Path) -> Provenance:
+    """The provenance of an artifact of any version, without reading its rows. Raises UserError if it has none."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; make it with `python cli.py vstar`") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DamagedFile(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    if METADATA_KEY not in metadata:
+        raise UserError(f"{path} carries no provenance; it was not written by `python cli.py vstar`")
+    document = json.loads(metadata[METADATA_KEY])
+    version = document["schema_version"]
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, made by a newer checkout; "
+            f"this one reads 1 to {SCHEMA_VERSION}: update it"
+        )
+    for step in range(version, SCHEMA_VERSION):
+        document = _MIGRATIONS[step](document)
+    return Provenance(identity=document["identity"], context=document["context"])
+
+
+def sampler_identity(backend: str, dtype: str, versions: Mapping[str, str | None]) -> dict[str, Any]:
+    """What computed the samples: engine, number format, and the libraries' versions without their builds (`+cpu`)."""
+    libraries = ["torch", "transformers", *(["vllm"] if backend == "vllm" else [])]
+    return {
+        "engine": {"backend": backend, "dtype": dtype},
+        "versions": {name: (versions.get(name) or "").partition("+")[0] for name in libraries},
+    }
+
+
+def _from_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 recorded revision, engine, dtype and versions in the context only."""
+    identity, context = document["identity"], document["context"]
+    if "model_revision" not in context:
+        return document
+    sampler = sampler_identity(context["engine"], context["dtype"], context["versions"])
+    return {**document, "identity": {**identity, "revision": context["model_revision"], **sampler}}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+"""From each format version to the next. Columns that a version lacks are read as missing values."""

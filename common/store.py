@@ -1,0 +1,259 @@
+"""A run's samples: Parquet fragments that appear whole under the hash of their content, and never change.
+
+A sample is addressed by (prompt_id, sample_index) and belongs to the identity in its fragment's metadata. Resume, more
+samples a prompt, more prompts and other machines' shards are one question: which samples are missing? A file whose
+content is not what its name says is set aside, and its samples are missing again.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from common.artifacts import atomic_path, remove_leftovers
+from common.errors import UserError
+from common.provenance import STRICT, Allowance, Provenance, read_provenance
+from common.schema import GRADES, SAMPLES, SAMPLES_INVARIANTS, polars_schema, validate
+
+SAMPLE_FILES = "part"
+GRADE_FILES = "grades"
+DAMAGED = "damaged"
+"""The folder within the store's that damaged files are moved to."""
+ADDRESS = ["prompt_id", "sample_index"]
+_HASH_DIGITS = 64
+
+
+class SampleStore:
+    """The samples of a run, and the grades that other graders gave them later."""
+
+    def __init__(self, folder: Path, provenance: Provenance, allowance: Allowance = STRICT) -> None:
+        """Open the store; `provenance` says what its samples must be, and what new ones are.
+
+        Raises UserError if it holds samples of another identity, unless `allowance` permits the difference. Samples
+        that another grader has judged may be there, but have a grade only once `add_grades` has brought this one's.
+        """
+        self.folder = folder
+        self.provenance = provenance
+        self._allowance = allowance
+        self._graded: list[Path] = []
+        self._graded_otherwise: list[Path] = []
+        for fragment in self.fragments():
+            found = read_provenance(fragment)
+            self._refuse_unless_same(found, fragment)
+            (self._graded if self._is_our_grader(found) else self._graded_otherwise).append(fragment)
+
+    def _refuse_unless_same(self, found: Provenance, fragment: Path) -> None:
+        """The grader may differ: its verdicts can be made anew from the text."""
+        ours = {**found.identity, "grader": self.provenance.identity["grader"]}
+        self.provenance.refuse_unless_same(
+            replace(found, identity=ours),
+            what=str(fragment),
+            advice="choose another --run for this configuration",
+            allowance=self._allowance,
+        )
+
+    def _is_our_grader(self, found: Provenance) -> bool:
+        here, there = ({"grader": each.identity["grader"]} for each in (self.provenance, found))
+        return not Provenance(identity=here, context={}).refused(there, self._allowance)
+
+    def fragments(self) -> list[Path]:
+        """The files with samples, in a fixed order."""
+        return sample_files(self.folder)
+
+    def grade_fragments(self) -> list[Path]:
+        """The files with this grader's later grades, in a fixed order."""
+        return [
+            path
+            for path in sorted(self.folder.glob(f"{GRADE_FILES}-*.parquet"))
+            if read_provenance(path).identity["grader"] == self.provenance.identity["grader"]
+        ]
+
+    def present(self, prompts: pl.DataFrame, num_samples: int) -> NDArray[np.bool_]:
+        """Which of the first `num_samples` samples of each prompt are there, shape (P, num_samples).
+
+        `prompts` has the columns prompt_id and prompt_token_hash. Raises UserError if a sample was drawn from other
+        prompt tokens.
+        """
+        places = prompts.select("prompt_id", pl.col("prompt_token_hash").alias("expected")).with_row_index(
+            "place"
+        )
+        found = _collect(
+            _scan(self.fragments(), SAMPLES)
+            .filter(pl.col("sample_index") < num_samples)
+            .select(*ADDRESS, "prompt_token_hash")
+            .join(places.lazy(), on="prompt_id")
+        )
+        self._refuse_other_tokens(found.filter(pl.col("prompt_token_hash") != pl.col("expected")))
+        there = np.zeros((prompts.height, num_samples), dtype=np.bool_)
+        there[found["place"].to_numpy(), found["sample_index"].to_numpy()] = True
+        return there
+
+    def _refuse_other_tokens(self, different: pl.DataFrame) -> None:
+        if different.is_empty():
+            return
+        name = different.row(0, named=True)["prompt_id"]
+        line = f"prompt.tokens differ for {different['prompt_id'].n_unique():,} prompts, such as {name}"
+        if not self._allowance.permits("prompt.tokens", line):
+            raise UserError(
+                f"{self.folder} holds samples of prompts that the tokenizer rendered otherwise then: {line}; use the "
+                "library versions that drew them, choose another --run, or accept it with "
+                "--allow-mismatch prompt.tokens"
+            )
+
+    def grades(self, prompts: pl.DataFrame, num_samples: int) -> pl.DataFrame:
+        """This grader's verdict on each of these samples, without their text, which V̂* does not need.
+
+        Raises UserError naming a broken rule and row.
+        """
+        verdict = ["outcome", "reward"]
+        columns = [*ADDRESS, "completion_tokens", *verdict]
+        later = _scan(self.grade_fragments(), GRADES).select(*ADDRESS, *verdict).unique(ADDRESS)
+        graded_later = (
+            _scan(self._graded_otherwise, SAMPLES)
+            .select(*ADDRESS, "completion_tokens")
+            .join(later, on=ADDRESS)
+        )
+        frame = _collect(
+            pl.concat([_scan(self._graded, SAMPLES).select(columns), graded_later.select(columns)])
+            .filter(pl.col("sample_index") < num_samples)
+            .join(prompts.lazy().select("prompt_id"), on="prompt_id", how="semi")
+        )
+        schema = pa.schema([SAMPLES.field(name) for name in columns])
+        if frame.height:
+            validate(frame, schema, SAMPLES_INVARIANTS, self.folder)
+        return frame
+
+    def ungraded(self) -> Iterator[pl.DataFrame]:
+        """The samples that this grader has not judged yet, with their text, a fragment at a time."""
+        there = _collect(_scan(self.grade_fragments(), GRADES).select(ADDRESS))
+        for fragment in self._graded_otherwise:
+            missing = _collect(_scan([fragment], SAMPLES).join(there.lazy(), on=ADDRESS, how="anti"))
+            if missing.height:
+                yield missing
+
+    def ungraded_count(self) -> int:
+        """How many samples this grader has not judged yet."""
+        there = _scan(self.grade_fragments(), GRADES).select(ADDRESS)
+        missing = _scan(self._graded_otherwise, SAMPLES).select(ADDRESS).join(there, on=ADDRESS, how="anti")
+        return _collect(missing).height
+
+    def read(self) -> pl.DataFrame:
+        """Every sample with its text and the grade that it was stored with."""
+        frame = _collect(_scan(self.fragments(), SAMPLES))
+        validate(frame, SAMPLES, SAMPLES_INVARIANTS, self.folder)
+        return frame
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> Path:
+        """Add samples, as rows of SAMPLES, in one fragment."""
+        path = add_fragment(self.folder, SAMPLE_FILES, rows, SAMPLES, self.provenance)
+        self._graded.append(path)
+        return path
+
+    def add_grades(self, rows: Sequence[dict[str, Any]]) -> Path:
+        """Add this grader's verdicts on samples of other graders, as rows of GRADES."""
+        return add_fragment(self.folder, GRADE_FILES, rows, GRADES, self.provenance)
+
+
+def sample_files(folder: Path) -> list[Path]:
+    """The files with samples in a store's folder, in a fixed order."""
+    return sorted(folder.glob(f"{SAMPLE_FILES}-*.parquet"))
+
+
+def addresses(files: Sequence[Path]) -> pl.DataFrame:
+    """The addresses of the samples in these files, in their order."""
+    return _collect(_scan(files, SAMPLES).select(ADDRESS))
+
+
+def add_fragment(
+    folder: Path, kind: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, provenance: Provenance
+) -> Path:
+    """Write rows as a new file of a store; it is there whole or not at all. Raises UserError on a full disk."""
+    table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(provenance.metadata()))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    return add_bytes(folder, kind, buffer.getvalue())
+
+
+def add_bytes(folder: Path, kind: str, content: bytes | pa.Buffer) -> Path:
+    """Write a whole file of a store under the hash of its content."""
+    path = folder / f"{kind}-{hashlib.sha256(content).hexdigest()}.parquet"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Move files that are not what they were to the folder DAMAGED, and clear away what killed writers left.
+
+    Returns a line for each, with what is wrong with it. For jobs that write to the store.
+    """
+    remove_leftovers(folder)
+    lines = []
+    for path in sorted([*sample_files(folder), *folder.glob(f"{GRADE_FILES}-*.parquet")]):
+        if (problem := damage(path)) is not None:
+            (folder / DAMAGED).mkdir(exist_ok=True)
+            try:
+                path.rename(folder / DAMAGED / path.name)
+            except FileNotFoundError:
+                continue  # another shard's job was faster
+            lines.append(f"{path.name} is damaged ({problem}) and was moved to {folder / DAMAGED}")
+    return lines
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of a store; None if it is whole. Raises UserError if it may not be read."""
+    digest = path.stem.rpartition("-")[2]
+    try:
+        if len(digest) == _HASH_DIGITS:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            return None if found == digest else "its content does not match the hash in its name"
+        pq.read_table(path)  # format version 1 named its files at random
+        read_provenance(path)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; correct its permissions") from error
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, OSError, UserError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def stored_text(text: str) -> tuple[str, bytes | None]:
+    """A completion as its two columns, completion and completion_raw, so that `original_text` gives it back exactly."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "surrogatepass")
+        return raw.decode("utf-8", "replace"), raw
+    return text, None
+
+
+def original_text(completion: str, raw: bytes | None) -> str:
+    """A completion as the engine gave it."""
+    return completion if raw is None else raw.decode("utf-8", "surrogatepass")
+
+
+def _scan(paths: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:
+    """Files of any format version; columns that a version lacks are missing values."""
+    columns = polars_schema(schema)
+    if not paths:
+        return pl.LazyFrame(schema=columns)
+    return pl.scan_parquet(list(paths), schema=columns, missing_columns="insert", extra_columns="ignore")
+
+
+def _collect(frame: pl.LazyFrame) -> pl.DataFrame:
+    try:
+        return frame.collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(
+            f"cannot read the samples: {str(error).splitlines()[0]}; `python cli.py vstar` sets damaged files aside "
+            "and draws their samples anew"
+        ) from error

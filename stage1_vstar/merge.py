@@ -1,0 +1,97 @@
+"""Samples of several runs into one: what shards on other machines have drawn, each sample once."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from common.artifacts import RunPaths, exclusive_run, run_paths
+from common.errors import UserError
+from common.provenance import Allowance, read_provenance
+from common.store import (
+    ADDRESS,
+    GRADE_FILES,
+    SAMPLE_FILES,
+    SampleStore,
+    add_bytes,
+    addresses,
+    damage,
+    sample_files,
+    set_aside_damaged,
+)
+
+
+def merge_runs(
+    sources: Sequence[str], run: str, console: Console, allow_mismatch: Collection[str] = ()
+) -> None:
+    """Add the samples of the sources, runs by name or folders, that `run` lacks. The sources are only read.
+
+    Raises UserError before anything is written if two of them do not belong together.
+    """
+    target = run_paths(run)
+    folders = [samples_folder(source) for source in sources]
+    with exclusive_run(target, "vstar"):
+        for line in set_aside_damaged(target.samples):
+            console.print(line, soft_wrap=True)
+        first = next(file for folder in (target.samples, *folders) for file in sample_files(folder))
+        provenance, allowance = read_provenance(first), Allowance(allow_mismatch)
+        allowance.refuse_unknown(list(provenance.fields()))
+        whole = {folder: whole_files(folder, console) for folder in folders}
+        for folder in (target.samples, *folders):
+            SampleStore(folder, provenance, allowance)
+        there = addresses(sample_files(target.samples))
+        for folder, files in whole.items():
+            before = there.height
+            samples = [file for file in files if file.name.startswith(SAMPLE_FILES)]
+            for file in samples:
+                there = pl.concat([there, add_missing(file, there, target)])
+            for file in set(files).difference(samples):
+                add_bytes(target.samples, GRADE_FILES, file.read_bytes())
+            found = addresses(samples).height
+            added = there.height - before
+            console.print(f"{folder}: {added:,} samples added, {found - added:,} were there", soft_wrap=True)
+    console.print(
+        f"{target.samples}: {there.height:,} samples of {there['prompt_id'].n_unique():,} prompts; "
+        f"`python cli.py vstar --run {run}` estimates V̂* from them",
+        soft_wrap=True,
+    )
+
+
+def samples_folder(source: str) -> Path:
+    """The folder of a source's samples. Raises UserError if it has none."""
+    candidates = [Path(source) / "samples", Path(source), run_paths(source).samples]
+    for folder in candidates:
+        if sample_files(folder):
+            return folder
+    raise UserError(
+        f"{source}: no samples found in {', '.join(map(str, candidates))}; give a run's name or folder"
+    )
+
+
+def whole_files(folder: Path, console: Console) -> list[Path]:
+    """A source's files without the damaged ones, which are named: their samples have to be drawn anew."""
+    files = []
+    for file in [*sample_files(folder), *sorted(folder.glob(f"{GRADE_FILES}-*.parquet"))]:
+        if (problem := damage(file)) is None:
+            files.append(file)
+        else:
+            console.print(f"{file} is damaged ({problem}) and was left out", soft_wrap=True)
+    return files
+
+
+def add_missing(file: Path, there: pl.DataFrame, target: RunPaths) -> pl.DataFrame:
+    """Add a file's samples that are not there yet; returns their addresses."""
+    found = addresses([file])
+    missing = found.join(there, on=ADDRESS, how="anti", maintain_order="left")
+    if missing.height == found.height:
+        add_bytes(target.samples, SAMPLE_FILES, file.read_bytes())
+    elif missing.height:
+        table = pq.read_table(file)
+        rows = found.with_row_index("row").join(missing, on=ADDRESS, how="semi", maintain_order="left")["row"]
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table.take(rows.to_arrow()), buffer, compression="zstd")
+        add_bytes(target.samples, SAMPLE_FILES, buffer.getvalue())
+    return missing

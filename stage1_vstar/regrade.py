@@ -1,0 +1,210 @@
+"""Another grader over cached completions: new grades beside the old ones, and what that changes."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from common.artifacts import RunPaths, exclusive_run, run_paths, write_text
+from common.config import Config
+from common.errors import UserError
+from common.grading import Grade, GraderPool, Outcome, fingerprint
+from common.provenance import Allowance, Provenance, read_provenance
+from common.schema import VSTAR, read_vstar, write_table, write_vstar
+from common.store import SampleStore, original_text, sample_files, set_aside_damaged
+from stage1_vstar.generate import GraderCheck
+from stage1_vstar.table import vstar_rows
+from stage1_vstar.writer import FragmentWriter
+
+SHOWN_PROMPTS = 5
+CHANGES = pa.schema(
+    [
+        VSTAR.field("prompt_id"),
+        VSTAR.field("prompt"),
+        VSTAR.field("answer"),
+        *(
+            VSTAR.field(name).with_name(f"{name}_{side}")
+            for name in ("outcomes", "rewards", "vstar")
+            for side in ("before", "after")
+        ),
+        pa.field("delta_vstar", pa.float64(), nullable=False),
+    ]
+)
+"""changes.parquet: a row a prompt with any other outcome or reward, the largest |ΔV̂*| first."""
+
+
+def run_regrade(config: Config, console: Console, *, as_json: bool = False) -> None:
+    """Grade every cached completion with the config's grader, and compare with the grades of vstar.parquet.
+
+    Text is never rewritten and nothing is generated. The new table, the changed prompts and a summary appear in
+    artifacts/<run>/regraded/<grader>/; the old table stays. A re-run continues. Raises UserError.
+    """
+    paths = run_paths(config.run)
+    grader = fingerprint(config.grader)
+    with exclusive_run(paths, "vstar"):
+        for line in set_aside_damaged(paths.samples):
+            console.print(f"{line}; `vstar` draws its samples anew", soft_wrap=True)
+        store = open_store(paths, grader)
+        if ungraded := store.ungraded_count():
+            if not as_json:
+                console.print(f"{ungraded:,} completions to grade by {grader}")
+            grade_missing(store, config)
+        if not paths.vstar.exists():
+            console.print(
+                f"graded by {grader}; there is no {paths.vstar} to compare with: run `python cli.py vstar`"
+            )
+            return
+        old, provenance = read_vstar(paths.vstar)
+        if provenance.identity["grader"] == grader:
+            console.print(f"nothing to do: {paths.vstar} was graded by {grader}")
+            return
+        new = regraded_rows(old, store, drop_unsolved=config.vstar.drop_unsolved)
+        changes = changed_prompts(old, new)
+        summary = summarise(old, new, changes, before=provenance.identity["grader"], after=grader)
+        folder = regraded_folder(paths, grader)
+        regraded = regraded_provenance(provenance, grader)
+        write_vstar(new, regraded, folder / "vstar.parquet")
+        write_table(changes, CHANGES, regraded, folder / "changes.parquet")
+        write_text(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+    else:
+        show(summary, changes, folder, console)
+
+
+def open_store(paths: RunPaths, grader: str) -> SampleStore:
+    """The run's store as this grader sees it. What else its samples' identity says does not matter to their text."""
+    if not (files := sample_files(paths.samples)):
+        raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
+    found = read_provenance(files[0])
+    ours = replace(found, identity={**found.identity, "grader": grader})
+    return SampleStore(paths.samples, ours, Allowance([name for name in ours.identity if name != "grader"]))
+
+
+def regraded_folder(paths: RunPaths, grader: str) -> Path:
+    """artifacts/<run>/regraded/<grader>."""
+    return paths.root / "regraded" / re.sub(r"[^A-Za-z0-9.]+", "-", grader)
+
+
+def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
+    """A table's provenance under another grader; flags that `filter` set were about the old grades."""
+    context = {name: value for name, value in provenance.context.items() if name != "filters"}
+    return Provenance(
+        identity={**provenance.identity, "grader": grader},
+        context={**context, "regraded_from": provenance.identity["grader"]},
+    )
+
+
+def grade_missing(store: SampleStore, config: Config) -> None:
+    """Grade the samples that this grader has not judged, a fragment at a time."""
+    check = GraderCheck()
+    with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:
+
+        def collect(graded: list[tuple[Any, Grade]]) -> None:
+            for (prompt_id, index), grade in graded:
+                check.count(grade)
+                writer.add({"prompt_id": prompt_id, "sample_index": index, **grade.columns()})
+            if check.broken and not writer.written:
+                writer.discard()
+                raise UserError(check.complaint())
+
+        for frame in store.ungraded():
+            for row in frame.iter_rows(named=True):
+                pool.submit(
+                    (row["prompt_id"], row["sample_index"]),
+                    prompt=row["prompt"],
+                    completion=original_text(row["completion"], row["completion_raw"]),
+                    answer=row["answer"],
+                    truncated=row["outcome"] == Outcome.TRUNCATED,
+                )
+                collect(pool.ready())
+        check.all_there = True
+        collect(pool.drain())
+
+
+def regraded_rows(old: pl.DataFrame, store: SampleStore, *, drop_unsolved: bool) -> pl.DataFrame:
+    """The table of the same prompts and samples under the store's grader and the same β1."""
+    counts = old.select("prompt_id", "num_samples")
+    most = int(counts["num_samples"].max())  # type: ignore[arg-type]
+    grades = (
+        store.grades(counts, most)
+        .join(counts, on="prompt_id")
+        .filter(pl.col("sample_index") < pl.col("num_samples"))
+    )
+    prompts = old.select("prompt_id", "prompt", "answer", "prompt_token_hash")
+    return vstar_rows(prompts, grades, num_samples=most, beta1=old["beta1"][0], drop_unsolved=drop_unsolved)
+
+
+def changed_prompts(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+    """The prompts with any other outcome or reward, in the columns of CHANGES."""
+    columns = ["outcomes", "rewards", "vstar"]
+    both = old.select("prompt_id", "prompt", "answer", pl.col(columns).name.suffix("_before")).join(
+        new.select("prompt_id", pl.col(columns).name.suffix("_after")), on="prompt_id", maintain_order="left"
+    )
+    differs = (pl.col("outcomes_before") != pl.col("outcomes_after")) | (
+        pl.col("rewards_before") != pl.col("rewards_after")
+    )
+    delta = (pl.col("vstar_after") - pl.col("vstar_before")).alias("delta_vstar")
+    return (
+        both.filter(differs)
+        .with_columns(delta)
+        .sort(pl.col("delta_vstar").abs(), descending=True, maintain_order=True)
+        .select(CHANGES.names)
+    )
+
+
+def summarise(
+    old: pl.DataFrame, new: pl.DataFrame, changes: pl.DataFrame, *, before: str, after: str
+) -> dict[str, Any]:
+    """How far two graders agree."""
+    pairs = changes.select("outcomes_before", "outcomes_after").explode("outcomes_before", "outcomes_after")
+    moved = Counter(pairs.filter(pl.col("outcomes_before") != pl.col("outcomes_after")).iter_rows())
+    delta = changes["delta_vstar"]
+    return {
+        "before": before,
+        "after": after,
+        "beta1": str(old["beta1"][0]),
+        "prompts": new.height,
+        "samples": int(new["num_samples"].sum()),
+        "changed_prompts": changes.height,
+        "changed_outcomes": {f"{was} → {becomes}": count for (was, becomes), count in moved.most_common()},
+        "pass_rate": {"before": old["pass_rate"].mean(), "after": new["pass_rate"].mean()},
+        "mean_vstar": {"before": old["vstar"].mean(), "after": new["vstar"].mean()},
+        "mean_absolute_delta_vstar": float(delta.abs().sum()) / new.height,
+        "largest_delta_vstar": float(delta[0]) if changes.height else 0.0,
+    }
+
+
+def show(summary: dict[str, Any], changes: pl.DataFrame, folder: Path, console: Console) -> None:
+    """The summary, and the prompts that change most."""
+    rate, vstar = summary["pass_rate"], summary["mean_vstar"]
+    console.print(
+        f"{summary['before']} → {summary['after']}: {summary['changed_prompts']:,} of {summary['prompts']:,} prompts "
+        f"change, pass rate {rate['before']:.4f} → {rate['after']:.4f}, mean V̂* {vstar['before']:.4f} → "
+        f"{vstar['after']:.4f}, mean |ΔV̂*| {summary['mean_absolute_delta_vstar']:.4f}",
+        soft_wrap=True,
+    )
+    for move, count in summary["changed_outcomes"].items():
+        console.print(f"  {move}: {count:,} samples")
+    if changes.height:
+        table = Table(box=None, pad_edge=False)
+        for name in ("prompt_id", "V̂* before", "after", "Δ", "prompt"):
+            table.add_column(name, no_wrap=True, overflow="ellipsis")
+        for row in changes.head(SHOWN_PROMPTS).iter_rows(named=True):
+            figures = (row["vstar_before"], row["vstar_after"], row["delta_vstar"])
+            table.add_row(
+                row["prompt_id"], *(f"{figure:.4f}" for figure in figures), repr(row["prompt"][:200])
+            )
+        console.print(table)
+    console.print(
+        f"{folder}: vstar.parquet (train on it with `--vstar`), changes.parquet, summary.json; "
+        "flags set by `filter` are not carried over",
+        soft_wrap=True,
+    )
