@@ -54,7 +54,7 @@ class VllmEngine:
             current_platform.simple_compile_backend = "eager"
             # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".
             options["max_num_batched_tokens"] = max(65536, max_model_len)
-        self._llm: vllm.LLM | None = vllm.LLM(
+        self.llm: vllm.LLM | None = vllm.LLM(
             model=str(folder),
             dtype=config.model.dtype,
             max_model_len=max_model_len,
@@ -73,8 +73,8 @@ class VllmEngine:
         """Keep a window of requests in the engine and yield each completion as it ends."""
         import vllm
 
-        assert self._llm is not None, "the engine is closed"
-        engine = self._llm.llm_engine
+        assert self.llm is not None, "the engine is closed"
+        engine = self.llm.llm_engine
         waiting = iter(requests)
         running: dict[str, SampleRequest] = {}
         exhausted = False
@@ -134,15 +134,15 @@ class VllmEngine:
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place and forget the key-value cache of the old ones."""
-        assert self._llm is not None, "the engine is closed"
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        assert self.llm is not None, "the engine is closed"
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         if not torch.cuda.is_available():
-            self._llm.apply_model(_repack_output_layer)
-        self._llm.reset_prefix_cache()
+            self.llm.apply_model(_repack_output_layer)
+        self.llm.reset_prefix_cache()
 
     def close(self) -> None:
         """Free the model's memory."""
-        self._llm = None
+        self.llm = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -277,7 +277,14 @@ def prompts_from_pairs(
                 f"a prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}: "
                 f'"{text[:60]}…"; raise the limit or set data.long_prompts = "drop"'
             )
-        prompts[identifier] = Prompt(id=identifier, text=text, answer=answer, token_ids=array("i", token_ids))
+        compact = array("i", token_ids)
+        prompts[identifier] = Prompt(
+            id=identifier,
+            text=text,
+            answer=answer,
+            token_ids=compact,
+            token_hash=hashlib.sha256(compact.tobytes()).hexdigest()[:16],
+        )
     if not prompts:
         raise UserError(
             f"no prompt of {data.path or data.format} is left: all are longer than data.max_prompt_tokens "

@@ -4,7 +4,6 @@ A prompt is a question with its reference answer. A completion is what an engine
 a completion with its grade. Nothing here knows about files, engines or training.
 """
 
-import hashlib
 from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -18,18 +17,14 @@ class Prompt:
 
     `id` is a content hash of text and answer, never a row position, so that the same prompt has the same id in
     every data set, shard and run. `token_ids` is what the model reads: the text in its template, tokenised, in an
-    array of four bytes a token.
+    array of four bytes a token; `token_hash` is a hash of them.
     """
 
     id: str
     text: str
     answer: str
     token_ids: "array[int]"
-
-    @property
-    def token_hash(self) -> str:
-        """A content hash of what the model reads."""
-        return hashlib.sha256(self.token_ids.tobytes()).hexdigest()[:16]
+    token_hash: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+BAR_SECONDS = 0.1
 LOG_SECONDS = 30.0
 
 
@@ -21,7 +22,8 @@ class SamplingProgress:
         self._all_prompts = sum(left > 0 for left in self._left_P)
         self._samples = sum(self._left_P)
         self._console = console
-        self._started = self._logged = time.monotonic()
+        self._started = self._shown = time.monotonic()
+        self._interval = BAR_SECONDS if console.is_terminal else LOG_SECONDS
         self._done = self._prompts = self._tokens = 0
         self._bar = Progress(
             BarColumn(bar_width=None),
@@ -48,14 +50,17 @@ class SamplingProgress:
         self._tokens += tokens
         self._left_P[place] -= 1
         self._prompts += self._left_P[place] == 0
-        self._bar.update(self._task, advance=1, description=self._state())
         now = time.monotonic()
-        if not self._console.is_terminal and (
-            now - self._logged > LOG_SECONDS or self._done == self._samples
-        ):
-            self._logged = now
-            left = (now - self._started) / self._done * (self._samples - self._done)
+        if now - self._shown > self._interval or self._done == self._samples:
+            self._shown = now
+            self._show(now - self._started)
+
+    def _show(self, seconds: float) -> None:
+        if self._bar.disable:
+            left = seconds / self._done * (self._samples - self._done)
             self._console.print(f"{self._state()}, {left:,.0f} s left", soft_wrap=True)
+        else:
+            self._bar.update(self._task, completed=self._done, description=self._state())
 
     def _state(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)

@@ -42,16 +42,20 @@ class ScriptedEngine:
         write: Callable[[SampleRequest], str] | None = None,
         *,
         dies_when: Callable[[], bool] | None = None,
+        sample_seconds: float = 0.0,
     ) -> None:
         self.drawn: list[Any] = []
         self.closed = False
         self._write = write or (lambda request: f"so #### {1 + request.seed % 4}")
         self._dies_when = dies_when
+        self._sample_seconds = sample_seconds
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         waiting = list(requests)
         random.Random(len(waiting)).shuffle(waiting)
         for request in waiting:
+            if self._sample_seconds:
+                time.sleep(self._sample_seconds)
             if self._dies_when is not None:
                 time.sleep(0.05)
                 if self._dies_when():

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import logging
+import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from common.grading import (
     Outcome,
     extract_gold,
     reward_of,
+    rule_math,
     validate_gold,
 )
 from common.grading.outcome import storable
@@ -22,6 +26,7 @@ from common.grading.rule_gsm8k import grade as grade_gsm8k
 from common.grading.rule_math import grade as grade_math
 from common.grading.rule_math import last_box
 
+GRADING_DOC = Path(__file__).parents[1] / "docs" / "grading.md"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -164,6 +169,73 @@ def test_known_holes_of_math_verify_are_closed(prediction: str, answer: str) -> 
     assert boxed(prediction, answer) is Outcome.WRONG
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answer", "outcome"),
+    [
+        ("1-x^{2}-y^{2}=0", "x^2+y^2=1", Outcome.CORRECT),
+        ("x^2+y^2-26=0", "x^2+y^2=25", Outcome.WRONG),
+        ("y=5", "x=5", Outcome.WRONG),
+        (r"x=\frac{1}{2^{98}}", r"x=\frac{1}{2^{99}}", Outcome.WRONG),
+        ("1 000", "0", Outcome.WRONG),
+        ("1, 234", "1234", Outcome.WRONG),
+    ],
+)
+def test_equations_turned_round_are_equal_and_spaced_digits_are_no_product(
+    prediction: str, answer: str, outcome: Outcome
+) -> None:
+    assert boxed(prediction, answer) is outcome
+
+
+def test_plain_numbers_get_the_verdict_that_math_verify_gives() -> None:
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    chance = random.Random(7)
+    shortcuts = 0
+    for _ in range(800):
+        answer = _number(chance)
+        box = _near(chance, answer)
+        verdict = rule_math._plain_verdict(answer, box)
+        if verdict is not None:
+            shortcuts += 1
+            gold, predicted = rule_math._parsed(answer), rule_math._parsed(box)
+            equal = rule_math._equal(answer, gold, box, predicted)
+            assert (verdict is Outcome.CORRECT) == equal, (answer, box)
+    assert shortcuts > 500
+
+
+def _number(chance: random.Random) -> str:
+    """An integer, decimal, fraction, mixed number or number with thousands, in one of its spellings."""
+    a, b, c = (str(chance.randrange(10 ** chance.choice([1, 1, 2, 3, 9, 20]))) for _ in range(3))
+    spelling = chance.choice(
+        [
+            a,
+            f"{a}.{b}",
+            f"00{a}.",
+            rf"\frac{{{a}}}{{1{b}}}",
+            rf"{a}\dfrac{{{b}}}{{1{c}}}",
+            rf"{a} \tfrac{{{b}}}{{1{c}}}",
+            f"{a}/1{b}",
+            f"{a[:3]},000",
+            rf"{a[:3]},\!125",
+            f"{a[:3]}{{,}}500.5",
+            f"{a}.0;",
+        ]
+    )
+    return chance.choice(["", "-"]) + spelling
+
+
+def _near(chance: random.Random, number: str) -> str:
+    """The number written in another way, rounded, a little off, or another number."""
+    value = rule_math._plain_number(number)
+    if value is None:
+        return _number(chance)
+    off = float(value) * (1 + chance.choice([-1, 1]) * 10 ** -chance.uniform(2, 8))
+    ratio = rf"\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
+    return chance.choice(
+        [number, _number(chance), str(value), "-" * (value < 0) + ratio]
+        + [f"{digits:.{places}f}" for digits in (float(value), off) for places in (3, 6, 12)]
+    )
+
+
 def test_a_box_too_long_to_parse_still_counts_where_it_is_the_gold() -> None:
     long = "+".join("1" * 400)
     assert boxed(long, long.replace("+", " + ")) is Outcome.CORRECT
@@ -222,48 +294,32 @@ def test_the_dirty_golds_of_math_train_are_found() -> None:
     assert problems == {r"an empty or unclosed \boxed{}": 2, "several different boxes": 24}
 
 
-# Agreement with the verdicts of other graders' own tests: (agreed, cases). Who is right where we differ:
-AGREEMENT = {
-    # prose in the box or no box at all: 24 of 38 are extraction from prose, which we do not do; 7 answers split over
-    # several boxes: the last one counts; 3 decimal commas (1,22): a list to us; 94, 109: false equation chains
-    # (5+5+1 = 7 = 11), refused on purpose; 127: 0.33 for 1/3; 29: right digits, their test is about line breaks
-    "huggingface/Math-Verify": (118, 156),
-    "huggingface/lighteval": (1, 1),
-    "huggingface/trl": (2, 2),
-    "QwenLM/Qwen2.5-Math": (485, 486),  # 10000 for 10{,}000 is right, the label is wrong
-    "NVIDIA/NeMo-Skills": (43, 44),  # a gold that ends in a backslash
-    "hendrycks/math": (7, 8),  # .1 for 0.1 in a list: equal in value, their grader compares strings
-    "THUDM/slime": (7, 8),  # their policy: 2/4 is not 1/2
-    "thinking-machines-lab/tinker-cookbook": (9, 10),  # the same
-    "openai/simple-evals": (3, 4),  # their policy: 649 is not 3245/5
-    "NovaSky-AI/SkyRL": (1, 1),
-    "PrimeIntellect-ai/verifiers": (4, 4),
-    "pytorch/torchtitan": (2, 4),  # they read `Answer: $34$`, we read boxes
-    "allenai/open-instruct": (0, 1),  # they read the last number, we read `####`
-    # ours to improve: 406, 410, 424: physics formulas that math-verify cannot parse as golds; 414: x^2+y^2=1 turned
-    # round; 429, 432, 434: tolerances given per problem, which MATH does not have
-    "OpenBMB/OlympiadBench": (23, 30),
-    "github.com/huggingface/Math-Verify/issues/14": (5, 5),
-    "github.com/huggingface/Math-Verify/issues/26": (1, 1),
-    "github.com/huggingface/Math-Verify/issues/37": (1, 1),
-    "github.com/huggingface/Math-Verify/issues/60": (1, 1),
-    "github.com/huggingface/Math-Verify/issues/64": (0, 1),  # ours: sqrt(1/n) = 1/sqrt(n) needs n > 0
-    "github.com/huggingface/Math-Verify/issues/76": (0, 1),  # no box
-}
-
-
-def test_agreement_with_other_graders_is_what_it_was() -> None:
+def test_the_documentation_lists_every_disagreement_with_other_graders_tests() -> None:
+    """docs/grading.md holds two tables: agreement by source, and each case that differs, by its id."""
     cases = rows("cases/verifier.jsonl")
-    counts: dict[str, list[int]] = {}
+    agreement: dict[str, list[int]] = {}
+    differing = []
     for grader in ("gsm8k", "math"):
         chosen = [case for case in cases if case["kind"] == grader]
         with GraderPool(GraderConfig(name=grader, workers=2, timeout_seconds=3)) as pool:
             grades = pool.grade_all([_task(case) for case in chosen])
         for case, grade in zip(chosen, grades, strict=True):
-            count = counts.setdefault(case["source"].split()[0].split("@")[0].split("#")[0], [0, 0])
-            count[0] += (grade.outcome is Outcome.CORRECT) == case["expected"]
+            agreed = (grade.outcome is Outcome.CORRECT) == case["expected"]
+            count = agreement.setdefault(case["source"].split()[0].split("@")[0].split("#")[0], [0, 0])
+            count[0] += agreed
             count[1] += 1
-    assert {source: tuple(count) for source, count in counts.items()} == AGREEMENT
+            differing += [] if agreed else [case["id"]]
+    text = GRADING_DOC.read_text(encoding="utf-8")
+    by_source = re.findall(r"^\| (\S+/\S+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert {source: [int(agreed), int(total)] for source, agreed, total in by_source} == agreement
+    explained = re.findall(r"^\| ([\d, ]+) \| (?:policy|theirs|ours) \| .+ \|$", text, re.MULTILINE)
+    assert sorted(int(each) for ids in explained for each in ids.split(", ")) == sorted(differing)
+
+
+def test_the_documentation_has_one_row_for_each_outcome_with_its_reward() -> None:
+    text = GRADING_DOC.read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `(\w+)` \| .+ \| ([01]) \|$", text, re.MULTILINE)
+    assert [(outcome.value, f"{reward_of(outcome):g}") for outcome in Outcome] == documented
 
 
 def _task(case: dict[str, Any]) -> GradingTask:

@@ -1,7 +1,5 @@
 """Stage 1: resume, more samples and a new β1 are one operation, and a scripted engine shows it row by row."""
 
-import io
-import json
 import re
 import subprocess
 import sys
@@ -12,24 +10,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from rich.console import Console
 
 from common.artifacts import exclusive_run, run_paths
-from common.config import Config
 from common.engine import request_seed
 from common.errors import UserError
 from common.provenance import read_provenance
-from common.schema import read_vstar
-from common.store import SampleStore
 from stage1_vstar import writer
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.generate import Missing
 from stage1_vstar.rescore import rescore
-from stage1_vstar.run import run_stage1
 from tests.conftest import RunCli, save_tiny_model
 from tests.fakes import EngineDied, ScriptedEngine, rows_of_samples, sample_rows, tiny_config
-
-QUESTIONS = 6
+from tests.stage1_runs import QUESTIONS, Engines, rows_of, run, scripted_engines, stored
+from tests.stage1_runs import write_questions as write_questions
 
 
 @pytest.fixture
@@ -37,51 +30,9 @@ def data_file(tmp_path: Path) -> Path:
     return write_questions(tmp_path / "data.jsonl")
 
 
-def write_questions(path: Path, rows: int = QUESTIONS) -> Path:
-    lines = [
-        json.dumps({"prompt": f"How many is {number}?", "answer": str(1 + number % 4)})
-        for number in range(rows)
-    ]
-    path.write_text("\n".join(lines))
-    return path
-
-
-class Engines:
-    """Stands where `build_engine` does: hands out the engine of the moment and counts how often one is loaded."""
-
-    def __init__(self) -> None:
-        self.loaded = 0
-        self.next = ScriptedEngine()
-
-    def build(self, *_: Any, **__: Any) -> ScriptedEngine:
-        self.loaded += 1
-        return self.next
-
-
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engines]:
-    """Every run of the test draws from a scripted engine and keeps its artifacts in the test's own folder."""
-    assert run_paths("test").root.parent == artifacts
-    scripted = Engines()
-    monkeypatch.setattr("stage1_vstar.run.build_engine", scripted.build)
-    yield scripted
-    assert scripted.next.closed or not scripted.loaded
-
-
-def run(config: Config) -> str:
-    """Run stage 1; returns what it printed."""
-    printed = io.StringIO()
-    run_stage1(config, Console(file=printed, width=200))
-    return printed.getvalue()
-
-
-def stored(name: str = "test") -> pl.DataFrame:
-    fragments = SampleStore(run_paths(name).samples, read_provenance(run_paths(name).vstar))
-    return fragments.read().sort("prompt_id", "sample_index")
-
-
-def rows_of(name: str = "test") -> pl.DataFrame:
-    return read_vstar(run_paths(name).vstar)[0]
+    yield from scripted_engines(monkeypatch, artifacts)
 
 
 @pytest.mark.usefixtures("engines")
@@ -252,7 +203,8 @@ def test_samples_of_another_model_are_refused(tiny_model: Path, tmp_path: Path, 
     run(tiny_config(tiny_model, data_file))
     save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(
-        UserError, match=r'model\.weights is "[0-9a-f]+" there and "[0-9a-f]+" here; remove it or choose another'
+        UserError,
+        match=r'model\.weights is "[0-9a-f]+" there and "[0-9a-f]+" here; remove it or choose another',
     ):
         run(tiny_config(tmp_path / "other", data_file))
 

@@ -1,0 +1,108 @@
+"""How much memory stage 1 takes while samples stream through: engine scripted, grading and writing real.
+
+    python -m benchmarks.stage1_memory --samples 1000000
+
+Prints the resident memory of the job (without its grader, which has a limit of its own) at every tenth of the samples
+and its peak, the table of V̂* included. Run it with fewer samples of as many prompts to see what a sample costs.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+import stage1_vstar.run
+from common.artifacts import run_paths
+from common.config import Config, SamplingParams
+from common.rollout import Completion, SampleRequest
+from common.schema import read_vstar
+
+COMPLETION_TOKENS = 120
+TEXT = "First we add the numbers, then we divide. " * 12
+
+
+class SyntheticEngine:
+    """Yields completions of some 500 characters as fast as they are taken."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        began = time.monotonic()
+        for number, request in enumerate(requests, start=1):
+            yield Completion(
+                key=request.key,
+                token_ids=tuple(range(COMPLETION_TOKENS)),
+                text=f"{TEXT}{request.seed} #### {request.seed % 4}",
+                truncated=False,
+            )
+            if number % max(1, self._total // 10) == 0:
+                rate = number / (time.monotonic() - began)
+                print(
+                    f"  {number:>9,} samples  {resident_mib():6,.0f} MiB  {rate:7,.0f} a second", flush=True
+                )
+
+    def load_weights(self, _: object) -> None:
+        raise AssertionError("stage 1 never changes the weights")
+
+    def close(self) -> None:
+        pass
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def stream(model: Path, samples: int, num_samples: int, folder: Path) -> float:
+    """Stage 1 with that many samples; returns the peak of resident memory, in MiB."""
+    data = folder / "data.jsonl"
+    with data.open("w") as file:
+        for number in range(samples // num_samples):
+            print(
+                json.dumps({"prompt": f"How many is {number}? {TEXT[:200]}", "answer": str(number % 4)}),
+                file=file,
+            )
+    config = Config.model_validate(
+        {
+            "run": "memory",
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"format": "generic", "path": str(data), "template": "line", "max_prompt_tokens": 512},
+            "sampling": {"max_completion_tokens": COMPLETION_TOKENS},
+            "grader": {"name": "gsm8k"},
+            "vstar": {"num_samples": num_samples},
+        }
+    )
+    os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
+    vars(stage1_vstar.run)["build_engine"] = lambda *_, **__: SyntheticEngine(samples)
+    stage1_vstar.run.run_stage1(config, Console(file=io.StringIO()))
+    rows = read_vstar(run_paths("memory").vstar)[0]
+    assert rows["num_samples"].sum() == samples // num_samples * num_samples
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("artifacts/demo/base_model"))
+    parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--num-samples", type=int, default=8, help="a prompt")
+    arguments = parser.parse_args()
+    if not arguments.model.is_dir():
+        print(f"there is no {arguments.model}: run `make base-model` first", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        peak = stream(arguments.model, arguments.samples, arguments.num_samples, Path(folder))
+    print(f"  peak {peak:,.0f} MiB for {arguments.samples:,} samples, {arguments.num_samples} a prompt")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Stage 1 in processes that can be killed: `python -m tests.killing` forks one for each line it reads.
+
+It has imported everything, so that a job starts in milliseconds; each job is a process group of its own.
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+FRAGMENT_SAMPLES = 10
+
+
+class JobServer:
+    """The test's end: starts jobs one at a time."""
+
+    def __init__(self, artifacts: Path) -> None:
+        environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.killing"],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self,
+        config: dict[str, Any],
+        *,
+        seconds: float | None = None,
+        at_write: int | None = None,
+        sample_seconds: float = 0.0,
+    ) -> int:
+        """Run stage 1, kill its process group after `seconds` or at the n-th write; returns its wait status.
+
+        `sample_seconds` is how long the scripted engine takes for a sample.
+        """
+        assert self._process.stdin is not None
+        order = {"config": config, "at_write": at_write, "sample_seconds": sample_seconds}
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        group = int(self._answer())
+        if seconds is not None:
+            time.sleep(seconds)
+            with suppress(ProcessLookupError):  # it was faster
+                os.killpg(group, signal.SIGKILL)
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the job server has died"
+        return line
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def killed_at(write: int) -> None:
+    """Have this process killed at its n-th step of writing a file: half written, unsynchronised, or not yet renamed."""
+    import pyarrow.parquet as pq
+
+    steps = 0
+
+    def dies(function: Callable[..., Any], half: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        def step(*arguments: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == write:
+                if half is not None:
+                    half(*arguments)
+                os.killpg(os.getpgid(0), signal.SIGKILL)
+                time.sleep(60)
+            return function(*arguments, **options)
+
+        return step
+
+    def half_the_bytes(path: Path, content: Any) -> None:
+        with path.open("wb") as file:
+            file.write(memoryview(content)[: len(content) // 2])
+
+    def half_a_table(_: Any, target: Any, **__: Any) -> None:
+        if isinstance(target, Path):
+            target.write_bytes(b"PAR1 and then")
+
+    os.fsync = dies(os.fsync)
+    Path.replace = dies(Path.replace)  # type: ignore[method-assign]
+    Path.write_bytes = dies(Path.write_bytes, half_the_bytes)  # type: ignore[method-assign]
+    pq.write_table = dies(pq.write_table, half_a_table)
+
+
+def job(order: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    import stage1_vstar.run
+    from common.config import Config
+    from stage1_vstar import writer
+    from tests.fakes import ScriptedEngine
+
+    writer.FRAGMENT_SAMPLES = FRAGMENT_SAMPLES
+    engine = ScriptedEngine(sample_seconds=order["sample_seconds"])
+    vars(stage1_vstar.run)["build_engine"] = lambda *_, **__: engine
+    if order["at_write"] is not None:
+        killed_at(order["at_write"])
+    stage1_vstar.run.run_stage1(Config.model_validate(order["config"]), Console(file=io.StringIO()))
+
+
+def serve() -> None:
+    import polars  # noqa: F401
+    from transformers import AutoTokenizer, Qwen2Tokenizer  # noqa: F401
+
+    import stage1_vstar.run  # noqa: F401
+    import tests.fakes  # noqa: F401
+
+    for line in sys.stdin:
+        if (child := os.fork()) == 0:
+            os.setsid()
+            try:
+                job(json.loads(line))
+            except BaseException:  # noqa: BLE001  the parent reads the exit status
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,191 @@
+"""Stage 1 is killed at any instant and at any write: what a re-run completes is what an undisturbed run gives."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from common.artifacts import run_paths
+from common.provenance import read_provenance
+from common.schema import read_vstar
+from common.store import SampleStore, addresses, damage, sample_files
+from tests.conftest import ROOT
+from tests.fakes import tiny_config
+from tests.killing import JobServer
+from tests.test_stage1 import TOML, write_questions
+
+KILLED = signal.SIGKILL
+SAMPLES = 4
+
+
+@pytest.fixture
+def jobs(artifacts: Path) -> Iterator[JobServer]:
+    with JobServer(artifacts) as server:
+        yield server
+
+
+def document(model: Path, data: Path, run: str) -> dict[str, Any]:
+    return tiny_config(model, data, run=run, vstar={"num_samples": SAMPLES}).model_dump(mode="json")
+
+
+def stored(run: str) -> pl.DataFrame:
+    """Every sample of a run whose vstar.parquet is written. Fails if one is there twice or a file is damaged."""
+    paths = run_paths(run)
+    return SampleStore(paths.samples, read_provenance(paths.vstar)).read().sort("prompt_id", "sample_index")
+
+
+def samples_there(run: str) -> int:
+    """How many samples a killed run has; each file under its final name must be whole, and each sample there once."""
+    files = sample_files(run_paths(run).samples)
+    assert [damage(file) for file in files] == [None] * len(files)
+    there = addresses(files)
+    assert there.is_unique().all()
+    return there.height
+
+
+def assert_same(run: str, undisturbed: str) -> None:
+    assert stored(run).equals(stored(undisturbed))
+    assert read_vstar(run_paths(run).vstar)[0].equals(read_vstar(run_paths(undisturbed).vstar)[0])
+    assert not [path for path in run_paths(run).samples.iterdir() if path.suffix == ".tmp"]
+
+
+def test_killed_at_thirty_random_instants_nothing_is_lost_and_nothing_there_twice(
+    jobs: JobServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_questions(tmp_path / "data.jsonl", 60)
+    assert jobs.run(document(tiny_model, data, "whole")) == 0
+    began = time.monotonic()
+    assert jobs.run(document(tiny_model, data, "timed"), sample_seconds=0.002) == 0
+    longest = time.monotonic() - began
+    instants = random.Random(0)
+    kills = partial = completed = 0
+    while kills < 30:
+        run, there = f"killed-{completed}", 0
+        while jobs.run(
+            document(tiny_model, data, run), seconds=instants.uniform(0, longest), sample_seconds=0.002
+        ):
+            kills += 1
+            assert samples_there(run) >= there
+            there = samples_there(run)
+            partial += 0 < there < 60 * SAMPLES
+        assert_same(run, "whole")
+        completed += 1
+    assert partial >= 5
+
+
+def test_killed_at_each_write_nothing_is_lost_and_nothing_there_twice(
+    jobs: JobServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_questions(tmp_path / "data.jsonl", 6)
+    assert jobs.run(document(tiny_model, data, "whole")) == 0
+    write = 1
+    while jobs.run(document(tiny_model, data, f"killed-{write}"), at_write=write) == KILLED:
+        samples_there(f"killed-{write}")
+        assert jobs.run(document(tiny_model, data, f"killed-{write}")) == 0
+        assert_same(f"killed-{write}", "whole")
+        write += 1
+    fragments = 3
+    assert write - 1 >= 4 * fragments + 3 + 4  # content, sync, rename, sync of the folder; config; table
+    assert_same(f"killed-{write}", "whole")
+
+
+def kill_with_vllm(kills: int, model: Path, tmp_path: Path, artifacts: Path) -> None:
+    """Run the command line with the real engine, killed that many times."""
+    questions = 150
+    data = write_questions(tmp_path / "data.jsonl", questions)
+    config = tmp_path / "run.toml"
+    config.write_text(TOML.format(model=model, data=data))
+    environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1"}
+
+    def start(run: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "cli.py"), "vstar", "--config", str(config), "--run", run],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(run: str) -> float:
+        began = time.monotonic()
+        process = start(run)
+        assert process.wait(300) == 0, process.stderr and process.stderr.read()
+        assert process.stderr is not None
+        process.stderr.close()
+        return time.monotonic() - began
+
+    longest = finish("whole")
+    instants = random.Random(0)
+    killed = completed = 0
+    while killed < kills:
+        process = start(f"killed-{completed}")
+        try:
+            process.wait(instants.uniform(0.3 * longest, longest))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            samples_there(f"killed-{completed}")
+        else:
+            completed += 1
+        assert process.stderr is not None
+        process.stderr.close()
+    finish(f"killed-{completed}")
+    assert_same(f"killed-{completed}", "whole")
+
+
+def test_killed_with_the_real_engine_nothing_is_lost(
+    tiny_model: Path, tmp_path: Path, artifacts: Path
+) -> None:
+    kill_with_vllm(2, tiny_model, tmp_path, artifacts)
+
+
+@pytest.mark.slow
+def test_killed_thirty_times_with_the_real_engine_nothing_is_lost(
+    tiny_model: Path, tmp_path: Path, artifacts: Path
+) -> None:
+    kill_with_vllm(30, tiny_model, tmp_path, artifacts)
+
+
+def test_evicted_by_a_scheduler_stage_one_keeps_what_was_graded(
+    tiny_model: Path, tmp_path: Path, artifacts: Path
+) -> None:
+    """SIGTERM comes seconds before SIGKILL, and a fragment may be a minute old."""
+    data = write_questions(tmp_path / "data.jsonl", 200)
+    config = tmp_path / "run.toml"
+    config.write_text(TOML.format(model=tiny_model, data=data))
+    environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1"}
+    arguments = [
+        "vstar",
+        "-c",
+        str(config),
+        "--set",
+        "vstar.num_samples=2000",
+        "--set",
+        "engine.max_num_seqs=16",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "cli.py"), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any("loading the model" in line for line in process.stdout)
+    time.sleep(20)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in stderr
+    assert "Traceback" not in stderr
+    assert samples_there("test") > 0
