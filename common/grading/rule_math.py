@@ -1,13 +1,13 @@
 r"""The MATH rule: the content of the last `\boxed{}`, compared with math-verify.
 
-Cheap first: equal normalised strings, then a cache of verdicts, then LaTeX parsing with the gold's parse
-cached over the N samples of a prompt. math-verify is asked about the box alone (its extraction from prose
-reads `2007 + \frac\pi 2` as 2) and its known holes are closed here: see `_consistent`, `_same_scale`,
-`_without_unit` and `_same_base`. No timeout of its own: the worker that runs the rule keeps the time.
+Cheap first: a cache of verdicts, equal normalised strings, plain numbers as exact fractions, then LaTeX parsing
+with the gold's parse cached over the N samples of a prompt. math-verify is asked about the box alone (its
+extraction from prose reads `2007 + \frac\pi 2` as 2) and its known holes are closed here: see `_consistent`,
+`_same_scale`, `_without_unit` and `_same_base`. No timeout of its own: the worker that runs the rule keeps the time.
 """
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -15,14 +15,19 @@ from typing import Any
 from common.errors import UserError
 from common.grading.outcome import Grade, Outcome, graded
 
-VERSION = f"math/1+math-verify-{version('math-verify')}"
+VERSION = f"math/2+math-verify-{version('math-verify')}"
 MAX_BOX_CHARACTERS = 512
 MAX_COMPLETION_CHARACTERS = 65_536
 # A float in either answer may be rounded: beyond this relative difference two numbers are different answers.
 RELATIVE_TOLERANCE = 1e-4
 
 _BOX = r"\boxed"
-_INTEGER = re.compile(r"-?[0-9]{1,512}")
+_INTEGER = re.compile(r"-?[0-9]+")
+_DECIMAL = re.compile(r"(-?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+))(\.[0-9]+)?")
+_POSITIVE = "(0*[1-9][0-9]*)"
+_RATIO = re.compile(
+    rf"(-?)([0-9]*)\s*\\[dt]?frac\{{{_POSITIVE}\}}\{{{_POSITIVE}\}}|(-?)(){_POSITIVE}/{_POSITIVE}"
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TOKEN = re.compile(r"\\[A-Za-z]+|[^\s$]")
 _SPACING = re.compile(r"\\[!,;:> ]|\\quad|\\displaystyle|\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\$|~|\s+")
@@ -115,8 +120,8 @@ def _verdict(answer: str, box: str) -> Outcome:
     expected, claimed = _normalised(answer), _normalised(box)
     if expected == claimed != "":
         return Outcome.CORRECT
-    if _INTEGER.fullmatch(expected) and _INTEGER.fullmatch(claimed):
-        return Outcome.CORRECT if Decimal(expected) == Decimal(claimed) else Outcome.WRONG
+    if verdict := _plain_verdict(answer, box):
+        return verdict
     gold = _parsed_gold(answer)
     if gold is None:
         return Outcome.GOLD_UNPARSED
@@ -126,14 +131,43 @@ def _verdict(answer: str, box: str) -> Outcome:
     return Outcome.CORRECT if _equal(answer, gold, box, predicted) else Outcome.WRONG
 
 
+def _plain_verdict(answer: str, box: str) -> Outcome | None:
+    """The verdict where both sides are plain numbers, as math-verify and `_same_scale` would give it; else None."""
+    expected, claimed = _plain_number(answer), _plain_number(box)
+    if expected is None or claimed is None:
+        return None
+    if expected == claimed:
+        return Outcome.CORRECT
+    distance, size = abs(expected - claimed), max(abs(expected), abs(claimed))
+    if "." in answer + box and distance <= max(1e-5, 1e-9 * size):
+        return None  # math-verify rounds decimals to six places
+    return Outcome.WRONG
+
+
+def _plain_number(text: str) -> Fraction | None:
+    """The value of an integer, a decimal, a fraction or a mixed number; None for any other text."""
+    if len(text) > MAX_BOX_CHARACTERS:
+        return None
+    if integer := _INTEGER.fullmatch(_normalised(text)):
+        return Fraction(integer[0])
+    text = _THOUSANDS.sub("", text).strip().rstrip(" .,;")
+    if number := _DECIMAL.fullmatch(text):
+        return Fraction(number[0].replace(",", ""))
+    if ratio := _RATIO.fullmatch(text):
+        sign, whole, above, below = (part for part in ratio.groups() if part is not None)
+        value = int(whole or 0) + Fraction(int(above), int(below))
+        return -value if sign else value
+    return None
+
+
 def _equal(answer: str, gold: Any, box: str, predicted: Any) -> bool:
     from math_verify import verify
 
     if not (_same_base(answer, box) and _consistent(predicted)):
         return False
-    if not verify([gold], [predicted], timeout_seconds=None):
-        return False
-    return "%" in answer + box or _same_scale(gold, predicted)
+    if "%" not in answer + box and not _same_scale(gold, predicted):
+        return False  # before math-verify is asked: it would try to simplify the difference to 0
+    return bool(verify([gold], [predicted], timeout_seconds=None))
 
 
 def _normalised(text: str) -> str:
@@ -211,7 +245,10 @@ def _consistent(predicted: Any) -> bool:
 
 def _same_scale(gold: Any, predicted: Any) -> bool:
     """Tiny numbers differ by their ratio: math-verify rounds 1/2^98 - 1/2^99 to 0."""
-    from sympy import Eq, Expr
+    from sympy import Eq, Expr, Number
+
+    if isinstance(gold, Eq) and isinstance(predicted, Eq) and gold.lhs != predicted.lhs:
+        return True  # an equation turned round, not two values of one thing
 
     gold, predicted = (side.rhs if isinstance(side, Eq) else side for side in (gold, predicted))
     if (
@@ -220,6 +257,7 @@ def _same_scale(gold: Any, predicted: Any) -> bool:
     ):
         return True
     exact, claimed = gold.evalf(30), predicted.evalf(30)
-    if not (exact.is_number and claimed.is_number and exact.is_finite and claimed.is_finite):
+    distance, *sizes = (abs(value).evalf() for value in (exact - claimed, exact, claimed))
+    if not all(isinstance(value, Number) and value.is_finite for value in (distance, *sizes)):
         return True
-    return bool(abs(exact - claimed) <= RELATIVE_TOLERANCE * max(abs(exact), abs(claimed)))
+    return bool(distance <= RELATIVE_TOLERANCE * max(sizes))
