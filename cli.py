@@ -115,7 +115,12 @@ def train(
 def merge(
     sources: Annotated[list[str], typer.Argument(help="Runs by name, or folders that hold samples/.")],
     run: Annotated[str, typer.Option("--run", help="The run that the samples are added to.")],
-    allow_mismatch: AllowMismatch = None,
+    allow_mismatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD", help="Accept a difference by its name; `vstar` asks again and records it."
+        ),
+    ] = None,
 ) -> None:
     """Add the samples of other runs, such as shards from other machines, to a run: each sample once."""
     from stage1_vstar.merge import merge_runs

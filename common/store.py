@@ -44,24 +44,34 @@ class SampleStore:
         self._allowance = allowance
         self._graded: list[Path] = []
         self._graded_otherwise: list[Path] = []
+        self._other_grades_count = False
         for fragment in self.fragments():
-            found = read_provenance(fragment)
-            self._refuse_unless_same(found, fragment)
-            (self._graded if self._is_our_grader(found) else self._graded_otherwise).append(fragment)
+            ours = self.check(fragment).identity["grader"] == self._grader
+            (self._graded if ours else self._graded_otherwise).append(fragment)
 
-    def _refuse_unless_same(self, found: Provenance, fragment: Path) -> None:
-        """The grader may differ: its verdicts can be made anew from the text."""
-        ours = {**found.identity, "grader": self.provenance.identity["grader"]}
+    @property
+    def _grader(self) -> str:
+        return str(self.provenance.identity["grader"])
+
+    def check(self, fragment: Path) -> Provenance:
+        """A file's provenance. Raises UserError unless its samples belong here, whoever has graded them."""
+        found = read_provenance(fragment)
         self.provenance.refuse_unless_same(
-            replace(found, identity=ours),
+            replace(found, identity={**found.identity, "grader": self._grader}),
             what=str(fragment),
             advice="choose another --run for this configuration",
             allowance=self._allowance,
         )
+        return found
 
-    def _is_our_grader(self, found: Provenance) -> bool:
-        here, there = ({"grader": each.identity["grader"]} for each in (self.provenance, found))
-        return not Provenance(identity=here, context={}).refused(there, self._allowance)
+    def accept_other_grades(self) -> bool:
+        """Let the grades that samples were stored with count where this grader's are missing, if that is allowed."""
+        here = Provenance(identity={"grader": self._grader}, context={})
+        graders = (read_provenance(fragment).identity["grader"] for fragment in self._graded_otherwise)
+        self._other_grades_count = not any(
+            here.refused({"grader": grader}, self._allowance) for grader in graders
+        )
+        return self._other_grades_count
 
     def fragments(self) -> list[Path]:
         """The files with samples, in a fixed order."""
@@ -72,7 +82,7 @@ class SampleStore:
         return [
             path
             for path in sorted(self.folder.glob(f"{GRADE_FILES}-*.parquet"))
-            if read_provenance(path).identity["grader"] == self.provenance.identity["grader"]
+            if read_provenance(path).identity["grader"] == self._grader
         ]
 
     def present(self, prompts: pl.DataFrame, num_samples: int) -> NDArray[np.bool_]:
@@ -115,13 +125,13 @@ class SampleStore:
         verdict = ["outcome", "reward"]
         columns = [*ADDRESS, "completion_tokens", *verdict]
         later = _scan(self.grade_fragments(), GRADES).select(*ADDRESS, *verdict).unique(ADDRESS)
-        graded_later = (
-            _scan(self._graded_otherwise, SAMPLES)
-            .select(*ADDRESS, "completion_tokens")
-            .join(later, on=ADDRESS)
-        )
+        others = _scan(self._graded_otherwise, SAMPLES).select(columns)
+        parts = [_scan(self._graded, SAMPLES).select(columns)]
+        parts.append(others.drop(verdict).join(later, on=ADDRESS).select(columns))
+        if self._other_grades_count:
+            parts.append(others.join(later, on=ADDRESS, how="anti"))
         frame = _collect(
-            pl.concat([_scan(self._graded, SAMPLES).select(columns), graded_later.select(columns)])
+            pl.concat(parts)
             .filter(pl.col("sample_index") < num_samples)
             .join(prompts.lazy().select("prompt_id"), on="prompt_id", how="semi")
         )

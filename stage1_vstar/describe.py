@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.provenance import ACCEPTED
 from common.schema import read_vstar
 
 BINS = 10
@@ -78,6 +79,7 @@ def _summary(figures: dict[str, Any]) -> RenderableType:
         "file": figures["path"],
         "prompts": f"{figures['prompts']:,}, of which {figures['kept']:,} kept for training",
         "filters": ", ".join(context.get("filters", [])) or "none",
+        "accepted mismatches": "; ".join(context.get(ACCEPTED, [])) or "none",
         "samples a prompt (N)": count,
         "β1": f"{figures['beta1']:g}",
         "pass rate": f"{figures['pass_rate']:.4f}",
@@ -89,7 +91,8 @@ def _summary(figures: dict[str, Any]) -> RenderableType:
         "model": f"{context['model_path']} (weights {identity['model']['weights'][:12]})",
         "prompt template": repr(identity["prompt"]["template"]),
         "sampling": ", ".join(f"{name} {value}" for name, value in identity["sampling"].items()),
-        "grader": identity["grader"],
+        "grader": identity["grader"]
+        + (f", regraded from {context['regraded_from']}" if "regraded_from" in context else ""),
         "made with": ", ".join(
             f"{name} {version}" for name, version in context["versions"].items() if version
         ),

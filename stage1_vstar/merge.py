@@ -36,12 +36,15 @@ def merge_runs(
     with exclusive_run(target, "vstar"):
         for line in set_aside_damaged(target.samples):
             console.print(line, soft_wrap=True)
-        first = next(file for folder in (target.samples, *folders) for file in sample_files(folder))
-        provenance, allowance = read_provenance(first), Allowance(allow_mismatch)
-        allowance.refuse_unknown(list(provenance.fields()))
         whole = {folder: whole_files(folder, console) for folder in folders}
-        for folder in (target.samples, *folders):
-            SampleStore(folder, provenance, allowance)
+        every = [*sample_files(target.samples), *(file for files in whole.values() for file in files)]
+        if not every:
+            raise UserError(f"every file of {', '.join(sources)} is damaged: there is nothing to add")
+        provenance, allowance = read_provenance(every[0]), Allowance(allow_mismatch)
+        allowance.refuse_unknown(list(provenance.fields()))
+        store = SampleStore(target.samples, provenance, allowance)
+        for file in every:
+            store.check(file)
         there = addresses(sample_files(target.samples))
         for folder, files in whole.items():
             before = there.height
@@ -62,7 +65,7 @@ def merge_runs(
 
 def samples_folder(source: str) -> Path:
     """The folder of a source's samples. Raises UserError if it has none."""
-    candidates = [Path(source) / "samples", Path(source), run_paths(source).samples]
+    candidates = [run_paths(source).samples, Path(source) / "samples", Path(source)]
     for folder in candidates:
         if sample_files(folder):
             return folder

@@ -16,7 +16,7 @@ from common.artifacts import RunPaths, exclusive_run, run_paths, write_text
 from common.config import Config
 from common.errors import UserError
 from common.grading import Grade, GraderPool, Outcome, fingerprint
-from common.provenance import Allowance, Provenance, read_provenance
+from common.provenance import ACCEPTED, Allowance, Provenance, read_provenance
 from common.schema import VSTAR, read_vstar, write_table, write_vstar
 from common.store import SampleStore, original_text, sample_files, set_aside_damaged
 from stage1_vstar.generate import GraderCheck
@@ -46,28 +46,35 @@ def run_regrade(config: Config, console: Console, *, as_json: bool = False) -> N
     Text is never rewritten and nothing is generated. The new table, the changed prompts and a summary appear in
     artifacts/<run>/regraded/<grader>/; the old table stays. A re-run continues. Raises UserError.
     """
+    notices = Console(stderr=True, highlight=False) if as_json else console
     paths = run_paths(config.run)
     grader = fingerprint(config.grader)
     with exclusive_run(paths, "vstar"):
         for line in set_aside_damaged(paths.samples):
-            console.print(f"{line}; `vstar` draws its samples anew", soft_wrap=True)
+            notices.print(f"{line}; `vstar` draws its samples anew", soft_wrap=True)
         store = open_store(paths, grader)
         if ungraded := store.ungraded_count():
-            if not as_json:
-                console.print(f"{ungraded:,} completions to grade by {grader}")
+            notices.print(f"{ungraded:,} completions to grade by {grader}")
             grade_missing(store, config)
         if not paths.vstar.exists():
-            console.print(
+            notices.print(
                 f"graded by {grader}; there is no {paths.vstar} to compare with: run `python cli.py vstar`"
             )
             return
         old, provenance = read_vstar(paths.vstar)
-        if provenance.identity["grader"] == grader:
-            console.print(f"nothing to do: {paths.vstar} was graded by {grader}")
+        accepted = [line for line in provenance.context.get(ACCEPTED, []) if line.startswith("grader is")]
+        if provenance.identity["grader"] == grader and not accepted:
+            notices.print(f"nothing to do: {paths.vstar} was graded by {grader}")
             return
         new = regraded_rows(old, store, drop_unsolved=config.vstar.drop_unsolved)
+        if lost := int(old["num_samples"].sum()) - int(new["num_samples"].sum()):
+            raise UserError(
+                f"{lost:,} samples of {paths.vstar} are no longer in {paths.samples}; `python cli.py vstar` with the "
+                "old grader draws them anew. The others are graded: the same command then compares"
+            )
         changes = changed_prompts(old, new)
-        summary = summarise(old, new, changes, before=provenance.identity["grader"], after=grader)
+        before = "; ".join(accepted) or provenance.identity["grader"]
+        summary = summarise(old, new, changes, before=before, after=grader)
         folder = regraded_folder(paths, grader)
         regraded = regraded_provenance(provenance, grader)
         write_vstar(new, regraded, folder / "vstar.parquet")

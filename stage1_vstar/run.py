@@ -50,6 +50,9 @@ def run_stage1(
     paths = run_paths(config.run)
     folder = reference_model(config)
     prompts, renderer = read_prompts(config, folder, shard, console)
+    if renderer is None:
+        console.print(f"shard {shard} holds no prompt: nothing to do")
+        return
     with exclusive_run(paths, "vstar", shard):
         provenance = stage1_provenance(config, renderer, model_identity(folder))
         old = read_old(paths.vstar, console)
@@ -66,7 +69,7 @@ def run_stage1(
         for line in set_aside_damaged(paths.samples):
             console.print(f"{line}; its samples will be drawn anew", soft_wrap=True)
         store = SampleStore(paths.samples, provenance, allowance)
-        if ungraded := store.ungraded_count():
+        if (ungraded := store.ungraded_count()) and not store.accept_other_grades():
             raise UserError(
                 f"{ungraded:,} samples in {paths.samples} were graded by another grader than this run's "
                 f"({provenance.identity['grader']}); "
@@ -78,7 +81,7 @@ def run_stage1(
         store.provenance = provenance = provenance.accepting(allowance)
         write_text(paths.config, config.to_json())
         if missing:
-            draw(missing, config, folder, renderer, store, console)
+            draw(missing, config, folder, renderer, store, shard, console)
         if shard != WHOLE:
             console.print(
                 f"shard {shard} of {paths.samples} is complete; "
@@ -105,13 +108,11 @@ def run_stage1(
 
 def read_prompts(
     config: Config, folder: Path, shard: Shard, console: Console
-) -> tuple[list[Prompt], PromptRenderer]:
-    """The shard's prompts, rendered and checked against the model's context."""
+) -> tuple[list[Prompt], PromptRenderer | None]:
+    """The shard's prompts, rendered and checked against the model's context; a shard may hold none."""
     pairs = [pair for pair in read_pairs(config.data, config) if shard.holds(prompt_id(*pair))]
     if not pairs:
-        raise UserError(
-            f"shard {shard} holds no prompt of {config.data.path or config.data.format}; use fewer shards"
-        )
+        return [], None
     renderer = PromptRenderer(folder, config.data)
     prompts = prompts_from_pairs(pairs, config.data, renderer)
     check_context(prompts, config, folder)
@@ -153,13 +154,14 @@ def draw(
     folder: Path,
     renderer: PromptRenderer,
     store: SampleStore,
+    shard: Shard,
     console: Console,
 ) -> None:
     """Draw the missing samples of the prompts that can be graded. Raises UserError before the model loads."""
     with GraderPool(config.grader) as pool:
         missing = only_gradable(missing, config, pool, console)
         if not missing:
-            if store.fragments():
+            if store.fragments() or shard != WHOLE:
                 return
             raise UserError("no prompt is left: the grader can use none of the reference answers")
         console.print(

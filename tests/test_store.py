@@ -296,11 +296,17 @@ def test_another_graders_samples_count_once_this_graders_verdicts_are_there(tmp_
     assert store.ungraded_count() == 6
 
 
-def test_another_graders_verdicts_can_be_accepted_as_they_are(tmp_path: Path) -> None:
+def test_another_graders_verdicts_can_be_accepted_where_this_ones_are_missing(tmp_path: Path) -> None:
     append(tmp_path, sample_rows(OUTCOMES))
     allowance = Allowance(["grader"])
-    assert SampleStore(tmp_path, other(grader="math/2"), allowance).grades(PROMPTS, 3).height == 9
+    store = SampleStore(tmp_path, other(grader="math/2"), allowance)
+    assert store.accept_other_grades()
+    assert store.grades(PROMPTS, 3).height == 9
     assert list(allowance.used) == ['grader is "gsm8k/1" there and "math/2" here']
+    assert not SampleStore(tmp_path, other(grader="math/2")).accept_other_grades()
+    store.add_grades(grade_rows({"p1": ["wrong", "correct", "correct"]}))
+    grades = store.grades(PROMPTS, 3).sort("prompt_id", "sample_index")
+    assert grades["reward"].to_list() == [0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 
 
 def test_columns_that_another_tool_has_broken_are_named(tmp_path: Path) -> None:
