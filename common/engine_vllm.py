@@ -66,6 +66,9 @@ class VllmEngine:
             use_tqdm_on_load=False,
             **options,
         )
+        # The garbage collector would walk all of vLLM's and torch's objects again and again while samples pile up.
+        gc.collect()
+        gc.freeze()
         self._window = 2 * config.engine.max_num_seqs
         self._serial = 0
 
@@ -143,6 +146,7 @@ class VllmEngine:
     def close(self) -> None:
         """Free the model's memory."""
         self.llm = None
+        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -85,4 +85,11 @@ def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:
 def test_what_stage_one_is_made_of_runs_without_a_training_library() -> None:
     stage1 = [file for file in SOURCES if place(file).startswith("stage1_vstar/")]
     used = set().union(*(packages(imports(file, at_runtime_only=True)) for file in stage1))
-    assert used - set(sys.stdlib_module_names) == {"common", "stage1_vstar", "numpy", "polars", "pyarrow", "rich"}
+    assert used - set(sys.stdlib_module_names) == {
+        "common",
+        "stage1_vstar",
+        "numpy",
+        "polars",
+        "pyarrow",
+        "rich",
+    }

@@ -95,7 +95,8 @@ def test_the_second_of_two_jobs_on_one_run_is_told_who_holds_it(artifacts: Path)
     with (
         exclusive_run(run_paths("one"), "vstar"),
         pytest.raises(
-            UserError, match=rf"another vstar job \(process {os.getpid()} on .+\) is writing to {artifacts}/one"
+            UserError,
+            match=rf"another vstar job \(process {os.getpid()} on .+\) is writing to {artifacts}/one",
         ),
         exclusive_run(run_paths("one"), "vstar"),
     ):

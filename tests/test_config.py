@@ -84,7 +84,10 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
         ("sampling.top_p=1.5", "sampling.top_p should be less than or equal to 1, found 1.5"),
         ("sampling.temperature=-1", "sampling.temperature should be greater than or equal to 0, found -1"),
         ("sampling.max_completion_tokens=0", "sampling.max_completion_tokens should be greater than"),
-        ("data.format=csv", "data.format should be 'gsm8k', 'math', 'openr1', 'generic', 'word_problems' or 'mbpp'"),
+        (
+            "data.format=csv",
+            "data.format should be 'gsm8k', 'math', 'openr1', 'generic', 'word_problems' or 'mbpp'",
+        ),
         ("data.limit=0", "data.limit should be greater than or equal to 1, found 0"),
         ("data.bad_golds=keep", "data.bad_golds should be 'error' or 'drop', found 'keep'"),
         ("grader.name=exact", "unknown grader 'exact': use one of gsm8k, math"),
