@@ -13,7 +13,6 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.toml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=30)
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
     folder = reference_model(config)
@@ -56,8 +55,10 @@ def main() -> None:
             WAYS[2]: lambda: _stage1(engine, missing, config, pool, provenance),
         }
         for repetition in range(arguments.repetitions + 1):
-            for way in WAYS:
-                taken, count = _timed(engine, run[way])
+            first = repetition % len(WAYS)
+            for way in WAYS[first:] + WAYS[:first]:
+                _fresh(engine)
+                taken, count = run[way]()
                 tokens[way].add(count)
                 if repetition:  # the first warms up
                     seconds[way].append(taken)
@@ -65,7 +66,7 @@ def main() -> None:
     rate = {way: [max(tokens[way]) / taken for taken in seconds[way]] for way in WAYS}
     print(
         f"{len(prompts):,} prompts × {config.vstar.num_samples}, {arguments.repetitions} repetitions; "
-        "min / median / max"
+        "quartiles"
     )
     for way in WAYS:
         print(f"  {way:15} {_spread(rate[way], ',.0f')} tokens a second")
@@ -74,8 +75,8 @@ def main() -> None:
         print(f"  stage 1 over {way}: {_spread(ratios, '.3f')}")
 
 
-def _plain(engine: VllmEngine, missing: Missing, config: Config, *, seeded: bool) -> int:
-    """Tokens drawn by `LLM.generate`, which gives text as stage 1 does."""
+def _plain(engine: VllmEngine, missing: Missing, config: Config, *, seeded: bool) -> tuple[float, int]:
+    """Seconds and tokens of `LLM.generate`, which gives text as stage 1 does."""
     import vllm
 
     llm: Any = engine.llm  # the same engine object
@@ -88,6 +89,7 @@ def _plain(engine: VllmEngine, missing: Missing, config: Config, *, seeded: bool
             **own,
         )
 
+    began = time.perf_counter()
     if seeded:
         requests = list(missing.requests(config.seed))
         prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in requests]
@@ -96,30 +98,31 @@ def _plain(engine: VllmEngine, missing: Missing, config: Config, *, seeded: bool
         prompts = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in missing.prompts]
         chosen = [parameters(n=config.vstar.num_samples)] * len(prompts)
     outputs = llm.generate(prompts, chosen, use_tqdm=False)
-    return sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+    return time.perf_counter() - began, sum(
+        len(sample.token_ids) for output in outputs for sample in output.outputs
+    )
 
 
 def _stage1(
     engine: VllmEngine, missing: Missing, config: Config, pool: GraderPool, provenance: Provenance
-) -> int:
+) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         store = SampleStore(Path(folder) / "samples", provenance)
         console = Console(file=io.StringIO())
+        began = time.perf_counter()
         generate_samples(missing, engine, pool, store, config.sampling, config.seed, console)
-        return int(store.read()["completion_tokens"].sum())
+        seconds = time.perf_counter() - began
+        return seconds, int(store.read()["completion_tokens"].sum())
 
 
-def _timed(engine: VllmEngine, run: Callable[[], int]) -> tuple[float, int]:
+def _fresh(engine: VllmEngine) -> None:
     assert engine.llm is not None
     engine.llm.reset_prefix_cache()
     gc.collect()
-    began = time.perf_counter()
-    tokens = run()
-    return time.perf_counter() - began, tokens
 
 
 def _spread(values: list[float], form: str) -> str:
-    return " / ".join(format(value, form) for value in (min(values), statistics.median(values), max(values)))
+    return " / ".join(format(value, form) for value in statistics.quantiles(values, n=4))
 
 
 if __name__ == "__main__":

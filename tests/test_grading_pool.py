@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from common.grading import Grade, GraderConfig, GraderPool, GradingTask, Outcome, fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +170,17 @@ def test_a_reward_that_cannot_be_loaded_is_refused_at_once(rewards: str, functio
 def test_a_module_that_does_not_exist_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"no module 'nowhere\.at_all'"):
         GraderPool(GraderConfig(name="nowhere.at_all:reward"))
+
+
+def test_a_grader_whose_processes_die_at_once_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deadly_rewards.py").write_text("import os\nos._exit(7)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    message = r"'deadly_rewards:reward' die .*left with exit status 7.*memory_gib = 2"
+    with pytest.raises(UserError, match=message) as told:
+        GraderPool(GraderConfig(name="deadly_rewards:reward", memory_gib=2))
+    assert "\n" not in str(told.value)
 
 
 def test_an_edited_reward_has_another_fingerprint(rewards: str, tmp_path: Path) -> None:

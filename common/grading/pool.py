@@ -183,6 +183,8 @@ class GraderPool:
         return finished
 
     def _check(self) -> None:
+        if isinstance(self._failure, UserError):
+            raise UserError(*self._failure.args) from None
         if self._failure is not None:
             raise RuntimeError("the grader pool has failed") from self._failure
         if self._closing:
@@ -252,6 +254,13 @@ class GraderPool:
                 if not self._waiting and not self._closing:
                     time.sleep(GATHER_SECONDS)
 
+    def _hopeless(self, worker: WorkerProcess) -> str:
+        return (
+            f"the processes of grader.name = {self._config.name!r} die before they grade anything: "
+            f"{self._fruitless_deaths} in a row, the last {worker.death}. Does it load within "
+            f"grader.memory_gib = {self._config.memory_gib:g}, and does it import outside this job?"
+        )
+
     def _receive(self, worker: WorkerProcess) -> None:
         rest: list[Job] = []
         try:
@@ -261,10 +270,11 @@ class GraderPool:
             raise UserError(str(refusal)) from None
         except EOFError:
             finished, rest = worker.bury()
+            self._workers.remove(worker)
             self._fruitless_deaths += not finished
             if self._fruitless_deaths >= MAX_FRUITLESS_DEATHS:
-                raise RuntimeError("grading processes die before they grade anything") from None
-            self._workers[self._workers.index(worker)] = self._spawn()
+                raise UserError(self._hopeless(worker)) from None
+            self._workers.append(self._spawn())
         with self._changed:
             self._started = self._started or all(each.ready for each in self._workers)
             for job, grade in finished:

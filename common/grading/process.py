@@ -57,6 +57,7 @@ class WorkerProcess:
         self.batch: deque[Job] = deque()
         self.ready = False
         self.batch_size = 8
+        self.death = ""  # how it died, once buried
         self._received = 0
         self._killed = False
         self._sent = 0.0
@@ -146,13 +147,14 @@ class WorkerProcess:
                 finished += self.receive()
         except EOFError:
             pass
-        status = self._process.wait()
+        self.death = _death(self._process.wait(), killed=self._killed)
         progress = self._page.read()
         rest = list(self.batch)
         culprit = progress.position - self._received
         late = time.monotonic() - progress.started >= self._limit_seconds
         if progress.busy and 0 <= culprit < len(rest) and (late or not self._killed):
-            finished.append((rest.pop(culprit), _verdict_on_death(status, late=self._killed)))
+            outcome = Outcome.VERIFIER_TIMEOUT if self._killed else Outcome.VERIFIER_CRASH
+            finished.append((rest.pop(culprit), graded(outcome, reason=f"the grading process {self.death}")))
         self.batch.clear()
         self.connection.close()
         self._page.close()
@@ -163,11 +165,10 @@ def _grade(outcome: str, reward: float, extracted: str | None, reason: str | Non
     return Grade(outcome=Outcome(outcome), reward=reward, extracted=extracted, reason=reason)
 
 
-def _verdict_on_death(status: int, *, late: bool) -> Grade:
-    if late:
-        return graded(Outcome.VERIFIER_TIMEOUT, reason="killed at its deadline")
-    how = f"died of {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
-    return graded(Outcome.VERIFIER_CRASH, reason=f"the grading process {how}")
+def _death(status: int, *, killed: bool) -> str:
+    if killed:
+        return "was killed at its deadline"
+    return f"died of {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
 
 
 def _environment() -> dict[str, str]:
