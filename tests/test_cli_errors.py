@@ -132,7 +132,7 @@ MISTAKES = {
     ),
     "an unknown grader": Mistake(
         f"{VSTAR} --set grader.name=exact",
-        ("unknown grader 'exact': use one of gsm8k, math, or 'package.module:",),
+        ("unknown grader 'exact': use one of gsm8k, math, code, or 'package.module:",),
     ),
     "a reward function that is not there": Mistake(
         f"{VSTAR} --set grader.name=no_module:reward", ("grader 'no_module:reward': no module 'no_module'",)
