@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # model and data text may look like markup
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's TOML file; see configs/.")]
 Run = Annotated[
@@ -176,7 +176,9 @@ def evaluate(
         if model is None
         else {"model": model}
     )
-    results = evaluate_models(settings, list(models.values()), Console(stderr=True, highlight=False))
+    results = evaluate_models(
+        settings, list(models.values()), Console(stderr=True, highlight=False, markup=False)
+    )
     if model is None:
         for name, result in zip(models, results, strict=True):
             write_text(paths.evaluations / f"{name}.json", json.dumps(result, indent=2) + "\n")

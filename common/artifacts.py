@@ -98,13 +98,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise UserError(
-                f"cannot write {path}: {os.strerror(error.errno)}; what was written before is whole. Make room, or "
-                "correct the folder's permissions, and start the command again: it continues from there"
+                f"cannot write {path}: {os.strerror(error.errno)}; what was written before is whole. Make room, "
+                "correct the permissions or give another path, and start the command again: it continues from there"
             ) from error
         raise
 
 
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 LEFTOVER_SECONDS = 24 * 3600.0
 
 
@@ -171,7 +174,14 @@ def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[N
     A job's claim is a locked file, which the kernel unlocks with the process, however that ends. Raises UserError if
     another job holds a shard that overlaps with this one.
     """
-    paths.root.mkdir(parents=True, exist_ok=True)
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+        (paths.root / f".{job}.lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {paths.root}: {error.strerror}; correct its permissions, or choose another folder with "
+            "ASTAR_PO_ARTIFACTS"
+        ) from error
     with ExitStack() as claim:
         with (paths.root / f".{job}.lock").open("a") as one_at_a_time:
             _lock(one_at_a_time, wait=True)

@@ -346,7 +346,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"there is no data file {path}; check data.path")
     try:
         if path.suffix == ".parquet":
-            return pl.read_parquet(path).to_dicts()
+            return pl.read_parquet(path, glob=False).to_dicts()
         if path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
         else:

@@ -36,11 +36,13 @@ SAMPLES = pa.schema(
 
 GRADES = pa.schema(
     [
-        SAMPLES.field(name)
-        for name in ("prompt_id", "sample_index", "outcome", "extracted", "reward", "reason")
+        SAMPLES.field("prompt_id"),
+        SAMPLES.field("sample_index"),
+        pa.field("completion_hash", pa.string(), nullable=False),
+        *(SAMPLES.field(name) for name in ("outcome", "extracted", "reward", "reason")),
     ]
 )
-"""Another grader's verdicts on samples that are stored already."""
+"""Another grader's verdicts on samples that are stored already; each holds for the text with that hash alone."""
 
 VSTAR = pa.schema(
     [
@@ -150,7 +152,7 @@ def read_vstar(path: Path) -> tuple[pl.DataFrame, Provenance]:
     """
     provenance = read_provenance(path)
     try:
-        frame = pl.read_parquet(path)
+        frame = pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DamagedFile(
             f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it anew with `python cli.py vstar`"

@@ -27,6 +27,8 @@ GRADE_FILES = "grades"
 DAMAGED = "damaged"
 """The folder within the store's that damaged files are moved to."""
 ADDRESS = ["prompt_id", "sample_index"]
+JUDGED = [*ADDRESS, "completion_hash"]
+"""What a later grade belongs to: a sample, and the text that it had."""
 _HASH_DIGITS = 64
 
 
@@ -100,12 +102,13 @@ class SampleStore:
             .select(*ADDRESS, "prompt_token_hash")
             .join(places.lazy(), on="prompt_id")
         )
-        self._refuse_other_tokens(found.filter(pl.col("prompt_token_hash") != pl.col("expected")))
+        self.refuse_other_tokens(found.filter(pl.col("prompt_token_hash") != pl.col("expected")))
         there = np.zeros((prompts.height, num_samples), dtype=np.bool_)
         there[found["place"].to_numpy(), found["sample_index"].to_numpy()] = True
         return there
 
-    def _refuse_other_tokens(self, different: pl.DataFrame) -> None:
+    def refuse_other_tokens(self, different: pl.DataFrame) -> None:
+        """Raise UserError if there are such prompts, rendered otherwise than they should be, and it is not allowed."""
         if different.is_empty():
             return
         name = different.row(0, named=True)["prompt_id"]
@@ -124,16 +127,18 @@ class SampleStore:
         """
         verdict = ["outcome", "reward"]
         columns = [*ADDRESS, "completion_tokens", *verdict]
-        later = _scan(self.grade_fragments(), GRADES).select(*ADDRESS, *verdict).unique(ADDRESS)
-        others = _scan(self._graded_otherwise, SAMPLES).select(columns)
         parts = [_scan(self._graded, SAMPLES).select(columns)]
-        parts.append(others.drop(verdict).join(later, on=ADDRESS).select(columns))
-        if self._other_grades_count:
-            parts.append(others.join(later, on=ADDRESS, how="anti"))
+        later = self._later_grades().lazy()
+        for fragment in self._graded_otherwise:
+            others = _hashed(fragment).select(*columns, "completion_hash").lazy()
+            parts.append(others.drop(verdict).join(later, on=JUDGED).select(columns))
+            if self._other_grades_count:
+                parts.append(others.join(later, on=JUDGED, how="anti").select(columns))
         frame = _collect(
             pl.concat(parts)
             .filter(pl.col("sample_index") < num_samples)
             .join(prompts.lazy().select("prompt_id"), on="prompt_id", how="semi")
+            .unique(ADDRESS, keep="first", maintain_order=True)
         )
         schema = pa.schema([SAMPLES.field(name) for name in columns])
         if frame.height:
@@ -141,22 +146,29 @@ class SampleStore:
         return frame
 
     def ungraded(self) -> Iterator[pl.DataFrame]:
-        """The samples that this grader has not judged yet, with their text, a fragment at a time."""
-        there = _collect(_scan(self.grade_fragments(), GRADES).select(ADDRESS))
+        """The samples that this grader has not judged yet, with text and completion_hash, a fragment at a time."""
+        there = self._later_grades()
         for fragment in self._graded_otherwise:
-            missing = _collect(_scan([fragment], SAMPLES).join(there.lazy(), on=ADDRESS, how="anti"))
+            missing = _hashed(fragment).join(there, on=JUDGED, how="anti")
             if missing.height:
                 yield missing
 
     def ungraded_count(self) -> int:
         """How many samples this grader has not judged yet."""
-        there = _scan(self.grade_fragments(), GRADES).select(ADDRESS)
-        missing = _scan(self._graded_otherwise, SAMPLES).select(ADDRESS).join(there, on=ADDRESS, how="anti")
-        return _collect(missing).height
+        return sum(frame.height for frame in self.ungraded())
+
+    def _later_grades(self) -> pl.DataFrame:
+        grades = _scan(self.grade_fragments(), GRADES).select(*JUDGED, "outcome", "reward")
+        return _collect(grades.unique(JUDGED, keep="first", maintain_order=True))
+
+    def surplus(self) -> int:
+        """How many samples are there more than once, from files copied by hand; of each the first one counts."""
+        found = addresses(self.fragments())
+        return found.height - found.n_unique()
 
     def read(self) -> pl.DataFrame:
         """Every sample with its text and the grade that it was stored with."""
-        frame = _collect(_scan(self.fragments(), SAMPLES))
+        frame = _collect(_scan(self.fragments(), SAMPLES).unique(ADDRESS, keep="first", maintain_order=True))
         validate(frame, SAMPLES, SAMPLES_INVARIANTS, self.folder)
         return frame
 
@@ -251,12 +263,32 @@ def original_text(completion: str, raw: bytes | None) -> str:
     return completion if raw is None else raw.decode("utf-8", "surrogatepass")
 
 
+def mixed_tokens(files: Sequence[Path]) -> pl.DataFrame:
+    """The prompt ids whose samples in these files were drawn from different tokens."""
+    tokens = _scan(files, SAMPLES).select("prompt_id", "prompt_token_hash").drop_nulls().unique()
+    return _collect(tokens.group_by("prompt_id").len().filter(pl.col("len") > 1).select("prompt_id"))
+
+
+def _hashed(fragment: Path) -> pl.DataFrame:
+    """A file's samples with a hash of each one's text."""
+    frame = _collect(_scan([fragment], SAMPLES))
+    hashes = [completion_hash(*text) for text in frame.select("completion", "completion_raw").iter_rows()]
+    return frame.with_columns(pl.Series("completion_hash", hashes, dtype=pl.String))
+
+
+def completion_hash(completion: str, raw: bytes | None) -> str:
+    """By what a later grade knows the text that it was given for; 32 hexadecimal digits."""
+    return hashlib.sha256(completion.encode() if raw is None else raw).hexdigest()[:32]
+
+
 def _scan(paths: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:
     """Files of any format version; columns that a version lacks are missing values."""
     columns = polars_schema(schema)
     if not paths:
         return pl.LazyFrame(schema=columns)
-    return pl.scan_parquet(list(paths), schema=columns, missing_columns="insert", extra_columns="ignore")
+    return pl.scan_parquet(
+        list(paths), schema=columns, missing_columns="insert", extra_columns="ignore", glob=False
+    )
 
 
 def _collect(frame: pl.LazyFrame) -> pl.DataFrame:

@@ -73,7 +73,7 @@ def generate_samples(
     """Draw the missing samples from the reference policy, grade them and append them to the store."""
     places = {prompt.id: place for place, prompt in enumerate(missing.prompts)}
     running: dict[Address, dict[str, Any]] = {}
-    check = GraderCheck()
+    check = GraderCheck(nothing_judged_before=not store.fragments())
     with FragmentWriter(store.append) as writer, SamplingProgress(missing.samples_PN, console) as progress:
 
         def collect(graded: Sequence[tuple[Any, Grade]]) -> None:
@@ -84,33 +84,40 @@ def generate_samples(
                 writer.discard()
                 raise UserError(check.complaint())
 
-        for completion in engine.generate(missing.requests(seed), sampling):
-            address = completion.key
-            assert isinstance(address, tuple)
-            place = places[address[0]]
-            prompt = missing.prompts[place]
-            running[address] = ungraded_row(prompt, address[1], completion)
-            pool.submit(
-                address,
-                prompt=prompt.text,
-                completion=completion.text,
-                answer=prompt.answer,
-                truncated=completion.truncated,
-            )
+        try:
+            for completion in engine.generate(missing.requests(seed), sampling):
+                address = completion.key
+                assert isinstance(address, tuple)
+                place = places[address[0]]
+                prompt = missing.prompts[place]
+                running[address] = ungraded_row(prompt, address[1], completion)
+                pool.submit(
+                    address,
+                    prompt=prompt.text,
+                    completion=completion.text,
+                    answer=prompt.answer,
+                    truncated=completion.truncated,
+                )
+                collect(pool.ready())
+                progress.add(place, len(completion.token_ids))
+            check.all_there = True
+            collect(pool.drain())
+        finally:  # interrupted: what is graded by now is kept
             collect(pool.ready())
-            progress.add(place, len(completion.token_ids))
-        check.all_there = True
-        collect(pool.drain())
     for reason, count in check.unjudged.most_common(3):
         console.print(f"{count:,} completions could not be judged, reward 0: {reason}")
 
 
 class GraderCheck:
-    """Finds out whether the grader can judge anything at all."""
+    """Finds out whether the grader can judge anything at all.
 
-    def __init__(self) -> None:
+    Where it has judged samples before, a few hard ones that were left over say nothing about it.
+    """
+
+    def __init__(self, *, nothing_judged_before: bool) -> None:
         self.unjudged: Counter[str] = Counter()
         self.all_there = False
+        self._few_are_enough = nothing_judged_before
         self._trials = 0
 
     def count(self, grade: Grade) -> None:
@@ -120,7 +127,7 @@ class GraderCheck:
 
     @property
     def broken(self) -> bool:
-        enough = self._trials >= GRADER_TRIAL or self.all_there
+        enough = self._trials >= GRADER_TRIAL or (self.all_there and self._few_are_enough)
         return enough and self.unjudged.total() == self._trials > 0
 
     def complaint(self) -> str:

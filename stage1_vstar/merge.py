@@ -19,6 +19,7 @@ from common.store import (
     add_bytes,
     addresses,
     damage,
+    mixed_tokens,
     sample_files,
     set_aside_damaged,
 )
@@ -41,10 +42,10 @@ def merge_runs(
         if not every:
             raise UserError(f"every file of {', '.join(sources)} is damaged: there is nothing to add")
         provenance, allowance = read_provenance(every[0]), Allowance(allow_mismatch)
-        allowance.refuse_unknown(list(provenance.fields()))
+        allowance.refuse_unknown([*provenance.fields(), "prompt.tokens"])
         store = SampleStore(target.samples, provenance, allowance)
-        for file in every:
-            store.check(file)
+        graders = {str(store.check(file).identity["grader"]) for file in every}
+        store.refuse_other_tokens(mixed_tokens(every))
         there = addresses(sample_files(target.samples))
         for folder, files in whole.items():
             before = there.height
@@ -56,6 +57,12 @@ def merge_runs(
             found = addresses(samples).height
             added = there.height - before
             console.print(f"{folder}: {added:,} samples added, {found - added:,} were there", soft_wrap=True)
+    if len(graders) > 1:
+        console.print(
+            f"the samples were graded by {', '.join(sorted(graders))}: `python cli.py regrade --run {run}` has one "
+            "grader judge all",
+            soft_wrap=True,
+        )
     console.print(
         f"{target.samples}: {there.height:,} samples of {there['prompt_id'].n_unique():,} prompts; "
         f"`python cli.py vstar --run {run}` estimates V̂* from them",

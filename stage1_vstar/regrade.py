@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.grading import Grade, GraderPool, Outcome, fingerprint
 from common.provenance import ACCEPTED, Allowance, Provenance, read_provenance
 from common.schema import VSTAR, read_vstar, write_table, write_vstar
-from common.store import SampleStore, original_text, sample_files, set_aside_damaged
+from common.store import JUDGED, SampleStore, original_text, sample_files, set_aside_damaged
 from stage1_vstar.generate import GraderCheck
 from stage1_vstar.table import vstar_rows
 from stage1_vstar.writer import FragmentWriter
@@ -46,9 +46,11 @@ def run_regrade(config: Config, console: Console, *, as_json: bool = False) -> N
     Text is never rewritten and nothing is generated. The new table, the changed prompts and a summary appear in
     artifacts/<run>/regraded/<grader>/; the old table stays. A re-run continues. Raises UserError.
     """
-    notices = Console(stderr=True, highlight=False) if as_json else console
+    notices = Console(stderr=True, highlight=False, markup=False) if as_json else console
     paths = run_paths(config.run)
     grader = fingerprint(config.grader)
+    if not sample_files(paths.samples):
+        raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
     with exclusive_run(paths, "vstar"):
         for line in set_aside_damaged(paths.samples):
             notices.print(f"{line}; `vstar` draws its samples anew", soft_wrap=True)
@@ -89,7 +91,9 @@ def run_regrade(config: Config, console: Console, *, as_json: bool = False) -> N
 def open_store(paths: RunPaths, grader: str) -> SampleStore:
     """The run's store as this grader sees it. What else its samples' identity says does not matter to their text."""
     if not (files := sample_files(paths.samples)):
-        raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
+        raise UserError(
+            f"no whole file is left in {paths.samples}; draw the samples anew: `python cli.py vstar`"
+        )
     found = read_provenance(files[0])
     ours = replace(found, identity={**found.identity, "grader": grader})
     return SampleStore(paths.samples, ours, Allowance([name for name in ours.identity if name != "grader"]))
@@ -111,29 +115,32 @@ def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
 
 def grade_missing(store: SampleStore, config: Config) -> None:
     """Grade the samples that this grader has not judged, a fragment at a time."""
-    check = GraderCheck()
+    check = GraderCheck(nothing_judged_before=not store.grade_fragments())
     with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:
 
         def collect(graded: list[tuple[Any, Grade]]) -> None:
-            for (prompt_id, index), grade in graded:
+            for judged, grade in graded:
                 check.count(grade)
-                writer.add({"prompt_id": prompt_id, "sample_index": index, **grade.columns()})
+                writer.add(dict(zip(JUDGED, judged, strict=True)) | grade.columns())
             if check.broken and not writer.written:
                 writer.discard()
                 raise UserError(check.complaint())
 
-        for frame in store.ungraded():
-            for row in frame.iter_rows(named=True):
-                pool.submit(
-                    (row["prompt_id"], row["sample_index"]),
-                    prompt=row["prompt"],
-                    completion=original_text(row["completion"], row["completion_raw"]),
-                    answer=row["answer"],
-                    truncated=row["outcome"] == Outcome.TRUNCATED,
-                )
-                collect(pool.ready())
-        check.all_there = True
-        collect(pool.drain())
+        try:
+            for frame in store.ungraded():
+                for row in frame.iter_rows(named=True):
+                    pool.submit(
+                        tuple(row[name] for name in JUDGED),
+                        prompt=row["prompt"],
+                        completion=original_text(row["completion"], row["completion_raw"]),
+                        answer=row["answer"],
+                        truncated=row["outcome"] == Outcome.TRUNCATED,
+                    )
+                    collect(pool.ready())
+            check.all_there = True
+            collect(pool.drain())
+        finally:
+            collect(pool.ready())
 
 
 def regraded_rows(old: pl.DataFrame, store: SampleStore, *, drop_unsolved: bool) -> pl.DataFrame:

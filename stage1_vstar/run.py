@@ -69,6 +69,10 @@ def run_stage1(
         for line in set_aside_damaged(paths.samples):
             console.print(f"{line}; its samples will be drawn anew", soft_wrap=True)
         store = SampleStore(paths.samples, provenance, allowance)
+        if surplus := store.surplus():
+            console.print(
+                f"{surplus:,} samples in {paths.samples} are there more than once; the first of each counts"
+            )
         if (ungraded := store.ungraded_count()) and not store.accept_other_grades():
             raise UserError(
                 f"{ungraded:,} samples in {paths.samples} were graded by another grader than this run's "

@@ -50,10 +50,10 @@ class FragmentWriter:
 
     def _flush(self) -> None:
         self._settle()
-        if self._rows:
-            self._writing = self._thread.submit(self._append, self._rows)
+        if rows := self._rows:
+            self._start()  # first: rows must not be written twice, whatever interrupts this
             self.written = True
-            self._start()
+            self._writing = self._thread.submit(self._append, rows)
 
     def _settle(self) -> None:
         writing, self._writing = self._writing, None

@@ -61,7 +61,9 @@ def scripted_engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterat
 def run(config: Config, shard: Shard = WHOLE, *, allow_mismatch: Collection[str] = ()) -> str:
     """Run stage 1; returns what it printed."""
     printed = io.StringIO()
-    run_stage1(config, Console(file=printed, width=200), shard=shard, allow_mismatch=allow_mismatch)
+    run_stage1(
+        config, Console(file=printed, width=200, markup=False), shard=shard, allow_mismatch=allow_mismatch
+    )
     return printed.getvalue()
 
 

@@ -25,6 +25,13 @@ def by_command(prompt, completion, answer):
     if completion == "exit": os._exit(3)
     if completion == "abort": os.abort()
     if completion == "quit": raise SystemExit
+    if completion.startswith("fork"):
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        if completion == "fork and exit": os._exit(3)
+        while completion == "fork and loop": pass
+        return 1.0
     if completion == "raise": raise KeyError("no")
     if completion == "loop":
         while True: pass
@@ -152,6 +159,30 @@ def test_a_crash_costs_one_grade_and_the_rest_of_the_batch_is_graded(rewards: st
     assert "SIGABRT" in str(grades[3].reason)
     assert "KeyError" in str(grades[5].reason)
     assert grades[0].reward == 20.0
+
+
+def test_processes_that_a_reward_starts_end_with_it_and_hold_nothing_up(rewards: str) -> None:
+    commands = ["20", "fork", "fork and exit", "fork and loop", "20"]
+    began = time.monotonic()
+    with GraderPool(GraderConfig(name=f"{rewards}:by_command", workers=1, timeout_seconds=1)) as pool:
+        grades = pool.grade_all([task(command, "0") for command in commands])
+    assert [grade.outcome for grade in grades] == [
+        Outcome.CORRECT,
+        Outcome.CORRECT,
+        Outcome.VERIFIER_CRASH,
+        Outcome.VERIFIER_TIMEOUT,
+        Outcome.CORRECT,
+    ]
+    assert "exit status 3" in str(grades[2].reason)
+    assert time.monotonic() - began < 50  # the children sleep for 60
+
+
+def test_a_worker_that_is_stopped_before_it_begins_has_a_deadline_too(rewards: str) -> None:
+    with GraderPool(GraderConfig(name=f"{rewards}:by_command", workers=1, timeout_seconds=1)) as pool:
+        [worker] = workers_of(os.getpid())
+        os.kill(worker, signal.SIGSTOP)
+        assert [grade.outcome for grade in pool.grade_all([task("20")])] == [Outcome.CORRECT]
+        assert workers_of(os.getpid()) != [worker]
 
 
 def test_a_custom_reward_keeps_its_value_and_sees_the_prompt(rewards: str) -> None:

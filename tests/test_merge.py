@@ -195,6 +195,42 @@ def test_grades_of_another_grader_travel_along(
     assert set(rows_of("joined")["rewards"].explode()) == {0.0, 0.5}
 
 
+def test_grades_that_travel_along_judge_no_other_text(
+    tiny_model: Path, data_file: Path, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grader = {"name": write_grader(tmp_path, monkeypatch)}
+    engines.next = ScriptedEngine(lambda _: "3")
+    run(tiny_config(tiny_model, data_file, run="source"))
+    run_regrade(tiny_config(tiny_model, data_file, run="source", grader=grader), Console(file=io.StringIO()))
+    engines.next = ScriptedEngine(lambda _: "2")
+    run(tiny_config(tiny_model, data_file, run="joined"))
+    assert "0 samples added" in merge("source")
+    run_regrade(tiny_config(tiny_model, data_file, run="joined", grader=grader), Console(file=io.StringIO()))
+    regraded = next((run_paths("joined").root / "regraded").glob("*/vstar.parquet"))
+    judged = (
+        pl.read_parquet(regraded).explode("rewards", "outcomes").filter(pl.col("outcomes") != "truncated")
+    )
+    assert set(judged["rewards"]) == {0.0}
+
+
+def test_samples_of_different_graders_are_joined_and_that_is_said(tmp_path: Path, artifacts: Path) -> None:
+    ours = store_of(tmp_path / "a", {"p1": ["correct"]})
+    theirs = store_of(tmp_path / "b", {"p2": ["correct"]}, grader="math/2")
+    assert "graded by gsm8k/1, math/2: `python cli.py regrade --run joined`" in merge(ours, theirs)
+
+
+def test_samples_of_a_prompt_from_different_tokens_are_refused(tmp_path: Path, artifacts: Path) -> None:
+    ours = store_of(tmp_path / "a", {"p1": ["correct"]})
+    rendered_otherwise = sample_rows({"p1": ["correct", "wrong"]}).with_columns(prompt_token_hash=pl.lit("t"))
+    provenance = Provenance(identity=IDENTITY, context=CONTEXT)
+    SampleStore(tmp_path / "b" / "samples", provenance).append(rendered_otherwise[1:].to_dicts())
+    with pytest.raises(UserError, match=r"prompt\.tokens differ for 1 prompts, such as p1"):
+        merge(ours, tmp_path / "b")
+    assert not sample_files(samples_of("joined"))
+    merge(ours, tmp_path / "b", allow_mismatch=("prompt.tokens",))
+    assert addresses(sample_files(samples_of("joined"))).height == 2
+
+
 # What is damaged.
 
 

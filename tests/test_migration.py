@@ -110,8 +110,9 @@ def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engine
 
 @pytest.fixture
 def old_run(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Path:
-    """The first format's run, on a machine that has the model and the libraries of then."""
+    """The first format's run, on a machine that has the model, the libraries and the grader of then."""
     written = document_of(V1 / "vstar.parquet")
+    monkeypatch.setattr("stage1_vstar.run.fingerprint", lambda _: written["identity"]["grader"])
     monkeypatch.setattr("stage1_vstar.run.model_identity", lambda _: written["identity"]["model"])
     monkeypatch.setattr("common.artifacts._version", lambda name: written["context"]["versions"].get(name))
     return Path(shutil.copytree(V1, artifacts / "test"))

@@ -69,11 +69,11 @@ def test_an_interrupted_run_continues_with_what_is_missing_and_gives_the_same_ro
     def fragments() -> list[Path]:
         return list(samples.glob("part-*"))
 
-    def there_are(many: int) -> Callable[[], bool]:
-        return lambda: len(fragments()) == many
+    def one_more_than(many: int) -> Callable[[], bool]:
+        return lambda: len(fragments()) > many
 
-    for many in (1, 2):
-        engines.next = ScriptedEngine(dies_when=there_are(many))
+    for _ in range(2):
+        engines.next = ScriptedEngine(dies_when=one_more_than(len(fragments())))
         with pytest.raises(EngineDied):
             run(config)
         assert not run_paths("test").vstar.exists()
@@ -183,7 +183,7 @@ def test_the_second_of_two_jobs_is_told_before_it_loads_an_engine(
             "sampling.max_completion_tokens is 12 there and 11 here",
         ),
         ({"data": {"template": "plain"}}, r'prompt.template is "{prompt}\n" there and "{prompt}" here'),
-        ({"grader": {"name": "math"}}, 'grader is "gsm8k/1" there and "math/'),
+        ({"grader": {"name": "math"}}, 'grader is "gsm8k/2" there and "math/'),
         ({"seed": 5}, "seed is 0 there and 5 here"),
     ],
 )
@@ -417,3 +417,50 @@ def test_a_grader_that_can_judge_nothing_stops_the_run_and_keeps_nothing(
     assert not list(run_paths("test").samples.glob("*.parquet"))
     assert not run_paths("test").vstar.exists()
     assert engines.loaded == 1
+
+
+REWARD_WITHOUT_MERCY = """
+def reward(prompt, completion, answer):
+    if completion.endswith("4"): raise ValueError("no [/b] for [red]you")
+    return 1.0
+"""
+
+
+@pytest.fixture
+def merciless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "stage1_test_reward.py").write_text(REWARD_WITHOUT_MERCY)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "stage1_test_reward:reward"
+
+
+def test_a_few_hard_samples_that_were_left_over_do_not_condemn_the_grader(
+    tiny_model: Path, data_file: Path, engines: Engines, merciless: str
+) -> None:
+    engines.next = ScriptedEngine(lambda _: "1")
+    run(tiny_config(tiny_model, data_file, grader={"name": merciless}))
+    engines.next = ScriptedEngine(lambda _: "4")
+    printed = run(tiny_config(tiny_model, data_file, grader={"name": merciless}, vstar={"num_samples": 5}))
+    assert rows_of()["outcomes"].list.count_matches("verifier_crash").max() == 1
+    assert "no [/b] for [red]you" in printed
+
+
+def test_what_was_graded_when_the_engine_died_is_kept(
+    tiny_model: Path, data_file: Path, engines: Engines
+) -> None:
+    engines.next = ScriptedEngine(dies_when=lambda: len(engines.next.drawn) == 12, sample_seconds=0.05)
+    with pytest.raises(EngineDied):
+        run(tiny_config(tiny_model, data_file))
+    [fragment] = run_paths("test").samples.glob("part-*")
+    assert pl.read_parquet(fragment).height >= 8
+
+
+def test_a_folder_that_is_a_file_is_named(
+    tiny_model: Path, data_file: Path, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match=r"cannot write to .*file/test: Not a directory; .*ASTAR_PO_ARTIFACTS"
+    ):
+        run(tiny_config(tiny_model, data_file))
+    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", str(tmp_path / "artifacts"))

@@ -16,7 +16,7 @@ import pytest
 from common.errors import UserError
 from common.provenance import Allowance, Provenance, read_provenance
 from common.schema import SAMPLES
-from common.store import SampleStore, damage, original_text, set_aside_damaged, stored_text
+from common.store import SampleStore, completion_hash, damage, original_text, set_aside_damaged, stored_text
 from tests.fakes import CONTEXT, IDENTITY, sample_rows
 
 OUTCOMES = {
@@ -180,11 +180,43 @@ def test_leftovers_of_dead_and_old_writers_are_removed_and_those_of_living_ones_
     assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere])
 
 
-def test_a_sample_that_comes_twice_is_named(tmp_path: Path) -> None:
+def test_of_samples_that_are_there_twice_the_first_counts(tmp_path: Path) -> None:
     append(tmp_path, sample_rows(OUTCOMES))
-    append(tmp_path, sample_rows({"p2": ["wrong"]}))
-    with pytest.raises(UserError, match=r"2 rows break the rule “a sample appears once”.*'prompt_id': 'p2'"):
-        SampleStore(tmp_path, PROVENANCE).grades(PROMPTS, 3)
+    assert SampleStore(tmp_path, PROVENANCE).surplus() == 0
+    append(tmp_path, sample_rows({"p2": ["correct"]}))
+    store = SampleStore(tmp_path, PROVENANCE)
+    assert store.surplus() == 1
+    first = pl.concat([pl.read_parquet(path) for path in store.fragments()]).unique(
+        ["prompt_id", "sample_index"], keep="first", maintain_order=True
+    )
+    assert first.height == 9
+    assert store.grades(PROMPTS, 3).select("prompt_id", "sample_index", "reward").rows() == (
+        first.select("prompt_id", "sample_index", "reward").rows()
+    )
+    assert store.read().height == 9
+
+
+def test_a_later_grade_counts_for_the_text_that_it_judged_alone(tmp_path: Path) -> None:
+    append(tmp_path, sample_rows({"p1": ["correct", "wrong"]}))
+    store = SampleStore(tmp_path, other(grader="math/2"))
+    store.add_grades(grade_rows({"p1": ["wrong", "correct"]}))
+    assert store.ungraded_count() == 0
+    [fragment] = store.fragments()
+    redrawn = sample_rows({"p1": ["correct", "wrong"]}).with_columns(
+        pl.Series("completion", ["#### 0", "#### another"])
+    )
+    fragment.unlink()
+    append(tmp_path, redrawn)
+    store = SampleStore(tmp_path, other(grader="math/2"))
+    assert [row["completion"] for frame in store.ungraded() for row in frame.to_dicts()] == ["#### another"]
+    assert store.grades(PROMPTS, 3)["sample_index"].to_list() == [0]
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path: Path) -> None:
+    folder, other_folder = tmp_path / "r[1]", tmp_path / "r1"
+    append(folder, sample_rows(OUTCOMES))
+    append(other_folder, sample_rows({"p1": ["wrong"]}))
+    assert SampleStore(folder, PROVENANCE).present(PROMPTS, 3).all()
 
 
 @pytest.mark.parametrize("step", ["write", "sync", "rename", "folder"])
@@ -274,10 +306,9 @@ def test_samples_of_prompts_that_were_rendered_to_other_tokens_are_refused(tmp_p
 
 
 def grade_rows(outcomes: dict[str, list[str]]) -> list[dict[str, Any]]:
-    rows = sample_rows(outcomes).select(
-        "prompt_id", "sample_index", "outcome", "extracted", "reward", "reason"
-    )
-    return rows.to_dicts()
+    rows = sample_rows(outcomes).to_dicts()
+    hashes = [{"completion_hash": completion_hash(row["completion"], row["completion_raw"])} for row in rows]
+    return [row | its_hash for row, its_hash in zip(rows, hashes, strict=True)]
 
 
 def test_another_graders_samples_count_once_this_graders_verdicts_are_there(tmp_path: Path) -> None:

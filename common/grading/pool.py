@@ -244,11 +244,16 @@ class GraderPool:
     def _listen(self) -> None:
         """Sleeps until a worker speaks or dies, a deadline passes, or a caller has work."""
         limits = [left for worker in self._workers if (left := worker.seconds_left()) is not None]
-        speakers = {worker.connection: worker for worker in self._workers}
-        heard = connection.wait([*speakers, self._wake_reader], max(0.0, min(limits)) if limits else None)
+        speakers: dict[Any, WorkerProcess] = {worker.connection: worker for worker in self._workers}
+        exits: dict[Any, WorkerProcess] = {worker.exit_descriptor: worker for worker in self._workers}
+        timeout = max(0.0, min(limits)) if limits else None
+        heard = connection.wait([*speakers, *exits, self._wake_reader], timeout)
         for speaker in heard:
-            if isinstance(speaker, connection.Connection):
+            if speaker in speakers:
                 self._receive(speakers[speaker])
+            elif speaker in exits:
+                if exits[speaker].connection not in heard:  # else all that it said is read first
+                    self._bury(exits[speaker])
             else:
                 os.read(self._wake_reader, 4096)
                 if not self._waiting and not self._closing:
@@ -262,19 +267,27 @@ class GraderPool:
         )
 
     def _receive(self, worker: WorkerProcess) -> None:
-        rest: list[Job] = []
         try:
             finished = worker.receive()
-            self._fruitless_deaths = 0
         except ValueError as refusal:
             raise UserError(str(refusal)) from None
         except EOFError:
-            finished, rest = worker.bury()
-            self._workers.remove(worker)
-            self._fruitless_deaths += not finished
-            if self._fruitless_deaths >= MAX_FRUITLESS_DEATHS:
-                raise UserError(self._hopeless(worker)) from None
-            self._workers.append(self._spawn())
+            self._bury(worker)
+        else:
+            self._fruitless_deaths = 0
+            self._deliver(finished, [])
+
+    def _bury(self, worker: WorkerProcess) -> None:
+        """Replaces a dead worker; what it had not finished goes back to the front of the queue."""
+        finished, rest = worker.bury()
+        self._workers.remove(worker)
+        self._fruitless_deaths += not finished
+        if self._fruitless_deaths >= MAX_FRUITLESS_DEATHS:
+            raise UserError(self._hopeless(worker))
+        self._workers.append(self._spawn())
+        self._deliver(finished, rest)
+
+    def _deliver(self, finished: list[tuple[Job, Grade]], rest: list[Job]) -> None:
         with self._changed:
             self._started = self._started or all(each.ready for each in self._workers)
             for job, grade in finished:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,7 +61,7 @@ class WorkerProcess:
         self.death = ""  # how it died, once buried
         self._received = 0
         self._killed = False
-        self._sent = 0.0
+        self._sent = self._heard = 0.0
         self._limit_seconds = timeout_seconds + KILL_GRACE_SECONDS
         self._started = time.monotonic()
         ours, theirs = socket.socketpair()
@@ -86,8 +87,11 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # what a rule starts ends with it
             )
         self.connection = Connection(ours.detach())
+        self.exit_descriptor = os.pidfd_open(self._process.pid)
+        """Readable once the process is gone: a child of a rule's may keep the connection open beyond that."""
 
     @property
     def pid(self) -> int:
@@ -97,6 +101,7 @@ class WorkerProcess:
         """Sends to a waiting worker, so it never blocks for long; a dead one shows at the next receive."""
         self.batch.extend(jobs)
         self._received, self._sent = 0, time.monotonic()
+        self._heard = self._sent
         try:
             tasks = [(job.prompt, job.completion, job.answer) for job in jobs]
             self.connection.send_bytes(pickle.dumps(tasks, pickle.HIGHEST_PROTOCOL))
@@ -118,6 +123,7 @@ class WorkerProcess:
             self.ready = True
             return []
         self._received += len(message)
+        self._heard = time.monotonic()
         finished = [(self.batch.popleft(), _grade(*parts)) for parts in message]
         if not self.batch:
             fast = time.monotonic() - self._sent < BATCH_SECONDS
@@ -125,28 +131,32 @@ class WorkerProcess:
         return finished
 
     def seconds_left(self) -> float | None:
-        """Until this process must be killed; None while it waits for work."""
+        """Until this process must be killed; None while it waits for work, or for its end."""
+        if self._killed:
+            return None
         if not self.ready:
             return self._started + START_SECONDS - time.monotonic()
         if not self.batch:
             return None
         progress = self._page.read()
-        if not progress.busy:
-            return BATCH_SECONDS  # has not begun yet: look again
-        return progress.started + self._limit_seconds - time.monotonic()
+        since = progress.started if progress.busy else max(self._heard, progress.started)
+        return since + self._limit_seconds - time.monotonic()
 
     def kill(self) -> None:
         self._killed = True
-        self._process.kill()
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def bury(self) -> tuple[list[tuple[Job, Grade]], list[Job]]:
         """Reaps a dead process: what it finished, with a grade for the item that it died on, and the rest."""
         finished: list[tuple[Job, Grade]] = []
-        try:
-            while self.ready:
+        with suppress(EOFError):
+            while self.ready and self.connection.poll():
                 finished += self.receive()
-        except EOFError:
-            pass
+        self._kill_group()
         self.death = _death(self._process.wait(), killed=self._killed)
         progress = self._page.read()
         rest = list(self.batch)
@@ -158,6 +168,7 @@ class WorkerProcess:
         self.batch.clear()
         self.connection.close()
         self._page.close()
+        os.close(self.exit_descriptor)
         return finished, rest
 
 

@@ -10,14 +10,17 @@ from decimal import Decimal
 from common.errors import UserError
 from common.grading.outcome import Grade, Outcome, graded
 
-VERSION = "gsm8k/1"
+VERSION = "gsm8k/2"
 MARKER = "####"
 MAX_COMPLETION_CHARACTERS = 65_536
 
-# One character class before the number, and possessive digits: linear on any text. A number that goes on as
-# a fraction, power, time, range or calculation is not the answer it begins with.
-_NUMBER = r"([-+]?\$?(?:[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++))(?!\s?[/^=:+×]|\s?[-*]\s?[0-9])"
-_MARKED_NUMBER = re.compile(MARKER + r"[\s:$*]*" + _NUMBER)
+# Possessive digits: linear on any text. A number that goes on as a fraction, power, time, range, calculation or
+# another number is not the answer it begins with.
+_NUMBER = (
+    r"([-+]?\$?(?:[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++))"
+    r"(?!\s?[/^=:+×]|\s?[-*]\s?[0-9]|[ \t]*\.?[0-9]|[eE][-+]?[0-9])"
+)
+_LEADING_NUMBER = re.compile(r"[\s:$*]*" + _NUMBER)
 _BARE_NUMBER = re.compile(r"[\s$]*" + _NUMBER + r"[\s.]*")
 
 
@@ -37,10 +40,11 @@ def grade(prompt: str, completion: str, answer: str) -> Grade:
     gold = _gold_number(answer)
     if gold is None:
         return graded(Outcome.GOLD_UNPARSED)
-    found = _MARKED_NUMBER.findall(completion[-MAX_COMPLETION_CHARACTERS:])
+    _, marker, rest = completion[-MAX_COMPLETION_CHARACTERS:].rpartition(MARKER)
+    found = _LEADING_NUMBER.match(rest) if marker else None
     if not found:
         return graded(Outcome.UNPARSED)
-    return graded(Outcome.CORRECT if _number(found[-1]) == gold else Outcome.WRONG, found[-1])
+    return graded(Outcome.CORRECT if _number(found[1]) == gold else Outcome.WRONG, found[1])
 
 
 def _gold_number(answer: str) -> Decimal | None:

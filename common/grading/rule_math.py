@@ -26,12 +26,15 @@ _INTEGER = re.compile(r"-?[0-9]+")
 _DECIMAL = re.compile(r"(-?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+))(\.[0-9]+)?")
 _POSITIVE = "(0*[1-9][0-9]*)"
 _RATIO = re.compile(
-    rf"(-?)([0-9]*)\s*\\[dt]?frac\{{{_POSITIVE}\}}\{{{_POSITIVE}\}}|(-?)(){_POSITIVE}/{_POSITIVE}"
+    rf"(-?)([0-9]*)\s*\\[dt]?frac\{{{_POSITIVE}\}}\{{{_POSITIVE}\}}|(-?)((?:[0-9]+\s+)?){_POSITIVE}/{_POSITIVE}"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TOKEN = re.compile(r"\\[A-Za-z]+|[^\s$]")
-_SPACING = re.compile(r"\\[!,;:> ]|\\quad|\\displaystyle|\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\$|~|\s+")
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\})(?=[0-9]{3}(?![0-9]))")
+_SPACING = re.compile(
+    r"(?:\\[!,;:> ]|\\quad|\\displaystyle|\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\$|~|\s)+"
+)
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\,|\\ |~|\s)(?=[0-9]{3}(?![0-9/]))")
+_NO_NUMBER = re.compile(r"(?<!frac)(?<!frac )(?<![0-9])[0-9]+(?:\s|~|\\[,;:> ]|\\quad)+[0-9]")  # `1 2`
 _BARE_FRACTION = re.compile(r"\\frac\s*(\\pi)\s*([0-9])")  # `\frac\pi 2`
 _TEXT_UNIT = re.compile(
     r"(?:\\[ ,;!]|~|\s)*\\(?:text|mbox|textnormal|textbf|textrm|mathrm|mathbf|textit)\s*"
@@ -171,10 +174,14 @@ def _equal(answer: str, gold: Any, box: str, predicted: Any) -> bool:
 
 
 def _normalised(text: str) -> str:
-    text = (
-        _SPACING.sub("", _THOUSANDS.sub("", text)).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
-    )
-    return text.rstrip(".,;")
+    text = _SPACING.sub(_closed_up, _THOUSANDS.sub("", text))
+    return text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").rstrip(".,;")
+
+
+def _closed_up(space: re.Match[str]) -> str:
+    """Space means nothing, except between digits: `2 3/4` is not `23/4`."""
+    before, after = space.string[: space.start()][-1:], space.string[space.end() :][:1]
+    return " " if before.isdigit() and after.isdigit() else ""
 
 
 @lru_cache(maxsize=4_096)
@@ -191,6 +198,8 @@ def _parsed(latex: str) -> Any:
     latex = " ".join(re.sub(r"(?<!\\)\$", "", latex).split()).rstrip(" .,;")
     latex = _BARE_FRACTION.sub(r"\\frac{\1}{\2}", _THOUSANDS.sub("", latex))
     latex = _BASE.sub(r"\1", _without_unit(latex))
+    if _NO_NUMBER.search(latex):
+        return None  # math-verify would multiply them
     found = parse(
         f"${latex}$",
         extraction_config=_extraction(),

@@ -119,6 +119,13 @@ def main() -> None:
     name, connection_fd, page_fd, timeout_seconds, memory_bytes = sys.argv[1:]
     connection, page = Connection(int(connection_fd)), ProgressPage(int(page_fd))
     os.close(int(page_fd))
+    os.set_inheritable(int(connection_fd), False)
+
+    def let_go() -> None:
+        connection.close()
+        page.close()
+
+    os.register_at_fork(after_in_child=let_go)  # a rule's own processes
     limit_process(int(memory_bytes))
     try:
         grader = find_grader(name)
