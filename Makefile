@@ -62,7 +62,7 @@ train: $(INSTALLED)-train $(FOLDER)/vstar.parquet ## Stage 2: train on vstar.par
 evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on held-out prompts
 	@$(BIN)/python cli.py evaluate $(OPTIONS)
 
-report: $(INSTALLED)-stage1 ## Table and plot of a run
+report: $(INSTALLED)-stage1 ## One page of a run, with what it has so far
 	@$(BIN)/python cli.py report $(if $(RUN),--run $(RUN))
 
 $(BIN)/python:

@@ -80,6 +80,17 @@ def vstar(
             help="Draw part I (from 1) of N of the prompts only, for job arrays; then run once without it.",
         ),
     ] = "1/1",
+    adaptive: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TARGET_SE",
+            help="More samples, in rounds, where the 95 % interval of V̂* is wider than ±1.96 TARGET_SE.",
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(metavar="SAMPLES", help="With --adaptive: the samples of all prompts and rounds together."),
+    ] = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Stage 1: sample, grade and estimate V̂* for each prompt. A re-run continues where the last one ended."""
@@ -87,11 +98,15 @@ def vstar(
     from common.config import load_config
 
     part = Shard.parse(shard)
+    if (adaptive is None) != (budget is None):
+        raise UserError("--adaptive and --budget go together, for example --adaptive 0.05 --budget 100000")
     settings = load_config(config, overrides or (), run)
+    from stage1_vstar.adaptive import Rule
     from stage1_vstar.run import run_stage1
 
+    rule = None if adaptive is None or budget is None else Rule(target_se=adaptive, budget=budget)
     with _ending_cleanly():
-        run_stage1(settings, console, shard=part, allow_mismatch=allow_mismatch or ())
+        run_stage1(settings, console, shard=part, adaptive=rule, allow_mismatch=allow_mismatch or ())
 
 
 @app.command()
@@ -146,6 +161,30 @@ def regrade(
 
 
 @app.command()
+def forecast(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    vstar_file: VstarFile = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that will train, one a GPU.")] = 1,
+    gpu_gib: Annotated[float, typer.Option("--gpu-memory", min=1, help="GiB of memory of each GPU.")] = 80,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """What stage 2 will take: steps, tokens, the first iteration's loss and reward, memory a GPU. Loads no model."""
+    from common.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    from stage2_train.forecast import forecast as forecast_training
+    from stage2_train.forecast import show, to_json
+
+    figures = forecast_training(settings, _vstar_path(settings.run, vstar_file), gpus=gpus, gpu_gib=gpu_gib)
+    if as_json:
+        print(to_json(figures))
+    else:
+        show(figures, console)
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         Path | None,
@@ -191,7 +230,7 @@ def evaluate(
 
 @app.command()
 def report(run: RunName = "demo") -> None:
-    """Table and plots of a run: before and after, and the training curves."""
+    """A run on one page, report/report.html: distributions, samples, cost, provenance, and what training did."""
     from common.artifacts import run_paths
     from common.report import write_report
 
@@ -204,14 +243,17 @@ def rescore(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
     output: Output = None,
+    estimator: Annotated[
+        str, typer.Option(help="plugin (the paper's), jackknife or beta_binomial; see docs/uncertainty.md.")
+    ] = "plugin",
 ) -> None:
-    """V̂* under a new β1, from the cached rewards: no model, no generation."""
+    """V̂* under a new β1 or by another estimator, from the cached rewards: no model, no generation."""
     from stage1_vstar.rescore import rescore as rescore_file
 
     if not beta1 >= 0:
         raise UserError(f"--beta1 must be 0 or more (inf is the mean), found {beta1}")
     source = _vstar_path(run, vstar_file)
-    console.print(rescore_file(source, output or source, beta1))
+    console.print(rescore_file(source, output or source, beta1, estimator), soft_wrap=True)
 
 
 @app.command("filter")
@@ -223,15 +265,66 @@ def filter_command(
     drop_solved: Annotated[bool, typer.Option(help="Drop prompts whose samples are all correct.")] = False,
     min_pass_rate: Annotated[float, typer.Option(help="Drop prompts below this pass rate.")] = 0.0,
     max_pass_rate: Annotated[float, typer.Option(help="Drop prompts above this pass rate.")] = 1.0,
+    max_interval_width: Annotated[
+        float, typer.Option(help="Drop prompts whose 95 % interval of V* is wider.")
+    ] = float("inf"),
+    max_truncated: Annotated[
+        float, typer.Option(help="Drop prompts of whose samples a larger share was cut off.")
+    ] = 1.0,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="EXPR", help='Keep only prompts for which this SQL condition holds: "vstar_se < 0.1".'
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Choose the prompts to train on: as flags in the artifact, or with --output into a new file."""
     from stage1_vstar.filter import drop_rules, filter_prompts
 
     rules = drop_rules(
-        unsolved=drop_unsolved, solved=drop_solved, min_pass_rate=min_pass_rate, max_pass_rate=max_pass_rate
+        unsolved=drop_unsolved,
+        solved=drop_solved,
+        min_pass_rate=min_pass_rate,
+        max_pass_rate=max_pass_rate,
+        max_interval_width=max_interval_width,
+        max_truncated=max_truncated,
+        where=where or (),
     )
-    for line in filter_prompts(_vstar_path(run, vstar_file), output, rules):
-        console.print(line)
+    filtered = filter_prompts(_vstar_path(run, vstar_file), output, rules)
+    if as_json:
+        print(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
+    else:
+        for line in filtered.lines():
+            console.print(line, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    run: RunName = "demo",
+    vstar_file: VstarFile = None,
+    beta1: Annotated[
+        list[str] | None, typer.Option("--beta1", metavar="LIST", help="β1 to try, such as inf,1,0.5,0.")
+    ] = None,
+    num_samples: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LIST", help="N to try, such as 1,2,4,8; by default up to all."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Which N, which β1: what smaller N and other β1 would have given, as a table, JSON and plots in report/."""
+    from stage1_vstar.sweep import run_sweep, to_json
+    from stage1_vstar.sweep_view import show
+
+    source = _vstar_path(run, vstar_file)
+    figures = run_sweep(source, beta1=beta1 or (), num_samples=num_samples or ())
+    if as_json:
+        print(to_json(figures))
+    else:
+        show(figures, console)
+        console.print(
+            f"{source.parent / 'report'}/sweep.png, .svg and .json: the same as plots, and more figures"
+        )
 
 
 @app.command()

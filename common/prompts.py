@@ -80,7 +80,7 @@ class PromptRenderer:
     def __init__(self, folder: Path, data: DataConfig) -> None:
         """Load the tokenizer. Raises UserError if it cannot end a completion or knows no chat template."""
         self.tokenizer = load_tokenizer(folder)
-        self.template = _template(data)
+        self.template = prompt_template(data)
         self.eos_token_ids = eos_token_ids(folder, self.tokenizer)
         if self.template == "chat" and not self.tokenizer.chat_template:
             raise UserError(
@@ -137,7 +137,8 @@ def eos_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[i
     return tuple(sorted(ids))
 
 
-def _template(data: DataConfig) -> str:
+def prompt_template(data: DataConfig) -> str:
+    """The text that a question is put into, in place of {prompt}; or "chat". Raises UserError for an unknown name."""
     name = data.template or FORMATS[data.format].template
     if name == "chat":
         return name

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from common.errors import DamagedFile, UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 METADATA_KEY = b"astar_po"
 ACCEPTED = "accepted_mismatches"
 """In a file's context: the differences that were accepted when it was made."""
@@ -155,5 +155,10 @@ def _from_1(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "identity": {**identity, "revision": context["model_revision"], **sampler}}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 added the column `dropped_by` and, where V̂* is not the paper's, `estimator` to the context."""
+    return document
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """From each format version to the next. Columns that a version lacks are read as missing values."""

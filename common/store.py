@@ -6,7 +6,8 @@ content is not what its name says is set aside, and its samples are missing agai
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ DAMAGED = "damaged"
 ADDRESS = ["prompt_id", "sample_index"]
 JUDGED = [*ADDRESS, "completion_hash"]
 """What a later grade belongs to: a sample, and the text that it had."""
+SECONDS = "seconds"
+"""In a file's context: how long its samples took, from the file before it or the opening of the store."""
 _HASH_DIGITS = 64
 
 
@@ -47,6 +50,7 @@ class SampleStore:
         self._graded: list[Path] = []
         self._graded_otherwise: list[Path] = []
         self._other_grades_count = False
+        self._since = time.monotonic()
         for fragment in self.fragments():
             ours = self.check(fragment).identity["grader"] == self._grader
             (self._graded if ours else self._graded_otherwise).append(fragment)
@@ -130,7 +134,7 @@ class SampleStore:
         parts = [_scan(self._graded, SAMPLES).select(columns)]
         later = self._later_grades().lazy()
         for fragment in self._graded_otherwise:
-            others = _hashed(fragment).select(*columns, "completion_hash").lazy()
+            others = _hashed(_collect(_scan([fragment], SAMPLES))).select(*columns, "completion_hash").lazy()
             parts.append(others.drop(verdict).join(later, on=JUDGED).select(columns))
             if self._other_grades_count:
                 parts.append(others.join(later, on=JUDGED, how="anti").select(columns))
@@ -145,11 +149,34 @@ class SampleStore:
             validate(frame, schema, SAMPLES_INVARIANTS, self.folder)
         return frame
 
+    def samples_of(self, prompt_ids: Collection[str], columns: Sequence[pl.Expr]) -> pl.DataFrame:
+        """These prompts' samples with this grader's verdict, as expressions over SAMPLES; other rows are not kept.
+
+        A sample that this grader has not judged has the verdict that it was stored with.
+        """
+        chosen = pl.col("prompt_id").is_in(list(prompt_ids))
+        verdict = GRADES.names[len(JUDGED) :]
+        later = (
+            _scan(self.grade_fragments(), GRADES)
+            .filter(chosen)
+            .unique(JUDGED, keep="first", maintain_order=True)
+            .select(*JUDGED, pl.struct(verdict).alias("later"))
+        )
+        now = pl.coalesce("later", pl.struct(verdict))
+        others = (
+            _hashed(_collect(_scan(self._graded_otherwise, SAMPLES).filter(chosen)))
+            .lazy()
+            .join(later, on=JUDGED, how="left")
+            .with_columns(now.struct.field(name).alias(name) for name in verdict)
+        )
+        ours = _scan(self._graded, SAMPLES).filter(chosen)
+        return _collect(pl.concat([part.select(columns) for part in (ours, others)]))
+
     def ungraded(self) -> Iterator[pl.DataFrame]:
         """The samples that this grader has not judged yet, with text and completion_hash, a fragment at a time."""
         there = self._later_grades()
         for fragment in self._graded_otherwise:
-            missing = _hashed(fragment).join(there, on=JUDGED, how="anti")
+            missing = _hashed(_collect(_scan([fragment], SAMPLES))).join(there, on=JUDGED, how="anti")
             if missing.height:
                 yield missing
 
@@ -174,9 +201,18 @@ class SampleStore:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> Path:
         """Add samples, as rows of SAMPLES, in one fragment."""
-        path = add_fragment(self.folder, SAMPLE_FILES, rows, SAMPLES, self.provenance)
+        now = time.monotonic()
+        seconds, self._since = round(now - self._since, 3), now
+        timed = replace(self.provenance, context={**self.provenance.context, SECONDS: seconds})
+        path = add_fragment(self.folder, SAMPLE_FILES, rows, SAMPLES, timed)
         self._graded.append(path)
         return path
+
+    def seconds(self) -> float | None:
+        """What drawing these samples took, the loading of models included; None if a file does not say."""
+        recorded = [read_provenance(fragment).context.get(SECONDS) for fragment in self.fragments()]
+        known = [float(seconds) for seconds in recorded if seconds is not None]
+        return sum(known) if len(known) == len(recorded) else None
 
     def add_grades(self, rows: Sequence[dict[str, Any]]) -> Path:
         """Add this grader's verdicts on samples of other graders, as rows of GRADES."""
@@ -269,9 +305,8 @@ def mixed_tokens(files: Sequence[Path]) -> pl.DataFrame:
     return _collect(tokens.group_by("prompt_id").len().filter(pl.col("len") > 1).select("prompt_id"))
 
 
-def _hashed(fragment: Path) -> pl.DataFrame:
-    """A file's samples with a hash of each one's text."""
-    frame = _collect(_scan([fragment], SAMPLES))
+def _hashed(frame: pl.DataFrame) -> pl.DataFrame:
+    """Samples with a hash of each one's text."""
     hashes = [completion_hash(*text) for text in frame.select("completion", "completion_raw").iter_rows()]
     return frame.with_columns(pl.Series("completion_hash", hashes, dtype=pl.String))
 

@@ -1,6 +1,8 @@
 """V̂*(x) = β1 ln (1/N) Σ exp(r_i/β1): Algorithm 1, line 4. Pure numpy, for ragged lists of rewards.
 
-Shapes: _P prompt, _S sample (all prompts' samples, one after the other).
+Beside it two estimators that are less biased; docs/uncertainty.md compares them. The paper's is the default.
+
+Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _R prompt with at least two samples.
 """
 
 from dataclasses import dataclass
@@ -8,7 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import UserError
+from stage1_vstar.beta_binomial import BetaPrior, fit_prior, posterior_vstar
+
 Floats = NDArray[np.float64]
+
+ESTIMATORS: tuple[str, ...] = ("plugin", "jackknife", "beta_binomial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +24,30 @@ class Estimate:
 
     vstar_P: Floats
     se_P: Floats
+
+
+def estimate(
+    rewards_S: Floats,
+    counts_P: NDArray[np.int64],
+    beta1: float,
+    *,
+    estimator: str = "plugin",
+    prior: BetaPrior | None = None,
+) -> Estimate:
+    """Estimate V* of each prompt by one of ESTIMATORS; the arguments are those of `estimate_vstar`.
+
+    `prior` is for beta_binomial: the distribution of pass rates over all prompts of the run, where these are only
+    some of them; left out, it is fitted to these. Raises UserError for an unknown name and for data that the
+    estimator is not for.
+    """
+    assert prior is None or estimator == "beta_binomial", f"{estimator} knows no prior"
+    if estimator == "plugin":
+        return estimate_vstar(rewards_S, counts_P, beta1)
+    if estimator == "jackknife":
+        return _jackknife(rewards_S, counts_P, beta1)
+    if estimator == "beta_binomial":
+        return _beta_binomial(rewards_S, counts_P, beta1, prior)
+    raise UserError(f"there is no estimator {estimator}; choose one of {', '.join(ESTIMATORS)}")
 
 
 def estimate_vstar(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float) -> Estimate:
@@ -53,3 +84,62 @@ def estimate_vstar(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float)
         vstar_P=best_P + beta1 * np.log1p(excess_P),
         se_P=beta1 * standard_error(excess_S, excess_P) / (1.0 + excess_P),
     )
+
+
+def _jackknife(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float) -> Estimate:
+    """N V̂* − (N − 1) · mean of the V̂* that leave one sample out (Quenouille), with Tukey's standard error.
+
+    It takes the bias of order 1/N off the plug-in. Never below the plug-in, since the logarithm is concave; above
+    the best reward, where few samples and a small β1 can send it, it is cut to the best. A single sample has
+    nothing to leave out: the plug-in stays. So it does for β1 = inf, where the jackknife of a mean is the mean, and
+    for β1 = 0, where the cut gives the best reward.
+    """
+    plugin = estimate_vstar(rewards_S, counts_P, beta1)
+    several_P = counts_P > 1
+    if beta1 == 0 or np.isinf(beta1) or not several_P.any():
+        return plugin
+    rewards_S, counts_R = rewards_S[np.repeat(several_P, counts_P)], counts_P[several_P]
+    starts_R = np.concatenate([[0], np.cumsum(counts_R)[:-1]])
+    best_R = np.maximum.reduceat(rewards_S, starts_R)
+    gaps_S = rewards_S - np.repeat(best_R, counts_R)
+    with np.errstate(over="ignore"):
+        excess_S = np.expm1(gaps_S / beta1)
+    others_S = np.repeat(np.add.reduceat(excess_S, starts_R), counts_R) - excess_S
+    # Without the best sample the next best leads the sum: these terms are computed anew, the others by subtraction.
+    leaders = np.flatnonzero(gaps_S == 0)
+    leader_R = leaders[np.searchsorted(leaders, starts_R)]
+    others_S[leader_R] = 0.0
+    left_out_S = beta1 * np.log1p(others_S / np.repeat(counts_R - 1.0, counts_R))
+    left_out_S[leader_R] = estimate_vstar(np.delete(gaps_S, leader_R), counts_R - 1, beta1).vstar_P
+
+    whole_R = plugin.vstar_P[several_P]
+    mean_R = np.add.reduceat(left_out_S, starts_R) / counts_R
+    squares_R = np.add.reduceat((left_out_S - np.repeat(mean_R, counts_R)) ** 2, starts_R)
+    corrected_R = whole_R + (counts_R - 1) * (whole_R - best_R - mean_R)
+    vstar_P, se_P = plugin.vstar_P.copy(), plugin.se_P.copy()
+    vstar_P[several_P] = np.clip(corrected_R, whole_R, best_R)
+    se_P[several_P] = np.sqrt(squares_R * (counts_R - 1.0) / counts_R)
+    return Estimate(vstar_P=vstar_P, se_P=se_P)
+
+
+def _beta_binomial(
+    rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float, prior: BetaPrior | None
+) -> Estimate:
+    """The posterior mean and standard deviation of V*, see `posterior_vstar`; strictly between 0 and 1."""
+    graded_S = rewards_S[(rewards_S != 0) & (rewards_S != 1)]
+    if len(graded_S):
+        raise UserError(
+            f"the beta_binomial estimator needs rewards of 0 and 1, found {graded_S[0]:g}; "
+            "use the plugin or the jackknife estimator"
+        )
+    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
+    successes_P = np.add.reduceat(rewards_S, starts_P).astype(np.int64)
+    base = int(counts_P.max()) + 1
+    pairs_G, group_P, weights_G = np.unique(
+        counts_P * base + successes_P, return_inverse=True, return_counts=True
+    )
+    trials_G, successes_G = np.divmod(pairs_G, base)
+    if prior is None:
+        prior = fit_prior(successes_G, trials_G, weights_G)
+    mean_G, sd_G = posterior_vstar(successes_G, trials_G, beta1, prior)
+    return Estimate(vstar_P=mean_G[group_P], se_P=sd_G[group_P])

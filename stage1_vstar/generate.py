@@ -69,8 +69,14 @@ def generate_samples(
     sampling: SamplingParams,
     seed: int,
     console: Console,
+    *,
+    grader_proven: bool = False,
 ) -> None:
-    """Draw the missing samples from the reference policy, grade them and append them to the store."""
+    """Draw the missing samples from the reference policy, grade them and append them to the store.
+
+    A grader that can judge nothing at all is refused; one that is `grader_proven` may have met just the prompts whose
+    completions it cannot judge.
+    """
     places = {prompt.id: place for place, prompt in enumerate(missing.prompts)}
     running: dict[Address, dict[str, Any]] = {}
     check = GraderCheck(nothing_judged_before=not store.fragments())
@@ -80,7 +86,7 @@ def generate_samples(
             for address, grade in graded:
                 check.count(grade)
                 writer.add(running.pop(address) | grade.columns())
-            if check.broken and not writer.written:
+            if check.broken and not writer.written and not grader_proven:
                 writer.discard()
                 raise UserError(check.complaint())
 

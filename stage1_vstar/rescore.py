@@ -1,20 +1,64 @@
-"""A new β1 over cached rewards: no model, no generation."""
+"""Another β1 or another estimator over cached rewards: no model, no generation, and bounded memory."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
-from common.schema import read_vstar, write_vstar
-from stage1_vstar.table import with_beta1
+from common.errors import UserError
+from common.provenance import read_provenance
+from common.schema import estimator_of, scan_vstar, vstar_writer
+from stage1_vstar.beta_binomial import BetaPrior, fit_prior
+from stage1_vstar.table import with_vstar
 
 
-def rescore(source: Path, output: Path, beta1: float) -> str:
-    """Recompute V̂* under `beta1` (in [0, inf]) and write it to `output`; returns what changed, in a line."""
-    rows, provenance = read_vstar(source)
-    rescored = with_beta1(rows, beta1)
-    write_vstar(rescored, provenance, output)
-    before, after = (table.select(pl.col("vstar").mean()).item() for table in (rows, rescored))
-    return (
-        f"{output}: {rows.height:,} prompts, β1 {rows['beta1'][0]:g} → {beta1:g}, "
-        f"mean V̂* {before:.4f} → {after:.4f}"
-    )
+def rescore(source: Path, output: Path, beta1: float, estimator: str = "plugin") -> str:
+    """Recompute V̂* under `beta1` (in [0, inf]) into `output`, which may be `source`; returns what changed, in a line.
+
+    Raises UserError, and writes nothing, where the file breaks the contract or the estimator is not for its rewards.
+    """
+    provenance = read_provenance(source)
+    prior = fitted_prior(source) if estimator == "beta_binomial" else None
+    context = {
+        name: value for name, value in provenance.context.items() if name not in ("estimator", "prior")
+    }
+    if estimator != "plugin":
+        context["estimator"] = estimator
+    if prior is not None:
+        context["prior"] = {"a": prior.a, "b": prior.b}
+    prompts, before, after, old_beta1 = 0, 0.0, 0.0, beta1
+    changed = ("beta1", "vstar", "vstar_se")
+    with vstar_writer(output, replace(provenance, context=context), changed=changed) as write:
+        for rows in scan_vstar(source):
+            rescored = with_vstar(rows, beta1, estimator=estimator, prior=prior)
+            write(rescored)
+            prompts += rows.height
+            before += float(rows["vstar"].sum())
+            after += float(rescored["vstar"].sum())
+            old_beta1 = rows["beta1"][0]
+    what = f"β1 {old_beta1:g} → {beta1:g}"
+    if (old := estimator_of(provenance)) != "plugin" or estimator != "plugin":
+        what += f", {old} → {estimator}"
+    return f"{output}: {prompts:,} prompts, {what}, mean V̂* {before / prompts:.4f} → {after / prompts:.4f}"
+
+
+def fitted_prior(source: Path) -> BetaPrior:
+    """The prior of pass rates that all prompts of the file determine. Raises UserError unless rewards are 0 and 1."""
+    prompts: Counter[tuple[int, int]] = Counter()
+    for rows in scan_vstar(source, ["prompt_id", "rewards"]):
+        rewards = rows["rewards"].explode()
+        if len(graded := rewards.filter(~rewards.is_in([0.0, 1.0]))):
+            raise UserError(
+                f"{source}: the beta_binomial estimator needs rewards of 0 and 1, found {graded[0]:g}; "
+                "use the plugin or the jackknife estimator"
+            )
+        groups = rows.group_by(
+            pl.col("rewards").list.sum().cast(pl.Int64), trials=pl.col("rewards").list.len()
+        )
+        for successes, trials, count in groups.len().iter_rows():
+            prompts[successes, trials] += count
+    groups_G2 = np.array(sorted(prompts))
+    weights_G = np.array([prompts[successes, trials] for successes, trials in groups_G2])
+    return fit_prior(groups_G2[:, 0], groups_G2[:, 1], weights_G)

@@ -2,9 +2,14 @@
 
 import json
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+import numpy as np
 import polars as pl
 from rich.console import Console
 
@@ -19,7 +24,7 @@ from common.artifacts import (
     write_text,
 )
 from common.config import Config
-from common.engine import build_engine
+from common.engine import RolloutEngine, build_engine
 from common.errors import DamagedFile, UserError
 from common.grading import GraderPool, fingerprint
 from common.prompts import (
@@ -35,18 +40,31 @@ from common.provenance import ACCEPTED, Allowance, Provenance, sampler_identity
 from common.rollout import Prompt
 from common.schema import read_vstar, write_vstar
 from common.store import SampleStore, set_aside_damaged
+from stage1_vstar.adaptive import ADAPTIVE, ADAPTIVE_BIAS, Rule, stopping_bias
 from stage1_vstar.generate import Missing, generate_samples
-from stage1_vstar.table import prompt_table, vstar_rows, with_keep
+from stage1_vstar.rounds import bias_line, draw_adaptively, recorded_rule
+from stage1_vstar.table import prompt_table, vstar_rows
 
 
 def run_stage1(
-    config: Config, console: Console, *, shard: Shard = WHOLE, allow_mismatch: Collection[str] = ()
+    config: Config,
+    console: Console,
+    *,
+    shard: Shard = WHOLE,
+    adaptive: Rule | None = None,
+    allow_mismatch: Collection[str] = (),
 ) -> None:
     """Draw the samples that are missing, estimate V̂* and write vstar.parquet.
 
     A shard draws its prompts' samples only; the run without one, once all are there, finds nothing to draw and writes
-    the file. Everything a user can get wrong is checked before the model loads. Raises UserError.
+    the file. `adaptive` goes on with more samples for the prompts that need them; a file that was written so remembers
+    it. Everything a user can get wrong is checked before the model loads. Raises UserError.
     """
+    if adaptive is not None and shard != WHOLE:
+        raise UserError(
+            f"--adaptive with --shard {shard}: the budget and the widest intervals are those of all prompts together; "
+            f"draw the first {config.vstar.num_samples} samples of each with --shard, then run --adaptive without it"
+        )
     paths = run_paths(config.run)
     folder = reference_model(config)
     prompts, renderer = read_prompts(config, folder, shard, console)
@@ -68,6 +86,10 @@ def run_stage1(
             )
         for line in set_aside_damaged(paths.samples):
             console.print(f"{line}; its samples will be drawn anew", soft_wrap=True)
+        if old and adaptive is None and shard == WHOLE:
+            adaptive = recorded_rule(old[1], paths.vstar, config, console)
+        if adaptive is not None:
+            adaptive.refuse_impossible(len(prompts), config.vstar.num_samples, config.vstar.beta1)
         store = SampleStore(paths.samples, provenance, allowance)
         if surplus := store.surplus():
             console.print(
@@ -84,21 +106,32 @@ def run_stage1(
         missing = Missing(prompts, ~store.present(table, config.vstar.num_samples))
         store.provenance = provenance = provenance.accepting(allowance)
         write_text(paths.config, config.to_json())
-        if missing:
-            draw(missing, config, folder, renderer, store, shard, console)
-        if shard != WHOLE:
-            console.print(
-                f"shard {shard} of {paths.samples} is complete; "
-                f"when all are, `vstar` without --shard writes {paths.vstar}"
-            )
-            return
+        with Sampler(config, folder, renderer, store, shard, console) as sampler:
+            sampler.draw(missing)
+            if shard != WHOLE:
+                console.print(
+                    f"shard {shard} of {paths.samples} is complete; "
+                    f"when all are, `vstar` without --shard writes {paths.vstar}"
+                )
+                return
+            num_samples = config.vstar.num_samples
+            if adaptive is None:
+                grades = store.grades(table, num_samples)
+            else:
+                draw = partial(sampler.draw, grader_proven=True)
+                grades, allocation = draw_adaptively(adaptive, prompts, store, draw, config, console)
+                num_samples = int(allocation.sizes_P.max())
+                record = {"target_se": adaptive.target_se, "budget": adaptive.budget, **allocation.record()}
+                provenance = replace(provenance, context={**provenance.context, ADAPTIVE: record})
         rows = vstar_rows(
             table,
-            store.grades(table, config.vstar.num_samples),
-            num_samples=config.vstar.num_samples,
+            grades,
+            num_samples=num_samples,
             beta1=config.vstar.beta1,
             drop_unsolved=config.vstar.drop_unsolved,
         )
+        cost = {"seconds": store.seconds(), "devices": config.engine.tensor_parallel_size}
+        provenance = replace(provenance, context={**provenance.context, "cost": cost})
         if old:
             rows, provenance = carry_over_filter(rows, provenance, *old)
             if is_same(rows, provenance, *old):
@@ -106,6 +139,16 @@ def run_stage1(
                 return
             if (before := old[0]["beta1"][0]) != config.vstar.beta1:
                 console.print(f"re-scored as the config says: β1 {before:g} → {config.vstar.beta1:g}")
+        if adaptive is not None:
+            bias = stopping_bias(
+                adaptive,
+                config.vstar.num_samples,
+                config.vstar.beta1,
+                rows["rewards"].explode().to_numpy(),
+                rows["num_samples"].to_numpy().astype(np.int64),
+            )
+            console.print(bias_line(bias))
+            provenance = replace(provenance, context={**provenance.context, ADAPTIVE_BIAS: bias})
         write_vstar(rows, provenance, paths.vstar)
     console.print(f"{paths.vstar}: {summary(rows)}")
 
@@ -138,7 +181,8 @@ def read_old(path: Path, console: Console) -> tuple[pl.DataFrame, Provenance] | 
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)
         console.print(
-            f"{error}; moved to {aside}, written anew without the flags of `filter`", soft_wrap=True
+            f"{error}; moved to {aside}, written anew without what `filter` and `--adaptive` did",
+            soft_wrap=True,
         )
         return None
 
@@ -152,31 +196,64 @@ def summary(rows: pl.DataFrame) -> str:
     )
 
 
-def draw(
-    missing: Missing,
-    config: Config,
-    folder: Path,
-    renderer: PromptRenderer,
-    store: SampleStore,
-    shard: Shard,
-    console: Console,
-) -> None:
-    """Draw the missing samples of the prompts that can be graded. Raises UserError before the model loads."""
-    with GraderPool(config.grader) as pool:
-        missing = only_gradable(missing, config, pool, console)
+class Sampler:
+    """Draws missing samples. Graders and model are loaded at the first one and serve all rounds after it."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        renderer: PromptRenderer,
+        store: SampleStore,
+        shard: Shard,
+        console: Console,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._renderer = renderer
+        self._store = store
+        self._shard = shard
+        self._console = console
+        self._loaded = ExitStack()
+        self._pool: GraderPool | None = None
+        self._engine: RolloutEngine | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loaded.close()
+
+    def draw(self, missing: Missing, *, grader_proven: bool = False) -> None:
+        """Draw these samples of the prompts that can be graded. Raises UserError before the model loads."""
         if not missing:
-            if store.fragments() or shard != WHOLE:
+            return
+        config, console = self._config, self._console
+        if self._pool is None:
+            self._pool = self._loaded.enter_context(GraderPool(config.grader))
+        missing = only_gradable(missing, config, self._pool, console)
+        if not missing:
+            if self._store.fragments() or self._shard != WHOLE:
                 return
             raise UserError("no prompt is left: the grader can use none of the reference answers")
-        console.print(
-            f"{len(missing.prompts):,} prompts × {config.vstar.num_samples} samples: {len(missing):,} to draw; "
-            "loading the model"
+        if self._engine is None:
+            console.print(
+                f"{len(missing.prompts):,} prompts: {len(missing):,} samples to draw; loading the model"
+            )
+            self._engine = build_engine(config, self._folder, self._renderer, beside_trainer=False)
+            self._loaded.callback(self._engine.close)
+        generate_samples(
+            missing,
+            self._engine,
+            self._pool,
+            self._store,
+            config.sampling,
+            config.seed,
+            console,
+            grader_proven=grader_proven,
         )
-        engine = build_engine(config, folder, renderer, beside_trainer=False)
-        try:
-            generate_samples(missing, engine, pool, store, config.sampling, config.seed, console)
-        finally:
-            engine.close()
 
 
 def only_gradable(missing: Missing, config: Config, pool: GraderPool, console: Console) -> Missing:
@@ -194,18 +271,26 @@ def carry_over_filter(
     """Keep the flags that `filter` has set on the file that these rows will replace."""
     if not (filters := old_provenance.context.get("filters")):
         return rows, provenance
-    kept = pl.col("prompt_id").replace_strict(old_rows["prompt_id"], old_rows["keep"], default=pl.col("keep"))
-    return with_keep(rows, kept), replace(provenance, context={**provenance.context, "filters": filters})
+    flags = [
+        pl.col("prompt_id")
+        .replace_strict(old_rows["prompt_id"], old_rows[name], default=pl.col(name))
+        .alias(name)
+        for name in ("keep", "dropped_by")
+    ]
+    return rows.with_columns(flags), replace(provenance, context={**provenance.context, "filters": filters})
 
 
 def is_same(
     rows: pl.DataFrame, provenance: Provenance, old_rows: pl.DataFrame, old_provenance: Provenance
 ) -> bool:
     """Whether a file already says what would be written."""
-    accepted = (each.context.get(ACCEPTED) for each in (provenance, old_provenance))
+    said = (
+        {name: each.context.get(name) for name in (ACCEPTED, ADAPTIVE)}
+        for each in (provenance, old_provenance)
+    )
     return (
         provenance.identity == old_provenance.identity
-        and len({json.dumps(lines) for lines in accepted}) == 1
+        and len({json.dumps(lines) for lines in said}) == 1
         and rows.select(old_rows.columns).equals(old_rows)
     )
 

@@ -1,4 +1,4 @@
-"""From samples to the rows of vstar.parquet, and from such rows to rows with another β1 or other keep flags."""
+"""From samples to the rows of vstar.parquet, and from such rows to rows with another V̂* or other keep flags."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,11 @@ import polars as pl
 
 from common.grading import Outcome
 from common.rollout import Prompt
-from stage1_vstar.estimator import estimate_vstar
+from stage1_vstar.beta_binomial import BetaPrior
+from stage1_vstar.estimator import estimate
+
+UNSOLVED = "pass@N = 0"
+"""The name of the rule that drops prompts without any correct sample; no sample of theirs can teach anything."""
 
 
 def prompt_table(prompts: Iterable[Prompt]) -> pl.DataFrame:
@@ -39,21 +43,24 @@ def vstar_rows(
         )
     )
     rows = prompts.join(samples, on="prompt_id", how="inner", maintain_order="left")
-    return with_beta1(with_keep(rows, pl.col("pass_at_n") if drop_unsolved else pl.lit(True)), beta1)
+    unsolved = pl.when(~pl.col("pass_at_n") & drop_unsolved).then(pl.lit(UNSOLVED))
+    return with_vstar(with_dropped(rows, unsolved), beta1)
 
 
-def with_beta1(rows: pl.DataFrame, beta1: float) -> pl.DataFrame:
-    """The same rows with V̂* under another β1: arithmetic on the rewards kept in the file."""
-    estimate = estimate_vstar(
-        rows["rewards"].explode().to_numpy(), rows["rewards"].list.len().to_numpy().astype(np.int64), beta1
-    )
+def with_vstar(
+    rows: pl.DataFrame, beta1: float, *, estimator: str = "plugin", prior: BetaPrior | None = None
+) -> pl.DataFrame:
+    """The same rows with V̂* under another β1 or by another estimator: arithmetic on the rewards kept in the file."""
+    rewards_S = rows["rewards"].explode().to_numpy()
+    counts_P = rows["rewards"].list.len().to_numpy().astype(np.int64)
+    estimated = estimate(rewards_S, counts_P, beta1, estimator=estimator, prior=prior)
     return rows.with_columns(
         pl.lit(beta1, dtype=pl.Float64).alias("beta1"),
-        pl.Series("vstar", estimate.vstar_P),
-        pl.Series("vstar_se", estimate.se_P).fill_nan(None),
+        pl.Series("vstar", estimated.vstar_P),
+        pl.Series("vstar_se", estimated.se_P).fill_nan(None),
     )
 
 
-def with_keep(rows: pl.DataFrame, keep: pl.Expr) -> pl.DataFrame:
-    """The same rows, each marked whether stage 2 trains on it."""
-    return rows.with_columns(keep.alias("keep"))
+def with_dropped(rows: pl.DataFrame, dropped_by: pl.Expr) -> pl.DataFrame:
+    """The same rows, each with the name of the rule that drops it; stage 2 trains on those that none drops."""
+    return rows.with_columns(dropped_by.alias("dropped_by")).with_columns(keep=pl.col("dropped_by").is_null())

@@ -11,9 +11,10 @@ from typing import Any
 import polars as pl
 
 from common.artifacts import model_identity, reference_model
-from common.config import Config
+from common.config import Config, TrainConfig
 from common.engine import request_seed
 from common.errors import UserError
+from common.forecast import FirstBatch, first_batch
 from common.grading import fingerprint
 from common.prompts import PromptRenderer, check_context, load_prompts, prompts_from_pairs, sampling_identity
 from common.provenance import Allowance, Provenance
@@ -46,13 +47,19 @@ class Inputs:
     beta1: float
     num_samples: int
     """Of the artifact, which may have been re-scored since the config was written."""
+    first_batch: FirstBatch | None
+    """What stage 1's samples say of the first iteration."""
     accepted_mismatches: tuple[str, ...] = ()
     """In which the artifact's identity differs from this run's, as the user allowed."""
 
     def iterations(self, config: Config) -> int:
-        """Batches until each prompt has been seen `epochs` times, or the configured number."""
-        train = config.train
-        return train.iterations or max(1, train.epochs * len(self.prompts) // train.batch_size)
+        """How many iterations this run has."""
+        return iterations(config.train, len(self.prompts))
+
+
+def iterations(train: TrainConfig, prompts: int) -> int:
+    """Batches until each of so many prompts has been seen `epochs` times, or the configured number."""
+    return train.iterations or max(1, train.epochs * prompts // train.batch_size)
 
 
 def prepare(config: Config, vstar_file: Path, allow_mismatch: Collection[str] = ()) -> Inputs:
@@ -98,6 +105,7 @@ def prepare(config: Config, vstar_file: Path, allow_mismatch: Collection[str] = 
         held_out=held_out,
         beta1=rows["beta1"][0],
         num_samples=rows["num_samples"][0],
+        first_batch=first_batch(rows, config.train.batch_size),
         accepted_mismatches=tuple(allowance.used),
     )
 

@@ -42,6 +42,7 @@ class Trainer:
         self.ranks = ranks
         self.prompts = inputs.prompts
         self.vstar = inputs.vstar
+        self.first_batch = inputs.first_batch
         self.held_out = inputs.held_out
         self.engine = engine
         self.pool = pool
@@ -82,6 +83,7 @@ class Trainer:
             | summarise(gathered, metrics["time/iteration"])
             | {
                 "train/gradient_norm": sum(gradient_norms) / len(gradient_norms),
+                "train/processes": float(self.ranks.world_size),
                 "memory/peak_gib": peak_memory_bytes() / 2**30,
             }
         )
@@ -180,8 +182,13 @@ def train(
             metrics = trainer.iteration(number)
             if trainer.held_out and (number % config.train.evaluate_every == 0 or number == last):
                 metrics |= trainer.evaluate()
+            expected = trainer.first_batch if number == 1 else None
+            if expected:
+                metrics |= expected.bounds()
             if log:
                 log.write(number, metrics)
+            if expected and (warning := expected.warning(metrics["loss/regression"], metrics["reward/mean"])):
+                console.print(warning, soft_wrap=True)
             refuse_divergence(number, metrics)
             if number % config.train.checkpoint_every == 0 or number == last:
                 trainer.policy.save_checkpoint(

@@ -82,9 +82,12 @@ def write_tiny_vstar(config: Config, path: Path, *, change: dict[str, Any] | Non
             "vstar": [sum(row) / NUM_SAMPLES for row in rewards],
             "vstar_se": [0.1] * len(prompts),
             "keep": [True] * len(prompts),
+            "dropped_by": [None] * len(prompts),
         }
     )
-    frame = rows.cast({"num_samples": pl.Int32, "completion_tokens": pl.List(pl.Int32)})
+    frame = rows.cast(
+        {"num_samples": pl.Int32, "completion_tokens": pl.List(pl.Int32), "dropped_by": pl.String}
+    )
     write_vstar(frame, Provenance(identity={**identity, "seed": 1, **(change or {})}, context={}), path)
 
 

@@ -88,8 +88,10 @@ def test_what_stage_one_is_made_of_runs_without_a_training_library() -> None:
     assert used - set(sys.stdlib_module_names) == {
         "common",
         "stage1_vstar",
+        "matplotlib",
         "numpy",
         "polars",
         "pyarrow",
         "rich",
+        "scipy",
     }

@@ -23,15 +23,18 @@ from common.provenance import (
     read_provenance,
     sampler_identity,
 )
-from common.schema import SAMPLES, VSTAR, read_vstar
-from common.store import SampleStore, add_bytes, sample_files, set_aside_damaged
+from common.schema import SAMPLES, VSTAR, estimator_of, read_vstar
+from common.store import SampleStore, add_bytes, original_text, sample_files, set_aside_damaged
 from stage1_vstar.describe import describe
+from stage1_vstar.filter import drop_rules, filter_prompts
+from stage1_vstar.rescore import rescore
 from tests.conftest import ROOT
 from tests.fakes import ScriptedEngine, tiny_config
 from tests.stage1_runs import Engines, contents, rows_of, run, scripted_engines, write_questions
 
 FORMATS = ROOT / "tests" / "formats"
 V1 = FORMATS / "v1"
+V2 = FORMATS / "v2"
 OLD_VERSIONS = range(1, SCHEMA_VERSION)
 QUESTIONS = 3
 
@@ -108,14 +111,19 @@ def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engine
     yield from scripted_engines(monkeypatch, artifacts)
 
 
+def run_of_then(folder: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Path:
+    """An old run's copy, on a machine that has the model, the libraries and the grader of then."""
+    written = document_of(folder / "vstar.parquet")
+    monkeypatch.setattr("stage1_vstar.run.model_identity", lambda _: written["identity"]["model"])
+    monkeypatch.setattr("stage1_vstar.run.fingerprint", lambda _: written["identity"]["grader"])
+    monkeypatch.setattr("common.artifacts._version", lambda name: written["context"]["versions"].get(name))
+    return Path(shutil.copytree(folder, artifacts / "test"))
+
+
 @pytest.fixture
 def old_run(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Path:
-    """The first format's run, on a machine that has the model, the libraries and the grader of then."""
-    written = document_of(V1 / "vstar.parquet")
-    monkeypatch.setattr("stage1_vstar.run.fingerprint", lambda _: written["identity"]["grader"])
-    monkeypatch.setattr("stage1_vstar.run.model_identity", lambda _: written["identity"]["model"])
-    monkeypatch.setattr("common.artifacts._version", lambda name: written["context"]["versions"].get(name))
-    return Path(shutil.copytree(V1, artifacts / "test"))
+    """The first format's run."""
+    return run_of_then(V1, monkeypatch, artifacts)
 
 
 def config_of(model: Path, folder: Path, questions: int = QUESTIONS, **sections: Any) -> Config:
@@ -193,6 +201,58 @@ def test_a_first_format_run_of_other_libraries_is_refused_by_their_names(
         "versions.transformers",
         "versions.vllm",
     ]
+
+
+# Version 2.
+
+
+def test_a_table_of_the_second_format_does_not_say_which_rule_dropped_a_prompt() -> None:
+    rows, provenance = read_vstar(V2 / "vstar.parquet")
+    assert "dropped_by" not in pl.read_parquet_schema(V2 / "vstar.parquet")
+    assert rows["keep"].to_list() == [True, False, False]
+    assert rows["dropped_by"].to_list() == [None] * QUESTIONS
+    assert rows["prompt_token_hash"].null_count() == 0
+    assert rows["vstar"].to_list() == pytest.approx([0.716890, 0.477229, 0.0], abs=1e-6)
+    written = document_of(V2 / "vstar.parquet")
+    assert (provenance.identity, provenance.context) == (written["identity"], written["context"])
+    assert estimator_of(provenance) == "plugin"
+
+
+def test_text_that_utf_8_cannot_hold_is_read_from_the_second_format() -> None:
+    samples = SampleStore(V2 / "samples", read_provenance(V2 / "vstar.parquet")).read()
+    raw = samples.filter(pl.col("completion_raw").is_not_null())
+    assert raw["sample_index"].to_list() == [3] * QUESTIONS
+    for row in raw.iter_rows(named=True):
+        assert original_text(row["completion"], row["completion_raw"]).startswith("\ud83d broken #### ")
+
+
+@pytest.mark.parametrize("version", OLD_VERSIONS)
+def test_offline_commands_write_an_old_table_in_todays_format(version: int, tmp_path: Path) -> None:
+    old, new = FORMATS / f"v{version}" / "vstar.parquet", tmp_path / "new.parquet"
+    before = contents(FORMATS)
+    rescore(old, new, 0.25)
+    assert document_of(new)["schema_version"] == SCHEMA_VERSION
+    assert pq.read_schema(new).names == VSTAR.names
+    assert read_vstar(new)[0]["keep"].to_list() == [True, False, False]
+    filter_prompts(new, None, drop_rules(unsolved=True, solved=False, min_pass_rate=0.3, max_pass_rate=1))
+    rows = read_vstar(new)[0]
+    assert rows["keep"].to_list() == [True, False, False]
+    assert rows["dropped_by"].to_list() == [None, "pass rate below 0.3", "pass@N = 0"]
+    assert contents(FORMATS) == before
+
+
+def test_a_finished_run_of_the_second_format_is_left_as_it_is_and_more_samples_keep_its_flags(
+    tiny_model: Path, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch, artifacts: Path
+) -> None:
+    path = run_of_then(V2, monkeypatch, artifacts) / "vstar.parquet"
+    before = path.read_bytes()
+    assert "nothing to do" in run(config_of(tiny_model, tmp_path))
+    assert path.read_bytes() == before
+    run(config_of(tiny_model, tmp_path, vstar={"num_samples": 6}))
+    assert len(engines.next.drawn) == 2 * QUESTIONS
+    assert document_of(path)["schema_version"] == SCHEMA_VERSION
+    assert rows_of()["keep"].to_list() == [True, False, False]
+    assert read_provenance(path).context["filters"] == ["pass@N = 0", "pass rate below 0.3"]
 
 
 # A later version.

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 
 from common.artifacts import REPOSITORY
@@ -13,7 +15,8 @@ from common.errors import UserError
 from common.provenance import read_provenance
 from common.schema import read_vstar
 from stage1_vstar.describe import describe, to_json
-from stage1_vstar.filter import Rule, drop_rules, filter_prompts
+from stage1_vstar.estimator import ESTIMATORS, estimate
+from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
 from tests.conftest import RunCli
 from tests.fakes import CONTEXT, IDENTITY, write_artifact
@@ -35,14 +38,6 @@ def artifact(artifacts: Path) -> Path:
 def kept(path: Path) -> list[str]:
     rows = read_vstar(path)[0]
     return list(rows.filter("keep")["prompt_id"])
-
-
-def rules(
-    *, unsolved: bool = False, solved: bool = False, min_pass_rate: float = 0.0, max_pass_rate: float = 1.0
-) -> list[Rule]:
-    return drop_rules(
-        unsolved=unsolved, solved=solved, min_pass_rate=min_pass_rate, max_pass_rate=max_pass_rate
-    )
 
 
 @pytest.mark.parametrize(
@@ -84,70 +79,82 @@ def test_rescoring_into_a_new_file_leaves_the_old_one(artifact: Path, tmp_path: 
     assert read_vstar(tmp_path / "new.parquet")[0]["vstar"].to_list() == [0.0, 1.0, 1.0, 1.0]
 
 
+@pytest.fixture
+def uneven(artifacts: Path) -> Path:
+    """A run of 40 prompts with 2 to 8 samples, of all pass rates."""
+    random = np.random.default_rng(0)
+    outcomes = {}
+    for number, rate in enumerate(random.random(40)):
+        correct = random.random(2 + number % 7) < rate
+        outcomes[f"p{number}"] = ["correct" if each else "wrong" for each in correct]
+    return write_artifact(artifacts / "demo" / "vstar.parquet", outcomes)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 65_536])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("beta1", [0.0, 0.125, math.inf])
+def test_a_file_rescored_in_parts_is_the_file_rescored_whole(
+    uneven: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int, estimator: str, beta1: float
+) -> None:
+    if (estimator, beta1) == ("beta_binomial", 0.0):
+        pytest.skip("says nothing there; test_beta_binomial.py")
+    rows = read_vstar(uneven)[0]
+    whole = estimate(
+        rows["rewards"].explode().to_numpy(),
+        rows["num_samples"].cast(pl.Int64).to_numpy(),
+        beta1,
+        estimator=estimator,
+    )
+    monkeypatch.setattr("common.schema.BATCH_ROWS", at_a_time)
+    line = rescore(uneven, uneven, beta1, estimator)
+    rescored, provenance = read_vstar(uneven)
+    tolerance = 1e-7 if estimator == "beta_binomial" else 0  # of the search for the prior
+    np.testing.assert_allclose(rescored["vstar"], whole.vstar_P, rtol=tolerance)
+    np.testing.assert_allclose(rescored["vstar_se"].fill_null(math.nan), whole.se_P, rtol=tolerance)
+    unchanged = [name for name in rows.columns if name not in ("beta1", "vstar", "vstar_se")]
+    assert rescored.select(unchanged).equals(rows.select(unchanged))
+    assert provenance.context.get("estimator", "plugin") == estimator
+    assert (f"plugin → {estimator}" in line) == (estimator != "plugin")
+
+
+def test_the_estimator_is_recorded_until_the_papers_is_back(uneven: Path) -> None:
+    before = uneven.read_bytes()
+    rescore(uneven, uneven, 0.5, "beta_binomial")
+    context = read_provenance(uneven).context
+    assert context["estimator"] == "beta_binomial"
+    assert set(context["prior"]) == {"a", "b"}
+    filter_prompts(uneven, None, drop_rules(unsolved=True, solved=False, min_pass_rate=0, max_pass_rate=1))
+    assert read_provenance(uneven).context["estimator"] == "beta_binomial"
+    rescore(uneven, uneven, 0.5, "jackknife")
+    assert "prior" not in read_provenance(uneven).context
+    assert "jackknife → plugin" in rescore(uneven, uneven, 0.5)
+    filter_prompts(uneven, None, [])
+    context = read_provenance(uneven).context
+    assert {**context, "filters": None} == {**CONTEXT, "filters": None}
+    assert read_vstar(uneven)[0]["vstar"].equals(pl.read_parquet(before)["vstar"])
+
+
 @pytest.mark.parametrize(
-    ("chosen", "expected"),
+    ("estimator", "beta1", "problem"),
     [
-        (rules(unsolved=True), ["one", "three", "all"]),
-        (rules(solved=True), ["none", "one", "three"]),
-        (rules(unsolved=True, solved=True), ["one", "three"]),
-        (rules(min_pass_rate=0.25, max_pass_rate=0.75), ["one", "three"]),
-        (rules(min_pass_rate=0.5), ["three", "all"]),
-        (rules(max_pass_rate=0.5), ["none", "one"]),
-        (rules(), ["none", "one", "three", "all"]),
+        ("beta_binomial", 0.5, r"needs rewards of 0 and 1, found 0\.5; use the plugin"),
+        ("mode", 0.5, "there is no estimator mode; choose one of plugin, jackknife, beta_binomial"),
     ],
 )
-def test_rules_flag_the_prompts_that_they_drop(
-    artifact: Path, chosen: list[Rule], expected: list[str]
+def test_an_estimator_that_is_none_or_not_for_these_rewards_is_refused(
+    tmp_path: Path, estimator: str, beta1: float, problem: str
 ) -> None:
-    before = read_vstar(artifact)[0]
-    lines = filter_prompts(artifact, None, chosen)
-    assert kept(artifact) == expected
-    assert read_vstar(artifact)[0].drop("keep").equals(before.drop("keep"))
-    assert lines[-1].endswith(f"{len(expected)} of 4 prompts kept")
-    assert read_provenance(artifact).context["filters"] == ([rule.name for rule in chosen] or ["none"])
-    assert read_provenance(artifact).identity == IDENTITY
-
-
-def test_each_rule_tells_how_many_prompts_it_drops(artifact: Path) -> None:
-    lines = filter_prompts(artifact, None, rules(unsolved=True, max_pass_rate=0.5))
-    assert lines[:2] == ["pass@N = 0: 1 prompts", "pass rate above 0.5: 2 prompts"]
-
-
-def test_filtering_anew_replaces_the_flags(artifact: Path) -> None:
-    filter_prompts(artifact, None, rules(min_pass_rate=0.5))
-    filter_prompts(artifact, None, rules(max_pass_rate=0.5))
-    assert kept(artifact) == ["none", "one"]
-
-
-def test_filtering_into_a_new_file_writes_only_what_is_kept(artifact: Path, tmp_path: Path) -> None:
-    before = artifact.read_bytes()
-    filter_prompts(artifact, tmp_path / "new.parquet", rules(unsolved=True, solved=True))
-    assert artifact.read_bytes() == before
-    assert list(read_vstar(tmp_path / "new.parquet")[0]["prompt_id"]) == ["one", "three"]
-
-
-@pytest.mark.parametrize("to_new_file", [False, True])
-def test_a_filter_that_would_leave_nothing_is_refused_and_changes_nothing(
-    artifact: Path, tmp_path: Path, to_new_file: bool
-) -> None:
-    before = artifact.read_bytes()
-    output = tmp_path / "new.parquet" if to_new_file else None
-    with pytest.raises(UserError, match=r"no prompt of .* would be left; nothing was changed"):
-        filter_prompts(artifact, output, rules(min_pass_rate=0.3, max_pass_rate=0.6))
-    assert artifact.read_bytes() == before
-    assert not (tmp_path / "new.parquet").exists()
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.6, 0.4), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0), (0.0, math.nan)]
-)
-def test_an_empty_or_impossible_range_is_refused(low: float, high: float) -> None:
-    with pytest.raises(UserError, match="give --min-pass-rate and --max-pass-rate with 0 ≤ min ≤ max ≤ 1"):
-        rules(min_pass_rate=low, max_pass_rate=high)
+    path = tmp_path / "vstar.parquet"
+    write_artifact(path, {"a": ["wrong"] * 2, "b": ["wrong"] * 2}, rewards={"a": [0.0, 1.0], "b": [0.5, 1.0]})
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=problem):
+        rescore(path, path, beta1, estimator)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_figures_of_an_artifact_are_those_of_its_rows(artifact: Path) -> None:
-    filter_prompts(artifact, None, rules(unsolved=True))
+    filter_prompts(artifact, None, drop_rules(unsolved=True, solved=False, min_pass_rate=0, max_pass_rate=1))
     figures = describe(artifact)
     assert (figures["prompts"], figures["kept"], figures["samples"]) == (4, 3, 16)
     assert figures["num_samples"] == {"min": 4, "max": 4}

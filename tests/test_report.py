@@ -75,9 +75,26 @@ def test_a_run_that_was_not_evaluated_has_curves_but_no_table(trained: RunPaths)
     assert (trained.report / "training.png").exists()
 
 
-def test_a_run_that_was_not_trained_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no metrics"):
+def test_a_run_that_has_nothing_to_report_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has neither vstar.parquet nor metrics.jsonl: run"):
         write_report(RunPaths(tmp_path), Console(quiet=True))
+
+
+def test_a_line_that_is_still_being_written_is_left_out(trained: RunPaths) -> None:
+    report(trained)
+    whole = (trained.report / "training.svg").read_text()
+    with trained.metrics.open("a") as file:
+        file.write('{"iteration": 6, "reward/so')
+    report(trained)
+    assert (trained.report / "training.svg").read_text() == whole
+
+
+def test_a_folder_with_training_alone_has_a_page(trained: RunPaths) -> None:
+    report(trained)
+    page = (trained.report / "report.html").read_text()
+    assert page.count("<img") == 4
+    assert "There is no vstar.parquet" in page
+    assert "0.988" in page
 
 
 def test_the_report_needs_no_torch(trained: RunPaths) -> None:

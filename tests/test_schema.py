@@ -11,9 +11,10 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.provenance import METADATA_KEY, SCHEMA_VERSION, Provenance
-from common.schema import VSTAR, read_vstar, write_vstar
+from common.schema import VSTAR, VSTAR_RANGES, read_vstar, scan_vstar, vstar_writer, write_vstar
+from stage1_vstar.estimator import ESTIMATORS
 from tests.fakes import CONTEXT, IDENTITY, write_artifact
 
 OUTCOMES = {
@@ -35,10 +36,25 @@ def rewrite(path: Path, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
     pq.write_table(table.replace_schema_metadata(pq.read_schema(path).metadata), path)
 
 
+@pytest.fixture(params=[65_536, 2, 1], ids="{} at a time".format)
+def batch_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many prompts a table is streamed in; the file has 3."""
+    rows = request.param
+    assert isinstance(rows, int)
+    monkeypatch.setattr("common.schema.BATCH_ROWS", rows)
+    return rows
+
+
 def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
+    """What both ways of reading say of a broken file."""
+    with pytest.raises(UserError) as whole:
         read_vstar(path)
-    return str(caught.value)
+    with pytest.raises(UserError) as streamed:
+        list(scan_vstar(path))
+    assert type(whole.value) is type(streamed.value)
+    if not isinstance(whole.value, DamagedFile):  # which each library describes in its own words
+        assert str(whole.value) == str(streamed.value)
+    return str(whole.value)
 
 
 def test_what_is_written_is_read_back(artifact: Path) -> None:
@@ -63,7 +79,8 @@ def test_the_file_opens_in_polars_duckdb_and_pandas_with_the_same_columns_and_va
     assert by_polars.columns == columns == list(by_pandas.columns) == VSTAR.names
     assert by_duckdb == by_polars.rows()
     assert rates == [(True,), (True,)]
-    plain = [name for name, kind in by_polars.schema.items() if not kind.is_nested() and name != "vstar_se"]
+    missing = {"vstar_se", "dropped_by"}  # which pandas has another word for
+    plain = [name for name, kind in by_polars.schema.items() if not kind.is_nested() and name not in missing]
     assert list(by_pandas[plain].itertuples(index=False, name=None)) == by_polars.select(plain).rows()
     assert [list(rewards) for rewards in by_pandas["rewards"]] == by_polars["rewards"].to_list()
 
@@ -80,9 +97,11 @@ BROKEN: dict[str, pl.Expr] = {
     "vstar lies between the mean and the best reward": (pl.col("vstar") + 0.6).alias("vstar"),
     "vstar_se is missing or not negative": pl.lit(-0.1).alias("vstar_se"),
     "keep is present": pl.lit(None, pl.Boolean).alias("keep"),
+    "no rule dropped a prompt that is kept": pl.lit("all correct").alias("dropped_by"),
 }
 
 
+@pytest.mark.usefixtures("batch_rows")
 @pytest.mark.parametrize("rule", BROKEN)
 def test_a_broken_row_is_named_with_the_rule_that_it_breaks(artifact: Path, rule: str) -> None:
     name = BROKEN[rule].meta.output_name()
@@ -94,6 +113,7 @@ def test_a_broken_row_is_named_with_the_rule_that_it_breaks(artifact: Path, rule
     assert ("'prompt_id': 'p1'" if rule == "a prompt appears once" else "'prompt_id': 'p2'") in message
 
 
+@pytest.mark.usefixtures("batch_rows")
 @pytest.mark.parametrize(
     ("column", "value", "rule"),
     [
@@ -149,6 +169,77 @@ def test_the_writer_refuses_a_broken_row_and_leaves_the_old_file(artifact: Path)
         write_vstar(rows, PROVENANCE, artifact)
     assert artifact.read_bytes() == before
     assert list(artifact.parent.iterdir()) == [artifact]
+
+
+def test_a_table_is_streamed_as_it_is_read(artifact: Path, batch_rows: int) -> None:
+    parts = list(scan_vstar(artifact))
+    assert [part.height for part in parts] == [min(batch_rows, 3 - at) for at in range(0, 3, batch_rows)]
+    assert pl.concat(parts).equals(read_vstar(artifact)[0])
+    some = pl.concat(scan_vstar(artifact, ["prompt_id", "rewards"]))
+    assert some.equals(read_vstar(artifact)[0].select("prompt_id", "rewards"))
+
+
+def test_a_broken_row_is_not_handed_out_and_the_others_are(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.schema.BATCH_ROWS", 1)
+    rewrite(artifact, lambda rows: rows.with_columns(pl.col("vstar") - pl.Series([0.0, 1.0, 1.0])))
+    parts = scan_vstar(artifact)
+    assert next(parts)["prompt_id"].to_list() == ["p1"]
+    with pytest.raises(UserError, match=r"2 rows break the rule “vstar lies between.*'prompt_id': 'p2'"):
+        next(parts)
+
+
+def test_prompts_whose_hashes_agree_are_told_apart(
+    artifact: Path, batch_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pl.Series, "hash", lambda ids: ids.str.len_chars().cast(pl.UInt64))
+    assert sum(part.height for part in scan_vstar(artifact)) == 3
+    twice = pl.Series("prompt_id", ["p1", "p2", "p1"])
+    rewrite(artifact, lambda rows: rows.with_columns(twice))
+    assert "2 rows break the rule “a prompt appears once”, the first is {'prompt_id': 'p1'}" in refusal(
+        artifact
+    )
+
+
+def test_what_is_written_in_parts_is_the_same_table(artifact: Path, tmp_path: Path, batch_rows: int) -> None:
+    rows = read_vstar(artifact)[0].with_columns(vstar_se=pl.lit(0.5))
+    with vstar_writer(tmp_path / "new.parquet", PROVENANCE, changed=["vstar_se"]) as write:
+        for first in range(0, 3, batch_rows):
+            write(rows[first : first + batch_rows])
+    assert read_vstar(tmp_path / "new.parquet")[0].equals(rows)
+    assert pq.read_schema(tmp_path / "new.parquet").equals(pq.read_schema(artifact), check_metadata=True)
+
+
+def test_a_part_that_breaks_a_rule_leaves_the_old_file(artifact: Path) -> None:
+    before = artifact.read_bytes()
+    rows = read_vstar(artifact)[0]
+
+    def write_both() -> None:
+        with vstar_writer(artifact, PROVENANCE, changed=["keep", "dropped_by"]) as write:
+            write(rows)
+            write(rows.with_columns(dropped_by=pl.lit("a rule")))
+
+    with pytest.raises(UserError, match="3 rows break the rule “no rule dropped a prompt that is kept”"):
+        write_both()
+    assert artifact.read_bytes() == before
+    assert list(artifact.parent.iterdir()) == [artifact]
+
+
+def test_each_estimator_promises_a_range(artifact: Path) -> None:
+    assert set(VSTAR_RANGES) == set(ESTIMATORS)
+    rows = read_vstar(artifact)[0]
+    pulled = rows.with_columns(vstar=pl.Series([0.5, 0.2, 0.9]))
+    by = {name: Provenance(identity=IDENTITY, context={"estimator": name}) for name in ESTIMATORS}
+    write_vstar(pulled, by["beta_binomial"], artifact)
+    assert read_vstar(artifact)[0]["vstar"].to_list() == [0.5, 0.2, 0.9]
+    for name in ("plugin", "jackknife"):
+        with pytest.raises(
+            UserError, match="2 rows break the rule “vstar lies between the mean and the best"
+        ):
+            write_vstar(pulled, by[name], artifact)
+    with pytest.raises(UserError, match="1 rows break the rule “vstar lies between 0 and 1”"):
+        write_vstar(rows.with_columns(vstar=pl.Series([0.5, 0.0, 1.1])), by["beta_binomial"], artifact)
 
 
 @pytest.mark.parametrize("beta1", [0.0, 1e-6, 0.5, 1e6, float("inf")])

@@ -16,7 +16,16 @@ import pytest
 from common.errors import UserError
 from common.provenance import Allowance, Provenance, read_provenance
 from common.schema import SAMPLES
-from common.store import SampleStore, completion_hash, damage, original_text, set_aside_damaged, stored_text
+from common.store import (
+    SAMPLE_FILES,
+    SampleStore,
+    add_fragment,
+    completion_hash,
+    damage,
+    original_text,
+    set_aside_damaged,
+    stored_text,
+)
 from tests.fakes import CONTEXT, IDENTITY, sample_rows
 
 OUTCOMES = {
@@ -56,13 +65,56 @@ def test_the_store_knows_what_is_there_and_reads_it_back(tmp_path: Path) -> None
     assert again.read().sort("prompt_id", "sample_index").equals(rows.select(SAMPLES.names))
     assert again.grades(PROMPTS, 2).height == 6
     assert set(again.grades(PROMPTS.head(2), 3)["prompt_id"]) == {"p1", "p2"}
-    assert all(read_provenance(fragment) == PROVENANCE for fragment in again.fragments())
+    made_by = [read_provenance(fragment) for fragment in again.fragments()]
+    assert [each.identity for each in made_by] == [PROVENANCE.identity] * 2
+    assert all(PROVENANCE.context.items() <= each.context.items() for each in made_by)
+
+
+def test_each_file_says_how_long_its_samples_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 107.5, 109.75, 300.0, 304.0])
+    monkeypatch.setattr("common.store.time.monotonic", lambda: next(clock))
+    rows = sample_rows(OUTCOMES).to_dicts()
+    store = SampleStore(tmp_path, PROVENANCE)
+    assert store.seconds() == 0
+    store.append(rows[:2])
+    store.append(rows[2:5])
+    later = SampleStore(tmp_path, PROVENANCE)
+    later.append(rows[5:])
+    assert later.seconds() == 7.5 + 2.25 + 4.0
+    add_fragment(tmp_path, SAMPLE_FILES, sample_rows({"p9": ["wrong"]}).to_dicts(), SAMPLES, PROVENANCE)
+    assert later.seconds() is None
+
+
+def test_samples_of_some_prompts_come_with_this_graders_verdict_where_there_is_one(tmp_path: Path) -> None:
+    append(tmp_path, sample_rows(OUTCOMES))
+    later = SampleStore(tmp_path, other(grader="math/1"))
+    judged = completion_hash("#### 1", None)
+    verdict = {
+        "completion_hash": judged,
+        "outcome": "correct",
+        "extracted": "7",
+        "reward": 1.0,
+        "reason": None,
+    }
+    later.add_grades(
+        [{"prompt_id": name, "sample_index": 1, **verdict} for name in ("p1", "p2")],
+    )
+    columns = [pl.col("prompt_id", "sample_index", "outcome", "extracted", "reward", "reason")]
+    found = later.samples_of({"p1", "p3"}, columns).sort("prompt_id", "sample_index")
+    assert found.rows() == [
+        ("p1", 0, "correct", None, 1.0, None),
+        ("p1", 1, "correct", "7", 1.0, None),
+        ("p1", 2, "unparsed", None, 0.0, None),
+        *(("p3", index, "correct", None, 1.0, None) for index in range(3)),
+    ]
+    assert SampleStore(tmp_path, PROVENANCE).samples_of({"p1"}, columns)["extracted"].to_list() == [None] * 3
 
 
 def test_a_file_is_named_for_the_hash_of_its_content(tmp_path: Path) -> None:
     path = append(tmp_path, sample_rows(OUTCOMES))
     assert path.name == f"part-{hashlib.sha256(path.read_bytes()).hexdigest()}.parquet"
-    assert append(tmp_path, sample_rows(OUTCOMES)) == path
+    rows = pq.read_table(path).to_pylist()
+    assert add_fragment(tmp_path, SAMPLE_FILES, rows, SAMPLES, read_provenance(path)) == path
 
 
 EVERY_PLANE = "".join(chr(plane * 0x10000 + offset) for plane in range(17) for offset in (0x20, 0x41, 0xFFFD))

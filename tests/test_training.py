@@ -52,6 +52,7 @@ METRICS = {
     "policy/entropy",
     "engine/logprob_gap",
     "train/gradient_norm",
+    "train/processes",
     "train/learning_rate",
     "time/rollout",
     "time/reference",
@@ -155,6 +156,8 @@ def test_every_iteration_logs_every_figure(finished: Finished) -> None:
     for row in rows:
         evaluated = row["iteration"] % 2 == 0
         extra = {"time/evaluate", "evaluate/pass_at_1"} if evaluated else set()
+        if row["iteration"] == 1:
+            extra |= {f"forecast/{name}" for name in ("loss_low", "loss_high", "reward_low", "reward_high")}
         assert row.keys() == METRICS | {"iteration"} | extra
         assert all(math.isfinite(value) for value in row.values())
 

@@ -1,0 +1,244 @@
+"""`rescore` and `filter` of many prompts against DuckDB, a plain pandas script, and reading and writing the file alone.
+
+    .venv/bin/python -m benchmarks.rescore
+
+Makes a vstar.parquet of PROMPTS prompts × 8 rewards. Then, in turn, each in a process of its own: our command; DuckDB
+with the same columns in SQL; the floor, pyarrow reading each row group and writing it unchanged; ten lines of pandas
+and numpy, which hold the table in memory and so get a file of PANDAS_PROMPTS. All write Parquet with zstd at level 1. Only ours
+checks the invariants of every row. Prints Markdown tables. CPU seconds tell more than wall-clock seconds where other
+jobs share the machine.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from common.artifacts import REPOSITORY
+from common.provenance import Provenance
+from common.schema import BATCH_ROWS, VSTAR, polars_schema, vstar_writer
+from stage1_vstar.table import UNSOLVED, with_dropped, with_vstar
+
+NUM_SAMPLES = 8
+BETA1 = 0.25
+COMMANDS = {
+    "rescore": ["rescore", "--beta1", str(BETA1)],
+    "filter": ["filter", "--drop-solved", "--max-truncated", "0.3"],
+}
+DUCKDB = {
+    "rescore": f"""select * exclude (best, weights) replace (
+        {BETA1}::double as beta1,
+        best + {BETA1} * ln(list_avg(weights)) as vstar,
+        {BETA1} * list_stddev_samp(weights) / (list_avg(weights) * sqrt(num_samples)) as vstar_se)
+        from (select *, list_transform(rewards, lambda r: exp((r - best) / {BETA1})) as weights
+        from (select *, list_max(rewards) as best from source))""",
+    "filter": f"""select * replace (dropped_by is null as keep) from (
+        select * replace (case when not pass_at_n then '{UNSOLVED}' when pass_rate = 1 then 'all correct'
+        when len(list_filter(outcomes, lambda o: o = 'truncated')) / num_samples > 0.3 then 'truncated'
+        end as dropped_by) from source)""",
+}
+WAYS = ("ours", "DuckDB", "floor", "pandas")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a process took."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_mib: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=10_000_000)
+    parser.add_argument("--pandas-prompts", type=int, default=1_000_000)
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument(
+        "--way", nargs=4, metavar=("WAY", "COMMAND", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS
+    )
+    parser.add_argument("--folder", type=Path, help="Keep the files there, and use those that are.")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        way, command, source, output = arguments.way
+        {"DuckDB": by_duckdb, "floor": by_copying, "pandas": by_pandas}[way](command, source, output)
+        return
+    if arguments.make:
+        write_source(arguments.make, arguments.prompts)
+        return
+    with tempfile.TemporaryDirectory(dir=REPOSITORY / "artifacts", prefix=".benchmark-") as name:
+        folder = arguments.folder or Path(name)
+        sources = {
+            prompts: folder / f"{prompts}.parquet"
+            for prompts in (arguments.prompts, arguments.pandas_prompts)
+        }
+        for (
+            prompts,
+            path,
+        ) in sources.items():  # elsewhere: a process inherits the peak of the one that starts it
+            make = ["--make", str(path), "--prompts", str(prompts)]
+            if not path.exists():
+                subprocess.run(
+                    [sys.executable, "-m", "benchmarks.rescore", *make], cwd=REPOSITORY, check=True
+                )
+        print(
+            f"{arguments.prompts:,} prompts × {NUM_SAMPLES}: {sources[arguments.prompts].stat().st_size >> 20:,} MiB"
+        )
+        for command in COMMANDS:
+            costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
+            for repetition in range(arguments.repetitions):
+                for way in WAYS[repetition % 4 :] + WAYS[: repetition % 4]:
+                    prompts = arguments.pandas_prompts if way == "pandas" else arguments.prompts
+                    costs[way].append(measure(way, command, sources[prompts], folder / f"{way}.parquet"))
+            if command == "rescore":
+                refuse_other_values(folder / "ours.parquet", folder / "DuckDB.parquet")
+            show(command, costs, arguments.prompts, arguments.pandas_prompts)
+
+
+def write_source(path: Path, prompts: int) -> None:
+    """A table of prompts of some 100 characters whose pass rates are spread like Beta(0.6, 0.6)."""
+    rng = np.random.default_rng(prompts)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
+    words = np.array(["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(3000)])
+    outcomes = np.array(["correct", "wrong", "unparsed", "truncated"])
+    provenance = Provenance(identity={}, context={})
+    with vstar_writer(path, provenance, changed=VSTAR.names) as write:
+        for first in range(0, prompts, BATCH_ROWS):
+            count = min(BATCH_ROWS, prompts - first)
+            shape = (count, NUM_SAMPLES)
+            correct_PN = rng.random(shape) < rng.beta(0.6, 0.6, count)[:, None]
+            digits = rng.bytes(24 * count).hex()
+            rows = pl.DataFrame(
+                {
+                    "prompt_id": [digits[48 * i : 48 * i + 32] for i in range(count)],
+                    "prompt": [
+                        " ".join(row) for row in words[rng.integers(0, len(words), (count, 17))].tolist()
+                    ],
+                    "answer": rng.integers(0, 10_000, count).astype(str),
+                    "prompt_token_hash": [digits[48 * i + 32 : 48 * i + 48] for i in range(count)],
+                    "num_samples": np.full(count, NUM_SAMPLES, np.int32),
+                    "rewards": correct_PN.astype(np.float64),
+                    "outcomes": outcomes[
+                        np.where(correct_PN, 0, rng.choice([1, 1, 1, 2, 3], shape))
+                    ].tolist(),
+                    "completion_tokens": rng.integers(20, 1000, shape, dtype=np.int32),
+                    "pass_rate": correct_PN.mean(axis=1),
+                    "pass_at_n": correct_PN.any(axis=1),
+                }
+            ).with_columns(pl.col("rewards", "completion_tokens").arr.to_list())
+            rows = with_vstar(with_dropped(rows, pl.lit(None, pl.String)), beta1=0.5)
+            write(rows.cast(polars_schema(VSTAR)))
+
+
+def measure(way: str, command: str, source: Path, output: Path) -> Cost:
+    """Run a way of doing a command in a process of its own."""
+    if way == "ours":
+        arguments = ["cli.py", *COMMANDS[command], "--vstar", str(source), "--output", str(output)]
+        if command == "filter":  # flags, like the others: a filter with --output writes the kept prompts only
+            output.unlink(missing_ok=True)
+            os.link(source, output)
+            arguments = ["cli.py", *COMMANDS[command], "--vstar", str(output)]
+    else:
+        arguments = ["-m", "benchmarks.rescore", "--way", way, command, str(source), str(output)]
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        raise SystemExit(f"{way} failed on {command}")
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def by_duckdb(command: str, source: str, output: str) -> None:
+    import duckdb
+
+    with duckdb.connect() as database:
+        database.execute(f"create view source as select * from read_parquet('{source}')")
+        database.execute(
+            f"copy ({DUCKDB[command]}) to '{output}' (format parquet, compression zstd, compression_level 1)"
+        )
+
+
+def by_copying(_: str, source: str, output: str) -> None:
+    import pyarrow.parquet as pq
+
+    with (
+        pq.ParquetFile(source) as file,
+        pq.ParquetWriter(output, file.schema_arrow, compression="zstd") as writer,
+    ):
+        for group in range(file.num_row_groups):
+            writer.write_table(file.read_row_group(group))
+
+
+def by_pandas(command: str, source: str, output: str) -> None:
+    import pandas as pd
+
+    table = pd.read_parquet(source)
+    if command == "rescore":
+        rewards_PN = np.stack(table["rewards"].to_numpy())
+        best_P = rewards_PN.max(axis=1)
+        weights_PN = np.exp((rewards_PN - best_P[:, None]) / BETA1)
+        mean_P = weights_PN.mean(axis=1)
+        table["beta1"] = BETA1
+        table["vstar"] = best_P + BETA1 * np.log(mean_P)
+        table["vstar_se"] = BETA1 * weights_PN.std(axis=1, ddof=1) / (mean_P * np.sqrt(rewards_PN.shape[1]))
+    else:
+        truncated = np.stack(table["outcomes"].to_numpy()) == "truncated"
+        rules = [~table["pass_at_n"], table["pass_rate"] == 1, truncated.mean(axis=1) > 0.3]
+        names = [UNSOLVED, "all correct", "truncated"]
+        table["dropped_by"] = np.select(rules, names, default="")
+        table["keep"] = table["dropped_by"] == ""
+    table.to_parquet(output, compression="zstd", compression_level=1)
+
+
+def refuse_other_values(ours: Path, theirs: Path) -> None:
+    """Stop unless both files hold the same V̂* and standard errors, to rounding."""
+    both = pl.concat(
+        [
+            pl.scan_parquet(path).select(pl.col("vstar", "vstar_se").name.prefix(name))
+            for name, path in (("ours_", ours), ("their_", theirs))
+        ],
+        how="horizontal",
+    )
+    gaps = [(pl.col(f"ours_{name}") - pl.col(f"their_{name}")).abs().max() for name in ("vstar", "vstar_se")]
+    largest = both.select(gaps).collect().row(0)
+    assert max(largest) < 1e-9, f"V̂* or its standard error differs from DuckDB's by {largest}"
+
+
+def show(command: str, costs: dict[str, list[Cost]], prompts: int, pandas_prompts: int) -> None:
+    """A row a way: medians of the repetitions, and how many times ours each takes; pandas is scaled up to PROMPTS."""
+    print(f"\n| {command} | wall s | CPU s | peak MiB | wall / ours | CPU / ours | peak / ours |")
+    print("|---|---|---|---|---|---|---|")
+    medians = {
+        way: [
+            statistics.median(getattr(cost, name) for cost in many)
+            for name in ("wall_seconds", "cpu_seconds", "peak_mib")
+        ]
+        for way, many in costs.items()
+    }
+    for way, figures in medians.items():
+        label, scale = way, 1.0
+        if way == "pandas" and pandas_prompts != prompts:
+            scale = prompts / pandas_prompts
+            label = f"pandas, {pandas_prompts:,} prompts × {scale:g}"
+        scaled = [figure * scale for figure in figures]
+        ratios = [figure / ours for figure, ours in zip(scaled, medians["ours"], strict=True)]
+        cells = [
+            *(f"{figure:,.1f}" for figure in scaled[:2]),
+            f"{scaled[2]:,.0f}",
+            *(f"{r:.2f}" for r in ratios),
+        ]
+        print(f"| {label} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

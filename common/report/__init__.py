@@ -1,0 +1,59 @@
+"""What came of a run: a page, and for trained ones a short table for the terminal and the curves as PNG and SVG.
+
+Reads the run's artifacts only; no model, no torch. Whatever a run has so far is shown, and nothing else is needed.
+"""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.artifacts import RunPaths, atomic_path
+from common.errors import UserError
+from common.report.curves import draw_training
+from common.report.evaluations import evaluation_rows
+from common.report.page import write_page
+from common.report.stage1 import read_stage1
+
+
+def write_report(paths: RunPaths, console: Console) -> None:
+    """Print the table, draw the curves, write the page. Raises UserError if there is nothing to report."""
+    metrics = _metrics(paths)
+    if not metrics and not paths.vstar.exists():
+        raise UserError(
+            f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run `python cli.py vstar` first"
+        )
+    evaluations: dict[str, dict[str, Any]] = {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name in ("reference", "trained")
+        if (file := paths.evaluations / f"{name}.json").exists()
+    }
+    if evaluations:
+        console.print(_table(evaluations))
+    if metrics:
+        for suffix in ("png", "svg"):
+            with atomic_path(paths.report / f"training.{suffix}") as temporary:
+                draw_training(metrics, temporary, suffix)
+        console.print(f"{paths.report}/training.png and .svg: the training curves", soft_wrap=True)
+    stage1 = read_stage1(paths.vstar) if paths.vstar.exists() else None
+    page = write_page(paths, stage1, metrics, evaluations)
+    console.print(f"{page}: everything on a page; open it in a browser", soft_wrap=True)
+
+
+def _metrics(paths: RunPaths) -> list[dict[str, float]]:
+    """The whole lines: a running job may be in the middle of one."""
+    if not paths.metrics.exists():
+        return []
+    lines = paths.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _table(evaluations: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="held-out prompts")
+    table.add_column("")
+    for name in evaluations:
+        table.add_column(name, justify="right")
+    for label, cells in evaluation_rows(evaluations):
+        table.add_row(label, *cells)
+    return table

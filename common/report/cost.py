@@ -1,0 +1,67 @@
+"""What each stage has cost, as far as its files say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.report.stage1 import Stage1
+
+SECONDS_AN_HOUR = 3600
+_PARTS = {
+    "time/rollout": "rollouts, with grading",
+    "time/reference": "reference log-probs",
+    "time/update": "updates",
+    "time/weight_sync": "weights to the engine",
+    "time/evaluate": "evaluations",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """A stage's cost; None where the run's files do not say."""
+
+    stage: str
+    what: str
+    seconds: float | None
+    tokens: int
+    """Completion tokens."""
+    devices: int | None
+    parts: Sequence[tuple[str, float]] = ()
+    """Seconds by what they were spent on."""
+
+    @property
+    def device_hours(self) -> float | None:
+        if self.seconds is None or self.devices is None:
+            return None
+        return self.seconds * self.devices / SECONDS_AN_HOUR
+
+
+def stage1_cost(stage1: Stage1) -> Cost:
+    """Drawing and grading of the samples, over all jobs that took part."""
+    recorded = stage1.provenance.context.get("cost", {})
+    return Cost(
+        stage="stage 1",
+        what="sampling and grading by all jobs, from their start to their last file of samples, loading included",
+        seconds=recorded.get("seconds"),
+        tokens=int(stage1.outcomes["tokens"].sum()),
+        devices=recorded.get("devices"),
+    )
+
+
+def stage2_cost(metrics: Sequence[dict[str, float]]) -> Cost:
+    """The iterations and the evaluations between them."""
+
+    def total(name: str) -> float:
+        return sum(point.get(name) or 0.0 for point in metrics)
+
+    steps = [point for point in metrics if "time/iteration" in point]
+    tokens = (point["throughput/completion_tokens_per_second"] * point["time/iteration"] for point in steps)
+    processes = {point.get("train/processes") for point in steps}
+    known = processes.pop() if len(processes) == 1 else None
+    return Cost(
+        stage="stage 2",
+        what="training iterations and the evaluations between them, without loading and checkpoints",
+        seconds=total("time/iteration") + total("time/evaluate"),
+        tokens=round(sum(tokens)),
+        devices=None if known is None else int(known),
+        parts=[(label, seconds) for name, label in _PARTS.items() if (seconds := total(name))],
+    )

@@ -1,0 +1,118 @@
+"""The training curves, on one sheet or each alone."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.plots import figure_style, save, svg_text
+from common.report.picture import PANEL_INCHES, Picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTHING = 4
+"""Iterations to either side in the running mean that is drawn over the raw values."""
+
+Metrics = Sequence[dict[str, float]]
+"""A dictionary a line of metrics.jsonl."""
+
+
+def draw_training(metrics: Metrics, path: Path, suffix: str) -> None:
+    """Reward and held-out accuracy, KL, regression loss and completion length over the iterations, on one sheet."""
+    from matplotlib.figure import Figure
+
+    with figure_style():
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        panels = figure.subplots(2, 2, sharex=True)
+        for axes, draw in zip(panels.flat, PANELS.values(), strict=True):
+            draw(axes, metrics)
+        for axes in panels[1]:
+            axes.set_xlabel("iteration")
+        save(figure, path, suffix)
+
+
+def training_pictures(metrics: Metrics) -> list[Picture]:
+    """The same panels, each a picture."""
+    from matplotlib.figure import Figure
+
+    pictures = []
+    with figure_style():
+        for name, draw in PANELS.items():
+            figure = Figure(figsize=PANEL_INCHES, layout="constrained")
+            axes = figure.subplots()
+            draw(axes, metrics)
+            axes.set_xlabel("iteration")
+            pictures.append(Picture(svg=svg_text(figure), alt=_in_words(metrics, name)))
+    return pictures
+
+
+def _accuracy(axes: "Axes", metrics: Metrics) -> None:
+    _curve(axes, metrics, "reward/solved", "training, share correct")
+    if held_out := _points(metrics, "evaluate/pass_at_1"):
+        axes.plot(
+            *zip(*held_out, strict=True),
+            color="black",
+            linestyle="-",
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            label="held-out, sampled pass@1",
+        )
+    axes.set(title="accuracy", ylim=(0, 1))
+    axes.legend(loc="lower right")
+
+
+def _divergence(axes: "Axes", metrics: Metrics) -> None:
+    _curve(axes, metrics, "kl/sequence")
+    axes.set(title="KL(π‖π_ref), nats a completion")
+
+
+def _loss(axes: "Axes", metrics: Metrics) -> None:
+    _curve(axes, metrics, "loss/regression")
+    axes.set(title="regression loss", ylim=(0, None))
+
+
+def _length(axes: "Axes", metrics: Metrics) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    _curve(axes, metrics, "completion/tokens_mean")
+    axes.set(title="tokens a completion", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+PANELS: dict[str, Callable[["Axes", Metrics], None]] = {
+    "reward/solved": _accuracy,
+    "kl/sequence": _divergence,
+    "loss/regression": _loss,
+    "completion/tokens_mean": _length,
+}
+"""What each panel is mainly about, and how it is drawn."""
+
+_WORDS = {
+    "reward/solved": "share of correct training completions",
+    "kl/sequence": "KL to the reference in nats a completion",
+    "loss/regression": "regression loss",
+    "completion/tokens_mean": "tokens a completion",
+}
+
+
+def _in_words(metrics: Metrics, name: str) -> str:
+    if not (points := _points(metrics, name)):
+        return f"Curve of the {_WORDS[name]}: no values."
+    (first, start), (last, end) = points[0], points[-1]
+    return (
+        f"Curve of the {_WORDS[name]}: {start:.3g} at iteration {first:g}, {end:.3g} at iteration {last:g}."
+    )
+
+
+def _points(metrics: Metrics, name: str) -> list[tuple[float, float]]:
+    return [(point["iteration"], point[name]) for point in metrics if point.get(name) is not None]
+
+
+def _curve(axes: "Axes", metrics: Metrics, name: str, label: str | None = None) -> None:
+    points = _points(metrics, name)
+    iterations, values = [point[0] for point in points], [point[1] for point in points]
+    axes.plot(iterations, values, color="0.75", linestyle="-", linewidth=0.8)
+    windows = [values[max(0, place - SMOOTHING) : place + SMOOTHING + 1] for place in range(len(values))]
+    smooth = [sum(window) / len(window) for window in windows]
+    axes.plot(iterations, smooth, color="0.35", linestyle="-", linewidth=1.8, label=label)

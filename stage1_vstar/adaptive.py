@@ -1,0 +1,268 @@
+"""Adaptive N: more samples, in rounds, where the interval of V* is wide, until none is or the budget is used up.
+
+Which samples are drawn follows from the rewards of each prompt's first samples alone: a run replays its rounds from
+the first one, and what a killed round had drawn is simply there. It stops on an interval's width, never on a success;
+even so the samples that stop a prompt are the ones that V̂* is made of, which biases it. `stopping_bias` says by how
+much. Where a budget is best spent on average is not asked here: the aim is the same precision for every prompt.
+
+Shapes: _P prompt, _W wide prompt, _S sample (all prompts' samples, one after the other).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import UserError
+from stage1_vstar.beta_binomial import fit_prior
+from stage1_vstar.estimator import Floats, estimate_vstar
+from stage1_vstar.uncertainty import interval, reward_range, two_valued_vstar
+
+Counts = NDArray[np.int64]
+Places = NDArray[np.intp]
+Draw = Callable[[Places, Counts], Floats]
+"""The rewards of the first samples_W samples of the prompts at places_W, prompt after prompt."""
+
+ADAPTIVE = "adaptive"
+ADAPTIVE_BIAS = "adaptive_bias"
+"""In the context of vstar.parquet: the rule with what it drew, and what that does to V̂*."""
+Z = 1.96
+"""The half width of a 95 % interval in standard errors."""
+SMALLEST_STEP = 1 / 4
+LARGEST_STEP = 1
+WIDTH_DIGITS = 9
+"""Widths are compared to so many digits: their last bits differ between machines."""
+SIMULATED_PROMPTS = 20_000
+SIMULATED_SAMPLES = 4_000_000
+WAYS = ("adaptive", "same sizes, fresh samples", "fixed N")
+"""Adaptive N, and what it is compared with: its sizes without its choice of samples, and its budget spread evenly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A prompt has samples enough when its 95 % interval is at most as wide as `target_se`, a standard error, makes it.
+
+    `budget` is the number of samples of all prompts and rounds together.
+    """
+
+    target_se: float
+    budget: int
+
+    @property
+    def half_width(self) -> float:
+        return Z * self.target_se
+
+    def refuse_impossible(self, num_prompts: int, num_samples: int, beta1: float) -> None:
+        """Raise UserError for a rule that cannot be followed."""
+        if not (self.target_se > 0 and math.isfinite(self.target_se)):
+            raise UserError(
+                f"--adaptive {self.target_se:g}: the target is a standard error of V̂* and must be more than 0, "
+                "for example 0.05"
+            )
+        if num_samples < 2:
+            raise UserError(
+                "--adaptive with vstar.num_samples = 1: the first round must show how much a prompt's rewards differ; "
+                "give it at least 2, better 8"
+            )
+        if beta1 == 0:
+            raise UserError(
+                "--adaptive with vstar.beta1 = 0: V̂* is the best reward there, and a single success would end the "
+                "sampling; draw under a β1 above 0, then `rescore` to 0"
+            )
+        if self.budget < num_prompts * num_samples:
+            raise UserError(
+                f"--budget {self.budget:,}: the first round alone needs {num_prompts * num_samples:,} samples "
+                f"({num_prompts:,} prompts × {num_samples}); raise the budget or lower vstar.num_samples or data.limit"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round: how many prompts were wide before it, and what it adds."""
+
+    wide: int
+    prompts: int
+    samples: int
+    left: int
+    """What the budget has left after it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """How many samples each prompt has in the end."""
+
+    sizes_P: Counts
+    rounds: Sequence[Round]
+    still_wide: int
+
+    def record(self) -> dict[str, Any]:
+        """For the context of vstar.parquet."""
+        return {
+            "samples": int(self.sizes_P.sum()),
+            "still_wide": self.still_wide,
+            "rounds": [asdict(each) for each in self.rounds],
+        }
+
+
+def allocate(
+    rule: Rule,
+    num_samples: int,
+    beta1: float,
+    draw: Draw,
+    num_prompts: int,
+    announce: Callable[[int, Round], None] = lambda number, each: None,
+) -> Allocation:
+    """Give every prompt `num_samples` samples, then more to the wide ones, widest first, in rounds.
+
+    A round adds what the width calls for, since widths shrink as 1/√n, but at most as many as a prompt has, because
+    the width at a small n is itself uncertain, and at least a quarter of them, so that there are few rounds. Among
+    equally wide prompts the earlier one comes first. `announce` is told of each round before it is drawn.
+    """
+    everyone = np.arange(num_prompts)
+    sizes_P = np.full(num_prompts, num_samples, dtype=np.int64)
+    left = rule.budget - int(sizes_P.sum())
+    rounds = [Round(wide=num_prompts, prompts=num_prompts, samples=int(sizes_P.sum()), left=left)]
+    announce(0, rounds[0])
+    limits = (0.0, 1.0)
+
+    def widths(places_W: Places, sizes_W: Counts) -> Floats:
+        nonlocal limits
+        rewards_S = draw(places_W, sizes_W)
+        low, high = reward_range(rewards_S)
+        limits = (min(low, limits[0]), max(high, limits[1]))
+        found = interval(rewards_S, sizes_W, beta1, limits=limits)
+        widths_W: Floats = np.round(found.high_P - found.low_P, WIDTH_DIGITS)
+        return widths_W
+
+    widths_P = widths(everyone, sizes_P)
+    limit = round(2 * rule.half_width, WIDTH_DIGITS)
+    while True:
+        wide_W = np.flatnonzero(widths_P > limit)
+        wide_W = wide_W[np.argsort(-widths_P[wide_W], kind="stable")]
+        steps_W = _steps(sizes_P[wide_W], widths_P[wide_W] / limit)
+        affordable = int(np.searchsorted(np.cumsum(steps_W), left, side="right"))
+        if affordable == 0:
+            return Allocation(sizes_P=sizes_P, rounds=rounds, still_wide=len(wide_W))
+        chosen_W, steps_W = wide_W[:affordable], steps_W[:affordable]
+        left -= int(steps_W.sum())
+        rounds.append(Round(wide=len(wide_W), prompts=affordable, samples=int(steps_W.sum()), left=left))
+        announce(len(rounds) - 1, rounds[-1])
+        sizes_P[chosen_W] += steps_W
+        widths_P[chosen_W] = widths(chosen_W, sizes_P[chosen_W])
+
+
+def _steps(sizes_W: Counts, excess_W: Floats) -> Counts:
+    called_for_W = sizes_W * (excess_W**2 - 1)
+    return np.ceil(np.clip(called_for_W, SMALLEST_STEP * sizes_W, LARGEST_STEP * sizes_W)).astype(np.int64)
+
+
+def stopping_bias(
+    rule: Rule, num_samples: int, beta1: float, rewards_S: Floats, counts_P: Counts
+) -> dict[str, Any]:
+    """What stopping on the width does to V̂*, by simulating the whole run on prompts like these: for its context.
+
+    0/1 rewards: each simulated prompt has a pass rate from the posterior of a prompt of the run, under a prior fitted
+    to all of them (that a prompt's N depends on its rewards does not alter its likelihood). Other rewards: it draws
+    from a prompt's own rewards with replacement. Per way of WAYS: mean and root mean square of V̂* − V*, and the
+    standard error of that mean.
+    """
+    many = max(1, min(SIMULATED_PROMPTS, int(SIMULATED_SAMPLES / counts_P.mean())))
+    places_P = np.resize(np.arange(len(counts_P)), many)
+    random = np.random.default_rng(0)
+    if np.isin(rewards_S, (0.0, 1.0)).all():
+        fresh, truth_P = _from_posterior(rewards_S, counts_P, places_P, beta1, random)
+    else:
+        fresh, truth_P = from_rewards(rewards_S, counts_P, places_P, beta1, random)
+    scaled = Rule(target_se=rule.target_se, budget=round(rule.budget * many / len(counts_P)))
+    comparison = compare(scaled, num_samples, beta1, fresh, truth_P)
+    return {
+        "simulated_prompts": many,
+        "samples_a_prompt": float(comparison.allocation.sizes_P.mean()),
+        "beta1": str(beta1),
+        **{
+            way: {
+                "bias": float(errors_P.mean()),
+                "bias_se": float(errors_P.std() / math.sqrt(len(errors_P))),
+                "rmse": float(np.sqrt((errors_P**2).mean())),
+            }
+            for way, errors_P in comparison.errors.items()
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """V̂* − V* of each prompt under each of WAYS."""
+
+    allocation: Allocation
+    errors: dict[str, Floats]
+
+
+def compare(rule: Rule, num_samples: int, beta1: float, fresh: Draw, truth_P: Floats) -> Comparison:
+    """Follow the rule on prompts whose V* is known; `fresh` draws new samples each time."""
+    prompts = len(truth_P)
+    everyone = np.arange(prompts)
+    samples = _Samples(fresh, prompts)
+    allocation = allocate(rule, num_samples, beta1, samples.first, prompts)
+    sizes_P = allocation.sizes_P
+    even_P = np.diff(np.linspace(0, sizes_P.sum(), prompts + 1).round().astype(np.int64))
+    drawn = {
+        WAYS[0]: (samples.first(everyone, sizes_P), sizes_P),
+        WAYS[1]: (fresh(everyone, sizes_P), sizes_P),
+        WAYS[2]: (fresh(everyone, even_P), even_P),
+    }
+    errors = {
+        way: estimate_vstar(rewards_S, counts_P, beta1).vstar_P - truth_P
+        for way, (rewards_S, counts_P) in drawn.items()
+    }
+    return Comparison(allocation=allocation, errors=errors)
+
+
+class _Samples:
+    """A simulated run's samples: once drawn, a prompt's first samples stay the same."""
+
+    def __init__(self, fresh: Draw, num_prompts: int) -> None:
+        self._fresh = fresh
+        self._drawn: list[Floats] = [np.empty(0)] * num_prompts
+
+    def first(self, places_W: Places, sizes_W: Counts) -> Floats:
+        held_W = np.array([len(self._drawn[place]) for place in places_W], dtype=np.int64)
+        missing_W = sizes_W - held_W
+        parts = np.split(self._fresh(places_W, missing_W), np.cumsum(missing_W)[:-1])
+        for place, part in zip(places_W.tolist(), parts, strict=True):
+            self._drawn[place] = np.concatenate([self._drawn[place], part])
+        return np.concatenate([self._drawn[place] for place in places_W.tolist()])
+
+
+def from_rewards(
+    rewards_S: Floats, counts_P: Counts, places_P: Places, beta1: float, random: np.random.Generator
+) -> tuple[Draw, Floats]:
+    """Simulated prompts that draw, with replacement, from the rewards of the prompts at `places_P`; and their V*."""
+    starts_P = (np.cumsum(counts_P) - counts_P)[places_P]
+    many_P = counts_P[places_P]
+
+    def fresh(places_W: Places, sizes_W: Counts) -> Floats:
+        which_S = np.repeat(places_W, sizes_W)
+        drawn_S: Floats = rewards_S[starts_P[which_S] + random.integers(many_P[which_S])]
+        return drawn_S
+
+    return fresh, estimate_vstar(rewards_S, counts_P, beta1).vstar_P[places_P]
+
+
+def _from_posterior(
+    rewards_S: Floats, counts_P: Counts, places_P: Places, beta1: float, random: np.random.Generator
+) -> tuple[Draw, Floats]:
+    """Simulated prompts whose pass rates come from the posteriors of the prompts at `places_P`; and their V*."""
+    successes_P = np.add.reduceat(rewards_S, np.cumsum(counts_P) - counts_P).astype(np.int64)
+    pairs_G2, weights_G = np.unique(np.stack([successes_P, counts_P], axis=1), axis=0, return_counts=True)
+    prior = fit_prior(pairs_G2[:, 0], pairs_G2[:, 1], weights_G)
+    pass_rate_P = random.beta(prior.a + successes_P[places_P], prior.b + (counts_P - successes_P)[places_P])
+
+    def fresh(places_W: Places, sizes_W: Counts) -> Floats:
+        rates_S = np.repeat(pass_rate_P[places_W], sizes_W)
+        return (random.random(len(rates_S)) < rates_S).astype(np.float64)
+
+    return fresh, two_valued_vstar(pass_rate_P, beta1)

@@ -1,0 +1,396 @@
+"""Which N, which β1: what each choice would have given, from the rewards of one run with many samples.
+
+A run with N samples is a subset of the run with more, drawn without replacement from each prompt's samples. Over such
+subsets this gives V̂*, its bias and spread, what the filter drops and the loss that stage 2 starts from. Where rewards
+are 0 or 1 a subset is known by how many correct samples it holds, so that all subsets are weighed exactly (by the
+hypergeometric distribution) and prompts with the same counts are done together; other rewards take SUBSETS random
+subsets of each prompt. V̂* is the paper's plug-in. sweep_view.py prints and draws what is found here.
+
+Shapes: _U unit (one prompt, or prompts with the same counts), _O its possible subsets, _N samples of a subset,
+_M all samples of a prompt, _H bins.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from common.artifacts import atomic_path, write_text
+from common.errors import UserError
+from common.grading import Outcome
+from common.schema import read_vstar
+from stage1_vstar.estimator import Floats, estimate_vstar
+
+BETAS = (math.inf, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0)
+SUBSETS = 100
+"""Random subsets of each prompt, where rewards are not 0 or 1."""
+SEED = 0
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+BINS = 40
+_FINE = 100
+"""Parts of a bin, for the quantiles."""
+_CHUNK = 2**22
+"""Numbers in an array of subsets."""
+
+
+def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[str] = ()) -> dict[str, Any]:
+    """Sweep an artifact over β1 and N and write report/sweep.json, .png and .svg beside it; returns the figures.
+
+    The arguments are comma lists; without them BETAS, and the powers of two up to the most samples that a prompt has.
+    Raises UserError for a β1 that is no number from 0 to inf, and for an N that no prompt has.
+    """
+    betas = parse_betas(beta1)
+    rows, _ = read_vstar(source)
+    figures = {
+        "path": str(source),
+        **sweep(rows, betas, parse_sizes(num_samples, rows["num_samples"].to_list())),
+    }
+    from common.plots import figure_style, save
+    from stage1_vstar.sweep_view import draw
+
+    folder = source.parent / "report"
+    write_text(folder / "sweep.json", to_json(figures) + "\n")
+    with figure_style():
+        figure = draw(figures)
+        for suffix in ("png", "svg"):
+            with atomic_path(folder / f"sweep.{suffix}") as temporary:
+                save(figure, temporary, suffix)
+    return figures
+
+
+def parse_betas(lists: Sequence[str]) -> tuple[float, ...]:
+    """β1 from the largest to the smallest, each once. Raises UserError for anything that is not in [0, inf]."""
+    betas = set(BETAS if not lists else ())
+    for text in _items(lists):
+        try:
+            betas.add(float(text))
+        except ValueError:
+            betas.add(math.nan)
+        if not all(beta >= 0 for beta in betas):
+            raise UserError(
+                f"--beta1 {text}: β1 is a number from 0 (best reward) to inf (mean), such as inf,1,0.5,0"
+            )
+    return tuple(sorted(betas, reverse=True))
+
+
+def parse_sizes(lists: Sequence[str], available: Sequence[int]) -> tuple[int, ...]:
+    """N from the smallest to the largest. Raises UserError for one below 1 or above the most that is `available`."""
+    most = max(available)
+    if not lists:
+        return tuple(sorted({most, *(2**power for power in range(most.bit_length()))}))
+    sizes = set()
+    for text in _items(lists):
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise UserError(
+                f"--num-samples {text}: this artifact has at most {most} samples a prompt, so N is a whole number from "
+                f"1 to {most}; `vstar --set vstar.num_samples=…` draws more"
+            )
+        sizes.add(int(text))
+    return tuple(sorted(sizes))
+
+
+def _items(lists: Sequence[str]) -> Iterator[str]:
+    return (item.strip() for text in lists for item in text.split(","))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subsets:
+    """The subsets of N samples that each unit's prompts can have, with what counts in each.
+
+    `rest_*` are the mean reward and the mean squared reward of the samples outside the subset, which are fresh draws
+    as far as V̂* is concerned; nan where no sample is outside.
+    """
+
+    probability_UO: Floats
+    unsolved_UO: Floats
+    rest_mean_UO: Floats
+    rest_square_UO: Floats
+    vstar: Callable[[float], Floats]
+    """V̂*_UO under a β1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """Prompts with 0/1 rewards and the same number of samples; a unit is those with the same number correct."""
+
+    size: int
+    prompts_U: Floats
+    tokens_U: Floats
+    solved_U: Floats
+    correct_U: NDArray[np.int64]
+
+    def subsets(self, num_samples: int) -> Subsets:
+        """Subset O holds O correct samples; there are num_samples + 1 such sorts."""
+        correct_U1, correct_O = self.correct_U[:, None], np.arange(num_samples + 1)
+        wrong_U1, rest = self.size - correct_U1, self.size - num_samples
+        log_ways = _log_choose(correct_U1, correct_O) + _log_choose(wrong_U1, num_samples - correct_O)
+        probability_UO = np.exp(log_ways - _log_choose(np.array(self.size), np.array(num_samples)))
+        samples_ON = (np.arange(num_samples) < correct_O[:, None]).astype(np.float64)
+        rest_mean_UO = (correct_U1 - correct_O) / rest if rest else np.full(probability_UO.shape, np.nan)
+
+        def vstar(beta1: float) -> Floats:
+            return np.broadcast_to(_vstar(samples_ON, beta1), probability_UO.shape)
+
+        return Subsets(
+            probability_UO=probability_UO / probability_UO.sum(axis=1, keepdims=True),
+            unsolved_UO=np.broadcast_to(1.0 * (correct_O == 0), probability_UO.shape),
+            rest_mean_UO=rest_mean_UO,
+            rest_square_UO=rest_mean_UO,
+            vstar=vstar,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """Prompts with any rewards and the same number of samples; a unit is a prompt."""
+
+    size: int
+    prompts_U: Floats
+    tokens_U: Floats
+    solved_U: Floats
+    rewards_UM: Floats
+    correct_UM: Floats
+    order_UOM: NDArray[np.int64]
+    """Random orders of the samples: the first N of one are a subset of N."""
+
+    def subsets(self, num_samples: int) -> Subsets:
+        """As many random subsets as there are orders; of all samples there is one subset only."""
+        whole = num_samples == self.size
+        order_UOM = np.arange(self.size)[None, None, :] if whole else self.order_UOM
+        rewards_UOM = np.take_along_axis(self.rewards_UM[:, None, :], order_UOM, axis=2)
+        correct_UOM = np.take_along_axis(self.correct_UM[:, None, :], order_UOM, axis=2)
+        samples_UON, rest_UOR = np.split(rewards_UOM, [num_samples], axis=2)
+        shape = samples_UON.shape[:2]
+        return Subsets(
+            probability_UO=np.full(shape, 1 / shape[1]),
+            unsolved_UO=1.0 - correct_UOM[:, :, :num_samples].max(axis=2),
+            rest_mean_UO=np.full(shape, np.nan) if whole else rest_UOR.mean(axis=2),
+            rest_square_UO=np.full(shape, np.nan) if whole else (rest_UOR**2).mean(axis=2),
+            vstar=lambda beta1: _vstar(samples_UON, beta1),
+        )
+
+
+def _log_choose(n: NDArray[np.int64], k: NDArray[np.int64]) -> Floats:
+    """ln of the binomial coefficient, -inf where k is not between 0 and n."""
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n.max() + 1)))])
+    inside = (k >= 0) & (k <= n)
+    k = np.where(inside, k, 0)
+    return np.where(inside, log_factorial[n] - log_factorial[k] - log_factorial[n - k], -np.inf)
+
+
+def _vstar(samples_N: Floats, beta1: float) -> Floats:
+    """V̂* over the last axis."""
+    shape = samples_N.shape[:-1]
+    counts = np.full(math.prod(shape), samples_N.shape[-1])
+    return estimate_vstar(samples_N.ravel(), counts, beta1).vstar_P.reshape(shape)
+
+
+def units(rows: pl.DataFrame) -> Iterator[Counted | Listed]:
+    """The prompts of an artifact in blocks of equal numbers of samples."""
+    correct = pl.col("outcomes").list.eval((pl.element() == Outcome.CORRECT.value).cast(pl.Float64))
+    rows = rows.select(
+        "num_samples",
+        "rewards",
+        correct.alias("correct"),
+        pl.col("completion_tokens").list.mean().alias("tokens"),
+    )
+    binary = bool((rows["rewards"].explode() == rows["correct"].explode()).all())
+    random = np.random.default_rng(SEED)
+    for (size,), group in rows.sort("num_samples", maintain_order=True).group_by(
+        "num_samples", maintain_order=True
+    ):
+        assert isinstance(size, int)
+        if binary:
+            cells = (
+                group.group_by(pl.col("correct").list.sum().cast(pl.Int64))
+                .agg(pl.len().cast(pl.Float64).alias("prompts"), pl.col("tokens").mean())
+                .sort("correct")
+            )
+            yield Counted(
+                size=size,
+                prompts_U=cells["prompts"].to_numpy(),
+                tokens_U=cells["tokens"].to_numpy(),
+                solved_U=(cells["correct"] > 0).cast(pl.Float64).to_numpy(),
+                correct_U=cells["correct"].to_numpy(),
+            )
+            continue
+        for part in group.iter_slices(max(1, _CHUNK // (SUBSETS * size))):
+            shape = (part.height, size)
+            correct_UM = part["correct"].explode().to_numpy().reshape(shape)
+            yield Listed(
+                size=size,
+                prompts_U=np.ones(part.height),
+                tokens_U=part["tokens"].to_numpy(),
+                solved_U=correct_UM.max(axis=1),
+                rewards_UM=part["rewards"].explode().to_numpy().reshape(shape),
+                correct_UM=correct_UM,
+                order_UOM=random.random((part.height, SUBSETS, size)).argsort(axis=2),
+            )
+
+
+@dataclass(slots=True)
+class Mean:
+    """A figure's mean over prompts, and its standard deviations over the subsets."""
+
+    weight: float = 0.0
+    total: float = 0.0
+    variance: float = 0.0
+
+    def add(
+        self, values_UO: Floats, probability_UO: Floats, prompts_U: Floats, weight_U: Floats | float = 1.0
+    ) -> None:
+        """Add the prompts of some units, each weighing `weight_U`."""
+        mean_U = (values_UO * probability_UO).sum(axis=1)
+        variance_U = ((values_UO - mean_U[:, None]) ** 2 * probability_UO).sum(axis=1)
+        self.weight += float((prompts_U * weight_U).sum())
+        self.total += float((prompts_U * weight_U * mean_U).sum())
+        self.variance += float((prompts_U * np.square(weight_U) * variance_U).sum())
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight
+
+    @property
+    def sd(self) -> float:
+        """Of the mean over prompts."""
+        return math.sqrt(self.variance) / self.weight
+
+    @property
+    def prompt_sd(self) -> float:
+        """Of one prompt's figure, root mean square over prompts of equal weight."""
+        return math.sqrt(self.variance / self.weight)
+
+    def document(self) -> dict[str, float]:
+        return {"mean": self.mean, "sd": self.sd}
+
+
+@dataclass(slots=True)
+class Column:
+    """What depends on N only."""
+
+    dropped: Mean = field(default_factory=Mean)
+    dropped_solvable: Mean = field(default_factory=Mean)
+    saved: Mean = field(default_factory=Mean)
+
+    def add(self, unit: Counted | Listed, subsets: Subsets) -> None:
+        by = (subsets.probability_UO, unit.prompts_U)
+        self.dropped.add(subsets.unsolved_UO, *by)
+        self.dropped_solvable.add(subsets.unsolved_UO * unit.solved_U[:, None], *by)
+        self.saved.add(subsets.unsolved_UO, *by, unit.tokens_U)
+
+
+@dataclass(slots=True)
+class Cell:
+    """What depends on N and β1. The distribution is over prompts and subsets."""
+
+    lowest: float
+    highest: float
+    vstar: Mean = field(default_factory=Mean)
+    vstar_squared: Mean = field(default_factory=Mean)
+    error: Mean = field(default_factory=Mean)
+    squared_error: Mean = field(default_factory=Mean)
+    loss: Mean = field(default_factory=Mean)
+    loss_spread: Mean = field(default_factory=Mean)
+    mass_H: Floats = field(default_factory=lambda: np.zeros(BINS * _FINE))
+    sum_H: Floats = field(default_factory=lambda: np.zeros(BINS * _FINE))
+
+    def add(
+        self, unit: Counted | Listed, subsets: Subsets, beta1: float, *, full_U: Floats, reward_U: Floats
+    ) -> None:
+        """`full_U` is V̂* of all samples, `reward_U` their mean reward."""
+        vstar_UO = subsets.vstar(beta1)
+        error_UO = vstar_UO - full_U[:, None]
+        by = (subsets.probability_UO, unit.prompts_U)
+        self.vstar.add(vstar_UO, *by)
+        self.vstar_squared.add((vstar_UO - self.lowest) ** 2, *by)
+        self.error.add(error_UO, *by)
+        self.squared_error.add(error_UO**2, *by)
+        # How far V̂* moves the loss E r² − 2 V̂* E r + V̂*²; `loss` itself also moves with the few samples left over.
+        self.loss_spread.add(vstar_UO**2 - 2 * vstar_UO * reward_U[:, None], *by)
+        place_UO = (vstar_UO - self.lowest) / ((self.highest - self.lowest) or 1.0) * len(self.mass_H)
+        bin_UO = np.clip(place_UO.astype(np.int64), 0, len(self.mass_H) - 1)
+        mass_UO = subsets.probability_UO * unit.prompts_U[:, None]
+        self.mass_H += np.bincount(bin_UO.ravel(), mass_UO.ravel(), len(self.mass_H))
+        self.sum_H += np.bincount(bin_UO.ravel(), (mass_UO * vstar_UO).ravel(), len(self.mass_H))
+
+    def add_loss(self, unit: Counted | Listed, subsets: Subsets, beta1: float) -> None:
+        """E (r − V̂*)² with r from outside the subset: V̂* was not made of it, as in training."""
+        vstar_UO = subsets.vstar(beta1)
+        loss_UO = subsets.rest_square_UO - 2 * vstar_UO * subsets.rest_mean_UO + vstar_UO**2
+        self.loss.add(loss_UO, subsets.probability_UO, unit.prompts_U)
+
+    def quantile(self, share: float) -> float:
+        """The mean of V̂* in the narrow bin where that share of the mass is reached: exact where V̂* has few values."""
+        reached_H = np.cumsum(self.mass_H)
+        place = int(np.searchsorted(reached_H, share * reached_H[-1]))
+        return float(self.sum_H[place] / self.mass_H[place])
+
+    def document(self) -> dict[str, Any]:
+        variance = self.vstar_squared.mean - (self.vstar.mean - self.lowest) ** 2
+        return {
+            "vstar": self.vstar.document(),
+            "spread": math.sqrt(max(0.0, variance)),
+            "quantiles": {f"{share:g}": self.quantile(share) for share in QUANTILES},
+            "histogram": (self.mass_H.reshape(BINS, _FINE).sum(axis=1) / self.mass_H.sum()).tolist(),
+            "bias": self.error.mean,
+            "prompt_sd": self.error.prompt_sd,
+            "rmse": math.sqrt(self.squared_error.mean),
+            "loss": {"mean": self.loss.mean if self.loss.weight else None, "sd": self.loss_spread.sd},
+        }
+
+
+def sweep(rows: pl.DataFrame, betas: Sequence[float], sizes: Sequence[int]) -> dict[str, Any]:
+    """Every figure of the sweep, for the rows of an artifact: `by_num_samples`, and `cells` by β1 and N.
+
+    Bias and errors are against V̂* of all the prompt's samples, itself an estimate. A prompt with fewer than N samples
+    is left out of that N. The loss at a prompt's own full N has no sample left that V̂* was not made of: there it is
+    that of N − 1.
+    """
+    rewards = rows["rewards"].explode().to_numpy()
+    lowest, highest = float(rewards.min()), float(rewards.max())
+    columns = {size: Column() for size in sizes}
+    cells = {(beta, size): Cell(lowest, highest) for beta in betas for size in sizes}
+    for unit in units(rows):
+        whole = unit.subsets(unit.size)
+        full_U = {beta: (whole.vstar(beta) * whole.probability_UO).sum(axis=1) for beta in {*betas, math.inf}}
+        for size in (size for size in sizes if size <= unit.size):
+            subsets = unit.subsets(size)
+            outside = subsets if size < unit.size else unit.subsets(size - 1) if size > 1 else None
+            columns[size].add(unit, subsets)
+            for beta in betas:
+                cells[beta, size].add(unit, subsets, beta, full_U=full_U[beta], reward_U=full_U[math.inf])
+                if outside:
+                    cells[beta, size].add_loss(unit, outside, beta)
+    return {
+        "prompts": rows.height,
+        "max_num_samples": max(rows["num_samples"]),
+        "by_num_samples": [
+            {
+                "num_samples": size,
+                "left_out": rows.height - round(column.dropped.weight),
+                "dropped": column.dropped.document(),
+                "dropped_solvable": column.dropped_solvable.document(),
+                "time_saved": column.saved.document(),
+            }
+            for size, column in columns.items()
+        ],
+        "histogram_edges": np.linspace(lowest, highest, BINS + 1).tolist(),
+        "cells": [
+            {"beta1": beta, "num_samples": size, **cell.document()} for (beta, size), cell in cells.items()
+        ],
+    }
+
+
+def to_json(figures: dict[str, Any]) -> str:
+    """The figures as JSON, which has no infinity: an infinite β1 becomes the text "inf"."""
+    cells = [
+        {**cell, "beta1": cell["beta1"] if math.isfinite(cell["beta1"]) else "inf"}
+        for cell in figures["cells"]
+    ]
+    return json.dumps({**figures, "cells": cells}, indent=1, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,223 @@
+"""How far V̂* may be from V*: intervals, the plug-in's bias, and what the pass@N filter drops. docs/uncertainty.md.
+
+Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _B bootstrap resample, _K number of
+successes.
+"""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stage1_vstar.estimator import estimate_vstar
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+CHUNK = 4_000_000
+"""Resampled rewards that the bootstrap holds at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """An interval for V* of each prompt."""
+
+    low_P: Floats
+    high_P: Floats
+
+
+def two_valued_vstar(
+    pass_rate: ArrayLike, beta1: float, low: ArrayLike = 0.0, high: ArrayLike = 1.0
+) -> Floats:
+    """V* where the reward is `high` with probability p and else `low`: low + β1 ln(1 + p (exp((high − low)/β1) − 1)).
+
+    It grows with p, so an interval of p is one of V*. `beta1` = 0 gives `high` for p > 0, inf the mean; both exactly.
+    """
+    p, bottom, top = np.broadcast_arrays(
+        np.asarray(pass_rate, np.float64), np.asarray(low, np.float64), np.asarray(high, np.float64)
+    )
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        range_in_beta1 = (top - bottom) / beta1
+        small = np.log1p(p * np.expm1(np.minimum(range_in_beta1, 500.0)))
+        large = np.logaddexp(np.log1p(-p), np.log(p) + range_in_beta1)
+        inside = bottom + beta1 * np.where(range_in_beta1 < 500, small, large)
+        limit = np.where(p > 0, top, bottom) if beta1 < 1 else bottom + p * (top - bottom)
+    return np.where(np.isfinite(range_in_beta1) & (range_in_beta1 > 0), inside, limit)
+
+
+def reward_range(rewards_S: Floats) -> tuple[float, float]:
+    """What rewards can be, judging by these: from 0 or the least of them to 1 or the greatest."""
+    return min(0.0, float(rewards_S.min())), max(1.0, float(rewards_S.max()))
+
+
+def interval(
+    rewards_S: Floats,
+    counts_P: Counts,
+    beta1: float,
+    *,
+    level: float = 0.95,
+    limits: tuple[float, float] | None = None,
+) -> Interval:
+    """An interval that holds V* of a prompt with probability `level`, for each prompt; arguments as `estimate_vstar`.
+
+    A prompt whose rewards are all at the ends of the range of rewards, as 0/1 rewards are, gets the binomial
+    interval of `binomial_interval` mapped to V*; any other that of `_bounded_interval`. `limits` is that range; by
+    default `reward_range` of these rewards. Who works through a file in parts and has rewards outside 0 to 1 gives
+    it, so that the parts agree.
+
+    At β1 = 0, V* is the best reward that the policy can give at all. It is at least the best seen, and no number of
+    samples shows that it is not the greatest possible: the interval is [best seen, greatest possible], a point for
+    a solved prompt.
+    """
+    bottom, top = limits or reward_range(rewards_S)
+    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
+    if beta1 == 0:
+        best_P = np.maximum.reduceat(rewards_S, starts_P)
+        return Interval(low_P=best_P, high_P=np.full(len(best_P), top))
+    at_top_S = rewards_S == top
+    successes_P = np.add.reduceat(at_top_S.astype(np.int64), starts_P)
+    low_P, high_P = binomial_interval(successes_P, counts_P, level)
+    low_P, high_P = (two_valued_vstar(rate_P, beta1, bottom, top) for rate_P in (low_P, high_P))
+    graded_P = np.logical_or.reduceat(~at_top_S & (rewards_S != bottom), starts_P)
+    if graded_P.any():
+        graded_S = np.repeat(graded_P, counts_P)
+        low_P[graded_P], high_P[graded_P] = _bounded_interval(
+            rewards_S[graded_S], counts_P[graded_P], beta1, level, bottom, top
+        )
+    return Interval(low_P=low_P, high_P=high_P)
+
+
+def binomial_interval(successes_P: Counts, trials_P: Counts, level: float) -> tuple[Floats, Floats]:
+    """Wilson's interval of p, with the exact bound where all samples but one agree.
+
+    Wilson's lower bound for a single success is too high: just below it p is covered 83 % of the time. There the
+    bound is the p at which `level` of all prompts have no success, as Brown, Cai and DasGupta (2001) do with
+    Poisson's distribution; likewise for a single failure.
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    rate_P = successes_P / trials_P
+    centre_P = rate_P + z * z / (2 * trials_P)
+    half_P = z * np.sqrt(rate_P * (1 - rate_P) / trials_P + (z / (2 * trials_P)) ** 2)
+    low_P, high_P = ((centre_P + side * half_P) / (1 + z * z / trials_P) for side in (-1, 1))
+    rare_P = -np.expm1(np.log(level) / trials_P)
+    low_P = np.where(successes_P == 1, np.minimum(low_P, rare_P), low_P)
+    high_P = np.where(successes_P == trials_P - 1, np.maximum(high_P, 1 - rare_P), high_P)
+    return np.where(successes_P == 0, 0.0, low_P), np.where(successes_P == trials_P, 1.0, high_P)
+
+
+def _bounded_interval(
+    rewards_S: Floats, counts_P: Counts, beta1: float, level: float, bottom: float, top: float
+) -> tuple[Floats, Floats]:
+    """Quantiles of V* under the Bayesian bootstrap, in closed form, with half a sample added at the far end.
+
+    The Bayesian bootstrap (Rubin, 1981) weighs a prompt's samples by a Dirichlet(1, …, 1). Alone it never goes
+    beyond what was seen: eight equal rewards would leave no doubt. So the upper bound comes with a weight of ½ at
+    the greatest possible reward and the lower with one at the least. The quantile of the weighted mean of exp(r/β1)
+    is that of the Beta distribution with its mean and variance.
+    """
+    from scipy.special import betaincinv
+
+    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
+    best_P = np.maximum.reduceat(rewards_S, starts_P)
+
+    def bound(top_P: Floats, half_at_top: float, quantile: float) -> Floats:
+        share_S = _share(rewards_S, np.repeat(top_P, counts_P), beta1, bottom)
+        weight_P = counts_P + 0.5
+        mean_P = (np.add.reduceat(share_S, starts_P) + half_at_top) / weight_P
+        square_P = (np.add.reduceat(share_S**2, starts_P) + half_at_top) / weight_P
+        with np.errstate(divide="ignore", invalid="ignore"):
+            precision_P = mean_P * (1 - mean_P) * (weight_P + 1) / (square_P - mean_P**2) - 1
+            rate_P = betaincinv(mean_P * precision_P, (1 - mean_P) * precision_P, quantile)
+        rate_P = np.where(top_P > bottom, rate_P, 0.0)
+        return two_valued_vstar(rate_P, beta1, bottom, top_P)
+
+    tail = (1 - level) / 2
+    return bound(best_P, 0.0, tail), bound(np.full(len(best_P), top), 0.5, 1 - tail)
+
+
+def _share(rewards_S: Floats, top_S: Floats, beta1: float, bottom: float) -> Floats:
+    """exp(r/β1) as a share of the way from the least to the greatest: 0 at `bottom`, 1 at `top_S`."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        if np.isinf(beta1):
+            share_S = (rewards_S - bottom) / (top_S - bottom)
+        else:
+            length_S = np.expm1((bottom - top_S) / beta1)
+            share_S = 1 - np.expm1((rewards_S - top_S) / beta1) / length_S
+    return np.where(top_S > bottom, share_S, 0.0)
+
+
+def delta_interval(rewards_S: Floats, counts_P: Counts, beta1: float, *, level: float = 0.95) -> Interval:
+    """V̂* ± z · standard error, the textbook's interval; nan where there is no standard error.
+
+    For comparison: `interval` is the one to use. Where all samples agree this one has no width.
+    """
+    found = estimate_vstar(rewards_S, counts_P, beta1)
+    reach_P = NormalDist().inv_cdf((1 + level) / 2) * found.se_P
+    return Interval(low_P=found.vstar_P - reach_P, high_P=found.vstar_P + reach_P)
+
+
+def bootstrap_interval(
+    rewards_S: Floats,
+    counts_P: Counts,
+    beta1: float,
+    *,
+    level: float = 0.95,
+    resamples: int = 999,
+    seed: int = 0,
+) -> Interval:
+    """Quantiles of V̂* over resamples of each prompt's rewards (Efron's percentile bootstrap).
+
+    For comparison: `interval` is the one to use. Where all samples agree this one has no width. Prompts are taken in
+    chunks of at most CHUNK resampled rewards.
+    """
+    rng = np.random.default_rng(seed)
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    ends_P = np.cumsum(counts_P)
+    bounds = np.empty((2, len(counts_P)))
+    first = 0
+    while first < len(counts_P):
+        offset = ends_P[first] - counts_P[first]
+        last = max(first + 1, int(np.searchsorted(ends_P, offset + CHUNK // resamples, side="right")))
+        counts = counts_P[first:last]
+        starts_S = np.repeat(np.cumsum(counts) - counts, counts) + offset
+        drawn_BS = starts_S + (rng.random((resamples, len(starts_S))) * np.repeat(counts, counts)).astype(
+            np.int64
+        )
+        found = estimate_vstar(rewards_S[drawn_BS.ravel()], np.tile(counts, resamples), beta1)
+        bounds[:, first:last] = np.quantile(found.vstar_P.reshape(resamples, -1), tails, axis=0)
+        first = last
+    return Interval(low_P=bounds[0], high_P=bounds[1])
+
+
+def plugin_bias(pass_rate: ArrayLike, num_samples: int, beta1: float) -> Floats:
+    """E[V̂*] − V* of the plug-in for 0/1 rewards of pass rate p and N samples, exactly: a sum over the binomial.
+
+    Never positive, by Jensen's inequality; 0 for β1 = inf, and −(1 − p)^N, the chance of missing pass@N, for β1 = 0.
+    """
+    from scipy.special import gammaln, xlog1py, xlogy
+
+    rate_P = np.asarray(pass_rate, np.float64)
+    successes_K = np.arange(num_samples + 1)
+    failures_K = num_samples - successes_K
+    ways_K = gammaln(num_samples + 1) - gammaln(successes_K + 1) - gammaln(failures_K + 1)
+    logs_PK = ways_K + xlogy(successes_K, rate_P[..., None]) + xlog1py(failures_K, -rate_P[..., None])
+    truth_P = two_valued_vstar(rate_P, beta1)
+    errors_PK = two_valued_vstar(successes_K / num_samples, beta1) - truth_P[..., None]
+    bias_P: Floats = (np.exp(logs_PK) * errors_PK).sum(axis=-1)
+    return bias_P
+
+
+def approximate_bias(se_P: Floats, beta1: float) -> Floats:
+    """The plug-in's bias for any rewards, to the order of 1/N: −se² / (2 β1), with the delta method's standard error.
+
+    From ln(1 + x) ≈ x − x²/2 with x = mean(w)/E[w] − 1 and w = exp(r/β1): E[V̂*] − V* ≈ −β1 Var(w) / (2 N E[w]²).
+    For β1 = 0 there is no such order (nan).
+    """
+    return -(se_P**2) / (2 * beta1) if beta1 > 0 else np.full(len(se_P), np.nan)
+
+
+def drop_probability(pass_rate: ArrayLike, num_samples: int) -> Floats:
+    """P(all N samples wrong | p) = (1 − p)^N: how often the pass@N filter drops a prompt of this pass rate."""
+    dropped_P: Floats = (1.0 - np.asarray(pass_rate, np.float64)) ** num_samples
+    return dropped_P

@@ -1,0 +1,195 @@
+"""What a training run will take, before it starts: steps, tokens, the first iteration's figures, memory.
+
+Reads vstar.parquet, the config, and the model's config.json, tokenizer.json and weight headers: no model, no torch.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.artifacts import reference_model
+from common.config import Config
+from common.errors import UserError
+from common.forecast import ALARM_LEVEL, LEVEL, Expectation, Floats, first_batch
+from common.prompts import prompt_template
+from common.schema import read_vstar
+from stage2_train.inputs import iterations
+from stage2_train.memory import memory_per_gpu, read_shape
+
+TOKENIZED_PROMPTS = 2000
+"""So many prompts, chosen at random, stand for all in the number of prompt tokens."""
+GIB = 2**30
+
+
+def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> dict[str, Any]:
+    """The figures that `show` prints, as a JSON document. Raises UserError for a file or a model that is none."""
+    if config.train.mini_batch_size % gpus:
+        raise UserError(
+            f"--gpus {gpus}: train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "
+            f"{gpus} processes; choose a divisor"
+        )
+    rows, provenance = read_vstar(vstar_file)
+    kept = rows.filter("keep")
+    if kept.is_empty():
+        raise UserError(
+            f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
+        )
+    folder = reference_model(config)
+    turns = iterations(config.train, kept.height)
+    completions = turns * config.train.batch_size
+    batch = first_batch(rows, config.train.batch_size)
+    return {
+        "path": str(vstar_file),
+        "filters": provenance.context.get("filters", []),
+        "iterations": turns,
+        "optimizer_steps": turns * (config.train.batch_size // config.train.mini_batch_size),
+        "prompts": rows.height,
+        "kept": kept.height,
+        "visits_a_prompt": {"least": completions // kept.height, "most": -(-completions // kept.height)},
+        "tokens": _tokens(kept, completions, config, folder),
+        "saved_by_filter": _saved(rows, kept),
+        "first_iteration": None
+        if batch is None
+        else {"loss": _figure(batch.loss), "reward": _figure(batch.reward)},
+        "memory": memory_per_gpu(read_shape(folder), config, gpus=gpus, gpu_bytes=round(gpu_gib * GIB)),
+    }
+
+
+def _figure(figure: Expectation) -> dict[str, Any]:
+    return {
+        "mean": figure.mean,
+        "interval_95": list(figure.interval(LEVEL)),
+        "warning_interval": list(figure.interval(ALARM_LEVEL)),
+    }
+
+
+def _saved(rows: pl.DataFrame, kept: pl.DataFrame) -> dict[str, float]:
+    """The share of an epoch that the dropped prompts would have taken."""
+    all_tokens, kept_tokens = (float(table["completion_tokens"].list.mean().sum()) for table in (rows, kept))
+    return {"prompts": 1 - kept.height / rows.height, "completion_tokens": 1 - kept_tokens / all_tokens}
+
+
+def _tokens(kept: pl.DataFrame, completions: int, config: Config, folder: Path) -> dict[str, Any]:
+    """Tokens of all iterations, if completions stay as long as the reference policy's."""
+    sampled = completion_tokens(kept, completions)
+    low, high = sampled.interval()
+    prompt_tokens = _mean_prompt_tokens(kept["prompt"], config, folder)
+    prompts = prompt_tokens * completions
+    return {
+        "completions": completions,
+        "mean_prompt": prompt_tokens,
+        "mean_completion": sampled.mean / completions,
+        "sampled": {"mean": sampled.mean, "interval_95": [low, high]},
+        "trained": {"mean": prompts + sampled.mean, "interval_95": [prompts + low, prompts + high]},
+    }
+
+
+def completion_tokens(kept: pl.DataFrame, completions: int) -> Expectation:
+    """The tokens in `completions` completions, dealt out evenly over the kept prompts.
+
+    Two sources of error: the completions to come vary, and so did the cached ones that the means were taken from.
+    """
+    lengths = kept["completion_tokens"].list
+    mean_P: Floats = lengths.mean().to_numpy().astype(np.float64)
+    counts_P = lengths.len().to_numpy().astype(np.float64)
+    repeated_P = counts_P > 1
+    # With one sample a prompt everywhere, the variance over all of them is an upper limit.
+    within = (
+        float(np.average(lengths.var().to_numpy()[repeated_P], weights=counts_P[repeated_P] - 1))
+        if repeated_P.any()
+        else float(mean_P.var())
+    )
+    error_of_mean = within * float((1 / counts_P).sum()) / len(mean_P) ** 2
+    variance = completions * within + completions**2 * error_of_mean
+    total = completions * float(mean_P.mean())
+    return Expectation(mean=total, sd=variance**0.5, lowest=0.0, highest=float("inf"))
+
+
+def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float:
+    """By the tokenizer alone, since transformers would load torch: what a chat template adds is not counted."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return float(config.data.max_prompt_tokens)
+    template = prompt_template(config.data)
+    chosen = random.Random(0).sample(texts.to_list(), min(TOKENIZED_PROMPTS, len(texts)))
+    rendered = chosen if template == "chat" else [template.replace("{prompt}", text) for text in chosen]
+    encodings = Tokenizer.from_file(str(file)).encode_batch(rendered, add_special_tokens=False)
+    return sum(len(encoding.ids) for encoding in encodings) / len(encodings)
+
+
+def to_json(figures: dict[str, Any]) -> str:
+    """The figures as JSON."""
+    return json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """Print the figures: the run, then a GPU's memory by component."""
+    tokens, visits, saved = figures["tokens"], figures["visits_a_prompt"], figures["saved_by_filter"]
+    rows = {
+        "file": figures["path"],
+        "prompts": f"{figures['kept']:,} kept of {figures['prompts']:,}, each visited "
+        + (
+            f"{visits['least']}"
+            if visits["least"] == visits["most"]
+            else f"{visits['least']} or {visits['most']}"
+        )
+        + " times",
+        "iterations": f"{figures['iterations']:,}, {figures['optimizer_steps']:,} optimizer steps",
+        "saved by the filter": f"{saved['prompts']:.1%} of an epoch's prompts, "
+        f"{saved['completion_tokens']:.1%} of its completion tokens",
+        "tokens to sample": _tokens_line(tokens["sampled"]),
+        "tokens to train on": f"{_tokens_line(tokens['trained'])}, with prompts of {tokens['mean_prompt']:.1f}",
+        **_first_iteration_lines(figures["first_iteration"]),
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(table)
+    console.print()
+    console.print(_memory_table(figures["memory"]))
+    for assumption in figures["memory"]["assumptions"]:
+        console.print(f"  assumes: {assumption}", soft_wrap=True)
+
+
+def _tokens_line(total: dict[str, Any]) -> str:
+    low, high = total["interval_95"]
+    return f"{total['mean']:,.0f} ({low:,.0f} to {high:,.0f})"
+
+
+def _first_iteration_lines(first: dict[str, Any] | None) -> dict[str, str]:
+    if first is None:
+        return {"first iteration": "cannot be told from one sample a prompt: raise vstar.num_samples"}
+    return {
+        f"first iteration, {name}": "{:.4f} (95 %: {:.4f} to {:.4f}; `train` warns outside {:.4f} to {:.4f})".format(
+            figure["mean"], *figure["interval_95"], *figure["warning_interval"]
+        )
+        for name, figure in first.items()
+    }
+
+
+def _memory_table(memory: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"GiB on {'the GPU' if memory['gpus'] == 1 else 'each of {gpus} GPUs'.format(**memory)}, "
+        f"{memory['parameters']:,} parameters",
+        title_justify="left",
+    )
+    for heading in ("when", "what", "GiB"):
+        table.add_column(heading, justify="right" if heading == "GiB" else "left")
+    for when, label in {"held": "always", "backward": "+ backward pass", "step": "or + step"}.items():
+        for number, (name, size) in enumerate(memory[when].items()):
+            table.add_row("" if number else label, name, f"{size / GIB:.2f}")
+    verdict = "fits" if memory["fits"] else "does not fit"
+    capacity = f"at most, {verdict} in {memory['gpu_bytes'] / GIB:g} GiB"
+    table.add_row("together", capacity, f"{memory['total'] / GIB:.2f}", style="bold")
+    return table

@@ -1,0 +1,465 @@
+"""What training will show and take: the first batch's figures against simulated stages, memory against DeepSpeed's own.
+
+Shapes: _P prompt, _N stage-1 sample, _A possible answer.
+"""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+
+from common.artifacts import RunPaths
+from common.config import Config
+from common.demo.base_model import build_tokenizer
+from common.errors import UserError
+from common.forecast import LEVEL, Expectation, batch_mean, first_batch, fresh_reward_moments
+from common.schema import read_vstar, write_vstar
+from stage1_vstar.estimator import estimate_vstar
+from stage2_train.forecast import completion_tokens, forecast
+from stage2_train.memory import Shape, layer_activations, memory_per_gpu, model_states, read_shape
+from tests.conftest import RunCli
+from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
+
+Floats = NDArray[np.float64]
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, SAMPLES, BATCH = 1000, 8, 256
+QWEN = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+
+
+def artifact_rows(rewards_PN: Floats, *, beta1: float = 0.5, drop_unsolved: bool = False) -> pl.DataFrame:
+    """The columns of vstar.parquet that a forecast of the first batch reads."""
+    prompts, samples = rewards_PN.shape
+    counts_P = np.full(prompts, samples)
+    return pl.DataFrame(
+        {
+            "rewards": rewards_PN.tolist(),
+            "vstar": estimate_vstar(rewards_PN.ravel(), counts_P, beta1).vstar_P,
+            "keep": rewards_PN.any(axis=1) if drop_unsolved else np.full(prompts, True),
+        }
+    )
+
+
+def batch_figures(rows: pl.DataFrame, rewards_P: Floats, rng: np.random.Generator) -> tuple[float, float]:
+    """Loss and reward of a first batch: distinct kept prompts, a reward each of those given."""
+    kept = rng.permutation(np.flatnonzero(rows["keep"].to_numpy()))[:BATCH]
+    chosen_P = rewards_P[kept]
+    return float(((chosen_P - rows["vstar"].to_numpy()[kept]) ** 2).mean()), float(chosen_P.mean())
+
+
+def test_the_mean_of_a_batch_has_the_variance_of_drawing_without_replacement() -> None:
+    mean_P, variance_P = np.array([0.2, 0.4]), np.array([0.1, 0.3])
+    # One prompt of two: 0.2 within, and the variance of the two means, 0.01.
+    # Both prompts: 0.2 / 2. Three places: both, and one of them once more.
+    for size, variance in {1: 0.2 + 0.01, 2: 0.1, 3: (3 * 0.2 + 0.01) / 9}.items():
+        figure = batch_mean(mean_P, variance_P, size, 0.0, 1.0)
+        assert (figure.mean, figure.sd**2) == pytest.approx((0.3, variance))
+
+
+def test_an_interval_is_normal_and_stays_within_what_is_possible() -> None:
+    figure = Expectation(mean=0.9, sd=0.1, lowest=0.0, highest=1.0)
+    assert figure.interval(0.95) == pytest.approx((0.9 - 0.196, 1.0), abs=1e-4)
+    assert figure.excludes(0.9 - 0.34)
+    assert not figure.excludes(0.9 - 0.32)
+
+
+def test_rewards_between_the_two_extremes_are_weighted_by_credibility() -> None:
+    # Within variance 2, between variance 7: Z = 2 · 7 / (2 · 7 + 2) = 0.875.
+    moments = fresh_reward_moments(np.array([0.0, 2.0, 4.0, 6.0]), np.array([2, 2]))
+    assert moments[0] == pytest.approx([0.875 * 1 + 0.125 * 3, 0.875 * 5 + 0.125 * 3])
+    assert moments[1] == pytest.approx([0.875 * 2 + 0.125 * 14, 0.875 * 26 + 0.125 * 14])
+
+
+def test_the_loss_counts_that_vstar_was_made_of_the_same_rewards() -> None:
+    """Prompts of probability 1/2, two samples each, V̂* their mean: σ² (1 + 1/N) = 0.375, not σ² (1 − 1/N) = 0.125.
+
+    Within 3 %: EM nears a distribution that is one point slowly.
+    """
+    rewards_PN = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]] * 50)
+    rows = artifact_rows(rewards_PN, beta1=np.inf)
+    assert ((rewards_PN - rewards_PN.mean(axis=1, keepdims=True)) ** 2).mean() == 0.125
+    expected = first_batch(rows, 20)
+    assert expected is not None
+    assert expected.loss.mean == pytest.approx(0.375, rel=0.03)
+    assert expected.reward.mean == pytest.approx(0.5, rel=1e-3)
+    assert expected.reward.sd == pytest.approx((0.25 / 20) ** 0.5, rel=0.01)
+
+
+PRIORS: dict[str, Callable[[np.random.Generator], Floats]] = {
+    "all probabilities alike": lambda rng: rng.random(PROMPTS),
+    "never or now and then": lambda rng: rng.choice([0.0, 0.1, 0.5], PROMPTS),
+    "half always": lambda rng: np.where(rng.random(PROMPTS) < 0.5, 1.0, rng.beta(1, 3, PROMPTS)),
+}
+
+
+def share_covered(
+    draw: Callable[[np.random.Generator], tuple[Floats, Callable[[], Floats]]],
+    *,
+    beta1: float,
+    drop_unsolved: bool,
+) -> tuple[Floats, float]:
+    """How often the two intervals hold, and how often training would warn: 40 first stages, eight first batches each.
+
+    `draw` gives a first stage's rewards, and what draws a further reward of each prompt.
+    """
+    rng, stages, batches = np.random.default_rng(0), 40, 8
+    covered, alarms = np.zeros(2), 0
+    for _ in range(stages):
+        rewards_PN, fresh_rewards = draw(rng)
+        rows = artifact_rows(rewards_PN, beta1=beta1, drop_unsolved=drop_unsolved)
+        expected = first_batch(rows, BATCH)
+        assert expected is not None
+        for _ in range(batches):
+            found = batch_figures(rows, fresh_rewards(), rng)
+            bounds = (expected.loss.interval(LEVEL), expected.reward.interval(LEVEL))
+            covered += [low <= value <= high for (low, high), value in zip(bounds, found, strict=True)]
+            alarms += expected.warning(*found) is not None
+    return covered / (stages * batches), alarms / (stages * batches)
+
+
+@pytest.mark.parametrize("drop_unsolved", [False, True], ids=["all prompts", "solved prompts"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_the_intervals_cover_simulated_first_batches(prior: str, drop_unsolved: bool) -> None:
+    def draw(rng: np.random.Generator) -> tuple[Floats, Callable[[], Floats]]:
+        solved_P = PRIORS[prior](rng)
+        rewards_PN = np.where(rng.random((PROMPTS, SAMPLES)) < solved_P[:, None], 1.0, 0.0)
+        return rewards_PN, lambda: np.where(rng.random(PROMPTS) < solved_P, 1.0, 0.0)
+
+    covered, alarms = share_covered(draw, beta1=0.5, drop_unsolved=drop_unsolved)
+    assert covered == pytest.approx(0.95, abs=0.035)
+    assert alarms <= 0.01
+
+
+def test_the_intervals_of_real_valued_rewards_are_not_too_narrow() -> None:
+    def draw(rng: np.random.Generator) -> tuple[Floats, Callable[[], Floats]]:
+        mean_P = rng.normal(0, 1, PROMPTS)
+        return mean_P[:, None] + rng.normal(
+            0, 1, (PROMPTS, SAMPLES)
+        ), lambda: mean_P + rng.normal(0, 1, PROMPTS)
+
+    covered, alarms = share_covered(draw, beta1=2.0, drop_unsolved=False)
+    assert all(covered >= 0.915)
+    assert alarms <= 0.01
+
+
+def simulated_training(
+    folder: Path, *, temperature: float = 1.0, also_accepts: int = 0, seed: int = 0
+) -> tuple[str, dict[str, Any]]:
+    """Two iterations of the real loop over a simulated policy; returns what it printed and the first one's metrics.
+
+    Completions are one of five answers, the first one right. Stage 1 sampled at temperature 1; stage 2 may sample at
+    another, and its grader may take wrong answers for right ones.
+    """
+    from stage2_train.train import train
+
+    rng = np.random.default_rng(seed)
+    logits_PA = rng.normal(0, 2, (PROMPTS, 5))
+
+    def rewards(temperature: float, right: int) -> Floats:
+        gumbel_PA = rng.gumbel(size=(PROMPTS, 5))
+        answer_P = (logits_PA / temperature + gumbel_PA).argmax(axis=1)
+        return np.where(answer_P < right, 1.0, 0.0)
+
+    rows = artifact_rows(np.stack([rewards(1.0, 1) for _ in range(SAMPLES)], axis=1), drop_unsolved=True)
+
+    def iteration(_: int) -> dict[str, float]:
+        loss, reward = batch_figures(rows, rewards(temperature, 1 + also_accepts), rng)
+        figures = ("kl/sequence", "completion/tokens_mean", "completion/truncated", "train/gradient_norm")
+        return {
+            **dict.fromkeys([*figures, "time/iteration"], 0.5),
+            "loss/regression": loss,
+            "reward/mean": reward,
+        }
+
+    trainer: Any = SimpleNamespace(
+        ranks=SimpleNamespace(is_main=True, world_size=1),
+        held_out=[],
+        origin={},
+        first_batch=first_batch(rows, BATCH),
+        iteration=iteration,
+        policy=SimpleNamespace(save_checkpoint=lambda *_, **__: None),
+    )
+    config = tiny_config(folder, folder)
+    printed = StringIO()
+    paths = RunPaths(folder / f"run-{temperature}-{also_accepts}-{seed}")
+    train(trainer, config, paths, Console(file=printed, width=80), first=1, last=2)
+    first, second = (json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines())
+    assert not any(name.startswith("forecast/") for name in second)
+    return printed.getvalue(), first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_training_warns_of_a_first_iteration_that_stage_1_does_not_explain(tmp_path: Path) -> None:
+    for seed in range(5):
+        printed, metrics = simulated_training(tmp_path, seed=seed)
+        assert "warning" not in printed
+        assert metrics["forecast/loss_low"] < metrics["loss/regression"] < metrics["forecast/loss_high"]
+        assert metrics["forecast/reward_low"] < metrics["reward/mean"] < metrics["forecast/reward_high"]
+    for fault in ({"temperature": 3.0}, {"also_accepts": 1}):
+        printed, metrics = simulated_training(tmp_path, **fault)
+        warnings = [line for line in printed.splitlines() if line.startswith("warning:")]
+        assert len(warnings) == 1
+        assert (
+            f"reward {metrics['reward/mean']:.4g} is outside {metrics['forecast/reward_low']:.4g} to"
+            in warnings[0]
+        )
+
+
+def test_one_sample_a_prompt_tells_nothing_of_the_first_batch() -> None:
+    assert first_batch(artifact_rows(np.ones((4, 1))), 2) is None
+
+
+def test_tokens_are_those_of_the_kept_prompts_completions() -> None:
+    kept = pl.DataFrame({"completion_tokens": [[10, 20], [40, 50]]})
+    figure = completion_tokens(kept, 100)
+    assert figure.mean == 100 * 30
+    # Variance 50 within a prompt, of the completions to come and of the mean of the two prompts' means.
+    assert figure.sd**2 == pytest.approx(100 * 50 + 100**2 * 50 * (1 / 2 + 1 / 2) / 4)
+
+
+def qwen_folder(folder: Path) -> Path:
+    """Qwen2.5-1.5B without its weights: the config, and a weight file that ends after its header."""
+    hidden, keys, wide = 1536, 256, 8960
+    shapes = {"model.embed_tokens.weight": [151936, hidden], "model.norm.weight": [hidden]}
+    for layer in range(28):
+        parts = {
+            "q.weight": [hidden, hidden],
+            "q.bias": [hidden],
+            "k.weight": [keys, hidden],
+            "k.bias": [keys],
+            "v.weight": [keys, hidden],
+            "v.bias": [keys],
+            "o.weight": [hidden, hidden],
+            "gate": [wide, hidden],
+            "up": [wide, hidden],
+            "down": [hidden, wide],
+            "norm_1": [hidden],
+            "norm_2": [hidden],
+        }
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
+    shapes["lm_head.weight"] = [151936, hidden]  # some checkpoints store the tied matrix twice
+    header = json.dumps({"__metadata__": {}, **{name: {"shape": shape} for name, shape in shapes.items()}})
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    (folder / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
+    return folder
+
+
+def with_dtype(config: Config, dtype: str) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def bfloat16_config(folder: Path, **train: Any) -> Config:
+    config = tiny_config(folder, folder, train=train, sampling={"max_completion_tokens": 1024})
+    return with_dtype(config, "bfloat16")
+
+
+def test_memory_of_qwen2_5_1_5b_by_hand(tmp_path: Path) -> None:
+    shape = read_shape(qwen_folder(tmp_path))
+    assert shape.parameters == 1_543_714_304
+    config = bfloat16_config(tmp_path, zero_stage=2, tokens_per_micro_batch=16384)
+    memory = memory_per_gpu(shape, config, gpus=4, gpu_bytes=80 * 2**30)
+    share = 1_543_714_304 // 4
+    assert memory["held"] == {
+        "parameters": 8 * share,
+        "gradients": 2 * share,
+        "float32 copy of the parameters": 4 * share,
+        "AdamW's moments": 8 * share,
+        "reference model": 8 * share,
+        "vLLM's share": 32 * 2**30,
+    }
+    # A layer: 4 × 8,960, and 2 × 1,536 for queries and output, 2 × 256 for keys and values, two bytes each; two norms
+    # of 8 × 1,536; 14 statistics of four bytes. Each layer's input is kept, and one layer computed again.
+    layer = 2 * (4 * 8960 + 2 * 1536 + 2 * 256) + 2 * 8 * 1536 + 4 * 14
+    assert layer_activations(shape, config) == layer == 103_480
+    assert memory["backward"] == {
+        "activations": 16384 * (28 * 2 * 1536 + layer + 6 * 1536),
+        "logits of a chunk": 20 * 441 * 151936,
+        "output layer's gradient, of a chunk": 2 * 151936 * 1536,
+        "DeepSpeed's bucket": 2 * 500_000_000,
+    }
+    assert memory["step"] == {"gradients in float32": 4 * share, "AdamW's temporary": 4 * share}
+    assert memory["total"] == sum(memory["held"].values()) + sum(memory["backward"].values())
+    assert memory["fits"]
+    assert not memory_per_gpu(shape, config, gpus=1, gpu_bytes=40 * 2**30)["fits"]
+    kept_whole = bfloat16_config(tmp_path, gradient_checkpointing=False, tokens_per_micro_batch=16384)
+    activations = memory_per_gpu(shape, kept_whole, gpus=4, gpu_bytes=80 * 2**30)["backward"]["activations"]
+    assert activations == 16384 * (28 * layer + 6 * 1536)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_zero_stage_shares_out_what_it_says(stage: int, tmp_path: Path) -> None:
+    states = model_states(1000, bfloat16_config(tmp_path, zero_stage=stage), gpus=4)
+    shared = {"float32 copy of the parameters": 1, "AdamW's moments": 1, "gradients": 2, "parameters": 3}
+    alone = model_states(1000, bfloat16_config(tmp_path, zero_stage=stage), gpus=1)
+    assert states == {name: size // 4 if stage >= shared[name] else size for name, size in alone.items()}
+
+
+def test_deepspeed_holds_the_bytes_that_are_forecast(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bytes.json"
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.train_memory", str(tiny_model), str(output)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    found = json.loads(output.read_text(encoding="utf-8"))
+    parameters = read_shape(tiny_model).parameters
+    for name, held in found["bytes"].items():
+        dtype, stage = name.split()
+        config = with_dtype(bfloat16_config(tmp_path, zero_stage=int(stage)), dtype)
+        states = model_states(parameters, config, gpus=1)
+        assert held == pytest.approx(sum(states.values()), rel=0.02), name
+    from stage2_train import memory
+
+    assert found["reduce_bucket_size"] == memory.BUCKET
+    assert found["max_live_parameters"] == memory.LIVE_PARAMETERS
+    assert found["sub_group_size"] == memory.STEP_GROUP
+    assert found["logits_per_chunk"] == memory.LOGITS_PER_CHUNK
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_keeps_the_bytes_that_are_forecast(dtype: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import Qwen2Config, Qwen2Model
+
+    def kept(layers: int) -> int:
+        settings: dict[str, Any] = {**QWEN, "vocab_size": 32, "hidden_size": 192, "intermediate_size": 320}
+        model = Qwen2Model(Qwen2Config(**(settings | {"num_hidden_layers": layers}))).to(
+            getattr(torch, dtype)
+        )
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.train()(torch.arange(24).reshape(2, 12), use_cache=False)
+        return sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
+
+    config = with_dtype(bfloat16_config(tmp_path), dtype)
+    shape = Shape(
+        parameters=0, hidden=192, layers=0, intermediate=320, heads=12, queries=192, keys=32, vocabulary=32
+    )
+    assert (kept(3) - kept(2)) / 24 == pytest.approx(layer_activations(shape, config), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_output_layer_takes_the_bytes_that_are_forecast(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from stage2_train import logprobs, memory
+
+    vocabulary, hidden, positions = 5000, 16, 800
+    for module in (logprobs, memory):
+        monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 100 * vocabulary)
+    layer = torch.nn.Linear(hidden, vocabulary, bias=False).to(getattr(torch, dtype))
+    head = logprobs.VocabularyHead(layer, 1.0)
+    hidden_KH = torch.randn(positions, hidden, dtype=getattr(torch, dtype), requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        logprobs_K, _ = head(hidden_KH, torch.arange(positions))
+        logprobs_K.sum().backward()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    trace = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    events = sorted((event for event in trace if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    peak = max(np.cumsum([event["args"]["Bytes"] for event in events]))
+    shape = Shape(
+        parameters=layer.weight.numel(),
+        hidden=hidden,
+        layers=0,
+        intermediate=0,
+        heads=0,
+        queries=0,
+        keys=0,
+        vocabulary=vocabulary,
+    )
+    config = with_dtype(bfloat16_config(tmp_path, zero_stage=0), dtype)
+    figures = memory_per_gpu(shape, config, gpus=1, gpu_bytes=0)
+    parts = figures["backward"]
+    forecast = parts["logits of a chunk"] + parts["output layer's gradient, of a chunk"]
+    assert peak == pytest.approx(forecast + figures["held"]["gradients"], rel=0.05)
+
+
+def test_the_command_prints_what_training_will_do(tiny_model: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    config = tiny_config(tmp_path, tiny_model, train={"iterations": None, "epochs": 5})
+    (tmp_path / "run.toml").write_text(as_toml(config), encoding="utf-8")
+    vstar = tmp_path / "vstar.parquet"
+    write_tiny_vstar(config, vstar)
+    rows, provenance = read_vstar(vstar)
+    write_vstar(rows.with_columns(pl.col("pass_at_n").alias("keep")), provenance, vstar)
+    arguments = ("forecast", "--config", tmp_path / "run.toml", "--vstar", vstar, "--gpus", "2")
+    printed = run_cli(*arguments, "--json")
+    assert printed.returncode == 0, printed.stderr
+    figures = json.loads(printed.stdout)
+    # 24 of 32 prompts five times each are 120 completions, 7 batches of 16 in two steps.
+    assert (figures["prompts"], figures["kept"]) == (32, 24)
+    assert (figures["iterations"], figures["optimizer_steps"]) == (7, 14)
+    assert figures["visits_a_prompt"] == {"least": 4, "most": 5}
+    assert figures["saved_by_filter"] == {"prompts": 0.25, "completion_tokens": 0.25}
+    assert figures["tokens"]["sampled"] == {"mean": 560, "interval_95": [560, 560]}
+    # By the tokenizer that the folder holds: for a Qwen2 of other make transformers would put its own in its place.
+    texts = rows.filter("pass_at_n")["prompt"].to_list()
+    prompt_tokens = sum(len(ids) for ids in build_tokenizer()(texts).input_ids) / 24
+    assert figures["tokens"]["trained"]["mean"] == pytest.approx(112 * (prompt_tokens + 5))
+    expected = first_batch(read_vstar(vstar)[0], 16)
+    assert expected is not None
+    assert figures["first_iteration"]["loss"]["mean"] == pytest.approx(expected.loss.mean)
+    assert figures["first_iteration"]["reward"]["interval_95"] == pytest.approx(expected.reward.interval())
+    table = run_cli(*arguments)
+    assert table.returncode == 0, table.stderr
+    for text in (
+        "24 kept of 32",
+        "7, 14 optimizer steps",
+        "4 or 5 times",
+        "DeepSpeed's bucket",
+        "fits in 80 GiB",
+    ):
+        assert text in table.stdout
+    script = "import sys; from stage2_train.forecast import forecast; print('torch' in sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert loaded.stdout == "False\n"
+
+
+def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tiny_model)
+    vstar = tmp_path / "vstar.parquet"
+    write_tiny_vstar(config, vstar)
+    with pytest.raises(UserError, match=r"--gpus 3: train\.mini_batch_size 8 cannot be split evenly"):
+        forecast(config, vstar, gpus=3, gpu_gib=80)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    hollow = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    with pytest.raises(UserError, match="cannot read the model's shape"):
+        forecast(hollow, vstar, gpus=1, gpu_gib=80)
+    rows, provenance = read_vstar(vstar)
+    write_vstar(rows.with_columns(pl.lit(False).alias("keep")), provenance, vstar)
+    with pytest.raises(UserError, match="no prompt is left to train on"):
+        forecast(config, vstar, gpus=1, gpu_gib=80)
