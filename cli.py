@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -89,7 +89,9 @@ def vstar(
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option(metavar="SAMPLES", help="With --adaptive: the samples of all prompts and rounds together."),
+        typer.Option(
+            metavar="SAMPLES", help="With --adaptive: the samples of all prompts and rounds together."
+        ),
     ] = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
@@ -123,7 +125,8 @@ def train(
     settings = load_config(config, overrides or (), run)
     from stage2_train.run import run_stage2
 
-    run_stage2(settings, console, vstar_file, allow_mismatch or ())
+    with _ending_cleanly("what is in the last checkpoint"):
+        run_stage2(settings, console, vstar_file, allow_mismatch or ())
 
 
 @app.command()
@@ -253,7 +256,8 @@ def rescore(
     if not beta1 >= 0:
         raise UserError(f"--beta1 must be 0 or more (inf is the mean), found {beta1}")
     source = _vstar_path(run, vstar_file)
-    console.print(rescore_file(source, output or source, beta1, estimator), soft_wrap=True)
+    with _writing(output or source, run):
+        console.print(rescore_file(source, output or source, beta1, estimator), soft_wrap=True)
 
 
 @app.command("filter")
@@ -291,7 +295,9 @@ def filter_command(
         max_truncated=max_truncated,
         where=where or (),
     )
-    filtered = filter_prompts(_vstar_path(run, vstar_file), output, rules)
+    source = _vstar_path(run, vstar_file)
+    with _writing(output or source, run):
+        filtered = filter_prompts(source, output, rules)
     if as_json:
         print(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
     else:
@@ -350,8 +356,18 @@ def _vstar_path(run: str, vstar_file: Path | None) -> Path:
 
 
 @contextmanager
-def _ending_cleanly() -> Iterator[None]:
-    """Schedulers announce an eviction with SIGTERM: end as on Ctrl-C, which keeps what has been graded."""
+def _writing(target: Path, run: str) -> Iterator[None]:
+    """Keep `vstar` from writing the run's own table at the same time: it would undo what happens to it here."""
+    from common.artifacts import exclusive_run, run_paths
+
+    paths = run_paths(run)
+    with exclusive_run(paths, "vstar") if target == paths.vstar and target.exists() else nullcontext():
+        yield
+
+
+@contextmanager
+def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
+    """Schedulers announce an eviction with SIGTERM: end as on Ctrl-C, which keeps what has been done so far."""
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -360,7 +376,8 @@ def _ending_cleanly() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted: what was graded is kept; the same command continues", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"interrupted: {kept} is kept; the same command continues", file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)
     finally:

@@ -4,9 +4,9 @@
 
 Makes a vstar.parquet of PROMPTS prompts × 8 rewards. Then, in turn, each in a process of its own: our command; DuckDB
 with the same columns in SQL; the floor, pyarrow reading each row group and writing it unchanged; ten lines of pandas
-and numpy, which hold the table in memory and so get a file of PANDAS_PROMPTS. All write Parquet with zstd at level 1. Only ours
-checks the invariants of every row. Prints Markdown tables. CPU seconds tell more than wall-clock seconds where other
-jobs share the machine.
+and numpy, which hold the table in memory and so get a file of PANDAS_PROMPTS. All write Parquet with zstd at level 1.
+Only ours checks the invariants of every row. Prints Markdown tables. CPU seconds tell more than wall-clock seconds
+where other jobs share the machine.
 """
 
 import argparse

@@ -76,6 +76,8 @@ VSTAR = pa.schema(
 BATCH_ROWS = 65_536
 """Prompts that are in memory at a time where a table is streamed, and in a row group that is written."""
 
+_READ_BYTES = 1 << 20
+"""Of each column's compressed data at a time; by default pyarrow keeps all that it has read of a file."""
 _VIEWS = pl.CompatLevel.newest()
 """How polars hands over text without copying it."""
 _TOLERANCE = 1e-9
@@ -253,7 +255,7 @@ def scan_vstar(path: Path, columns: Sequence[str] = VSTAR.names) -> Iterator[pl.
     raises.
     """
     estimator = estimator_of(read_provenance(path))
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
         table = _with_later_columns(pl.DataFrame(file.schema_arrow.empty_table()))
         _refuse_other_table(table.schema, file.metadata.num_rows, VSTAR, path)
         appears_once = ~pl.col("prompt_id").is_in(_repeated_prompts(file, path).implode())

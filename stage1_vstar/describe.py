@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.provenance import ACCEPTED
-from common.schema import read_vstar
+from common.schema import estimator_of, read_vstar
 
 BINS = 10
 
@@ -27,7 +27,9 @@ def describe(path: Path) -> dict[str, Any]:
         "kept": int(rows["keep"].sum()),
         "samples": int(rows["num_samples"].sum()),
         "num_samples": {"min": rows["num_samples"].min(), "max": rows["num_samples"].max()},
+        "dropped_by": dict(rows["dropped_by"].drop_nulls().value_counts(sort=True).iter_rows()),
         "beta1": rows["beta1"][0],
+        "estimator": estimator_of(provenance),
         "pass_rate": rate.mean(),
         "pass_at_n": rows["pass_at_n"].mean(),
         "vstar": {"mean": rows["vstar"].mean(), "min": rows["vstar"].min(), "max": rows["vstar"].max()},
@@ -79,12 +81,16 @@ def _summary(figures: dict[str, Any]) -> RenderableType:
         "file": figures["path"],
         "prompts": f"{figures['prompts']:,}, of which {figures['kept']:,} kept for training",
         "filters": ", ".join(context.get("filters", [])) or "none",
+        "dropped by": ", ".join(f"{name} {count:,}" for name, count in figures["dropped_by"].items())
+        or "none",
         "accepted mismatches": "; ".join(context.get(ACCEPTED, [])) or "none",
         "samples a prompt (N)": count,
+        "adaptive N": _adaptive(context.get("adaptive")),
         "β1": f"{figures['beta1']:g}",
         "pass rate": f"{figures['pass_rate']:.4f}",
         "pass@N": f"{figures['pass_at_n']:.4f}",
-        "V̂*": f"mean {vstar['mean']:.4f}, from {vstar['min']:.4f} to {vstar['max']:.4f}",
+        "V̂*": f"mean {vstar['mean']:.4f}, from {vstar['min']:.4f} to {vstar['max']:.4f}"
+        + ("" if figures["estimator"] == "plugin" else f", {figures['estimator']}"),
         "standard error of V̂*": "–" if error is None else f"{error:.4f} on average",
         "tokens a completion": f"{figures['mean_completion_tokens']:.1f}",
         "outcomes": ", ".join(f"{name} {count:,}" for name, count in figures["outcomes"].items()),
@@ -101,6 +107,12 @@ def _summary(figures: dict[str, Any]) -> RenderableType:
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _adaptive(rule: dict[str, Any] | None) -> str:
+    if rule is None:
+        return "no"
+    return f"until the standard error is {rule['target_se']:g} or {rule['budget']:,} samples are drawn"
 
 
 def _bars(counts: list[int]) -> RenderableType:

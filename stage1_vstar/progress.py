@@ -7,7 +7,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from common.progress import progress_bar
 
 BAR_SECONDS = 0.1
 LOG_SECONDS = 30.0
@@ -25,14 +26,7 @@ class SamplingProgress:
         self._started = self._shown = time.monotonic()
         self._interval = BAR_SECONDS if console.is_terminal else LOG_SECONDS
         self._done = self._prompts = self._tokens = 0
-        self._bar = Progress(
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = progress_bar(console)
         self._task = self._bar.add_task(self._state(), total=self._samples)
 
     def __enter__(self) -> Self:

@@ -105,8 +105,9 @@ def regraded_folder(paths: RunPaths, grader: str) -> Path:
 
 
 def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
-    """A table's provenance under another grader; flags that `filter` set were about the old grades."""
-    context = {name: value for name, value in provenance.context.items() if name != "filters"}
+    """A table's provenance under another grader; what `filter` and `rescore` did was about the old grades."""
+    about_old = ("filters", "estimator", "prior")
+    context = {name: value for name, value in provenance.context.items() if name not in about_old}
     return Provenance(
         identity={**provenance.identity, "grader": grader},
         context={**context, "regraded_from": provenance.identity["grader"]},

@@ -38,7 +38,7 @@ from common.prompts import (
 )
 from common.provenance import ACCEPTED, Allowance, Provenance, sampler_identity
 from common.rollout import Prompt
-from common.schema import read_vstar, write_vstar
+from common.schema import estimator_of, read_vstar, write_vstar
 from common.store import SampleStore, set_aside_damaged
 from stage1_vstar.adaptive import ADAPTIVE, ADAPTIVE_BIAS, Rule, stopping_bias
 from stage1_vstar.generate import Missing, generate_samples
@@ -139,6 +139,8 @@ def run_stage1(
                 return
             if (before := old[0]["beta1"][0]) != config.vstar.beta1:
                 console.print(f"re-scored as the config says: β1 {before:g} → {config.vstar.beta1:g}")
+            if (estimator := estimator_of(old[1])) != "plugin":
+                console.print(f"re-scored by the plugin estimator: V̂* was by {estimator}, see `rescore`")
         if adaptive is not None:
             bias = stopping_bias(
                 adaptive,

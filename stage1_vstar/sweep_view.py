@@ -69,7 +69,7 @@ def _by_beta1(figures: Figures, title: str, figure: Callable[[Figures], float | 
     table = _table(title)
     table.add_column("  β1\nN   ", justify="right")
     for beta in betas:
-        table.add_column(_beta(beta), justify="right")
+        table.add_column(_beta(beta), justify="right", no_wrap=True, min_width=6)
     for size in sizes:
         values = (figure(cells[beta, size]) for beta in betas)
         table.add_row(f"{size}", *("–" if value is None else _three_digits(value) for value in values))
@@ -77,7 +77,15 @@ def _by_beta1(figures: Figures, title: str, figure: Callable[[Figures], float | 
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,
+        collapse_padding=True,
+    )
 
 
 def _three_digits(value: float) -> str:

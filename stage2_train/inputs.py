@@ -43,10 +43,13 @@ class Inputs:
     renderer: PromptRenderer
     prompts: list[Prompt]
     vstar: dict[str, float]
+    pass_rate: dict[str, float]
+    """p̂ of each prompt in stage 1."""
     held_out: list[Prompt]
     beta1: float
-    num_samples: int
     """Of the artifact, which may have been re-scored since the config was written."""
+    num_samples: str
+    """N of the artifact, or its range over prompts."""
     first_batch: FirstBatch | None
     """What stage 1's samples say of the first iteration."""
     accepted_mismatches: tuple[str, ...] = ()
@@ -102,12 +105,18 @@ def prepare(config: Config, vstar_file: Path, allow_mismatch: Collection[str] = 
         renderer=renderer,
         prompts=prompts,
         vstar=dict(zip(kept["prompt_id"], kept["vstar"], strict=True)),
+        pass_rate=dict(zip(kept["prompt_id"], kept["pass_rate"], strict=True)),
         held_out=held_out,
         beta1=rows["beta1"][0],
-        num_samples=rows["num_samples"][0],
+        num_samples=_range(rows["num_samples"]),
         first_batch=first_batch(rows, config.train.batch_size),
         accepted_mismatches=tuple(allowance.used),
     )
+
+
+def _range(numbers: pl.Series) -> str:
+    low, high = str(numbers.min()), str(numbers.max())
+    return low if low == high else f"{low} to {high}"
 
 
 def _refuse_other_tokens(prompts: list[Prompt], kept: pl.DataFrame, file: Path, allowance: Allowance) -> None:

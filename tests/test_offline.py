@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from common.artifacts import REPOSITORY
+from common.artifacts import REPOSITORY, exclusive_run, run_paths
 from common.errors import UserError
 from common.provenance import read_provenance
 from common.schema import read_vstar
@@ -97,7 +97,9 @@ def test_a_file_rescored_in_parts_is_the_file_rescored_whole(
     uneven: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int, estimator: str, beta1: float
 ) -> None:
     if (estimator, beta1) == ("beta_binomial", 0.0):
-        pytest.skip("says nothing there; test_beta_binomial.py")
+        with pytest.raises(UserError, match="says nothing at β1 = 0"):
+            rescore(uneven, uneven, beta1, estimator)
+        return
     rows = read_vstar(uneven)[0]
     whole = estimate(
         rows["rewards"].explode().to_numpy(),
@@ -126,6 +128,7 @@ def test_the_estimator_is_recorded_until_the_papers_is_back(uneven: Path) -> Non
     filter_prompts(uneven, None, drop_rules(unsolved=True, solved=False, min_pass_rate=0, max_pass_rate=1))
     assert read_provenance(uneven).context["estimator"] == "beta_binomial"
     rescore(uneven, uneven, 0.5, "jackknife")
+    assert describe(uneven)["estimator"] == "jackknife"
     assert "prior" not in read_provenance(uneven).context
     assert "jackknife → plugin" in rescore(uneven, uneven, 0.5)
     filter_prompts(uneven, None, [])
@@ -162,6 +165,7 @@ def test_the_figures_of_an_artifact_are_those_of_its_rows(artifact: Path) -> Non
     assert figures["outcomes"] == {"correct": 8, "wrong": 6, "unparsed": 1, "truncated": 1}
     assert figures["mean_completion_tokens"] == 4.5
     assert figures["pass_rate_histogram"] == [1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1]
+    assert (figures["dropped_by"], figures["estimator"]) == ({"pass@N = 0": 1}, "plugin")
     assert figures["identity"] == IDENTITY
     assert figures["context"] == {**CONTEXT, "filters": ["pass@N = 0"]}
 
@@ -202,6 +206,8 @@ def test_the_commands_do_what_the_functions_do(artifact: Path, run_cli: RunCli, 
     assert "4, of which 2 kept for training" in lines["prompts"]
     assert lines["β1"].split() == ["β1", "inf"]
     assert "pass@N = 0, all correct" in lines["filters"]
+    dropped = lines["dropped by"].removeprefix("dropped by").strip().split(", ")
+    assert sorted(dropped) == ["all correct 1", "pass@N = 0 1"]
     assert "some/model (weights wwwwwwwwwwww)" in lines["model"]
     assert "gsm8k/1" in lines["grader"]
     assert "correct 8, wrong 6" in lines["outcomes"]
@@ -213,6 +219,19 @@ def test_the_commands_do_what_the_functions_do(artifact: Path, run_cli: RunCli, 
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     assert (document["prompts"], document["kept"], document["beta1"]) == (4, 2, "inf")
+
+
+@pytest.mark.parametrize("command", [["rescore", "--beta1", "1"], ["filter"]])
+def test_a_run_that_vstar_is_writing_is_left_alone(
+    artifact: Path, run_cli: RunCli, tmp_path: Path, command: list[str]
+) -> None:
+    with exclusive_run(run_paths("demo"), "vstar"):
+        before = artifact.read_bytes()
+        refused = run_cli(*command)
+        assert refused.returncode == 2
+        assert "another vstar job" in refused.stderr
+        assert artifact.read_bytes() == before
+        assert run_cli(*command, "-o", str(tmp_path / "new.parquet")).returncode == 0
 
 
 def test_no_offline_command_imports_torch(artifact: Path) -> None:

@@ -1,6 +1,7 @@
 """The contract between the stages: what is written is read by anyone, what is broken is named."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -209,6 +211,24 @@ def test_what_is_written_in_parts_is_the_same_table(artifact: Path, tmp_path: Pa
             write(rows[first : first + batch_rows])
     assert read_vstar(tmp_path / "new.parquet")[0].equals(rows)
     assert pq.read_schema(tmp_path / "new.parquet").equals(pq.read_schema(artifact), check_metadata=True)
+
+
+def test_what_has_been_read_and_written_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.schema.BATCH_ROWS", 500)
+    rows = pl.concat([read_vstar(write_artifact(tmp_path / "small.parquet", OUTCOMES))[0][:1]] * 500)
+    source, output, parts = tmp_path / "large.parquet", tmp_path / "new.parquet", 40
+    with vstar_writer(source, PROVENANCE, changed=["prompt_id", "prompt"]) as write:
+        for part in range(parts):
+            ids = pl.Series([f"{part}-{row}" for row in range(500)])
+            texts = pl.Series([random.randbytes(2000).hex() for _ in range(500)])
+            write(rows.with_columns(prompt_id=ids, prompt=texts))
+    before, held = pa.total_allocated_bytes(), []
+    with vstar_writer(output, PROVENANCE, changed=["vstar"]) as write:
+        for each in scan_vstar(source):
+            write(each)
+            held.append(pa.total_allocated_bytes() - before)
+    assert len(held) == parts
+    assert max(held) < source.stat().st_size / 3
 
 
 def test_a_part_that_breaks_a_rule_leaves_the_old_file(artifact: Path) -> None:
