@@ -256,7 +256,7 @@ def rescore(
     if not beta1 >= 0:
         raise UserError(f"--beta1 must be 0 or more (inf is the mean), found {beta1}")
     source = _vstar_path(run, vstar_file)
-    with _writing(output or source, run):
+    with _writing(output or source):
         console.print(rescore_file(source, output or source, beta1, estimator), soft_wrap=True)
 
 
@@ -296,7 +296,7 @@ def filter_command(
         where=where or (),
     )
     source = _vstar_path(run, vstar_file)
-    with _writing(output or source, run):
+    with _writing(output or source):
         filtered = filter_prompts(source, output, rules)
     if as_json:
         print(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
@@ -356,12 +356,13 @@ def _vstar_path(run: str, vstar_file: Path | None) -> Path:
 
 
 @contextmanager
-def _writing(target: Path, run: str) -> Iterator[None]:
-    """Keep `vstar` from writing the run's own table at the same time: it would undo what happens to it here."""
-    from common.artifacts import exclusive_run, run_paths
+def _writing(target: Path) -> Iterator[None]:
+    """Keep `vstar` from writing a run's own table at the same time: it would undo what happens to it here."""
+    from common.artifacts import RunPaths, exclusive_run
 
-    paths = run_paths(run)
-    with exclusive_run(paths, "vstar") if target == paths.vstar and target.exists() else nullcontext():
+    run = RunPaths(target.resolve().parent)
+    is_a_runs_own = target.resolve() == run.vstar and target.exists() and run.samples.is_dir()
+    with exclusive_run(run, "vstar") if is_a_runs_own else nullcontext():
         yield
 
 

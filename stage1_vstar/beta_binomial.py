@@ -36,6 +36,13 @@ class BetaPrior:
     def mean(self) -> float:
         return self.a / (self.a + self.b)
 
+    def quantiles(self, many: int) -> Floats:
+        """That many pass rates that stand for the whole distribution with equal weights."""
+        from scipy.special import betaincinv
+
+        rates_Q: Floats = betaincinv(self.a, self.b, (np.arange(many) + 0.5) / many)
+        return rates_Q
+
 
 def fit_prior(successes_G: Counts, trials_G: Counts, weights_G: Counts) -> BetaPrior:
     """The prior under which the counts are likeliest: Σ w [ln B(a + k, b + n − k) − ln B(a, b)] at its maximum.

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -12,6 +13,9 @@ from rich.text import Text
 
 from common.provenance import ACCEPTED
 from common.schema import estimator_of, read_vstar
+from stage1_vstar.beta_binomial import dropped_share, fit_prior
+from stage1_vstar.estimator import estimate_vstar
+from stage1_vstar.uncertainty import approximate_bias, interval, plugin_bias
 
 BINS = 10
 
@@ -34,11 +38,45 @@ def describe(path: Path) -> dict[str, Any]:
         "pass_at_n": rows["pass_at_n"].mean(),
         "vstar": {"mean": rows["vstar"].mean(), "min": rows["vstar"].min(), "max": rows["vstar"].max()},
         "mean_vstar_se": rows["vstar_se"].mean(),
+        **_uncertainty(rows),
         "mean_completion_tokens": rows["completion_tokens"].explode().mean(),
         "outcomes": dict(outcomes.iter_rows()),
         "pass_rate_histogram": _histogram(rate),
         "identity": provenance.identity,
         "context": provenance.context,
+    }
+
+
+SOLVABLE = 0.05
+"""A prompt is worth keeping from this pass rate on."""
+PRIOR_POINTS = 400
+
+
+def _uncertainty(rows: pl.DataFrame) -> dict[str, float | None]:
+    """How far V̂* may be off: the width of its interval, the plug-in's bias, and whom pass@N = 0 drops wrongly.
+
+    For rewards of 0 and 1 the last two are averages over the Beta distribution of pass rates that fits these counts:
+    `solvable_dropped` is the share of the prompts of pass rate SOLVABLE or more that have no correct sample. For other
+    rewards, or N = 1, it is None and the bias is `approximate_bias`.
+    """
+    rewards_S = rows["rewards"].explode().to_numpy()
+    counts_P = rows["num_samples"].to_numpy().astype(np.int64)
+    beta1: float = rows["beta1"][0]
+    found = interval(rewards_S, counts_P, beta1)
+    width = float((found.high_P - found.low_P).mean())
+    if counts_P.max() == 1 or not np.isin(rewards_S, (0.0, 1.0)).all():
+        bias_P = approximate_bias(estimate_vstar(rewards_S, counts_P, beta1).se_P, beta1)
+        bias = None if np.isnan(bias_P).all() else float(np.nanmean(bias_P))
+        return {"mean_interval_width": width, "mean_bias": bias, "solvable_dropped": None}
+    groups = rows.group_by(solved=pl.col("rewards").list.sum().cast(pl.Int64), many="num_samples").len()
+    prior = fit_prior(*(groups[name].to_numpy() for name in ("solved", "many", "len")))
+    sizes_N, prompts_N = np.unique(counts_P, return_counts=True)
+    biases_N = [plugin_bias(prior.quantiles(PRIOR_POINTS), size, beta1).mean() for size in sizes_N.tolist()]
+    dropped_N = [dropped_share(prior, size, solvable_from=SOLVABLE) for size in sizes_N.tolist()]
+    return {
+        "mean_interval_width": width,
+        "mean_bias": float(np.average(biases_N, weights=prompts_N)),
+        "solvable_dropped": float(np.average(dropped_N, weights=prompts_N)),
     }
 
 
@@ -92,6 +130,13 @@ def _summary(figures: dict[str, Any]) -> RenderableType:
         "V̂*": f"mean {vstar['mean']:.4f}, from {vstar['min']:.4f} to {vstar['max']:.4f}"
         + ("" if figures["estimator"] == "plugin" else f", {figures['estimator']}"),
         "standard error of V̂*": "–" if error is None else f"{error:.4f} on average",
+        "95 % interval of V*": f"{figures['mean_interval_width']:.4f} wide on average",
+        "bias of V̂*": "–"
+        if figures["mean_bias"] is None
+        else f"about {figures['mean_bias']:.4f} for the plug-in",
+        "pass@N = 0 would drop": "–"
+        if figures["solvable_dropped"] is None
+        else f"{figures['solvable_dropped']:.2%} of the prompts of pass rate {SOLVABLE:g} or more (estimated)",
         "tokens a completion": f"{figures['mean_completion_tokens']:.1f}",
         "outcomes": ", ".join(f"{name} {count:,}" for name, count in figures["outcomes"].items()),
         "model": f"{context['model_path']} (weights {identity['model']['weights'][:12]})",

@@ -83,13 +83,13 @@ def drop_rules(
     rules = {
         UNSOLVED: (unsolved, ~pl.col("pass_at_n")),
         "all correct": (solved, pass_rate == 1),
-        f"pass rate below {min_pass_rate:g}": (min_pass_rate > 0, pass_rate < min_pass_rate),
-        f"pass rate above {max_pass_rate:g}": (max_pass_rate < 1, pass_rate > max_pass_rate),
-        f"interval of V* wider than {max_interval_width:g}": (
+        f"pass rate below {min_pass_rate:.12g}": (min_pass_rate > 0, pass_rate < min_pass_rate),
+        f"pass rate above {max_pass_rate:.12g}": (max_pass_rate < 1, pass_rate > max_pass_rate),
+        f"interval of V* wider than {max_interval_width:.12g}": (
             max_interval_width < math.inf,
             pl.col(INTERVAL_WIDTH) > max_interval_width,
         ),
-        f"truncated share above {max_truncated:g}": (max_truncated < 1, truncated > max_truncated),
+        f"truncated share above {max_truncated:.12g}": (max_truncated < 1, truncated > max_truncated),
         **{f"not where {text}": (True, ~kept_where(text).fill_null(False)) for text in where},
     }
     return [Rule(name=name, drops=drops) for name, (active, drops) in rules.items() if active]

@@ -1,5 +1,6 @@
 """Another β1 or another estimator over cached rewards: no model, no generation, and bounded memory."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,14 @@ def rescore(source: Path, output: Path, beta1: float, estimator: str = "plugin")
     what = f"β1 {old_beta1:g} → {beta1:g}"
     if (old := estimator_of(provenance)) != "plugin" or estimator != "plugin":
         what += f", {old} → {estimator}"
-    return f"{output}: {prompts:,} prompts, {what}, mean V̂* {before / prompts:.4f} → {after / prompts:.4f}"
+    line = f"{output}: {prompts:,} prompts, {what}, mean V̂* {before / prompts:.4f} → {after / prompts:.4f}"
+    if rules := [name for name in context.get("filters", []) if _ABOUT_VSTAR.search(name)]:
+        line += f"; prompts stay dropped as the old V̂* said ({', '.join(rules)}): run `python cli.py filter` again"
+    return line
+
+
+_ABOUT_VSTAR = re.compile(r"V\*|vstar|beta1|interval_width")
+"""In the name of a rule of `filter`: another V̂* may drop other prompts by it."""
 
 
 def fitted_prior(source: Path) -> BetaPrior:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -27,6 +28,10 @@ OUTCOMES = {
     "three": ["correct", "correct", "correct", "wrong"],
     "all": ["correct"] * 4,
 }
+
+
+DEFAULTS: dict[str, Any] = {"unsolved": True, "solved": False, "min_pass_rate": 0, "max_pass_rate": 1}
+"""Of `filter`."""
 
 
 @pytest.fixture
@@ -125,7 +130,7 @@ def test_the_estimator_is_recorded_until_the_papers_is_back(uneven: Path) -> Non
     context = read_provenance(uneven).context
     assert context["estimator"] == "beta_binomial"
     assert set(context["prior"]) == {"a", "b"}
-    filter_prompts(uneven, None, drop_rules(unsolved=True, solved=False, min_pass_rate=0, max_pass_rate=1))
+    filter_prompts(uneven, None, drop_rules(**DEFAULTS))
     assert read_provenance(uneven).context["estimator"] == "beta_binomial"
     rescore(uneven, uneven, 0.5, "jackknife")
     assert describe(uneven)["estimator"] == "jackknife"
@@ -157,7 +162,7 @@ def test_an_estimator_that_is_none_or_not_for_these_rewards_is_refused(
 
 
 def test_the_figures_of_an_artifact_are_those_of_its_rows(artifact: Path) -> None:
-    filter_prompts(artifact, None, drop_rules(unsolved=True, solved=False, min_pass_rate=0, max_pass_rate=1))
+    filter_prompts(artifact, None, drop_rules(**DEFAULTS))
     figures = describe(artifact)
     assert (figures["prompts"], figures["kept"], figures["samples"]) == (4, 3, 16)
     assert figures["num_samples"] == {"min": 4, "max": 4}
@@ -178,6 +183,34 @@ def test_the_figures_as_json_are_json_for_every_beta1(artifact: Path, beta1: flo
     rescore(artifact, artifact, beta1)
     document = json.loads(to_json(describe(artifact)), parse_constant=refuse)
     assert float(document["beta1"]) == beta1
+
+
+def test_inspect_says_how_far_vstar_may_be_off(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    rates_P = chance.beta(1, 3, 3000)
+    outcomes = {
+        f"{place:032x}": ["correct" if draw < rate else "wrong" for draw in chance.random(4)]
+        for place, rate in enumerate(rates_P)
+    }
+    figures = describe(write_artifact(tmp_path / "vstar.parquet", outcomes, beta1=0.5))
+    solvable_P = rates_P >= 0.05
+    assert figures["solvable_dropped"] == pytest.approx(((1 - rates_P) ** 4)[solvable_P].mean(), abs=0.02)
+    truth_P = 0.5 * np.log1p(rates_P * np.expm1(2))
+    bias = figures["vstar"]["mean"] - truth_P.mean()
+    assert bias < -0.01
+    assert figures["mean_bias"] == pytest.approx(bias, abs=0.015)
+    assert 0.4 < figures["mean_interval_width"] < 0.8
+    graded = write_artifact(tmp_path / "graded.parquet", {"p": ["wrong"] * 2}, rewards={"p": [0.25, 0.5]})
+    assert describe(graded)["solvable_dropped"] is None
+
+
+def test_rescoring_says_when_flags_are_of_the_old_vstar(artifact: Path) -> None:
+    filter_prompts(artifact, None, drop_rules(**DEFAULTS, max_interval_width=0.9))
+    assert "interval of V* wider than 0.9): run `python cli.py filter` again" in rescore(
+        artifact, artifact, 2.0
+    )
+    filter_prompts(artifact, None, drop_rules(**DEFAULTS))
+    assert "again" not in rescore(artifact, artifact, 2.0)
 
 
 def test_ragged_artifacts_are_described_too(tmp_path: Path) -> None:
@@ -225,11 +258,14 @@ def test_the_commands_do_what_the_functions_do(artifact: Path, run_cli: RunCli, 
 def test_a_run_that_vstar_is_writing_is_left_alone(
     artifact: Path, run_cli: RunCli, tmp_path: Path, command: list[str]
 ) -> None:
+    run_paths("demo").samples.mkdir()
+    spellings = [[], ["--vstar", artifact.parent / ".." / "demo" / artifact.name, "--run", "other"]]
     with exclusive_run(run_paths("demo"), "vstar"):
         before = artifact.read_bytes()
-        refused = run_cli(*command)
-        assert refused.returncode == 2
-        assert "another vstar job" in refused.stderr
+        for spelling in spellings:
+            refused = run_cli(*command, *spelling)
+            assert refused.returncode == 2
+            assert "another vstar job" in refused.stderr
         assert artifact.read_bytes() == before
         assert run_cli(*command, "-o", str(tmp_path / "new.parquet")).returncode == 0
 
