@@ -319,6 +319,7 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Which N, which β1: what smaller N and other β1 would have given, as a table, JSON and plots in report/."""
+    from common.sweep_files import sweep_file
     from stage1_vstar.sweep import run_sweep, to_json
     from stage1_vstar.sweep_view import show
 
@@ -329,7 +330,8 @@ def sweep(
     else:
         show(figures, console)
         console.print(
-            f"{source.parent / 'report'}/sweep.png, .svg and .json: the same as plots, and more figures"
+            f"{sweep_file(source, 'png')}, .svg and .json: the same as plots, and more figures",
+            soft_wrap=True,
         )
 
 

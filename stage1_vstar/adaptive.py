@@ -55,12 +55,17 @@ class Rule:
     def half_width(self) -> float:
         return Z * self.target_se
 
+    @property
+    def widest(self) -> float:
+        """The width up to which an interval is not wide."""
+        return round(2 * self.half_width, WIDTH_DIGITS)
+
     def refuse_impossible(self, num_prompts: int, num_samples: int, beta1: float) -> None:
         """Raise UserError for a rule that cannot be followed."""
-        if not (self.target_se > 0 and math.isfinite(self.target_se)):
+        if not 0 < self.widest < math.inf:
             raise UserError(
-                f"--adaptive {self.target_se:g}: the target is a standard error of V̂* and must be more than 0, "
-                "for example 0.05"
+                f"--adaptive {self.target_se:g}: the target is a standard error of V̂* and must be more than 0, in "
+                f"{WIDTH_DIGITS} decimal places, for example 0.05"
             )
         if num_samples < 2:
             raise UserError(
@@ -118,8 +123,9 @@ def allocate(
     """Give every prompt `num_samples` samples, then more to the wide ones, widest first, in rounds.
 
     A round adds what the width calls for, since widths shrink as 1/√n, but at most as many as a prompt has, because
-    the width at a small n is itself uncertain, and at least a quarter of them, so that there are few rounds. Among
-    equally wide prompts the earlier one comes first. `announce` is told of each round before it is drawn.
+    the width at a small n is itself uncertain, and at least a quarter of them, so that there are few rounds; the last
+    prompt that the budget reaches gets what is left. Among equally wide prompts the earlier one comes first. `announce`
+    is told of each round before it is drawn.
     """
     everyone = np.arange(num_prompts)
     sizes_P = np.full(num_prompts, num_samples, dtype=np.int64)
@@ -138,17 +144,17 @@ def allocate(
         return widths_W
 
     widths_P = widths(everyone, sizes_P)
-    limit = round(2 * rule.half_width, WIDTH_DIGITS)
     while True:
-        wide_W = np.flatnonzero(widths_P > limit)
+        wide_W = np.flatnonzero(widths_P > rule.widest)
         wide_W = wide_W[np.argsort(-widths_P[wide_W], kind="stable")]
-        steps_W = _steps(sizes_P[wide_W], widths_P[wide_W] / limit)
-        affordable = int(np.searchsorted(np.cumsum(steps_W), left, side="right"))
-        if affordable == 0:
+        if left == 0 or len(wide_W) == 0:
             return Allocation(sizes_P=sizes_P, rounds=rounds, still_wide=len(wide_W))
-        chosen_W, steps_W = wide_W[:affordable], steps_W[:affordable]
-        left -= int(steps_W.sum())
-        rounds.append(Round(wide=len(wide_W), prompts=affordable, samples=int(steps_W.sum()), left=left))
+        steps_W = _steps(sizes_P[wide_W], widths_P[wide_W] / rule.widest)
+        steps_W = np.diff(np.minimum(np.cumsum(steps_W), left), prepend=0)
+        chosen_W, steps_W = wide_W[steps_W > 0], steps_W[steps_W > 0]
+        drawn = int(steps_W.sum())
+        left -= drawn
+        rounds.append(Round(wide=len(wide_W), prompts=len(chosen_W), samples=drawn, left=left))
         announce(len(rounds) - 1, rounds[-1])
         sizes_P[chosen_W] += steps_W
         widths_P[chosen_W] = widths(chosen_W, sizes_P[chosen_W])
@@ -170,8 +176,9 @@ def stopping_bias(
     standard error of that mean.
     """
     many = max(1, min(SIMULATED_PROMPTS, int(SIMULATED_SAMPLES / counts_P.mean())))
-    places_P = np.resize(np.arange(len(counts_P)), many)
     random = np.random.default_rng(0)
+    # In random order, since rows may be sorted: each prompt about as often as any other, or some of all of them.
+    places_P = np.resize(random.permutation(len(counts_P)), many)
     if np.isin(rewards_S, (0.0, 1.0)).all():
         fresh, truth_P = _from_posterior(rewards_S, counts_P, places_P, beta1, random)
     else:

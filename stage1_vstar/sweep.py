@@ -25,6 +25,7 @@ from common.artifacts import atomic_path, write_text
 from common.errors import UserError
 from common.grading import Outcome
 from common.schema import read_vstar
+from common.sweep_files import SamplesDigest, file_digest, sweep_file
 from stage1_vstar.estimator import Floats, estimate_vstar
 
 BETAS = (math.inf, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0)
@@ -42,25 +43,32 @@ _CHUNK = 2**22
 def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[str] = ()) -> dict[str, Any]:
     """Sweep an artifact over β1 and N and write report/sweep.json, .png and .svg beside it; returns the figures.
 
+    The JSON names the samples and the drawings that it belongs to by their digests, and is written last: one that a
+    killed or another sweep has left beside other files is told from a whole one.
+
     The arguments are comma lists; without them BETAS, and the powers of two up to the most samples that a prompt has.
     Raises UserError for a β1 that is no number from 0 to inf, and for an N that no prompt has.
     """
     betas = parse_betas(beta1)
     rows, _ = read_vstar(source)
-    figures = {
+    samples = SamplesDigest()
+    samples.add(rows)
+    figures: dict[str, Any] = {
         "path": str(source),
+        "samples": samples.hexdigest(),
+        "drawings": {},
         **sweep(rows, betas, parse_sizes(num_samples, rows["num_samples"].to_list())),
     }
     from common.plots import figure_style, save
     from stage1_vstar.sweep_view import draw
 
-    folder = source.parent / "report"
-    write_text(folder / "sweep.json", to_json(figures) + "\n")
     with figure_style():
         figure = draw(figures)
         for suffix in ("png", "svg"):
-            with atomic_path(folder / f"sweep.{suffix}") as temporary:
+            with atomic_path(sweep_file(source, suffix)) as temporary:
                 save(figure, temporary, suffix)
+                figures["drawings"][suffix] = file_digest(temporary)
+    write_text(sweep_file(source, "json"), to_json(figures) + "\n")
     return figures
 
 

@@ -20,7 +20,17 @@ from common.prompts import prompt_id
 from common.provenance import read_provenance
 from common.rollout import Completion, SampleRequest
 from stage1_vstar import adaptive, writer
-from stage1_vstar.adaptive import WAYS, Allocation, Counts, Places, Rule, allocate, compare, from_rewards
+from stage1_vstar.adaptive import (
+    WAYS,
+    Allocation,
+    Comparison,
+    Counts,
+    Places,
+    Rule,
+    allocate,
+    compare,
+    from_rewards,
+)
 from stage1_vstar.estimator import Floats
 from stage1_vstar.run import run_stage1
 from stage1_vstar.uncertainty import interval, plugin_bias
@@ -142,10 +152,9 @@ def test_each_prompt_is_sampled_until_its_own_interval_is_narrow() -> None:
 def test_the_budget_is_used_up_and_never_exceeded_and_goes_to_the_widest_first(budget: int) -> None:
     rewards_PN, first = simulated([0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0] * 5)
     found = allocate(Rule(target_se=0.05, budget=budget), 8, BETA1, first, len(rewards_PN))
-    left = budget - found.sizes_P.sum()
-    assert 0 <= left == found.rounds[-1].left
+    assert found.sizes_P.sum() == budget
+    assert found.rounds[-1].left == 0
     assert found.still_wide > 0
-    assert left < found.sizes_P.max()  # no prompt's step is larger
     if budget == 350:
         sizes_8 = np.full(40, 8)
         there = interval(first(np.arange(40), sizes_8), sizes_8, BETA1)
@@ -239,6 +248,26 @@ def test_where_nothing_is_wide_adaptive_is_fixed() -> None:
     assert max(errors) < 0  # the plug-in's own
 
 
+@pytest.mark.parametrize("prompts", [1000, 1800, 5000])
+def test_the_simulated_prompts_are_like_the_run_even_if_its_rows_are_sorted(
+    prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptive, "SIMULATED_PROMPTS", 1000)
+    simulated_P: list[Floats] = []
+
+    def recording(rule: Rule, num_samples: int, beta1: float, fresh: Any, truth_P: Floats) -> Comparison:
+        simulated_P.append(truth_P)
+        return compare(rule, num_samples, beta1, fresh, truth_P)
+
+    monkeypatch.setattr(adaptive, "compare", recording)
+    # Rewards of three values are simulated by the prompt's own, so that V* is known exactly.
+    rewards_S = np.repeat([0.0, 0.5, 1.0], [2 * prompts, 4 * prompts, 2 * prompts])
+    counts_P = np.full(prompts, 8)
+    adaptive.stopping_bias(Rule(target_se=1.0, budget=8 * prompts), 8, BETA1, rewards_S, counts_P)
+    assert simulated_P[0].mean() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 8 / 1000))
+    assert simulated_P[0].std() == pytest.approx(math.sqrt(1 / 8), rel=0.1)
+
+
 # On a run.
 
 
@@ -268,10 +297,9 @@ def test_only_the_prompts_whose_interval_is_wide_get_more_samples(config: Config
 
 @pytest.mark.usefixtures("engines")
 @pytest.mark.parametrize("budget", [QUESTIONS * FIRST, QUESTIONS * FIRST + 1, 200, 261])
-def test_a_run_never_draws_more_than_its_budget(config: Config, budget: int) -> None:
+def test_a_run_draws_all_of_its_budget_and_never_more(config: Config, budget: int) -> None:
     printed = start(config, Rule(target_se=0.05, budget=budget))
-    assert stored().height == rows_of()["num_samples"].sum() <= budget
-    assert budget - stored().height < rows_of()["num_samples"].max()  # type: ignore[operator]
+    assert stored().height == rows_of()["num_samples"].sum() == budget
     assert "the budget is used up" in printed
     assert record()["still_wide"] > 0
 
@@ -403,6 +431,7 @@ def test_a_grader_that_fails_on_just_the_wide_prompts_does_not_end_the_run(
         (Rule(target_se=-0.1, budget=500), {}, "--adaptive -0.1: .* for example 0.05"),
         (Rule(target_se=math.nan, budget=500), {}, "--adaptive nan: the target"),
         (Rule(target_se=math.inf, budget=500), {}, "--adaptive inf: the target"),
+        (Rule(target_se=1e-10, budget=500), {}, "--adaptive 1e-10: the target .* more than 0, in 9 decimal"),
         (
             Rule(target_se=0.1, budget=143),
             {},

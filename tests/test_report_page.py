@@ -375,3 +375,40 @@ def test_regrades_and_a_sweep_have_their_sections(copy: RunPaths) -> None:
     assert "wrong → correct 1,234" in text
     assert html(copy).count("<img") == 3
     assert "If prompts with pass@N = 0 are dropped" in text
+
+
+@pytest.mark.parametrize(
+    ("left", "renewed"),
+    [
+        ("of other samples", True),
+        ("by an older program", True),
+        ("without its drawing", True),
+        ("with another drawing", True),
+        ("of another file", False),
+        ("then filtered", False),
+    ],
+)
+def test_a_sweep_of_other_samples_is_not_shown_as_the_runs_own(
+    tmp_path: Path, left: str, renewed: bool
+) -> None:
+    outcomes = {"p": ["correct", "wrong"], "q": ["wrong", "wrong"]}
+    paths = artifact_of(tmp_path / "mine", outcomes)
+    other = write_artifact(paths.root / "other.parquet", {"p": ["correct", "correct"]})
+    run_sweep(other if left == "of another file" else paths.vstar, beta1=["inf"])
+    document, drawing = paths.report / "sweep.json", paths.report / "sweep.svg"
+    if left == "of other samples":
+        write_artifact(paths.vstar, {**outcomes, "q": ["wrong", "correct"]})
+    elif left == "by an older program":
+        document.write_text(
+            json.dumps({"by_num_samples": json.loads(document.read_text())["by_num_samples"]})
+        )
+    elif left == "without its drawing":
+        drawing.unlink()
+    elif left == "with another drawing":
+        drawing.write_text(drawing.read_text().replace("</svg>", "<!-- --></svg>"))
+    elif left == "then filtered":
+        filter_prompts(paths.vstar, None, [Rule(name="unsolved", drops=pl.col("pass_at_n") == 0)])
+    text = text_of(reported(paths))
+    assert ("To renew it: python cli.py sweep --run mine" in text) is renewed
+    assert ("Other β₁ and N, from the same samples" in text) is (left == "then filtered")
+    assert html(paths).count("<img") == (3 if left == "then filtered" else 2)

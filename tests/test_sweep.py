@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from common.artifacts import REPOSITORY
 from common.errors import UserError
 from common.schema import read_vstar
+from common.sweep_files import SamplesDigest
 from stage1_vstar.estimator import estimate_vstar
 from stage1_vstar.sweep import BETAS, parse_betas, parse_sizes, run_sweep, sweep, to_json, units
 from tests.conftest import RunCli
@@ -232,13 +234,57 @@ def test_the_plots_are_whole_and_the_same_each_time(
 ) -> None:
     request.getfixturevalue(name)
     source = tmp_path / ("vstar.parquet" if name == "rows" else "halves.parquet")
+    stem = "sweep" if name == "rows" else "sweep-halves"
     drawings = []
     for _ in range(2):
         run_sweep(source, beta1=["inf,0.5"], num_samples=["1,3,6"])
-        drawings.append((tmp_path / "report" / "sweep.svg").read_bytes())
+        drawings.append((tmp_path / "report" / f"{stem}.svg").read_bytes())
     assert drawings[0] == drawings[1]
     assert drawings[0].rstrip().endswith(b"</svg>")
-    assert (tmp_path / "report" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {
+        f"{stem}.{suffix}" for suffix in ("json", "png", "svg")
+    }
+
+
+def digest(*parts: pl.DataFrame) -> str:
+    made = SamplesDigest()
+    for part in parts:
+        made.add(part)
+    return made.hexdigest()
+
+
+def test_the_json_names_its_drawings_and_its_samples(rows: pl.DataFrame, tmp_path: Path) -> None:
+    run_sweep(tmp_path / "vstar.parquet", beta1=["inf"])
+    report = tmp_path / "report"
+    document = json.loads((report / "sweep.json").read_text())
+    assert document["drawings"] == {
+        suffix: sha256((report / f"sweep.{suffix}").read_bytes()).hexdigest() for suffix in ("png", "svg")
+    }
+    assert document["samples"] == digest(rows)
+
+
+def test_samples_have_the_same_digest_in_parts_and_after_what_leaves_them_as_they_are(
+    rows: pl.DataFrame,
+) -> None:
+    assert (
+        digest(rows) == digest(rows[:2], rows[2:]) == digest(rows.with_columns(vstar=pl.lit(0.5), keep=False))
+    )
+
+
+def test_other_samples_have_another_digest(rows: pl.DataFrame) -> None:
+    others = [
+        rows[1:],
+        rows.reverse(),
+        rows.with_columns(prompt_id=pl.col("prompt_id") + "x"),
+        rows.with_columns(
+            pl.col("rewards", "outcomes", "completion_tokens").list.head(3), num_samples=pl.lit(3)
+        ),
+        rows.with_columns(rewards=pl.col("rewards").list.reverse()),
+        rows.with_columns(outcomes=pl.col("outcomes").list.reverse()),
+        rows.with_columns(completion_tokens=pl.col("completion_tokens").list.eval(pl.element() + 1)),
+    ]
+    assert len({digest(each) for each in (rows, *others)}) == 1 + len(others)
 
 
 def test_beta1_is_a_comma_list_sorted_from_large_to_small() -> None:

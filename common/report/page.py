@@ -29,6 +29,7 @@ from common.report.evaluations import evaluation_rows
 from common.report.picture import Picture
 from common.report.stage1 import PROMPTS_SHOWN, Stage1
 from common.report.text import visible
+from common.sweep_files import file_digest, sweep_file
 
 _HERE = Path(__file__).parent
 
@@ -73,7 +74,7 @@ def write_page(
         style=Markup(style),
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         has_vstar=stage1 is not None,
-        sweep=_sweep(paths),
+        sweep=_sweep(paths, stage1) if stage1 else None,
         regrades=_regrades(paths),
         curves=training_pictures(metrics) if metrics else [],
         evaluations=list(evaluations),
@@ -161,17 +162,22 @@ def outcome_rows(outcomes: pl.DataFrame) -> list[OutcomeRow]:
     ]
 
 
-def _sweep(paths: RunPaths) -> dict[str, Any] | None:
-    """What `sweep` has drawn, and its figures by N."""
-    drawing, figures = paths.report / "sweep.svg", paths.report / "sweep.json"
-    if not (drawing.exists() and figures.exists()):
+def _sweep(paths: RunPaths, stage1: Stage1) -> dict[str, Any] | None:
+    """What `sweep` has drawn, and its figures by N; without both where they are not of these samples."""
+    drawing, document = (sweep_file(paths.vstar, suffix) for suffix in ("svg", "json"))
+    if not document.exists():
         return None
+    figures = json.loads(document.read_text(encoding="utf-8"))
+    drawn = file_digest(drawing) if drawing.exists() else None
+    found = (figures.get("samples"), figures.get("drawings", {}).get("svg"))
+    if found != (stage1.samples_digest, drawn):
+        return {"picture": None}
     return {
         "picture": Picture(
             svg=drawing.read_text(encoding="utf-8"),
             alt="Plots of what other N and β₁ would have given; sweep.json beside this page has the numbers.",
         ),
-        "by_num_samples": json.loads(figures.read_text(encoding="utf-8"))["by_num_samples"],
+        "by_num_samples": figures["by_num_samples"],
     }
 
 

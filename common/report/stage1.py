@@ -9,6 +9,7 @@ import polars as pl
 from common.grading import UNJUDGED, Outcome
 from common.provenance import Provenance, read_provenance
 from common.schema import scan_vstar
+from common.sweep_files import SamplesDigest
 
 PROMPTS_SHOWN = 5
 """In each group."""
@@ -67,13 +68,16 @@ class Stage1:
     """outcome, samples, tokens (their sum): the most frequent first."""
     chosen: Sequence[tuple[Reason, pl.DataFrame]]
     """Whole rows."""
+    samples_digest: str
 
 
 def read_stage1(path: Path) -> Stage1:
     """Sum up a vstar.parquet of any size. Raises UserError if it breaks the contract."""
     numbers, counts = [], []
     chosen = [(reason, pl.DataFrame()) for reason in REASONS]
+    digest = SamplesDigest()
     for rows in scan_vstar(path):
+        digest.add(rows)
         numbers.append(rows.select(NUMBERS))
         counts.append(_outcome_counts(rows))
         chosen = [
@@ -88,6 +92,7 @@ def read_stage1(path: Path) -> Stage1:
         .sum()
         .sort("samples", "outcome", descending=[True, False]),
         chosen=chosen,
+        samples_digest=digest.hexdigest(),
     )
 
 
