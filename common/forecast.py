@@ -11,11 +11,15 @@ What is right is the distribution of a *further* reward given a prompt's N own, 
 - any other rewards: credibility (Bühlmann 1967), the mixture Z · own samples + (1 − Z) · all prompts' samples with
   Z = N / (N + within/between variance), the best linear predictor.
 
+A file of M samples that all are 1 does not prove that no other reward is possible: half a sample of the least and half
+of the greatest possible reward are added to the whole file (for 0/1 rewards Jeffreys' prior of the mean rate).
+
 Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _G group of prompts with the same successes
-and trials, _Q grid point.
+and trials, _Q grid point, _R resample of the prompts.
 """
 
 from dataclasses import dataclass
+from math import comb
 from statistics import NormalDist
 
 import numpy as np
@@ -27,27 +31,47 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 """Of the intervals that are shown."""
 ALARM_LEVEL = 0.999
-"""Of the intervals outside which training warns: an honest run does so once in a thousand."""
+"""Of the intervals outside which training warns: of each figure, an honest run does so about once in a thousand."""
 
 GRID_POINTS = 201
 EM_STEPS = 1000
+RESAMPLES = 50
+"""Of the prompts, to see how well they determine the distribution that is estimated from them."""
 _ROUNDING = 1e-5
 """Training computes in float32."""
+_NOT_SKEWED = 1e-3
+"""Where a normal quantile is as good, and the gamma distribution's shape too large to be exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
-    """A figure before it is known: its mean and standard deviation, and the range that it cannot leave."""
+    """A figure before it is known: mean, standard deviation, skewness, and the range that it cannot leave."""
 
     mean: float
     sd: float
     lowest: float
     highest: float
+    skewness: float = 0.0
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """The central interval of a normal distribution, cut to the possible range."""
-        half = NormalDist().inv_cdf((1 + level) / 2) * self.sd
-        return max(self.lowest, self.mean - half), min(self.highest, self.mean + half)
+        """The central interval of the gamma distribution with these three moments, cut to the possible range.
+
+        Shifted, and mirrored for a negative skewness (Pearson's type III); the normal one for a skewness of 0. A count
+        of rare events is skewed: a normal interval of the mean 0.1 would end at 1.1, and 2 of them come once in 200.
+        """
+        tail = (1 - level) / 2
+        below, above = self._deviation(tail), self._deviation(1 - tail)
+        return max(self.lowest, self.mean + below * self.sd), min(self.highest, self.mean + above * self.sd)
+
+    def _deviation(self, probability: float) -> float:
+        """The quantile in standard deviations from the mean."""
+        if abs(self.skewness) < _NOT_SKEWED:
+            return NormalDist().inv_cdf(probability)
+        from scipy.special import gammaincinv
+
+        shape, sign = 4 / self.skewness**2, 1.0 if self.skewness > 0 else -1.0
+        quantile = float(gammaincinv(shape, probability if sign > 0 else 1 - probability))
+        return sign * (quantile - shape) / float(shape**0.5)
 
     def excludes(self, value: float) -> bool:
         """Whether a value lies outside the interval of ALARM_LEVEL, by more than rounding."""
@@ -102,56 +126,152 @@ def first_batch(rows: pl.DataFrame, batch_size: int) -> FirstBatch | None:
     if counts_P.max() < 2:
         return None
     rewards_S = rows["rewards"].explode().to_numpy()
-    first_P, second_P, third_P, fourth_P = (
-        moment_P[rows["keep"].to_numpy()] for moment_P in fresh_reward_moments(rewards_S, counts_P)
-    )
+    kept_P = rows["keep"].to_numpy()
+    fresh = fresh_rewards(rewards_S, counts_P).of(kept_P)
     vstar_P = rows.filter("keep")["vstar"].to_numpy()
-    loss_P = second_P - 2 * vstar_P * first_P + vstar_P**2
-    squared_loss_P = (
-        fourth_P - 4 * vstar_P * third_P + 6 * vstar_P**2 * second_P - 4 * vstar_P**3 * first_P + vstar_P**4
-    )
-    lowest, highest = float(rewards_S.min()), float(rewards_S.max())
+    losses_P = np.stack([_moment_about(vstar_P, fresh.moments_P, power) for power in (2, 4, 6)])
+    lowest, highest = _reward_range(rewards_S)
+    counts_P = counts_P[kept_P]
+    # Of a reward of 0 or 1 the loss is V̂*² + r (1 − 2 V̂*).
+    loss_error = fresh.shared_error(1 - 2 * vstar_P)
+    reward_error = fresh.shared_error(np.ones(len(vstar_P)))
     return FirstBatch(
-        loss=batch_mean(loss_P, squared_loss_P - loss_P**2, batch_size, 0.0, float("inf")),
-        reward=batch_mean(first_P, second_P - first_P**2, batch_size, lowest, highest),
+        loss=batch_mean(losses_P, fresh.correlation_P, counts_P, loss_error, batch_size, 0.0, float("inf")),
+        reward=batch_mean(
+            fresh.moments_P[1:4], fresh.correlation_P, counts_P, reward_error, batch_size, lowest, highest
+        ),
     )
 
 
 def batch_mean(
-    mean_P: Floats, variance_P: Floats, batch_size: int, lowest: float, highest: float
+    moments_P: Floats,
+    correlation_P: Floats,
+    counts_P: NDArray[np.int64],
+    shared_error: float,
+    batch_size: int,
+    lowest: float,
+    highest: float,
 ) -> Expectation:
-    """The mean over a batch of something that has this mean and variance in each prompt.
+    """The mean over a batch of a figure with these moments E[xᵏ], k = 1 … 3, in each prompt; shape (3, P).
 
     The batch is what training takes: so many whole passes over the prompts, which all are in every batch, and the rest
     drawn without replacement, whose variance over the prompts shrinks by the share of prompts that it holds.
+
+    A prompt's mean is known from its `counts_P` samples only, and what it is off by is the same at each visit:
+    `correlation_P` is that part of the figure's variance, so that v visits have v + v (v − 1) · correlation times the
+    variance of one. And all prompts' means can be off together, since how prompts differ is an estimate too: the mean
+    over the prompts has the variance `shared_error` for that, or more where it would else be known better than from
+    its own samples, which give it to (variance given the prompt) / (N · prompts).
     """
-    prompts = len(mean_P)
-    rest = batch_size % prompts
+    prompts = len(correlation_P)
+    passes, rest = divmod(batch_size, prompts)
+    mean_P, second_P, third_P = moments_P
+    variance_P = np.maximum(second_P - mean_P**2, 0.0)
+    skew_P = third_P - 3 * second_P * mean_P + 2 * mean_P**3
+    shared_P = correlation_P * variance_P
+    within, shared = float(variance_P.mean()), float(shared_P.mean())
+    pairs = passes * (passes - 1) * prompts + 2 * passes * rest
+    together = max(shared_error, (float(((variance_P - shared_P) / counts_P).mean()) - shared) / prompts)
+    visits = batch_size * within + pairs * shared + batch_size**2 * together
+
+    left_out = 1 - rest / prompts
+    deviation_P = mean_P - mean_P.mean()
     between = float(mean_P.var(ddof=1)) if prompts > 1 else 0.0
-    within = float(np.maximum(variance_P, 0.0).mean())
-    variance = (batch_size * within + rest * (1 - rest / prompts) * between) / batch_size**2
-    return Expectation(mean=float(mean_P.mean()), sd=variance**0.5, lowest=lowest, highest=highest)
-
-
-def fresh_reward_moments(rewards_S: Floats, counts_P: NDArray[np.int64]) -> Floats:
-    """E[rᵏ], k = 1 … 4, of a further reward of each prompt given its own and all prompts' rewards; shape (4, P)."""
-    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
-    if np.isin(rewards_S, (0.0, 1.0)).all():
-        successes_P = np.add.reduceat(rewards_S, starts_P).astype(np.int64)
-        return np.broadcast_to(_success_probability(successes_P, counts_P), (4, len(counts_P)))
-    own_P = np.add.reduceat(rewards_S, starts_P) / counts_P
-    weight_P = _credibility(rewards_S, own_P, counts_P)
-    return np.stack(
-        [
-            weight_P * np.add.reduceat(rewards_S**power, starts_P) / counts_P
-            + (1 - weight_P) * (rewards_S**power).mean()
-            for power in (1, 2, 3, 4)
-        ]
+    variance = visits + rest * left_out * between
+    # Errors that visits share make a sum more skewed as they do a negative binomial's or beta-binomial's: `excess` is
+    # their variance over that of independent visits.
+    excess = visits / (batch_size * within) if within > 0 else 1.0
+    third = batch_size * float(skew_P.mean()) * excess * (2 * excess - 1) + rest * left_out * float(
+        ((2 * left_out - 1) * deviation_P**3 + 3 * deviation_P * variance_P).mean()
+    )
+    return Expectation(
+        mean=float(mean_P.mean()),
+        sd=variance**0.5 / batch_size,
+        lowest=lowest,
+        highest=highest,
+        skewness=third / variance**1.5 if variance > 0 else 0.0,
     )
 
 
-def _success_probability(successes_P: NDArray[np.int64], trials_P: NDArray[np.int64]) -> Floats:
-    """Each prompt's posterior mean under the prior on the grid that is likeliest for all prompts together."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreshRewards:
+    """What is known of further rewards of each prompt, given its own and all prompts' rewards.
+
+    `moments_P` is E[rᵏ], k = 0 … 6, shape (7, P). `correlation_P` is that of two further rewards of a prompt, which
+    both are drawn from the same unknown distribution; the loss has the same where the reward is 0 or 1, and it is
+    taken for any. `rates_RG` are the groups' success probabilities from resampled prompts; `group_P` is a prompt's.
+    """
+
+    moments_P: Floats
+    correlation_P: Floats
+    rates_RG: Floats
+    group_P: NDArray[np.int64]
+
+    def of(self, kept_P: NDArray[np.bool_]) -> "FreshRewards":
+        """Some of the prompts."""
+        return FreshRewards(
+            moments_P=self.moments_P[:, kept_P],
+            correlation_P=self.correlation_P[kept_P],
+            rates_RG=self.rates_RG,
+            group_P=self.group_P[kept_P],
+        )
+
+    def shared_error(self, slope_P: Floats) -> float:
+        """The variance over the resamples of the prompts' mean of slope · success probability."""
+        slope_G = np.bincount(self.group_P, slope_P, self.rates_RG.shape[1]) / len(slope_P)
+        return float((self.rates_RG @ slope_G).var(ddof=1))
+
+
+def fresh_rewards(rewards_S: Floats, counts_P: NDArray[np.int64]) -> FreshRewards:
+    """What the rewards of all prompts tell of further ones of each."""
+    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
+    powers_K = np.arange(7)[:, None]
+    if np.isin(rewards_S, (0.0, 1.0)).all():
+        successes_P = np.add.reduceat(rewards_S, starts_P).astype(np.int64)
+        rate_P, variance_P, rates_RG, group_P = _success_probability(successes_P, counts_P)
+        moments_P = np.where(powers_K == 0, 1.0, rate_P)
+        correlation_P = variance_P / np.maximum(rate_P * (1 - rate_P), np.finfo(np.float64).tiny)
+    else:
+        own_P = np.add.reduceat(rewards_S, starts_P) / counts_P
+        weight_P = _credibility(rewards_S, own_P, counts_P)
+        moments_P = np.stack(
+            [
+                weight_P * np.add.reduceat(rewards_S**power, starts_P) / counts_P
+                + (1 - weight_P) * (rewards_S**power).mean()
+                for power in range(7)
+            ]
+        )
+        # The mean's posterior variance is Z / N times the variance within the prompt.
+        correlation_P = weight_P / (counts_P + weight_P)
+        rates_RG, group_P = np.zeros((RESAMPLES, 1)), np.zeros(len(counts_P), np.int64)
+    ends_K = np.mean(np.array(_reward_range(rewards_S)) ** powers_K, axis=1, keepdims=True)
+    samples = len(rewards_S)
+    return FreshRewards(
+        moments_P=(samples * moments_P + ends_K) / (samples + 1),
+        correlation_P=correlation_P,
+        rates_RG=rates_RG,
+        group_P=group_P,
+    )
+
+
+def _moment_about(centre_P: Floats, moments_P: Floats, power: int) -> Floats:
+    """E[(r − centre)^power] from E[rᵏ], k = 0 … power."""
+    terms_P = [comb(power, k) * moments_P[k] * (-centre_P) ** (power - k) for k in range(power + 1)]
+    return np.asarray(np.sum(terms_P, axis=0), dtype=np.float64)
+
+
+def _reward_range(rewards_S: Floats) -> tuple[float, float]:
+    """What rewards can be, judging by these: from 0 or the least of them to 1 or the greatest."""
+    return min(0.0, float(rewards_S.min())), max(1.0, float(rewards_S.max()))
+
+
+def _success_probability(
+    successes_P: NDArray[np.int64], trials_P: NDArray[np.int64]
+) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
+    """Each prompt's posterior mean and variance under the prior on the grid that is likeliest for all prompts.
+
+    Then the posterior means of the groups under the priors from resampled prompts, and each prompt's group.
+    """
     width = int(trials_P.max()) + 1
     codes_G, group_P, prompts_G = np.unique(
         successes_P * width + trials_P, return_inverse=True, return_counts=True
@@ -165,12 +285,18 @@ def _success_probability(successes_P: NDArray[np.int64], trials_P: NDArray[np.in
         (trials_G - successes_G)[:, None], -grid_Q
     )
     likelihood_GQ = np.exp(log_likelihood_GQ - log_likelihood_GQ.max(axis=1, keepdims=True))
-    prior_Q = np.full(GRID_POINTS, 1 / GRID_POINTS)
     share_G = prompts_G / prompts_G.sum()
+    shares_RG = np.random.default_rng(0).multinomial(len(trials_P), share_G, RESAMPLES) / len(trials_P)
+    # The prompts themselves come first, then the resamples.
+    shares_RG = np.concatenate([share_G[None], shares_RG])
+    priors_RQ = np.full((len(shares_RG), GRID_POINTS), 1 / GRID_POINTS)
     for _ in range(EM_STEPS):
-        prior_Q = prior_Q * ((share_G / (likelihood_GQ @ prior_Q)) @ likelihood_GQ)
-    mean_G: Floats = (likelihood_GQ @ (prior_Q * grid_Q)) / (likelihood_GQ @ prior_Q)
-    return mean_G[group_P]
+        priors_RQ *= (shares_RG / (priors_RQ @ likelihood_GQ.T)) @ likelihood_GQ
+    totals_RG = priors_RQ @ likelihood_GQ.T
+    rates_RG = (priors_RQ * grid_Q) @ likelihood_GQ.T / totals_RG
+    mean_G, prior_Q = rates_RG[0], priors_RQ[0]
+    variance_G = ((likelihood_GQ * (grid_Q - mean_G[:, None]) ** 2) @ prior_Q) / totals_RG[0]
+    return mean_G[group_P], variance_G[group_P], rates_RG[1:], group_P
 
 
 def _credibility(rewards_S: Floats, own_P: Floats, counts_P: NDArray[np.int64]) -> Floats:

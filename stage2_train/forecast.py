@@ -4,6 +4,7 @@ Reads vstar.parquet, the config, and the model's config.json, tokenizer.json and
 """
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
         raise UserError(
             f"--gpus {gpus}: train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "
             f"{gpus} processes; choose a divisor"
+        )
+    if not (math.isfinite(gpu_gib) and gpu_gib > 0):
+        raise UserError(
+            f"--gpu-memory {gpu_gib:g} is no amount of memory; give one GPU's, in GiB, such as 80"
         )
     rows, provenance = read_vstar(vstar_file)
     kept = rows.filter("keep")
