@@ -53,6 +53,11 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def completions(self) -> Path:
+        """A few of the completions that training saw, a file an evaluation."""
+        return self.root / "completions"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

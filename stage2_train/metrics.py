@@ -1,7 +1,11 @@
-"""Where a training run's numbers go: metrics.jsonl, TensorBoard, W&B by flag, and one console line an iteration."""
+"""Where a training run's numbers go: metrics.jsonl, TensorBoard, W&B by flag, one console line an iteration.
+
+In a terminal a progress bar with the time left stands below these lines.
+"""
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -14,6 +18,7 @@ from rich.console import Console
 
 from common.artifacts import RunPaths, write_text
 from common.config import Config
+from common.progress import progress_bar
 
 Metrics = dict[str, float]
 """Values under group/name keys, such as reward/mean or time/rollout (seconds)."""
@@ -56,6 +61,8 @@ class MetricsLog:
 
         self._console = console
         self._last = last
+        self._bar = progress_bar(console)
+        self._task = self._bar.add_task("", total=last, completed=max(0, first_iteration - 1))
         kept = [line for line in _lines(paths) if json.loads(line)["iteration"] < first_iteration]
         write_text(paths.metrics, "".join(kept))
         self._file = paths.metrics.open("a", encoding="utf-8")
@@ -67,25 +74,29 @@ class MetricsLog:
             self._wandb = wandb.init(
                 project=config.train.wandb_project, name=config.run, config=config.model_dump(mode="json")
             )
+        self._bar.start()
 
     def close(self) -> None:
         """Flush everything."""
+        self._bar.stop()
         self._file.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def write(self, iteration: int, metrics: Metrics) -> None:
-        """Log one iteration."""
+        """Log one iteration; its line is on disk when this returns, before any checkpoint that continues after it."""
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         for name, value in metrics.items():
             self._board.add_scalar(name, value, iteration)
         if self._wandb is not None:
             self._wandb.log(metrics, step=iteration)
         self._console.print(self._line(iteration, metrics), highlight=False, soft_wrap=True)
+        self._bar.update(self._task, completed=iteration, description=f"iteration {iteration}/{self._last}")
 
     def _line(self, iteration: int, metrics: Metrics) -> str:
         parts = [f"{iteration:>5}/{self._last}"]
@@ -97,6 +108,8 @@ class MetricsLog:
                 f"tokens {metrics['completion/tokens_mean']:.1f}",
                 f"{metrics['time/iteration']:.2f} s",
             ]
+            parts += [f"{share:.1%} unjudged" for share in [metrics.get("reward/unjudged")] if share]
+            parts += [f"{steps:.0f} steps skipped" for steps in [metrics.get("train/skipped_steps")] if steps]
         if "evaluate/pass_at_1" in metrics:
             parts.append(f"held-out {metrics['evaluate/pass_at_1']:.3f}")
         return "  ".join(parts)

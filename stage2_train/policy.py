@@ -1,11 +1,9 @@
 """The policy under training: a DeepSpeed engine around the model. The only importer of deepspeed."""
 
-import io
-import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,15 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.artifacts import write_text
 from common.config import Config
 from common.errors import UserError
+from stage2_train.checkpoint import finish, unfinished
 from stage2_train.logprobs import VocabularyHead, load_model
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 
-CHECKPOINT_STATE = "state.json"
+DEEPSPEED_TAG = "state"
+"""The folder within a checkpoint that DeepSpeed writes to."""
+MAX_SKIPPED_STEPS = 5
+"""Steps in a row that a non-finite gradient may cost."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -56,6 +57,22 @@ class Ranks:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most.item())
 
+    def total(self, count: int) -> int:
+        """The sum of the ranks' counts."""
+        if self.world_size == 1:
+            return count
+        everywhere = torch.tensor(count, device=self.device)
+        dist.all_reduce(everywhere, dist.ReduceOp.SUM)
+        return int(everywhere.item())
+
+    def from_main(self, item: T) -> T:
+        """The main rank's item."""
+        if self.world_size == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0)
+        return items[0]
+
     def gather(self, items: list[T]) -> list[T]:
         """All ranks' items."""
         if self.world_size == 1:
@@ -84,10 +101,12 @@ def join_ranks(seed: int) -> Ranks:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    with redirect_stdout(io.StringIO()):  # it prints which of its operators it has compiled
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+    # On a CPU it would compile collectives of its own for a minute, under a lock file that outlives a killed process:
+    # every later start would wait for it for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    )
     expected = int(os.environ["WORLD_SIZE"])
     assert dist.get_world_size() == expected, (
         f"{dist.get_world_size()} ranks joined, the launcher started {expected}"
@@ -122,6 +141,8 @@ class Policy:
             model=module, optimizer=optimizer, lr_scheduler=schedule, config=_deepspeed_config(config)
         )
         self._zero_stage = train.zero_stage
+        self._checks_gradients = train.zero_stage > 0 or config.model.dtype == "bfloat16"
+        self._skipped_in_a_row = 0
 
     def backward(self, loss_share: Tensor, *, last: bool) -> None:
         """Accumulate the gradients of a slice; `last` closes the step.
@@ -132,14 +153,36 @@ class Policy:
         self.engine.backward(loss_share * self._ranks.world_size, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip, update, advance the schedule; returns the gradient norm before clipping."""
-        # Without ZeRO, DeepSpeed clips by a norm that it does not tell.
-        gradients = (
-            [] if self._zero_stage else [parameter.grad for parameter in self.engine.module.parameters()]
-        )
-        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm() or norm)
+        """Clip, update, advance the schedule; returns the gradient norm before clipping.
+
+        Where it is not finite, so on every rank, the step is skipped: weights, optimizer and schedule stay as they
+        are and NaN is returned. Raises UserError after MAX_SKIPPED_STEPS of these in a row.
+        """
+        norm = self._take_step()
+        if math.isfinite(norm):
+            self._skipped_in_a_row = 0
+            return norm
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == MAX_SKIPPED_STEPS:
+            raise UserError(
+                f"{MAX_SKIPPED_STEPS} optimizer steps in a row had a loss or gradient that is not finite; "
+                'lower train.learning_rate, or set model.dtype = "float32" for both stages, and start again under '
+                "another --run"
+            )
+        return math.nan
+
+    def _take_step(self) -> float:
+        if self._checks_gradients:
+            self.engine.step()  # skips on its own
+            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.nan
+        # Without ZeRO, DeepSpeed neither checks float32 gradients nor tells the norm that it clips by.
+        gradients = [parameter.grad for parameter in self.engine.module.parameters()]
+        norm = float(torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None]))
+        if math.isfinite(norm):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return norm
 
     @property
     def learning_rate(self) -> float:
@@ -156,29 +199,20 @@ class Policy:
                 yield name, parameter.detach()
 
     def save_checkpoint(self, folder: Path, state: dict[str, Any], keep: int) -> None:
-        """Write folder/iteration-<n>, whole or not at all, and drop all but the newest `keep`."""
-        final = folder / f"iteration-{state['iteration']:06d}"
-        temporary = folder / f".{final.name}.tmp"
-        if self._ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        self.engine.save_checkpoint(str(temporary), tag="state", save_latest=False)
+        """Write folder/iteration-<n>, whole or not at all, and drop all but the newest `keep` and the best."""
+        temporary = self._ranks.from_main(
+            unfinished(folder, state["iteration"]) if self._ranks.is_main else folder
+        )
+        self.engine.save_checkpoint(str(temporary), tag=DEEPSPEED_TAG, save_latest=False)
         dist.barrier()
         if self._ranks.is_main:
-            write_text(temporary / CHECKPOINT_STATE, json.dumps(state, indent=2))
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+            finish(temporary, state, keep)
         dist.barrier()
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Take over weights, optimizer and schedule from the newest checkpoint."""
-        newest = checkpoints(folder)[-1]
-        path, _ = self.engine.load_checkpoint(str(newest), tag="state")
-        if path is None:
-            raise UserError(f"{newest} is not a whole checkpoint; delete it and run again")
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Take over weights, optimizer and schedule."""
+        path, _ = self.engine.load_checkpoint(str(checkpoint), tag=DEEPSPEED_TAG)
+        assert path is not None, f"{checkpoint} was found intact"
 
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format with the reference model's tokenizer, whole or not at all."""
@@ -193,19 +227,6 @@ class Policy:
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
         dist.barrier()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("iteration-*"))
-
-
-def checkpoint_state(folder: Path) -> dict[str, Any]:
-    """What was saved beside the weights of the newest checkpoint in a folder, {} without one."""
-    if not (found := checkpoints(folder)):
-        return {}
-    state: dict[str, Any] = json.loads((found[-1] / CHECKPOINT_STATE).read_text(encoding="utf-8"))
-    return state
 
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Shapes: _K completion token of the micro-batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,9 @@ class SequenceRecord:
     truncated: bool
     solved: bool
     unjudged: bool
-    """The grader failed, so that the reward of 0 says nothing."""
+    """The grader failed: the reward of 0 says nothing, and the sequence is left out of the regression."""
+    regressed: bool = False
+    """Whether it took part in an optimizer step that was not skipped; without that the figures below mean nothing."""
     loss: float = 0.0
     log_ratio: float = 0.0
     entropy: float = 0.0
@@ -80,24 +83,31 @@ def compare_logprobs(
 
 
 def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
-    count = len(records)
+    """Rewards of the judged sequences, losses of the regressed ones, lengths of all; NaN where there are none."""
+    judged = [record for record in records if not record.unjudged]
+    regressed = [record for record in records if record.regressed]
     tokens = sum(record.completion_tokens for record in records)
+    regressed_tokens = sum(record.completion_tokens for record in regressed)
 
-    def mean(name: str) -> float:
-        return float(sum(getattr(record, name) for record in records) / count)
+    def mean(name: str, over: Sequence[SequenceRecord]) -> float:
+        return _ratio(sum(getattr(record, name) for record in over), len(over))
 
     return {
-        "reward/mean": mean("reward"),
-        "reward/solved": mean("solved"),
-        "reward/unjudged": mean("unjudged"),
-        "advantage/mean": mean("advantage"),
-        "loss/regression": mean("loss"),
-        "kl/sequence": mean("log_ratio"),
-        "kl/token": sum(record.log_ratio for record in records) / tokens,
-        "completion/tokens_mean": tokens / count,
+        "reward/mean": mean("reward", judged),
+        "reward/solved": mean("solved", judged),
+        "reward/unjudged": mean("unjudged", records),
+        "advantage/mean": mean("advantage", regressed),
+        "loss/regression": mean("loss", regressed),
+        "kl/sequence": mean("log_ratio", regressed),
+        "kl/token": _ratio(sum(record.log_ratio for record in regressed), regressed_tokens),
+        "completion/tokens_mean": tokens / len(records),
         "completion/tokens_max": max(record.completion_tokens for record in records),
-        "completion/truncated": mean("truncated"),
-        "policy/entropy": sum(record.entropy for record in records) / tokens,
+        "completion/truncated": mean("truncated", records),
+        "policy/entropy": _ratio(sum(record.entropy for record in regressed), regressed_tokens),
         "engine/logprob_gap": max(record.logprob_gap for record in records),
         "throughput/completion_tokens_per_second": tokens / seconds,
     }
+
+
+def _ratio(total: float, count: int) -> float:
+    return total / count if count else math.nan

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import os
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from common.errors import UserError
 from common.grading import GraderPool
 from common.prompts import usable_prompts
 from common.provenance import ACCEPTED, differences
+from stage2_train.checkpoint import latest_state, newest_intact, read_state
 from stage2_train.inputs import Inputs, origin, prepare
-from stage2_train.policy import Ranks, checkpoint_state, join_ranks
+from stage2_train.policy import Ranks, join_ranks
+from stage2_train.sampler import Sampler
 from stage2_train.train import Trainer, train
 
 TRAINED_WITH = "astar_po.json"
@@ -46,31 +50,41 @@ def run_stage2(
             f"nothing to do: {paths.model} has been trained for {total} iterations with this config"
         )
         return
-    state = checkpoint_state(paths.checkpoints)
-    _refuse_other_origin(paths, ours, state, total)
+    _refuse_other_origin(paths, ours, latest_state(paths.checkpoints), total)
     ranks = join_ranks(config.seed)
-    _refuse_other_world(paths, ranks, state)
-    if not ranks.is_main:
-        _train(config, paths, inputs, ranks, total, console)
-        return
-    with exclusive_run(paths, "train"):
-        _train(config, paths, inputs, ranks, total, console)
-        write_text(paths.model / TRAINED_WITH, json.dumps(made_with, indent=2))
+    with exclusive_run(paths, "train") if ranks.is_main else nullcontext():
+        checkpoint = ranks.from_main(
+            newest_intact(paths.checkpoints, partial(console.print, soft_wrap=True))
+            if ranks.is_main
+            else None
+        )
+        _train(config, paths, inputs, ranks, total, console, checkpoint)
+        if ranks.is_main:
+            write_text(paths.model / TRAINED_WITH, json.dumps(made_with, indent=2))
     console.print(f"{paths.model}: the trained policy in Hugging Face format")
 
 
 def _train(
-    config: Config, paths: RunPaths, inputs: Inputs, ranks: Ranks, total: int, console: Console
+    config: Config,
+    paths: RunPaths,
+    inputs: Inputs,
+    ranks: Ranks,
+    total: int,
+    console: Console,
+    checkpoint: Path | None,
 ) -> None:
+    state = read_state(checkpoint) if checkpoint else {}
+    _refuse_other_world(paths, ranks, state)
     with GraderPool(config.grader) as pool:
         if config.evaluate.data is not None:
             held_out = usable_prompts(inputs.held_out, config.evaluate.data, pool)
             inputs = replace(inputs, held_out=held_out)
-        engine = build_engine(config, inputs.folder, inputs.renderer, beside_trainer=True)
-        trainer = Trainer(config, inputs, engine, pool, ranks)
-        first = checkpoint_state(paths.checkpoints).get("iteration", 0) + 1
-        if first > 1:
-            trainer.policy.load_checkpoint(paths.checkpoints)
+        engine = partial(build_engine, config, inputs.folder, inputs.renderer, beside_trainer=True)
+        sampler = Sampler(engine, pool, config.sampling, ranks)
+        trainer = Trainer(config, inputs, sampler, ranks)
+        first = state.get("iteration", 0) + 1
+        if checkpoint:
+            trainer.policy.load_checkpoint(checkpoint)
             console.print(f"continuing after iteration {first - 1}")
             trainer.synchronise()
         if ranks.is_main:
@@ -85,7 +99,7 @@ def _train(
         )
         train(trainer, config, paths, console, first=first, last=total)
         trainer.policy.export(paths.model)
-        engine.close()
+        sampler.close()
 
 
 def _is_finished(paths: RunPaths, made_with: dict[str, Any]) -> bool:

@@ -13,41 +13,37 @@ from rich.console import Console
 
 from common.artifacts import RunPaths
 from common.config import Config
-from common.engine import RolloutEngine, request_seed
-from common.errors import UserError
-from common.grading import GraderPool
+from common.engine import request_seed
+from common.grading import UNJUDGED
 from common.rollout import Rollout
 from stage2_train.batch import MicroBatch, TokenBatch, TokenSequence, token_batches
+from stage2_train.completions import forget_completions, write_completions
 from stage2_train.inputs import Inputs, origin, prompt_batch
 from stage2_train.logprobs import LogprobModel, load_model, token_logprobs
 from stage2_train.metrics import Metrics, MetricsLog, peak_memory_bytes, timed
 from stage2_train.objectives import Objective, build_objective
 from stage2_train.policy import Policy, Ranks
 from stage2_train.records import SequenceRecord, compare_logprobs, note_slice, record_of, summarise
-from stage2_train.rollouts import LOGPROB_CHECKS, collect_rollouts
-
-COLLAPSED_KL = 50.0
-"""Nats a completion: no useful policy is this far from its reference."""
+from stage2_train.rollouts import LOGPROB_CHECKS
+from stage2_train.safeguards import StopRequest, refuse_divergence, refuse_unjudged
+from stage2_train.sampler import Sampler
 
 
 class Trainer:
     """The parts that an iteration needs, and the iteration itself."""
 
-    def __init__(
-        self, config: Config, inputs: Inputs, engine: RolloutEngine, pool: GraderPool, ranks: Ranks
-    ) -> None:
+    def __init__(self, config: Config, inputs: Inputs, sampler: Sampler, ranks: Ranks) -> None:
         """Load the policy and the reference model."""
         self.config = config
         self.origin = origin(config, inputs)
         self.ranks = ranks
         self.prompts = inputs.prompts
         self.vstar = inputs.vstar
+        self.pass_rate = inputs.pass_rate
         self.first_batch = inputs.first_batch
         self.held_out = inputs.held_out
-        self.engine = engine
-        self.pool = pool
+        self.sampler = sampler
         self.objective: Objective = build_objective(config.train.objective)
-        self.sampling = config.sampling
         self.policy = Policy(inputs.folder, config, ranks)
         self.reference: LogprobModel = (
             load_model(inputs.folder, config).to(ranks.device).eval().requires_grad_(False)
@@ -57,13 +53,18 @@ class Trainer:
             tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
 
-    def iteration(self, number: int) -> Metrics:
-        """Algorithm 1, lines 9 and 10: a batch of rollouts from π_t, then SGD on the regression loss."""
+    def iteration(self, number: int) -> tuple[Metrics, list[Rollout]]:
+        """Algorithm 1, lines 9 and 10: a batch of rollouts from π_t, then SGD on the regression loss.
+
+        Returns the figures of the whole batch and this rank's rollouts.
+        """
         metrics: Metrics = {}
         with timed("iteration", metrics):
             places = range(self.ranks.rank, self.config.train.batch_size, self.ranks.world_size)
             with timed("rollout", metrics):
-                rollouts = self.rollouts(number, places)
+                rollouts, rebuilds = self.rollouts(number, places)
+            # What is random in the network, such as dropout, is the same after a restart.
+            torch.manual_seed(request_seed(self.config.seed, "update", number, self.ranks.rank))
             records: dict[int, SequenceRecord] = {}
             gradient_norms = []
             for start in range(0, self.config.train.batch_size, self.config.train.mini_batch_size):
@@ -78,44 +79,54 @@ class Trainer:
             with timed("weight_sync", metrics):
                 self.synchronise()
         gathered = self.ranks.gather(list(records.values()))
-        return (
-            metrics
-            | summarise(gathered, metrics["time/iteration"])
-            | {
-                "train/gradient_norm": sum(gradient_norms) / len(gradient_norms),
-                "train/processes": float(self.ranks.world_size),
-                "memory/peak_gib": peak_memory_bytes() / 2**30,
-            }
-        )
+        taken = [norm for norm in gradient_norms if math.isfinite(norm)]
+        metrics |= summarise(gathered, metrics["time/iteration"])
+        metrics |= {
+            "train/gradient_norm": sum(taken) / len(taken) if taken else math.nan,
+            "train/skipped_steps": float(len(gradient_norms) - len(taken)),
+            "train/processes": float(self.ranks.world_size),
+            "engine/rebuilds": float(rebuilds),
+            "memory/peak_gib": peak_memory_bytes() / 2**30,
+        }
+        return metrics, rollouts
 
-    def rollouts(self, number: int, places: Sequence[int]) -> list[Rollout]:
-        """Line 9: x from the training prompts, one y ~ π_t(·|x) each, r(x, y)."""
+    def rollouts(self, number: int, places: Sequence[int]) -> tuple[list[Rollout], int]:
+        """Line 9: x from the training prompts, one y ~ π_t(·|x) each, r(x, y); and how many engines died of it."""
         batch = prompt_batch(len(self.prompts), self.config.train.batch_size, self.config.seed, number)
-        return collect_rollouts(
+        rollouts, rebuilds = self.sampler.rollouts(
             [self.prompts[batch[place]] for place in places],
-            self.engine,
-            self.pool,
-            self.sampling,
+            self.policy.named_weights,
             seed=request_seed(self.config.seed, "train", number),
             places=places,
             logprob_checks=min(LOGPROB_CHECKS, self.config.train.mini_batch_size),
         )
+        judged = self.ranks.total(sum(rollout.grade.outcome not in UNJUDGED for rollout in rollouts))
+        refuse_unjudged(number, judged, len(batch), rollouts)
+        return rollouts, rebuilds
 
     def optimizer_step(
         self, mini_batch: dict[int, Rollout], metrics: Metrics
     ) -> tuple[dict[int, SequenceRecord], float]:
-        """Line 10: one step of SGD on (β2 ln π/π_ref − (r − V̂*))², slice by slice."""
+        """Line 10: one step of SGD on (β2 ln π/π_ref − (r − V̂*))², slice by slice; NaN for a step that was skipped.
+
+        A rollout that the grader could not judge has no reward to regress on and is left out.
+        """
         rewards_B = torch.tensor([rollout.grade.reward for rollout in mini_batch.values()])
         vstar_B = torch.tensor([self.vstar[rollout.prompt.id] for rollout in mini_batch.values()])
         advantage = dict(zip(mini_batch, self.objective.advantages(rewards_B, vstar_B).tolist(), strict=True))
         records = {place: record_of(rollout, advantage[place]) for place, rollout in mini_batch.items()}
-        slices = self.token_batches(mini_batch)
+        judged = {place: rollout for place, rollout in mini_batch.items() if not records[place].unjudged}
+        step_sequences = self.ranks.total(len(judged))
+        if step_sequences == 0:
+            return records, math.nan
+        slices = self.token_batches(judged or mini_batch)
+        own_turns = len(slices) if judged else 0
         with timed("reference", metrics):
-            batches = [self.micro_batch(tokens, advantage) for tokens in slices]
+            batches = [self.micro_batch(tokens, advantage, step_sequences) for tokens in slices]
         with timed("update", metrics):
-            rounds = self.ranks.largest(len(slices))
+            rounds = self.ranks.largest(own_turns)
             for turn in range(rounds):
-                is_filler = turn >= len(slices)  # other ranks have more: join their collective operations
+                is_filler = turn >= own_turns  # other ranks have more: join their collective operations
                 tokens, batch = slices[turn % len(slices)], batches[turn % len(slices)]
                 policy = token_logprobs(self.policy.engine, tokens)
                 loss_share, loss_B = self.objective.loss(policy.logprobs_K, batch)
@@ -124,9 +135,11 @@ class Trainer:
                     note_slice(records, tokens, batch, policy, loss_B)
                     compare_logprobs(records, tokens, policy, mini_batch)
             gradient_norm = self.policy.step()
+        for place in judged:
+            records[place].regressed = math.isfinite(gradient_norm)
         return records, gradient_norm
 
-    def micro_batch(self, tokens: TokenBatch, advantage: dict[int, float]) -> MicroBatch:
+    def micro_batch(self, tokens: TokenBatch, advantage: dict[int, float], step_sequences: int) -> MicroBatch:
         """What the objective needs of a slice: ln π_ref of its tokens, its sequences' advantages, the step's size."""
         with torch.no_grad():
             reference_logprobs_K = token_logprobs(self.reference, tokens).logprobs_K
@@ -136,7 +149,7 @@ class Trainer:
             advantages_B=torch.tensor(
                 [advantage[place] for place in tokens.places], device=self.ranks.device
             ),
-            step_sequences=self.config.train.mini_batch_size,
+            step_sequences=step_sequences,
         )
 
     def token_batches(self, mini_batch: dict[int, Rollout]) -> list[TokenBatch]:
@@ -147,68 +160,79 @@ class Trainer:
 
     def synchronise(self) -> None:
         """Give the engine the policy's weights."""
-        self.engine.load_weights(self.policy.named_weights())
+        self.sampler.load_weights(self.policy.named_weights())
 
-    def evaluate(self) -> Metrics:
+    def evaluate(self) -> tuple[Metrics, list[Rollout]]:
         """Sampled accuracy on the held-out prompts, one completion each, from the same random streams every time."""
         metrics: Metrics = {}
         places = range(self.ranks.rank, len(self.held_out), self.ranks.world_size)
         with timed("evaluate", metrics):
-            rollouts = collect_rollouts(
+            rollouts, _ = self.sampler.rollouts(
                 [self.held_out[place] for place in places],
-                self.engine,
-                self.pool,
-                self.sampling,
+                self.policy.named_weights,
                 seed=request_seed(self.config.seed, "evaluate"),
                 places=places,
             )
         solved = self.ranks.gather([record_of(rollout, 0.0) for rollout in rollouts])
-        return metrics | {"evaluate/pass_at_1": sum(record.solved for record in solved) / len(solved)}
+        metrics["evaluate/pass_at_1"] = sum(record.solved for record in solved) / len(solved)
+        return metrics, rollouts
+
+    def save(self, paths: RunPaths, number: int, held_out_accuracy: float | None) -> None:
+        """Write a checkpoint from which iteration number + 1 continues."""
+        state = {
+            "iteration": number,
+            "origin": self.origin,
+            "world_size": self.ranks.world_size,
+            "held_out_accuracy": held_out_accuracy,
+        }
+        self.policy.save_checkpoint(paths.checkpoints, state, keep=self.config.train.keep_checkpoints)
 
 
 def train(
     trainer: Trainer, config: Config, paths: RunPaths, console: Console, *, first: int, last: int
 ) -> None:
-    """Run iterations `first` to `last`, with evaluations, logs and checkpoints."""
+    """Run iterations `first` to `last`, with evaluations, logs and checkpoints.
+
+    Raises KeyboardInterrupt where SIGTERM or Ctrl-C asked for it, after writing a checkpoint.
+    """
     log = None
     if trainer.ranks.is_main:
-        log = MetricsLog(config, paths, console, first_iteration=0 if first == 1 else first, last=last)
+        begin = 0 if first == 1 else first
+        forget_completions(paths.completions, begin)
+        log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
+
+    def evaluate(number: int, training: list[Rollout]) -> Metrics:
+        metrics, held_out = trainer.evaluate()
+        if log:
+            stage1 = {"pass_rate": trainer.pass_rate, "vstar": trainer.vstar}
+            write_completions(paths.completions, number, training=training, held_out=held_out, **stage1)
+        return metrics
+
     try:
-        if first == 1 and trainer.held_out:
-            before = trainer.evaluate()
-            if log:
-                log.write(0, before)
-        for number in range(first, last + 1):
-            metrics = trainer.iteration(number)
-            if trainer.held_out and (number % config.train.evaluate_every == 0 or number == last):
-                metrics |= trainer.evaluate()
-            expected = trainer.first_batch if number == 1 else None
-            if expected:
-                metrics |= expected.bounds()
-            if log:
-                log.write(number, metrics)
-            if expected and (warning := expected.warning(metrics["loss/regression"], metrics["reward/mean"])):
-                console.print(warning, soft_wrap=True)
-            refuse_divergence(number, metrics)
-            if number % config.train.checkpoint_every == 0 or number == last:
-                trainer.policy.save_checkpoint(
-                    paths.checkpoints,
-                    {"iteration": number, "origin": trainer.origin, "world_size": trainer.ranks.world_size},
-                    keep=config.train.keep_checkpoints,
-                )
+        with StopRequest() as stop:
+            if first == 1 and trainer.held_out:
+                before = evaluate(0, [])
+                if log:
+                    log.write(0, before)
+            for number in range(first, last + 1):
+                metrics, rollouts = trainer.iteration(number)
+                if trainer.held_out and (number % config.train.evaluate_every == 0 or number == last):
+                    metrics |= evaluate(number, rollouts)
+                expected = trainer.first_batch if number == 1 else None
+                if expected:
+                    metrics |= expected.bounds()
+                if log:
+                    log.write(number, metrics)
+                if expected and (
+                    warning := expected.warning(metrics["loss/regression"], metrics["reward/mean"])
+                ):
+                    console.print(warning, soft_wrap=True)
+                refuse_divergence(number, metrics)
+                stopping = trainer.ranks.largest(stop.is_made) and number < last
+                if number % config.train.checkpoint_every == 0 or number == last or stopping:
+                    trainer.save(paths, number, metrics.get("evaluate/pass_at_1"))
+                if stopping:
+                    raise KeyboardInterrupt
     finally:
         if log:
             log.close()
-
-
-def refuse_divergence(number: int, metrics: Metrics) -> None:
-    """Raise UserError once training has gone wrong beyond repair, before it is written to a checkpoint."""
-    advice = "lower train.learning_rate or raise train.warmup_steps, and start again under another --run"
-    for name in ("loss/regression", "train/gradient_norm", "kl/sequence"):
-        if not math.isfinite(metrics[name]):
-            raise UserError(f"iteration {number}: {name} is {metrics[name]}; {advice}")
-    if metrics["completion/truncated"] == 1.0 and metrics["kl/sequence"] > COLLAPSED_KL:
-        raise UserError(
-            f"iteration {number}: the policy has collapsed: no completion ends, KL to the reference is "
-            f"{metrics['kl/sequence']:.0f} nats; {advice}"
-        )

@@ -1,6 +1,7 @@
-"""Stage 1 in processes that can be killed: `python -m tests.killing` forks one for each line it reads.
+"""Jobs in processes that can be killed: stage 1's by `python -m tests.killing`, which forks one for each line it reads.
 
-It has imported everything, so that a job starts in milliseconds; each job is a process group of its own.
+It has imported everything, so that a job starts in milliseconds; each job is a process group of its own. Stage 2's come
+from tests/training_jobs.py.
 """
 
 import io
@@ -23,10 +24,10 @@ FRAGMENT_SAMPLES = 10
 class JobServer:
     """The test's end: starts jobs one at a time."""
 
-    def __init__(self, artifacts: Path) -> None:
-        environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts)}
+    def __init__(self, artifacts: Path, module: str = "tests.killing") -> None:
+        environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.killing"],
+            [sys.executable, "-m", module],
             cwd=Path(__file__).parents[1],
             env=environment,
             stdin=subprocess.PIPE,
@@ -41,13 +42,14 @@ class JobServer:
         seconds: float | None = None,
         at_write: int | None = None,
         sample_seconds: float = 0.0,
+        **order: Any,
     ) -> int:
-        """Run stage 1, kill its process group after `seconds` or at the n-th write; returns its wait status.
+        """Run a job, kill its process group after `seconds` or at the n-th write; returns its wait status.
 
-        `sample_seconds` is how long the scripted engine takes for a sample.
+        `sample_seconds` is how long stage 1's scripted engine takes for a sample.
         """
         assert self._process.stdin is not None
-        order = {"config": config, "at_write": at_write, "sample_seconds": sample_seconds}
+        order |= {"config": config, "at_write": at_write, "sample_seconds": sample_seconds}
         print(json.dumps(order), file=self._process.stdin, flush=True)
         group = int(self._answer())
         if seconds is not None:
@@ -124,13 +126,8 @@ def job(order: dict[str, Any]) -> None:
     stage1_vstar.run.run_stage1(Config.model_validate(order["config"]), Console(file=io.StringIO()))
 
 
-def serve() -> None:
-    import polars  # noqa: F401
-    from transformers import AutoTokenizer, Qwen2Tokenizer  # noqa: F401
-
-    import stage1_vstar.run  # noqa: F401
-    import tests.fakes  # noqa: F401
-
+def serve(job: Callable[[dict[str, Any]], None]) -> None:
+    """Fork a process that does the job for each order that is read; say its id, then its wait status."""
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             os.setsid()
@@ -145,4 +142,10 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    import polars  # noqa: F401
+    from transformers import AutoTokenizer, Qwen2Tokenizer  # noqa: F401
+
+    import stage1_vstar.run  # noqa: F401
+    import tests.fakes  # noqa: F401
+
+    serve(job)

@@ -24,6 +24,7 @@ from stage2_train.inputs import prepare
 from stage2_train.metrics import Metrics
 from stage2_train.policy import Ranks, join_ranks
 from stage2_train.records import SequenceRecord
+from stage2_train.sampler import Sampler
 from stage2_train.train import Trainer
 
 IN_CHUNKS = "ZeRO-3, logits in chunks"
@@ -60,11 +61,11 @@ def train(
     """The figures of each iteration, and the weights after the last."""
     inputs = prepare(config, vstar)
     engine = ScriptedEngine(inputs.renderer)
-    trainer = Trainer(config, inputs, engine, pool, ranks)
+    trainer = Trainer(config, inputs, Sampler(lambda: engine, pool, config.sampling, ranks), ranks)
     assert config.train.iterations is not None
-    figures: dict[str, Any] = {"pass_at_1": trainer.evaluate()["evaluate/pass_at_1"]}
+    figures: dict[str, Any] = {"pass_at_1": trainer.evaluate()[0]["evaluate/pass_at_1"]}
     watch(trainer, figures)
-    metrics = [trainer.iteration(number) for number in range(1, config.train.iterations + 1)]
+    metrics = [trainer.iteration(number)[0] for number in range(1, config.train.iterations + 1)]
     figures |= {name: [row[name] for row in metrics] for name in FIGURES}
     return figures, engine.weights
 

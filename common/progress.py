@@ -1,0 +1,20 @@
+"""The progress bar of both stages: in a terminal only, a log file gets lines instead."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+RATE_WINDOW_SECONDS = 3600.0
+"""The time left follows from the rate over this long: several of the longest iterations."""
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with its task's description and the time left; it shows nothing unless the console is a terminal."""
+    return Progress(
+        BarColumn(bar_width=None),
+        TextColumn("{task.description}"),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=RATE_WINDOW_SECONDS,
+    )

@@ -1,0 +1,131 @@
+"""Checkpoints on disk: whole or absent, verified before they are used; the newest few and the best are kept.
+
+    checkpoints/iteration-000050/
+      state/          what DeepSpeed saves: weights, optimizer and schedule
+      state.json      the iteration, what the run depends on, the number of processes, the held-out accuracy
+      manifest.json   the SHA-256 of each of these files
+    checkpoints/damaged/   those whose files were not what their manifest says
+
+Data order, rollout seeds and random states are functions of the config's seed and the iteration (`prompt_batch`,
+`request_seed`): the iteration's number is all that has to be kept of them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+STATE = "state.json"
+MANIFEST = "manifest.json"
+HASHING_THREADS = 8
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("iteration-*"))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What was saved beside the weights, {} where it cannot be read; `newest_intact` tells why."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state
+
+
+def latest_state(folder: Path) -> dict[str, Any]:
+    """The state of the newest checkpoint, unverified; {} without one."""
+    found = checkpoints(folder)
+    return read_state(found[-1]) if found else {}
+
+
+def unfinished(folder: Path, iteration: int) -> Path:
+    """An empty folder to write a checkpoint's files to; `finish` gives it its final name."""
+    temporary = folder / f".iteration-{iteration:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def finish(temporary: Path, state: dict[str, Any], keep: int) -> None:
+    """Seal what was written to `temporary` and give it its final name; drop all but `keep` and the best."""
+    (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=2), encoding="utf-8")
+    for path in (*temporary.rglob("*"), temporary):
+        _sync(path)
+    folder = temporary.parent
+    temporary.rename(folder / f"iteration-{state['iteration']:06d}")
+    _sync(folder)
+    found = checkpoints(folder)
+    for old in set(found[:-keep]) - {best(found)}:
+        # Renamed first: what is half deleted must not look like a checkpoint.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
+
+
+def best(found: list[Path]) -> Path | None:
+    """The checkpoint with the highest held-out accuracy, the earliest of equals; None if none was evaluated."""
+    accuracy = {checkpoint: read_state(checkpoint).get("held_out_accuracy") for checkpoint in found}
+    evaluated = {checkpoint: value for checkpoint, value in accuracy.items() if value is not None}
+    return max(evaluated, key=evaluated.__getitem__, default=None)
+
+
+def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are what its manifest says; damaged ones are moved aside and named.
+
+    Also removes what killed jobs left half written. For the main rank alone.
+    """
+    for leftover in folder.glob(".iteration-*.tmp"):
+        shutil.rmtree(leftover)
+    for checkpoint in reversed(checkpoints(folder)):
+        if (found := damage(checkpoint)) is None:
+            return checkpoint
+        aside = folder / "damaged" / checkpoint.name
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        earlier = checkpoints(folder)
+        then = f"continuing from {earlier[-1].name}" if earlier else "there is none before it: starting anew"
+        say(f"warning: {checkpoint} is damaged ({found}); it is now {aside}, {then}")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if nothing is."""
+    try:
+        expected: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or cannot be read"
+    found = _hashes(checkpoint)
+    for name, digest in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    """The SHA-256 of each file but the manifest, by its path in the checkpoint."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        digests = list(threads.map(_hash, files))
+    return {str(file.relative_to(checkpoint)): digest for file, digest in zip(files, digests, strict=True)}
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

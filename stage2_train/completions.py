@@ -1,0 +1,67 @@
+"""A few of the completions that training sees, for the eye: artifacts/<run>/completions/iteration-000010.parquet.
+
+A file an evaluation, which polars, DuckDB and pandas read together as completions/*.parquet. Training rollouts join
+stage 1's rows on prompt_id; held-out prompts have none, and no pass rate or V̂* here.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from common.artifacts import atomic_path
+from common.rollout import Rollout
+
+SHOWN = 8
+"""Completions of each kind in a file."""
+
+COLUMNS: Mapping[str, pl.DataType] = {
+    "iteration": pl.Int32(),
+    "part": pl.String(),
+    "prompt_id": pl.String(),
+    "prompt": pl.String(),
+    "completion": pl.String(),
+    "completion_tokens": pl.Int32(),
+    "outcome": pl.String(),
+    "reward": pl.Float64(),
+    "pass_rate": pl.Float64(),
+    "vstar": pl.Float64(),
+}
+"""`part` is train or held_out; of an iteration, training rollouts come before its update and held-out ones after."""
+
+
+def write_completions(
+    folder: Path,
+    iteration: int,
+    *,
+    training: Sequence[Rollout],
+    held_out: Sequence[Rollout],
+    pass_rate: Mapping[str, float],
+    vstar: Mapping[str, float],
+) -> None:
+    """Write the first few rollouts of each kind; `pass_rate` and `vstar` are stage 1's, by prompt id."""
+    rows = [
+        (
+            iteration,
+            part,
+            rollout.prompt.id,
+            rollout.prompt.text,
+            rollout.completion.text.encode("utf-8", "replace").decode("utf-8"),
+            len(rollout.completion.token_ids),
+            rollout.grade.outcome.value,
+            rollout.grade.reward,
+            pass_rate.get(rollout.prompt.id) if part == "train" else None,
+            vstar.get(rollout.prompt.id) if part == "train" else None,
+        )
+        for part, rollouts in (("train", training), ("held_out", held_out))
+        for rollout in rollouts[:SHOWN]
+    ]
+    with atomic_path(folder / f"iteration-{iteration:06d}.parquet") as temporary:
+        pl.DataFrame(rows, schema=dict(COLUMNS), orient="row").write_parquet(temporary)
+
+
+def forget_completions(folder: Path, first_iteration: int) -> None:
+    """Remove the files of `first_iteration` and later: they belonged to a run that was lost."""
+    for file in folder.glob("iteration-*.parquet"):
+        if int(file.stem.removeprefix("iteration-")) >= first_iteration:
+            file.unlink()

@@ -1,0 +1,79 @@
+"""When training has to end before its last iteration: on request, at a boundary, or because it has gone wrong.
+
+Each refusal depends on figures of the whole batch, so that all ranks raise it alike.
+"""
+
+import os
+import signal
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Self
+
+from common.errors import UserError
+from common.grading import UNJUDGED
+from common.rollout import Rollout
+from stage2_train.metrics import Metrics
+
+ENDLESS = 0.95
+"""Share of truncated completions from which on as good as none ends."""
+COLLAPSED_KL = 50.0
+"""Nats a completion: with completions that do not end, no useful policy is this far from its reference."""
+COLLAPSED_TOKEN_KL = 2.0
+"""Nats a token: more than a policy that has become certain of each token can be away from a language model."""
+LARGEST_UNJUDGED_SHARE = 0.5
+
+GENTLER = "lower train.learning_rate or raise train.warmup_steps, and start again under another --run"
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C asks for an end with a checkpoint after the running iteration; the second one ends at once."""
+
+    def __init__(self) -> None:
+        """Not asked for yet."""
+        self.is_made = False
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.is_made:
+            raise KeyboardInterrupt
+        self.is_made = True
+        if os.environ.get("RANK", "0") == "0":
+            # print() is not to be called from a signal's handler: it may be interrupting itself.
+            os.write(2, b"ending after this iteration with a checkpoint; a second signal ends at once\n")
+
+
+def refuse_divergence(number: int, metrics: Metrics) -> None:
+    """Raise UserError once training has gone wrong beyond repair, before it is written to a checkpoint."""
+    if metrics["completion/truncated"] >= ENDLESS and metrics["kl/sequence"] > COLLAPSED_KL:
+        raise UserError(
+            f"iteration {number}: the policy has collapsed: {metrics['completion/truncated']:.0%} of the completions "
+            f"do not end, KL to the reference is {metrics['kl/sequence']:.0f} nats; {GENTLER}"
+        )
+    if metrics["kl/token"] > COLLAPSED_TOKEN_KL:
+        raise UserError(
+            f"iteration {number}: the policy has collapsed: KL to the reference is {metrics['kl/token']:.1f} nats a "
+            f"token; {GENTLER}"
+        )
+
+
+def refuse_unjudged(number: int, judged: int, rollouts: int, ours: Sequence[Rollout]) -> None:
+    """Raise UserError where the grader judged too few of a batch's rollouts; `ours` are this rank's, for the reason."""
+    if rollouts - judged <= LARGEST_UNJUDGED_SHARE * rollouts:
+        return
+    grades = [rollout.grade for rollout in ours if rollout.grade.outcome in UNJUDGED]
+    cause = f", such as {grades[0].outcome.value}: {grades[0].reason or 'no reason given'}" if grades else ""
+    raise UserError(
+        f"iteration {number}: the grader could not judge {rollouts - judged} of {rollouts} completions{cause}; mend "
+        "it, or raise grader.timeout_seconds or grader.memory_gib; the same command continues from the last checkpoint"
+    )

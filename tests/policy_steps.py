@@ -1,0 +1,105 @@
+"""Optimizer steps that go wrong, as a program: `python -m tests.policy_steps JOB.json`, alone or under torchrun.
+
+The job file holds the config, `cases` (name to changes of its [train] and [model] sections) and the file to write to.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import Config
+from common.errors import UserError
+from common.grading import Grade, GraderPool, Outcome
+from common.rollout import Rollout
+from stage2_train.inputs import Inputs, prepare
+from stage2_train.policy import MAX_SKIPPED_STEPS, Policy, Ranks, join_ranks
+from stage2_train.sampler import Sampler
+from stage2_train.train import Trainer
+from tests.train_steps import ScriptedEngine
+
+GOOD, BAD = 1.0, float("nan")
+Weights = dict[str, torch.Tensor]
+
+
+def weights_of(policy: Policy) -> Weights:
+    return {name: weight.clone() for name, weight in policy.named_weights()}
+
+
+def steps(config: Config, inputs: Inputs, ranks: Ranks, scales: list[float]) -> dict[str, Any]:
+    """Steps whose loss is multiplied by these, on the last rank alone."""
+    policy = Policy(inputs.folder, config, ranks)
+    norms: list[float] = []
+    rates: list[float] = []
+    error = None
+    for number, scale in enumerate(scales):
+        tokens = torch.arange(1, 13).reshape(2, 6) + ranks.rank
+        logprobs_K, _ = policy.engine(tokens, tokens > 3)
+        policy.backward(logprobs_K.sum() * (scale if ranks.rank == ranks.world_size - 1 else 1.0), last=True)
+        try:
+            norms.append(policy.step())
+        except UserError as stop:
+            error = (number, str(stop))
+            break
+        rates.append(policy.learning_rate)
+    return {"weights": weights_of(policy), "norms": norms, "rates": rates, "error": error}
+
+
+def regressed(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool, *, leave_out: bool) -> Weights:
+    """Weights after two steps; places 1, 3, 5 and 7, all of a second rank's, could not be judged, or are not there."""
+    engine = ScriptedEngine(inputs.renderer)
+    trainer = Trainer(config, inputs, Sampler(lambda: engine, pool, config.sampling, ranks), ranks)
+    for number in (1, 2):
+        places = range(ranks.rank, 8, ranks.world_size)
+        rollouts, _ = trainer.sampler.rollouts(
+            [inputs.prompts[place] for place in places],
+            trainer.policy.named_weights,
+            seed=number,
+            places=places,
+        )
+        mini_batch = {
+            place: unjudged(rollout) if place % 2 else rollout
+            for place, rollout in zip(places, rollouts, strict=True)
+            if not (leave_out and place % 2)
+        }
+        records, _ = trainer.optimizer_step(mini_batch, {})
+        assert [record.regressed for record in records.values()] == [place % 2 == 0 for place in mini_batch]
+    return weights_of(trainer.policy)
+
+
+def unjudged(rollout: Rollout) -> Rollout:
+    return replace(rollout, grade=Grade(outcome=Outcome.VERIFIER_CRASH, reward=0.0))
+
+
+def main(job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    ranks = join_ranks(seed=0)
+    config = Config.model_validate(job["config"])
+    inputs = prepare(config, Path(job["vstar"]))
+    found: dict[str, Any] = {}
+    for name, change in job["cases"].items():
+        case = config.model_copy(
+            update={
+                section: getattr(config, section).model_copy(update=values)
+                for section, values in change.items()
+            }
+        )
+        found[name] = {
+            "disturbed": steps(case, inputs, ranks, [GOOD, BAD, BAD, GOOD, GOOD]),
+            "undisturbed": steps(case, inputs, ranks, [GOOD, GOOD, GOOD]),
+        }
+    found["hopeless"] = steps(config, inputs, ranks, [GOOD] + [BAD] * (MAX_SKIPPED_STEPS + 1))
+    with GraderPool(config.grader) as pool:
+        found["unjudged"] = regressed(config, inputs, ranks, pool, leave_out=False)
+        if ranks.world_size == 1:
+            found["judged only"] = regressed(config, inputs, ranks, pool, leave_out=True)
+    torch.save(found, f"{job['output']}.{ranks.rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,257 @@
+"""Stage 2 is killed at any instant: a re-run ends with the very weights and figures of an undisturbed run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.artifacts import RunPaths, run_paths
+from common.config import Config
+from stage2_train.checkpoint import checkpoints, damage, finish, latest_state, newest_intact, unfinished
+from tests.conftest import ROOT, save_tiny_model
+from tests.killing import JobServer
+from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
+
+ITERATIONS = 12
+KILLS = 10
+VARIES = ("time/", "throughput/", "memory/")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Training of a network that draws random numbers of its own: it has dropout."""
+    model = tmp_path / "model"
+    save_tiny_model(model, seed=0)
+    document = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(document | {"attention_dropout": 0.1}), encoding="utf-8")
+    train = {"iterations": ITERATIONS, "checkpoint_every": 2, "evaluate_every": 3, "warmup_steps": 8}
+    config = tiny_config(
+        tmp_path, model, train=train, engine={"backend": "transformers"}, grader={"workers": 1}
+    )
+    write_tiny_vstar(config, tmp_path / "vstar.parquet")
+    return config
+
+
+@pytest.fixture
+def jobs(artifacts: Path) -> Iterator[JobServer]:
+    with JobServer(artifacts, "tests.training_jobs") as server:
+        yield server
+
+
+def figures(paths: RunPaths) -> list[dict[str, Any]]:
+    """What is in metrics.jsonl, times aside."""
+    rows = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(VARIES)} for row in rows]
+
+
+def assert_same(ours: RunPaths, theirs: RunPaths) -> None:
+    """The weights bit for bit, the figures, the completions shown, and which checkpoints are kept."""
+    weights = load_file(theirs.model / "model.safetensors")
+    for name, weight in load_file(ours.model / "model.safetensors").items():
+        assert torch.equal(weight, weights[name]), name
+    assert figures(ours) == figures(theirs)
+    shown, expected = (pl.read_parquet(paths.completions / "*.parquet") for paths in (ours, theirs))
+    assert shown.equals(expected)
+    kept, expected_names = (
+        [path.name for path in checkpoints(paths.checkpoints)] for paths in (ours, theirs)
+    )
+    assert kept == expected_names
+
+
+def test_killed_at_ten_random_instants_a_run_ends_as_if_nothing_had_happened(
+    jobs: JobServer, config: Config, tmp_path: Path
+) -> None:
+    def run(name: str, seconds: float | None = None) -> int:
+        document = config.model_copy(update={"run": name}).model_dump(mode="json")
+        return jobs.run(document, seconds=seconds, vstar=str(tmp_path / "vstar.parquet"))
+
+    began = time.monotonic()
+    assert run("whole") == 0
+    longest = time.monotonic() - began
+    whole = run_paths("whole")
+    assert [row["iteration"] for row in figures(whole)] == list(range(ITERATIONS + 1))
+    instants = random.Random(0)
+    kills = lost = completed = 0
+    while kills < KILLS:
+        killed, before = run_paths(f"killed-{completed}"), 0
+        while status := run(f"killed-{completed}", instants.uniform(0.2, 1.0) * longest):
+            assert status == signal.SIGKILL
+            kills += 1
+            done = latest_state(killed.checkpoints).get("iteration", 0)
+            assert done >= before
+            before = done
+            lost += killed.metrics.exists() and len(figures_of_killed(killed)) - 1 > done
+            assert [damage(path) for path in checkpoints(killed.checkpoints)] == [None] * len(
+                checkpoints(killed.checkpoints)
+            )
+        assert_same(killed, whole)
+        completed += 1
+    assert lost >= 2  # iterations were thrown away and done again
+
+
+def figures_of_killed(paths: RunPaths) -> list[str]:
+    return [
+        line for line in paths.metrics.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")
+    ]
+
+
+def cli(config: Config, folder: Path, artifacts: Path) -> "subprocess.Popen[str]":
+    (folder / "run.toml").write_text(as_toml(config), encoding="utf-8")
+    program = [sys.executable, str(ROOT / "cli.py"), "train", "--config", str(folder / "run.toml")]
+    environment = {"ASTAR_PO_ARTIFACTS": str(artifacts), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*program, "--vstar", str(folder / "vstar.parquet")],
+        env={**os.environ, **environment, "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_evicted_by_a_scheduler_training_ends_at_an_iteration_with_a_checkpoint_of_it(
+    config: Config, tmp_path: Path, artifacts: Path
+) -> None:
+    """And with its newest checkpoint damaged afterwards it continues from the one before, and says so."""
+    train = config.train.model_copy(update={"iterations": 300, "checkpoint_every": 2})
+    process = cli(config.model_copy(update={"train": train}), tmp_path, artifacts)
+    paths = run_paths(config.run)
+    assert process.stdout is not None
+    assert any(line.strip().startswith("5/300") for line in process.stdout)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-4000:]
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    done = latest_state(paths.checkpoints)["iteration"]
+    assert done == figures(paths)[-1]["iteration"] >= 5
+    *_, earlier, newest = checkpoints(paths.checkpoints)
+    next(newest.rglob("*optim_states.pt")).write_bytes(b"nothing")
+
+    short = train.model_copy(update={"iterations": done + 1})
+    output, errors = cli(config.model_copy(update={"train": short}), tmp_path, artifacts).communicate(
+        timeout=100
+    )
+    assert "trained policy" in output, errors[-4000:]
+    assert f"warning: {newest} is damaged" in output
+    assert f"continuing from {earlier.name}" in output
+    assert f"continuing after iteration {int(earlier.name[-6:])}\n" in output
+    assert (paths.checkpoints / "damaged" / newest.name).is_dir()
+    assert [row["iteration"] for row in figures(paths)] == list(range(done + 2))
+
+
+# Checkpoints as files, without a model.
+
+
+def save(folder: Path, iteration: int, *, accuracy: float | None = None, keep: int = 2) -> None:
+    temporary = unfinished(folder, iteration)
+    (temporary / "state").mkdir()
+    for name in ("weights", "optimizer"):
+        (temporary / "state" / name).write_bytes(f"{name} {iteration}".encode() * 100)
+    finish(temporary, {"iteration": iteration, "held_out_accuracy": accuracy}, keep)
+
+
+def iterations(folder: Path) -> list[int]:
+    return [int(path.name[-6:]) for path in checkpoints(folder)]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    accuracies = {1: 0.3, 2: None, 3: 0.5, 4: 0.5, 5: None, 6: 0.4, 7: None}
+    kept = []
+    for iteration, accuracy in accuracies.items():
+        save(tmp_path, iteration, accuracy=accuracy)
+        kept.append(iterations(tmp_path))
+    assert kept == [[1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [3, 5, 6], [3, 6, 7]]
+    assert all(damage(path) is None for path in checkpoints(tmp_path))
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("file", ["state/weights", "state/optimizer", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["gone", "cut", "one bit"])
+def test_a_damaged_checkpoint_is_moved_aside_and_named(tmp_path: Path, file: str, how: str) -> None:
+    for iteration in (1, 2, 3):
+        save(tmp_path, iteration, keep=3)
+    path = tmp_path / "iteration-000003" / file
+    content = path.read_bytes()
+    path.unlink() if how == "gone" else path.write_bytes(
+        content[:-1] if how == "cut" else content[:-1] + bytes([content[-1] ^ 1])
+    )
+    said: list[str] = []
+    assert newest_intact(tmp_path, said.append) == tmp_path / "iteration-000002"
+    assert len(said) == 1
+    assert file in said[0]
+    assert "continuing from iteration-000002" in said[0]
+    assert (tmp_path / "damaged" / "iteration-000003" / "state").is_dir()
+    said.clear()
+    assert newest_intact(tmp_path, said.append) == tmp_path / "iteration-000002"
+    assert said == []
+
+
+def test_without_an_intact_checkpoint_training_starts_anew_and_says_so(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "iteration-000001" / "state" / "weights").unlink()
+    said: list[str] = []
+    assert newest_intact(tmp_path, said.append) is None
+    assert "starting anew" in said[0]
+    assert newest_intact(tmp_path / "nothing there", said.append) is None
+
+
+def test_killed_at_any_write_of_a_checkpoint_the_one_before_or_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def dies_at(step: int) -> None:
+        steps = 0
+
+        def before(function: Any) -> Any:
+            def counted(*arguments: Any, **options: Any) -> Any:
+                nonlocal steps
+                steps += 1
+                if steps == step:
+                    raise Killed
+                return function(*arguments, **options)
+
+            return counted
+
+        monkeypatch.setattr(os, "fsync", before(os.fsync))
+        monkeypatch.setattr(Path, "rename", before(Path.rename))
+        monkeypatch.setattr(Path, "write_text", before(Path.write_text))
+        monkeypatch.setattr(shutil, "rmtree", before(shutil.rmtree))
+
+    step, found = 1, []
+    while True:
+        folder = tmp_path / str(step)
+        save(folder, 1, keep=1)
+        dies_at(step)
+        try:
+            save(folder, 2, keep=1)
+        except Killed:
+            monkeypatch.undo()
+        else:
+            monkeypatch.undo()
+            break
+        said: list[str] = []
+        newest = newest_intact(folder, said.append)
+        assert said == []
+        assert newest is not None
+        found.append(int(newest.name[-6:]))
+        assert not list(folder.glob(".*"))
+        save(folder, 3, keep=1)
+        assert iterations(folder) == [3]
+        step += 1
+    assert found == sorted(found)
+    assert set(found) == {1, 2}
+    assert len(found) >= 10

@@ -1,0 +1,188 @@
+"""What training survives, and what it stops at: bad gradients, dead engines, graders that fail, collapse."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.config import Config, SamplingParams
+from common.errors import UserError
+from common.grading import Grade, GraderPool, Outcome
+from common.prompts import PromptRenderer, load_prompts
+from common.rollout import Completion, Prompt, Rollout, SampleRequest
+from stage2_train.policy import MAX_SKIPPED_STEPS, Ranks
+from stage2_train.safeguards import refuse_divergence, refuse_unjudged
+from stage2_train.sampler import Sampler
+from tests.conftest import ROOT
+from tests.stage2_runs import tiny_config, write_tiny_vstar
+from tests.train_steps import ScriptedEngine
+
+CASES: dict[str, dict[str, Any]] = {
+    **{f"ZeRO-{stage}": {"train": {"zero_stage": stage}} for stage in range(4)},
+    **{
+        f"ZeRO-{stage} in bfloat16": {"train": {"zero_stage": stage}, "model": {"dtype": "bfloat16"}}
+        for stage in (0, 2)
+    },
+}
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of one process and of two found."""
+    folder = tmp_path_factory.mktemp("safeguards")
+    config = tiny_config(folder, tiny_model, train={"warmup_steps": 10}, grader={"workers": 1})
+    write_tiny_vstar(config, folder / "vstar.parquet")
+    results = {}
+    for processes in (1, 2):
+        job = {
+            "config": config.model_dump(mode="json"),
+            "cases": CASES,
+            "vstar": str(folder / "vstar.parquet"),
+        }
+        file, output = folder / f"job-{processes}.json", folder / f"found-{processes}"
+        file.write_text(json.dumps(job | {"output": str(output)}), encoding="utf-8")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        finished = subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.policy_steps", str(file)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert finished.returncode == 0, finished.stderr[-4000:]
+        results[processes] = [torch.load(f"{output}.{rank}") for rank in range(processes)]
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_that_is_not_finite_leaves_no_trace_on_any_rank(
+    found: dict[int, list[dict[str, Any]]], processes: int, case: str
+) -> None:
+    for rank in found[processes]:
+        disturbed, undisturbed = rank[case]["disturbed"], rank[case]["undisturbed"]
+        assert [math.isnan(norm) for norm in disturbed["norms"]] == [False, True, True, False, False]
+        kept = [norm for norm in disturbed["norms"] if not math.isnan(norm)]
+        assert kept == undisturbed["norms"]
+        first, *later = undisturbed["rates"]
+        assert disturbed["rates"] == [first, first, first, *later]
+        assert first < later[0] < later[1]
+        for name, weight in undisturbed["weights"].items():
+            assert torch.equal(disturbed["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_too_many_bad_steps_in_a_row_stop_training(
+    found: dict[int, list[dict[str, Any]]], processes: int
+) -> None:
+    for rank in found[processes]:
+        number, message = rank["hopeless"]["error"]
+        assert number == MAX_SKIPPED_STEPS
+        assert f"{MAX_SKIPPED_STEPS} optimizer steps in a row" in message
+        assert "lower train.learning_rate" in message
+
+
+def test_completions_that_were_not_judged_are_as_if_they_were_not_there(
+    found: dict[int, list[dict[str, Any]]], tiny_model: Path
+) -> None:
+    """Also where a whole rank's were not: the loss is divided by the judged sequences of all ranks."""
+    (alone,) = found[1]
+    for name, weight in alone["judged only"].items():
+        assert torch.equal(alone["unjudged"][name], weight), name
+        for rank in found[2]:
+            assert float((rank["unjudged"][name] - weight).abs().max()) < 5e-5, name
+
+
+class MortalEngine(ScriptedEngine):
+    """Dies after some completions of its first batch; the next one built lives longer."""
+
+    def __init__(self, renderer: PromptRenderer, completions: int | None) -> None:
+        super().__init__(renderer)
+        self.completions = completions
+        self.closed = False
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        for number, completion in enumerate(super().generate(requests, sampling)):
+            if number == self.completions:
+                raise RuntimeError("CUDA error: an illegal memory access")
+            yield completion
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tiny_model: Path) -> tuple[Config, PromptRenderer, list[Prompt]]:
+    config = tiny_config(tmp_path, tiny_model, grader={"workers": 1})
+    renderer = PromptRenderer(tiny_model, config.data)
+    return config, renderer, load_prompts(config.data, config, renderer)[:8]
+
+
+def test_an_engine_that_dies_is_built_anew_and_draws_the_same_with_the_current_weights(
+    setting: tuple[Config, PromptRenderer, list[Prompt]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, renderer, prompts = setting
+    engines = [MortalEngine(renderer, 3), MortalEngine(renderer, None)]
+    waiting = iter(engines)
+    weights = [("a", torch.tensor(7.0))]
+    with GraderPool(config.grader) as pool:
+        undisturbed = Sampler(lambda: ScriptedEngine(renderer), pool, config.sampling, ALONE)
+        sampler = Sampler(lambda: next(waiting), pool, config.sampling, ALONE)
+        expected, died = undisturbed.rollouts(prompts, lambda: weights, seed=5, places=range(8))
+        assert died == 0
+        for died_of_it in (1, 0):
+            rollouts, died = sampler.rollouts(prompts, lambda: weights, seed=5, places=range(8))
+            assert died == died_of_it
+            assert rollouts == expected
+    assert [engine.closed for engine in engines] == [True, False]
+    assert [engine.weights for engine in engines] == [{}, {"a": torch.tensor(7.0)}]
+    said = capsys.readouterr().err
+    assert said.count("warning: rank 0: the rollout engine died (RuntimeError: CUDA error") == 1
+
+
+def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(
+    setting: tuple[Config, PromptRenderer, list[Prompt]],
+) -> None:
+    config, renderer, prompts = setting
+    with GraderPool(config.grader) as pool:
+        sampler = Sampler(lambda: MortalEngine(renderer, 3), pool, config.sampling, ALONE)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            sampler.rollouts(prompts, list, seed=5, places=range(8))
+
+
+WELL = {"completion/truncated": 0.9, "kl/sequence": 60.0, "kl/token": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"completion/truncated": 0.96}, "96% of the completions do not end, KL to the reference is 60 nats"),
+        ({"kl/token": 2.5}, "KL to the reference is 2.5 nats a token"),
+    ],
+)
+def test_a_policy_that_has_collapsed_stops_training_with_advice(wrong: dict[str, float], named: str) -> None:
+    refuse_divergence(7, WELL)
+    refuse_divergence(7, WELL | {"completion/truncated": 1.0, "kl/sequence": 3.0})
+    with pytest.raises(UserError, match=f"iteration 7: .*{named}; lower train.learning_rate"):
+        refuse_divergence(7, WELL | wrong)
+
+
+def test_a_grader_that_fails_on_more_than_half_of_a_batch_stops_training() -> None:
+    completion = Completion(key=0, token_ids=(1,), text="", truncated=False)
+    prompt: Any = None
+    grade = Grade(outcome=Outcome.VERIFIER_CRASH, reward=0.0, reason="KeyError: 'answer'")
+    ours = [Rollout(prompt=prompt, completion=completion, grade=grade)]
+    refuse_unjudged(3, 8, 16, ours)
+    with pytest.raises(
+        UserError, match=r"could not judge 9 of 16 completions, such as verifier_crash: KeyError"
+    ):
+        refuse_unjudged(3, 7, 16, ours)
