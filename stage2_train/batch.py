@@ -7,12 +7,16 @@ Shapes: _B sequence, _T position (prompt and completion, padded), _K completion 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from common.rollout import Rollout
+
+TOKENS_A_BATCH = 512
+"""What a forward and backward pass costs however small it is, in tokens: weights are read, gradients written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,16 +88,25 @@ def token_batches(
 ) -> Iterator[TokenBatch]:
     """Cut sequences into batches of similar length, each at most `tokens_per_batch` padded tokens.
 
-    A single sequence that is longer than that makes a batch of its own.
+    Of all such cuts of the sequences sorted by length, the one that costs least: a batch costs its padded tokens, and
+    as much as `TOKENS_A_BATCH` more for being one. A single sequence that is longer than allowed makes one alone.
     """
-    rows: list[TokenSequence] = []
-    for sequence in sorted(sequences, key=len, reverse=True):
-        if rows and (len(rows) + 1) * len(rows[0]) > tokens_per_batch:
-            yield _pad(rows, pad_token_id)
-            rows = []
-        rows.append(sequence)
-    if rows:
-        yield _pad(rows, pad_token_id)
+    rows = sorted(sequences, key=len, reverse=True)
+    costs, starts = [0], [0]  # of the best cut of the first so many rows, and where its last batch starts
+    for end in range(1, len(rows) + 1):
+        best = (costs[end - 1] + len(rows[end - 1]) + TOKENS_A_BATCH, end - 1)
+        for start in range(end - 2, -1, -1):
+            padded = (end - start) * len(rows[start])
+            if padded > tokens_per_batch:
+                break
+            best = min(best, (costs[start] + padded + TOKENS_A_BATCH, start))
+        costs.append(best[0])
+        starts.append(best[1])
+    ends = [len(rows)]
+    while ends[-1] > 0:
+        ends.append(starts[ends[-1]])
+    for start, end in pairwise(reversed(ends)):
+        yield _pad(rows[start:end], pad_token_id)
 
 
 def _pad(rows: Sequence[TokenSequence], pad_token_id: int) -> TokenBatch:

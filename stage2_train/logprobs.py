@@ -1,19 +1,19 @@
 """Log-probs of completions under a causal language model. The policy's and the reference's come from here alone.
 
-Only the positions that predict a completion token reach the vocabulary, a chunk of them at a time, and in training
-each chunk's logits are computed again in the backward pass instead of being kept: with Qwen2.5's vocabulary of 151,936
-the logits of a single completion of 1,280 tokens take 778 MB, and several copies of them would live at once.
+Only the positions that predict a completion token reach the vocabulary, and that a slice of it at a time: with
+Qwen2.5's vocabulary of 151,936 the logits of a single completion of 1,280 tokens take 778 MB in float32, and autograd
+keeps several tensors of that size. `LinearLogprobs` has one slice's, in the parameters' dtype.
 
-Shapes: _B sequence, _T position, _K completion token of the batch, _H hidden, _V vocabulary.
+Shapes: _B sequence, _T position, _K completion token of the batch, _R of a block of these, _H hidden, _V vocabulary,
+_C of a slice of it, _S slice.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from common.config import Config
@@ -21,8 +21,9 @@ from common.errors import UserError
 from stage2_train.batch import TokenBatch
 
 LOGITS_PER_CHUNK = 2**26
-"""Elements of the largest logits tensor: 256 MiB in float32."""
-
+"""Elements of the largest logits tensor: 256 MiB in float32, 128 MiB in bfloat16."""
+LOGITS_PER_BLOCK = 2**22
+"""Elements of it whose softmax is taken at a time, in float32: temporaries of 16 MiB, near a processor's cache."""
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings with which some models change the logits after the output layer; the log-probs here do not."""
@@ -37,10 +38,10 @@ class TokenLogprobs:
 
 
 class VocabularyHead(nn.Module):
-    """The last layer, from hidden states to the log-probs of given tokens, a chunk of positions at a time.
+    """The last layer, from hidden states to the log-probs of given tokens.
 
-    It reads the layer's weights instead of calling it, so that it is one step of the network however many chunks there
-    are: under ZeRO-3 each call of a layer is a collective operation, and ranks differ in their number of chunks.
+    It reads the layer's weights instead of calling it, so that it is one step of the network however many slices
+    there are: under ZeRO-3 each call of a layer is a collective operation, and ranks differ in their number of them.
     """
 
     def __init__(self, lm_head: nn.Linear, temperature: float) -> None:
@@ -50,25 +51,124 @@ class VocabularyHead(nn.Module):
 
     def forward(self, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs of the targets and the entropy at each position, shape (K,) each, in float32."""
-        size = max(1, LOGITS_PER_CHUNK // self.lm_head.out_features)
-        chunks = list(zip(torch.split(hidden_KH, size), torch.split(target_K, size), strict=True))
-        recompute = torch.is_grad_enabled() and len(chunks) > 1
-        parts = [
-            checkpoint(self._chunk, hidden, target, use_reentrant=False)
-            if recompute
-            else self._chunk(hidden, target)
-            for hidden, target in chunks
-        ]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        log_probs: tuple[Tensor, Tensor] = LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden_KH, self.lm_head.weight, self.lm_head.bias, target_K, self.temperature
+        )
+        return log_probs
 
-    def _chunk(self, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
-        logits_KV = linear(hidden_KH, self.lm_head.weight, self.lm_head.bias).float() / self.temperature
-        normaliser_K = logits_KV.logsumexp(-1)
-        logprobs_K = logits_KV.gather(-1, target_K[:, None])[:, 0] - normaliser_K
-        with torch.no_grad():
-            probabilities_KV = (logits_KV - normaliser_K[:, None]).exp()
-            entropy_K = normaliser_K - (probabilities_KV * logits_KV).sum(-1)
-        return logprobs_K, entropy_K
+
+class LinearLogprobs(torch.autograd.Function):
+    """ln softmax(hidden Wᵀ / temperature) at given tokens, and the softmax's entropy, by slices of the vocabulary.
+
+    Only the backward pass knows g, the loss's derivative by each log-prob. It computes a slice's logits again and
+    writes over them the loss's gradient with respect to them, g (onehot − softmax) / temperature. The last slice's
+    logits are still in the buffer from the forward pass, so that with a single slice nothing is computed twice. Each
+    slice of the weight gets its gradient in one piece, in its own dtype; the hidden states' is added up in float32.
+
+    torch's `linear_cross_entropy` and Liger's `LigerFusedLinearPPO` recompute likewise, but give no entropy; the
+    first also rounds log-probs to a bfloat16 model's dtype, the second holds a float32 gradient of the whole weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_KH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        target_K: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        count = len(target_K)
+        slices = _even_slices(len(weight_VH), LOGITS_PER_CHUNK // max(1, count))
+        buffer = hidden_KH.new_empty(count * slices[0].stop)
+        target_logit_K = torch.zeros(count, dtype=torch.float32, device=hidden_KH.device)
+        normaliser_SK = target_logit_K.new_empty(len(slices), count)
+        entropy_SK = torch.empty_like(normaliser_SK)
+        for number, columns in enumerate(slices):
+            logits_KC = _logits(hidden_KH, weight_VH, bias_V, columns, buffer)
+            target_K1, is_inside_K1 = _targets_inside(target_K, columns)
+            for rows in _row_blocks(logits_KC):
+                logits_RC = _divided(logits_KC[rows], temperature)
+                target_logit_K[rows] += (logits_RC.gather(-1, target_K1[rows]) * is_inside_K1[rows])[:, 0]
+                normaliser_R = logits_RC.logsumexp(-1)
+                log_softmax_RC = logits_RC.sub_(normaliser_R[:, None])
+                normaliser_SK[number, rows] = normaliser_R
+                entropy_SK[number, rows] = -log_softmax_RC.exp().mul_(log_softmax_RC).sum(-1)
+        normaliser_K = normaliser_SK.logsumexp(0)
+        # A token is drawn by drawing its slice, then the token within it.
+        log_share_SK = normaliser_SK - normaliser_K
+        entropy_K = (log_share_SK.exp() * (entropy_SK - log_share_SK)).sum(0)
+        ctx.slices, ctx.temperature = slices, temperature
+        ctx.save_for_backward(hidden_KH, weight_VH, bias_V, target_K, normaliser_K, buffer)
+        ctx.mark_non_differentiable(entropy_K)
+        return target_logit_K - normaliser_K, entropy_K
+
+    @staticmethod
+    def backward(ctx: Any, gradient_K: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_KH, weight_VH, bias_V, target_K, normaliser_K, buffer = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, *_constants = ctx.needs_input_grad
+        sum_dtype = torch.promote_types(hidden_KH.dtype, torch.float32)
+        hidden_gradient_KH = torch.zeros_like(hidden_KH, dtype=sum_dtype) if needs_hidden else None
+        weight_gradient_VH = torch.empty_like(weight_VH) if needs_weight else None
+        bias_gradient_V = torch.empty_like(bias_V) if needs_bias else None
+        scaled_K1 = (gradient_K / ctx.temperature)[:, None]
+        *_earlier, last = ctx.slices
+        for columns in reversed(ctx.slices):
+            if columns is last:
+                logits_KC = _view(buffer, len(hidden_KH), columns)
+            else:
+                logits_KC = _logits(hidden_KH, weight_VH, bias_V, columns, buffer)
+            target_K1, is_inside_K1 = _targets_inside(target_K, columns)
+            for rows in _row_blocks(logits_KC):
+                logits_RC = _divided(logits_KC[rows], ctx.temperature)
+                softmax_RC = logits_RC.sub_(normaliser_K[rows, None]).exp_()
+                gradient_RC = softmax_RC.mul_(-scaled_K1[rows])
+                logits_KC[rows] = gradient_RC.scatter_add_(
+                    -1, target_K1[rows], scaled_K1[rows] * is_inside_K1[rows]
+                )
+            if hidden_gradient_KH is not None:
+                hidden_gradient_KH += logits_KC @ weight_VH[columns]
+            if weight_gradient_VH is not None:
+                torch.mm(logits_KC.T, hidden_KH, out=weight_gradient_VH[columns])
+            if bias_gradient_V is not None:
+                torch.sum(logits_KC, 0, out=bias_gradient_V[columns])
+        if hidden_gradient_KH is not None:
+            hidden_gradient_KH = hidden_gradient_KH.to(hidden_KH.dtype)
+        return hidden_gradient_KH, weight_gradient_VH, bias_gradient_V, None, None
+
+
+def _logits(
+    hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, columns: slice, buffer: Tensor
+) -> Tensor:
+    """The logits of a slice of the vocabulary, in the buffer."""
+    logits_KC = torch.mm(hidden_KH, weight_VH[columns].T, out=_view(buffer, len(hidden_KH), columns))
+    return logits_KC if bias_V is None else logits_KC.add_(bias_V[columns])
+
+
+def _view(buffer: Tensor, count: int, columns: slice) -> Tensor:
+    width = columns.stop - columns.start
+    return buffer[: count * width].view(count, width)
+
+
+def _targets_inside(target_K: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Each target's column in a slice of the vocabulary, 0 if it is in another, and which are inside; (K, 1) each."""
+    is_inside_K1 = ((target_K >= columns.start) & (target_K < columns.stop))[:, None]
+    return (target_K[:, None] - columns.start) * is_inside_K1, is_inside_K1
+
+
+def _divided(logits_RC: Tensor, temperature: float) -> Tensor:
+    return logits_RC.to(torch.float32, copy=True).div_(temperature)
+
+
+def _row_blocks(logits_KC: Tensor) -> list[slice]:
+    return _even_slices(len(logits_KC), LOGITS_PER_BLOCK // logits_KC.shape[1])
+
+
+def _even_slices(count: int, most: int) -> list[slice]:
+    """Cut `count` into the fewest slices of at most `most` (or 1), all but the last of one size."""
+    pieces = -(-count // max(1, most))
+    size = -(-count // max(1, pieces))
+    return [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
 
 
 class LogprobModel(nn.Module):

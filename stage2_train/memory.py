@@ -24,9 +24,10 @@ LIVE_PARAMETERS = 1_000_000_000
 STEP_GROUP = 1_000_000_000
 """DeepSpeed's sub_group_size: ZeRO-3 steps through so many parameters at a time."""
 LOGITS_PER_CHUNK = 2**26
+LOGITS_PER_BLOCK = 2**22
 """As in logprobs.py, which imports torch."""
-LOGITS_COPIES = 5
-"""Float32 tensors of a chunk's size that are there at once in its backward pass."""
+BLOCK_COPIES = 2
+"""Float32 tensors of a block's size that are there at once in its backward pass."""
 
 ASSUMPTIONS = (
     "the largest micro-batch is full, and each of its tokens may be a completion's",
@@ -54,20 +55,27 @@ def read_shape(folder: Path) -> Shape:
     """The shape of the model in `folder`, from config.json and the headers of its weights. Raises UserError."""
     try:
         document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        heads = document["num_attention_heads"]
-        width = document.get("head_dim") or document["hidden_size"] // heads
+
+        def whole(name: str, default: int | None = None) -> int:
+            value = default if document.get(name) is None else document[name]
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}")
+            return value
+
+        heads, hidden = whole("num_attention_heads"), whole("hidden_size")
+        width = whole("head_dim", hidden // heads)
         tied = document.get("tie_word_embeddings", False)
         return Shape(
             parameters=_parameters(folder, tied=tied),
-            hidden=document["hidden_size"],
-            layers=document["num_hidden_layers"],
-            intermediate=document["intermediate_size"],
+            hidden=hidden,
+            layers=whole("num_hidden_layers"),
+            intermediate=whole("intermediate_size"),
             heads=heads,
             queries=heads * width,
-            keys=document.get("num_key_value_heads", heads) * width,
-            vocabulary=document["vocab_size"],
+            keys=whole("num_key_value_heads", heads) * width,
+            vocabulary=whole("vocab_size"),
         )
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(
             f"{folder}: cannot read the model's shape from config.json and *.safetensors "
             f"({type(error).__name__}: {error}); use a whole model of the Qwen, Llama or Mistral kind"
@@ -144,11 +152,11 @@ def _backward(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
     inputs = size * shape.hidden
     kept = shape.layers * inputs + layer if config.train.gradient_checkpointing else shape.layers * layer
     final_norm = (FLOAT32 + size) * shape.hidden
-    chunk = min(tokens, max(1, LOGITS_PER_CHUNK // shape.vocabulary)) * shape.vocabulary
+    logits = min(tokens * shape.vocabulary, LOGITS_PER_CHUNK)
     components = {
         "activations": tokens * (kept + final_norm),
-        "logits of a chunk": LOGITS_COPIES * FLOAT32 * chunk,
-        "output layer's gradient, of a chunk": size * shape.vocabulary * shape.hidden,
+        "logits": size * logits + BLOCK_COPIES * FLOAT32 * min(logits, LOGITS_PER_BLOCK),
+        "output layer's gradient": (size * shape.vocabulary + FLOAT32 * tokens) * shape.hidden,
     }
     if stage:
         components["DeepSpeed's bucket"] = size * BUCKET

@@ -2,12 +2,13 @@
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 import torch
 
-from stage2_train.batch import MicroBatch, TokenSequence, sum_by_sequence, token_batches
+from stage2_train.batch import TOKENS_A_BATCH, MicroBatch, TokenSequence, sum_by_sequence, token_batches
 from stage2_train.inputs import prompt_batch
 
 PAD = 99
@@ -48,14 +49,43 @@ def test_no_batch_is_over_the_budget_unless_one_sequence_is(budget: int) -> None
         assert batch.input_ids_BT.numel() <= budget or len(batch.places) == 1
 
 
-def test_batches_are_filled_and_hold_similar_lengths() -> None:
+def test_batches_are_few_and_hold_similar_lengths() -> None:
     sequences = ragged(40)
     batches = list(token_batches(sequences, 60, PAD))
     padded = sum(batch.input_ids_BT.numel() for batch in batches)
     assert padded < 1.15 * sum(map(len, sequences))
     for batch, following in pairwise(batches):
-        assert (len(batch.places) + 1) * batch.input_ids_BT.shape[1] > 60
         assert min(len(sequences[place]) for place in batch.places) >= following.input_ids_BT.shape[1]
+
+
+def cost(lengths: Sequence[int]) -> int:
+    return len(lengths) * max(lengths) + TOKENS_A_BATCH
+
+
+def cheapest(lengths: tuple[int, ...], budget: int) -> int:
+    """The least cost of any cut of sorted lengths, by trying them all."""
+    if not lengths:
+        return 0
+    return min(
+        cost(lengths[:rows]) + cheapest(lengths[rows:], budget)
+        for rows in range(1, len(lengths) + 1)
+        if rows == 1 or rows * lengths[0] <= budget
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 1200, 2500, 100_000])
+def test_no_cut_costs_less(budget: int) -> None:
+    lengths = (1000, 900, 880, 300, 290, 280, 270, 260, 30, 20, 10)
+    sequences = [
+        TokenSequence(place=place, prompt_token_ids=(1,), completion_token_ids=(1,) * (length - 1))
+        for place, length in enumerate(lengths)
+    ]
+    found = list(token_batches(sequences, budget, PAD))
+    assert sum(cost([lengths[place] for place in batch.places]) for batch in found) == cheapest(
+        lengths, budget
+    )
+    if budget == 100_000:
+        assert [len(batch.places) for batch in found] == [3, 5, 3]
 
 
 def test_no_sequences_make_no_batches() -> None:

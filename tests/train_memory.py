@@ -56,6 +56,7 @@ def main(model: str, output: str) -> None:
         "max_live_parameters": zero.max_live_parameters,
         "sub_group_size": zero.sub_group_size,
         "logits_per_chunk": logprobs.LOGITS_PER_CHUNK,
+        "logits_per_block": logprobs.LOGITS_PER_BLOCK,
     }
     Path(output).write_text(json.dumps(document), encoding="utf-8")
 

@@ -1,0 +1,194 @@
+"""Log-probs of completion tokens, forward and backward: time, memory and padding beside other ways of doing it.
+
+    python -m benchmarks.logprobs
+
+The output layer alone, with random weights and Qwen2.5's vocabulary, each way and repetition in a process of its own
+so that its peak of resident memory is its own; repetitions are interleaved. Seconds are a single thread's processor
+time, which other jobs disturb least. Memory is what a process takes above its inputs, the weight's gradient included.
+
+"naive" is autograd on full logits, "checkpointed" the same by chunks of positions whose logits are computed again in
+the backward pass, "torch" torch's `linear_cross_entropy` in chunks of as many logits as ours (without entropy). A
+number of elements behind "ours" replaces `LOGITS_PER_CHUNK`.
+
+Then: how much of the micro-batches is padding, when completion lengths are log-normal and cut off at 1,024: as
+`token_batches` cuts them, and with the fewest micro-batches.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, linear_cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.stage1_memory import resident_mib
+from stage2_train import batch, logprobs
+
+WAYS = ("naive", "checkpointed", "torch", "ours", "ours 2^24", "ours 2^28")
+TEMPERATURE = 0.7
+
+Layer = torch.nn.Linear
+Logprobs = Callable[[Layer, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the layer, hidden states and targets to log-probs and entropies (torch's way: zeros)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    forward_seconds: float
+    backward_seconds: float
+    peak_mib: float
+    """Above what the process held before."""
+    checksum: float
+    """Of the gradients, so that ways can be seen to agree."""
+
+
+def naive(layer: Layer, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+    logits_KV = linear(hidden_KH, layer.weight).float() / TEMPERATURE
+    normaliser_K = logits_KV.logsumexp(-1)
+    logprobs_K = logits_KV.gather(-1, target_K[:, None])[:, 0] - normaliser_K
+    with torch.no_grad():
+        probabilities_KV = (logits_KV - normaliser_K[:, None]).exp()
+        entropy_K = normaliser_K - (probabilities_KV * logits_KV).sum(-1)
+    return logprobs_K, entropy_K
+
+
+def checkpointed(layer: Layer, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+    size = logprobs.LOGITS_PER_CHUNK // layer.out_features
+    if len(target_K) <= size:
+        return naive(layer, hidden_KH, target_K)
+    parts = [
+        checkpoint(naive, layer, hidden, target, use_reentrant=False)
+        for hidden, target in zip(hidden_KH.split(size), target_K.split(size), strict=True)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def of_torch(layer: Layer, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+    options = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=logprobs.LOGITS_PER_CHUNK // layer.out_features, chunking_method=None
+    )
+    scaled_KH = hidden_KH / TEMPERATURE
+    losses_K = linear_cross_entropy(scaled_KH, layer.weight, target_K, reduction="none", options=options)
+    return -losses_K.float(), torch.zeros(len(target_K))
+
+
+def ours(layer: Layer, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = logprobs.VocabularyHead(layer, TEMPERATURE)(hidden_KH, target_K)
+    return found
+
+
+def measure(way: str, dtype: str, tokens: int, hidden: int, vocabulary: int) -> Result:
+    """One forward and backward pass, after one on a few tokens."""
+    name, _, elements = way.partition(" 2^")
+    if elements:
+        logprobs.LOGITS_PER_CHUNK = 2 ** int(elements)
+    compute: Logprobs = {"naive": naive, "checkpointed": checkpointed, "torch": of_torch, "ours": ours}[name]
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    layer = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=getattr(torch, dtype))
+    hidden_KH = torch.randn(tokens, hidden, dtype=layer.weight.dtype, requires_grad=True)
+    target_K = torch.randint(vocabulary, (tokens,))
+    weights_K = torch.randn(tokens)
+    small = torch.nn.Linear(hidden, 1000, bias=False, dtype=layer.weight.dtype)
+    compute(small, hidden_KH[:8].detach().requires_grad_(), target_K[:8] % 1000)[0].sum().backward()
+    # The peak so far is of drawing the weights; what matters is the one to come.
+    held = resident_mib()
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    began = time.process_time()
+    logprobs_K, _ = compute(layer, hidden_KH, target_K)
+    middle = time.process_time()
+    (weights_K * logprobs_K).sum().backward()
+    ended = time.process_time()
+    assert layer.weight.grad is not None
+    return Result(
+        forward_seconds=middle - began,
+        backward_seconds=ended - middle,
+        peak_mib=peak_mib() - held,
+        checksum=float(layer.weight.grad[target_K].double().norm()),
+    )
+
+
+def peak_mib() -> float:
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+def padding(budgets: list[int], sequences: int) -> None:
+    """Print the share of padding in the micro-batches of one optimizer step."""
+    rng = np.random.default_rng(0)
+    completions = np.minimum(rng.lognormal(5.0, 1.0, sequences).astype(int) + 1, 1024)
+    prompts = np.clip(rng.lognormal(4.6, 0.5, sequences).astype(int), 20, 512)
+    rows = [
+        batch.TokenSequence(
+            place=place, prompt_token_ids=(0,) * int(prompt), completion_token_ids=(0,) * int(answer)
+        )
+        for place, (prompt, answer) in enumerate(zip(prompts, completions, strict=True))
+    ]
+    real, longest = sum(map(len, rows)), max(map(len, rows))
+    print(
+        f"{sequences} sequences, prompts {np.median(prompts):.0f} and completions {np.median(completions):.0f} "
+        f"tokens in the median, {completions.max()} at most; {longest * sequences / real - 1:.0%} more tokens than "
+        "real ones in one padded batch"
+    )
+    for budget, cost in product(budgets, (batch.TOKENS_A_BATCH, 10**6)):
+        vars(batch)["TOKENS_A_BATCH"] = cost
+        sizes = [micro_batch.input_ids_BT.numel() for micro_batch in batch.token_batches(rows, budget, 0)]
+        print(
+            f"  {budget:>6} tokens a micro-batch, {cost:>9,} for being one: {len(sizes):>3} micro-batches, "
+            f"{sum(sizes) / real - 1:5.1%} more tokens"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    shape = (arguments.dtype, arguments.tokens, arguments.hidden, arguments.vocabulary)
+    if arguments.way:
+        print(json.dumps(asdict(measure(arguments.way, *shape))))
+        return 0
+    results: dict[str, list[Result]] = {way: [] for way in WAYS}
+    for repetition in range(arguments.repetitions):
+        for way in WAYS if repetition % 2 else reversed(WAYS):
+            command = [sys.executable, "-m", "benchmarks.logprobs", *sys.argv[1:], "--way", way]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            results[way].append(Result(**json.loads(output)))
+    print(
+        f"{arguments.tokens:,} tokens, hidden {arguments.hidden:,}, vocabulary {arguments.vocabulary:,}, "
+        f"{arguments.dtype}; medians of {arguments.repetitions}; ratios of each repetition to its naive one"
+    )
+    print("way             forward s  backward s   time ratio    peak MiB   gradient norm")
+    for way, found in results.items():
+        ratio = statistics.median(
+            (one.forward_seconds + one.backward_seconds) / (base.forward_seconds + base.backward_seconds)
+            for one, base in zip(found, results["naive"], strict=True)
+        )
+        print(
+            f"{way:<14} {statistics.median(one.forward_seconds for one in found):10.2f}"
+            f" {statistics.median(one.backward_seconds for one in found):11.2f} {ratio:12.2f}"
+            f" {statistics.median(one.peak_mib for one in found):11,.0f} {found[0].checksum:15.4f}"
+        )
+    padding([2048, 4096, 16384], 128)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
