@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, gammaln, xlog1py, xlogy
 
+from benchmarks.comparisons import bootstrap_interval, delta_interval, drop_probability
 from common.artifacts import run_paths
 from common.errors import UserError
 from common.schema import read_vstar
@@ -25,9 +26,6 @@ from stage1_vstar.uncertainty import (
     Interval,
     approximate_bias,
     binomial_interval,
-    bootstrap_interval,
-    delta_interval,
-    drop_probability,
     interval,
     plugin_bias,
     two_valued_vstar,

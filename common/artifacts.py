@@ -94,10 +94,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -134,7 +133,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _sync_directory(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -222,14 +222,19 @@ def _lock(file: IO[str], *, wait: bool, job: str = "") -> None:
         ) from error
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
     """A hash of the names and contents of a folder's files that match any pattern."""
     digest = hashlib.sha256()
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     for file in files:
         digest.update(file.name.encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(file_digest(file)))
     return digest.hexdigest()[:32] if files else ""
 
 

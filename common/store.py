@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from common.artifacts import atomic_path, remove_leftovers
+from common.artifacts import atomic_path, file_digest, remove_leftovers
 from common.errors import UserError
 from common.provenance import STRICT, Allowance, Provenance, read_provenance
 from common.schema import GRADES, SAMPLES, SAMPLES_INVARIANTS, polars_schema, validate
@@ -270,9 +270,7 @@ def damage(path: Path) -> str | None:
     digest = path.stem.rpartition("-")[2]
     try:
         if len(digest) == _HASH_DIGITS:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            return None if found == digest else "its content does not match the hash in its name"
+            return None if file_digest(path) == digest else "its content does not match the hash in its name"
         pq.read_table(path)  # format version 1 named its files at random
         read_provenance(path)
     except PermissionError as error:

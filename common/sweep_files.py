@@ -14,12 +14,6 @@ def sweep_file(source: Path, suffix: str) -> Path:
     return source.parent / "report" / f"{name}.{suffix}"
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class SamplesDigest:
     """A digest of all that a sweep reads of a table: prompts and samples in their order, whatever parts they come in.
 

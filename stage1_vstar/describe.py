@@ -15,6 +15,7 @@ from common.provenance import ACCEPTED
 from common.schema import estimator_of, read_vstar
 from stage1_vstar.beta_binomial import dropped_share, fit_prior
 from stage1_vstar.estimator import estimate_vstar
+from stage1_vstar.table import success_groups
 from stage1_vstar.uncertainty import approximate_bias, interval, plugin_bias
 
 BINS = 10
@@ -68,8 +69,7 @@ def _uncertainty(rows: pl.DataFrame) -> dict[str, float | None]:
         bias_P = approximate_bias(estimate_vstar(rewards_S, counts_P, beta1).se_P, beta1)
         bias = None if np.isnan(bias_P).all() else float(np.nanmean(bias_P))
         return {"mean_interval_width": width, "mean_bias": bias, "solvable_dropped": None}
-    groups = rows.group_by(solved=pl.col("rewards").list.sum().cast(pl.Int64), many="num_samples").len()
-    prior = fit_prior(*(groups[name].to_numpy() for name in ("solved", "many", "len")))
+    prior = fit_prior(*success_groups(rows).to_numpy().T)
     sizes_N, prompts_N = np.unique(counts_P, return_counts=True)
     biases_N = [plugin_bias(prior.quantiles(PRIOR_POINTS), size, beta1).mean() for size in sizes_N.tolist()]
     dropped_N = [dropped_share(prior, size, solvable_from=SOLVABLE) for size in sizes_N.tolist()]

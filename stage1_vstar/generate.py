@@ -1,8 +1,9 @@
 """Sample, grade and store what is missing: one engine, one pass, grading and writing beside it."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,17 +80,9 @@ def generate_samples(
     """
     places = {prompt.id: place for place, prompt in enumerate(missing.prompts)}
     running: dict[Address, dict[str, Any]] = {}
-    check = GraderCheck(nothing_judged_before=not store.fragments())
+    check = GraderCheck(nothing_judged_before=not store.fragments(), proven=grader_proven)
     with FragmentWriter(store.append) as writer, SamplingProgress(missing.samples_PN, console) as progress:
-
-        def collect(graded: Sequence[tuple[Any, Grade]]) -> None:
-            for address, grade in graded:
-                check.count(grade)
-                writer.add(running.pop(address) | grade.columns())
-            if check.broken and not writer.written and not grader_proven:
-                writer.discard()
-                raise UserError(check.complaint())
-
+        collect = partial(write_graded, running.pop, writer, check)
         try:
             for completion in engine.generate(missing.requests(seed), sampling):
                 address = completion.key
@@ -114,16 +107,32 @@ def generate_samples(
         console.print(f"{count:,} completions could not be judged, reward 0: {reason}")
 
 
+def write_graded(
+    row_of: Callable[[Any], dict[str, Any]],
+    writer: FragmentWriter,
+    check: "GraderCheck",
+    graded: Sequence[tuple[Any, Grade]],
+) -> None:
+    """Hand graded samples, `row_of` their keys, to the writer. Raises UserError if the grader can judge none."""
+    for key, grade in graded:
+        check.count(grade)
+        writer.add(row_of(key) | grade.columns())
+    if check.broken and not writer.written:
+        writer.discard()
+        raise UserError(check.complaint())
+
+
 class GraderCheck:
     """Finds out whether the grader can judge anything at all.
 
     Where it has judged samples before, a few hard ones that were left over say nothing about it.
     """
 
-    def __init__(self, *, nothing_judged_before: bool) -> None:
+    def __init__(self, *, nothing_judged_before: bool, proven: bool = False) -> None:
         self.unjudged: Counter[str] = Counter()
         self.all_there = False
         self._few_are_enough = nothing_judged_before
+        self._proven = proven
         self._trials = 0
 
     def count(self, grade: Grade) -> None:
@@ -134,7 +143,7 @@ class GraderCheck:
     @property
     def broken(self) -> bool:
         enough = self._trials >= GRADER_TRIAL or (self.all_there and self._few_are_enough)
-        return enough and self.unjudged.total() == self._trials > 0
+        return enough and not self._proven and self.unjudged.total() == self._trials > 0
 
     def complaint(self) -> str:
         return (

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from rich.table import Table
 from common.artifacts import RunPaths, exclusive_run, run_paths, write_text
 from common.config import Config
 from common.errors import UserError
-from common.grading import Grade, GraderPool, Outcome, fingerprint
+from common.grading import GraderPool, Outcome, fingerprint
 from common.provenance import ACCEPTED, Allowance, Provenance, read_provenance
 from common.schema import VSTAR, read_vstar, write_table, write_vstar
 from common.store import JUDGED, SampleStore, original_text, sample_files, set_aside_damaged
-from stage1_vstar.generate import GraderCheck
+from stage1_vstar.generate import GraderCheck, write_graded
 from stage1_vstar.table import vstar_rows
 from stage1_vstar.writer import FragmentWriter
 
@@ -118,15 +119,7 @@ def grade_missing(store: SampleStore, config: Config) -> None:
     """Grade the samples that this grader has not judged, a fragment at a time."""
     check = GraderCheck(nothing_judged_before=not store.grade_fragments())
     with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:
-
-        def collect(graded: list[tuple[Any, Grade]]) -> None:
-            for judged, grade in graded:
-                check.count(grade)
-                writer.add(dict(zip(JUDGED, judged, strict=True)) | grade.columns())
-            if check.broken and not writer.written:
-                writer.discard()
-                raise UserError(check.complaint())
-
+        collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
         try:
             for frame in store.ungraded():
                 for row in frame.iter_rows(named=True):

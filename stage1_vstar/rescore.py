@@ -1,18 +1,16 @@
 """Another β1 or another estimator over cached rewards: no model, no generation, and bounded memory."""
 
 import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from common.errors import UserError
 from common.provenance import read_provenance
 from common.schema import estimator_of, scan_vstar, vstar_writer
 from stage1_vstar.beta_binomial import BetaPrior, fit_prior
-from stage1_vstar.table import with_vstar
+from stage1_vstar.table import success_groups, with_vstar
 
 
 def rescore(source: Path, output: Path, beta1: float, estimator: str = "plugin") -> str:
@@ -54,7 +52,7 @@ _ABOUT_VSTAR = re.compile(r"V\*|vstar|beta1|interval_width")
 
 def fitted_prior(source: Path) -> BetaPrior:
     """The prior of pass rates that all prompts of the file determine. Raises UserError unless rewards are 0 and 1."""
-    prompts: Counter[tuple[int, int]] = Counter()
+    parts = []
     for rows in scan_vstar(source, ["prompt_id", "rewards"]):
         rewards = rows["rewards"].explode()
         if len(graded := rewards.filter(~rewards.is_in([0.0, 1.0]))):
@@ -62,11 +60,6 @@ def fitted_prior(source: Path) -> BetaPrior:
                 f"{source}: the beta_binomial estimator needs rewards of 0 and 1, found {graded[0]:g}; "
                 "use the plugin or the jackknife estimator"
             )
-        groups = rows.group_by(
-            pl.col("rewards").list.sum().cast(pl.Int64), trials=pl.col("rewards").list.len()
-        )
-        for successes, trials, count in groups.len().iter_rows():
-            prompts[successes, trials] += count
-    groups_G2 = np.array(sorted(prompts))
-    weights_G = np.array([prompts[successes, trials] for successes, trials in groups_G2])
-    return fit_prior(groups_G2[:, 0], groups_G2[:, 1], weights_G)
+        parts.append(success_groups(rows))
+    groups = pl.concat(parts).group_by("successes", "trials").agg(pl.col("prompts").sum())
+    return fit_prior(*groups.sort("successes", "trials").to_numpy().T)

@@ -21,11 +21,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from common.artifacts import atomic_path, write_text
+from common.artifacts import atomic_path, file_digest, write_text
 from common.errors import UserError
 from common.grading import Outcome
 from common.schema import read_vstar
-from common.sweep_files import SamplesDigest, file_digest, sweep_file
+from common.sweep_files import SamplesDigest, sweep_file
 from stage1_vstar.estimator import Floats, estimate_vstar
 
 BETAS = (math.inf, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0)

@@ -64,3 +64,11 @@ def with_vstar(
 def with_dropped(rows: pl.DataFrame, dropped_by: pl.Expr) -> pl.DataFrame:
     """The same rows, each with the name of the rule that drops it; stage 2 trains on those that none drops."""
     return rows.with_columns(dropped_by.alias("dropped_by")).with_columns(keep=pl.col("dropped_by").is_null())
+
+
+def success_groups(rows: pl.DataFrame) -> pl.DataFrame:
+    """How many prompts have so many successes of so many trials, for rewards of 0 and 1: what `fit_prior` needs."""
+    successes = pl.col("rewards").list.sum().cast(pl.Int64).alias("successes")
+    trials = pl.col("rewards").list.len().cast(pl.Int64).alias("trials")
+    groups = rows.group_by(successes, trials).agg(pl.len().cast(pl.Int64).alias("prompts"))
+    return groups.sort("successes", "trials")

@@ -10,14 +10,14 @@ Data order, rollout seeds and random states are functions of the config's seed a
 `request_seed`): the iteration's number is all that has to be kept of them.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from common.artifacts import file_digest, sync
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
@@ -57,10 +57,10 @@ def finish(temporary: Path, state: dict[str, Any], keep: int) -> None:
     (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=2), encoding="utf-8")
     for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
+        sync(path)
     folder = temporary.parent
     temporary.rename(folder / f"iteration-{state['iteration']:06d}")
-    _sync(folder)
+    sync(folder)
     found = checkpoints(folder)
     for old in set(found[:-keep]) - {best(found)}:
         # Renamed first: what is half deleted must not look like a checkpoint.
@@ -113,19 +113,5 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
     """The SHA-256 of each file but the manifest, by its path in the checkpoint."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = list(threads.map(_hash, files))
+        digests = list(threads.map(file_digest, files))
     return {str(file.relative_to(checkpoint)): digest for file, digest in zip(files, digests, strict=True)}
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

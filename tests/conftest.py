@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from common.demo.base_model import build_tokenizer
+
+if TYPE_CHECKING:
+    from tests.stage1_runs import Engines
 
 # Read when torch is imported. Threads that spin while they wait take the cores from the tests' other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -113,3 +117,19 @@ def run_cli(artifacts: Path, tmp_path: Path) -> RunCli:
         )
 
     return run
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    """A few questions, as a generic data set."""
+    from tests.stage1_runs import write_questions
+
+    return write_questions(tmp_path / "data.jsonl")
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator["Engines"]:
+    """Every run of stage 1 in the test draws from a scripted engine."""
+    from tests.stage1_runs import scripted_engines
+
+    yield from scripted_engines(monkeypatch, artifacts)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.comparisons import drop_probability
 from common.errors import UserError
 from stage1_vstar.beta_binomial import (
     GROUPS,
@@ -17,7 +18,7 @@ from stage1_vstar.beta_binomial import (
     posterior_vstar,
 )
 from stage1_vstar.estimator import estimate
-from stage1_vstar.uncertainty import drop_probability, two_valued_vstar
+from stage1_vstar.uncertainty import two_valued_vstar
 
 Counts = NDArray[np.int64]
 

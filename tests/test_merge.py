@@ -1,7 +1,7 @@
 """merge: samples of several runs become one run's, each once, with the provenance that they came with."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,10 @@ from tests.stage1_runs import (
     contents,
     rows_of,
     run,
-    scripted_engines,
     stored,
-    write_questions,
 )
 
 V1 = ROOT / "tests" / "formats" / "v1"
-
-
-@pytest.fixture
-def data_file(tmp_path: Path) -> Path:
-    return write_questions(tmp_path / "data.jsonl")
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engines]:
-    yield from scripted_engines(monkeypatch, artifacts)
 
 
 def merge(*sources: str | Path, into: str = "joined", allow_mismatch: tuple[str, ...] = ()) -> str:

@@ -5,7 +5,6 @@ tests/formats/v<N> holds a run that a release with format version N has written;
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
 from tests.conftest import ROOT
 from tests.fakes import ScriptedEngine, tiny_config
-from tests.stage1_runs import Engines, contents, rows_of, run, scripted_engines, write_questions
+from tests.stage1_runs import Engines, contents, rows_of, run, write_questions
 
 FORMATS = ROOT / "tests" / "formats"
 V1 = FORMATS / "v1"
@@ -104,11 +103,6 @@ def test_an_identity_of_the_first_format_gains_what_its_context_says() -> None:
             "transformers": "5.19.0",
             "vllm": "0.32.0",
         }
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engines]:
-    yield from scripted_engines(monkeypatch, artifacts)
 
 
 def run_of_then(folder: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Path:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,7 @@ from tests.stage1_runs import (
     contents,
     rows_of,
     run,
-    scripted_engines,
     stored,
-    write_questions,
 )
 from tests.stage2_runs import as_toml
 
@@ -59,16 +57,6 @@ def reward_b(completion: str, answer: str) -> float:
     if answer == "1":
         return float(completion.endswith("1"))
     return [1.0, -0.5, 0.25, 0.0][int(completion[-1]) - 1]
-
-
-@pytest.fixture
-def data_file(tmp_path: Path) -> Path:
-    return write_questions(tmp_path / "data.jsonl")
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engines]:
-    yield from scripted_engines(monkeypatch, artifacts)
 
 
 MakeConfig = Callable[..., Config]

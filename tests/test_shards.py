@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -25,7 +24,6 @@ from tests.stage1_runs import (
     contents,
     rows_of,
     run,
-    scripted_engines,
     stored,
     write_questions,
 )
@@ -37,11 +35,6 @@ NAMES = [prompt_id(f"How many is {number}?", "1") for number in range(4000)]
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
     return write_questions(tmp_path / "data.jsonl", QUESTIONS)
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engines]:
-    yield from scripted_engines(monkeypatch, artifacts)
 
 
 def prompts_of(shard: Shard) -> set[str]:

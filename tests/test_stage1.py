@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,8 @@ from stage1_vstar.generate import Missing
 from stage1_vstar.rescore import rescore
 from tests.conftest import RunCli, save_tiny_model
 from tests.fakes import EngineDied, ScriptedEngine, rows_of_samples, sample_rows, tiny_config
-from tests.stage1_runs import QUESTIONS, Engines, rows_of, run, scripted_engines, stored
+from tests.stage1_runs import QUESTIONS, Engines, rows_of, run, stored
 from tests.stage1_runs import write_questions as write_questions
-
-
-@pytest.fixture
-def data_file(tmp_path: Path) -> Path:
-    return write_questions(tmp_path / "data.jsonl")
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator[Engines]:
-    yield from scripted_engines(monkeypatch, artifacts)
 
 
 @pytest.mark.usefixtures("engines")

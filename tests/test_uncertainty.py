@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.comparisons import CHUNK, bootstrap_interval, delta_interval, drop_probability
 from stage1_vstar.estimator import estimate_vstar
 from stage1_vstar.uncertainty import (
-    CHUNK,
     Interval,
     approximate_bias,
     binomial_interval,
-    bootstrap_interval,
-    delta_interval,
-    drop_probability,
     interval,
     plugin_bias,
     reward_range,

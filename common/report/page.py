@@ -17,7 +17,7 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from common.artifacts import RunPaths, write_text
+from common.artifacts import RunPaths, file_digest, write_text
 from common.errors import UserError
 from common.grading import Outcome
 from common.provenance import ACCEPTED
@@ -29,7 +29,7 @@ from common.report.evaluations import evaluation_rows
 from common.report.picture import Picture
 from common.report.stage1 import PROMPTS_SHOWN, Stage1
 from common.report.text import visible
-from common.sweep_files import file_digest, sweep_file
+from common.sweep_files import sweep_file
 
 _HERE = Path(__file__).parent
 
