@@ -82,8 +82,21 @@ class EngineConfig(Section):
     """The engine's share of a GPU that it has to share with the trainer."""
     cpu_kv_cache_gib: Annotated[int, Field(ge=1)] = 1
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
-    """GPUs per engine in stage 1; in stage 2 each rank has an engine of its own."""
+    """GPUs per engine in stage 1."""
+    training_tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """Processes per engine in stage 2, where each has an engine of its own unless the model does not fit one GPU."""
+    sleep_while_training: bool = False
+    """Free the engine's memory on the GPU while the trainer works; on a CPU it makes no difference."""
     enforce_eager: bool = False
+
+    @model_validator(mode="after")
+    def _backend_can_do_it(self) -> "EngineConfig":
+        if self.backend != "vllm" and (self.training_tensor_parallel_size > 1 or self.sleep_while_training):
+            raise ValueError(
+                "training_tensor_parallel_size above 1 and sleep_while_training need backend vllm, "
+                f"found {self.backend}; leave them out"
+            )
+        return self
 
 
 class VstarConfig(Section):
@@ -102,6 +115,16 @@ class AStarPOConfig(Section):
     beta2: Annotated[float, Field(gt=0)] = 1e-3
 
 
+class LoraConfig(Section):
+    """Train small matrices beside frozen linear layers, W + (alpha / rank) B A, instead of the layers themselves."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[int, Field(ge=1)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """The last part of the layers' names, such as ["q_proj", "v_proj"]; by default all but the output layer."""
+
+
 class TrainConfig(Section):
     """Stage 2. The defaults are the paper's (Appendix A.5)."""
 
@@ -111,6 +134,8 @@ class TrainConfig(Section):
     """Prompts an iteration, one completion each."""
     mini_batch_size: Annotated[int, Field(ge=1)] = 128
     """Completions an optimizer step."""
+    staleness: Annotated[int, Field(ge=0)] = 0
+    """Iterations by which the weights behind completions may lag, which are then drawn during training."""
     epochs: Annotated[int, Field(ge=1)] = 25
     iterations: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many iterations, whatever `epochs` says."""
@@ -124,6 +149,11 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     gradient_checkpointing: bool = True
     """Compute activations again in the backward pass instead of keeping them."""
+    lora: LoraConfig | None = None
+    offload_optimizer: bool = False
+    """Keep the optimizer's states in the host's memory and step there."""
+    offload_reference: bool = False
+    """Keep the reference model in the host's memory but for the moments when it is asked."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Iterations between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
@@ -136,6 +166,19 @@ class TrainConfig(Section):
         if self.batch_size % self.mini_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_offload(self) -> "TrainConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer needs ZeRO, found zero_stage 0; choose zero_stage 1, 2 or 3, or leave it out"
+            )
+        if self.offload_reference and self.lora is not None:
+            raise ValueError(
+                "offload_reference has nothing to move under lora, whose reference is the policy without its "
+                "adapter; leave one of them out"
             )
         return self
 
@@ -163,6 +206,15 @@ class Config(Section):
     vstar: VstarConfig = VstarConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _engine_has_time_to_sleep(self) -> "Config":
+        if self.engine.sleep_while_training and self.train.staleness > 0:
+            raise ValueError(
+                f"engine.sleep_while_training leaves no time to draw ahead, found train.staleness "
+                f"{self.train.staleness}; set one of them to its default"
+            )
+        return self
 
     def to_json(self) -> str:
         """Every value, defaults included."""

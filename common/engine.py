@@ -23,6 +23,10 @@ class RolloutEngine(Protocol):
         """Take over new weights, named as in the Hugging Face checkpoint."""
         ...
 
+    def sleep(self) -> None:
+        """Free what memory the engine can do without until the next `load_weights`, before which it cannot sample."""
+        ...
+
     def close(self) -> None:
         """Free the model's memory."""
         ...

@@ -81,6 +81,9 @@ class TransformersEngine:
             for name, tensor in named_tensors:
                 parameters[name].copy_(tensor)
 
+    def sleep(self) -> None:
+        """Between batches the engine holds its weights alone, which stay."""
+
     def close(self) -> None:
         """Free the model's memory."""
         del self._model

@@ -5,15 +5,20 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from common.config import Config, SamplingParams
+from common.errors import UserError
 from common.prompts import PromptRenderer, longest_allowed_prompt
 from common.rollout import Completion, SampleRequest
+from common.rollout_group import RolloutGroup, refuse_wrong_size
 
 if TYPE_CHECKING:
     import vllm
@@ -22,12 +27,26 @@ LOGGING_LEVEL = "ERROR"
 
 
 class VllmEngine:
-    """One vLLM engine, driven step by step so that a completion can be graded while others are sampled."""
+    """One vLLM engine, driven step by step so that a completion can be graded while others are sampled.
+
+    Beside a trainer it may be one of a group of ranks that hold a shard each. The ranks of a group then call
+    `generate`, `load_weights` and `sleep` together, and read each `generate` to its end.
+    """
 
     def __init__(
         self, config: Config, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
     ) -> None:
-        """Load the model. Beside a trainer the engine takes its own share of the GPU."""
+        """Load the model. Beside a trainer the engine takes its own share of the GPU.
+
+        Raises UserError, before it loads, if the ranks or the model cannot be divided into the configured groups.
+        """
+        self._is_guest = beside_trainer and dist.is_initialized()
+        self._group: RolloutGroup | None = None
+        processes = dist.get_world_size() if self._is_guest else 1
+        ranks_per_engine = config.engine.training_tensor_parallel_size if beside_trainer else 1
+        if ranks_per_engine > 1:
+            refuse_wrong_size(ranks_per_engine, processes, folder)
+            self._group = RolloutGroup(ranks_per_engine)
         _set_environment(config)
         import vllm
         from vllm.platforms import current_platform
@@ -45,21 +64,24 @@ class VllmEngine:
             )
             options["gpu_memory_utilization"] = share
             options["enforce_eager"] = config.engine.enforce_eager
-            if beside_trainer and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                # Each rank's engine runs in the rank's own process, on the rank's own GPU.
-                options["distributed_executor_backend"] = "external_launcher"
+            options["enable_sleep_mode"] = beside_trainer and config.engine.sleep_while_training
         else:
             options["enforce_eager"] = True
             # Compiling the sampler's two small helpers takes ten seconds that they never win back on a CPU.
             current_platform.simple_compile_backend = "eager"
             # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".
             options["max_num_batched_tokens"] = max(65536, max_model_len)
+        if processes > 1:
+            # Each rank's engine, or shard of one, runs in the rank's own process, on the rank's own GPU.
+            options["distributed_executor_backend"] = _executor(self._group.name if self._group else "")
+        self._can_sleep: bool = options.get("enable_sleep_mode", False)
+        self._is_asleep = False
         self.llm: vllm.LLM | None = vllm.LLM(
             model=str(folder),
             dtype=config.model.dtype,
             max_model_len=max_model_len,
             max_num_seqs=config.engine.max_num_seqs,
-            tensor_parallel_size=1 if beside_trainer else config.engine.tensor_parallel_size,
+            tensor_parallel_size=ranks_per_engine if beside_trainer else config.engine.tensor_parallel_size,
             logprobs_mode="processed_logprobs",
             seed=config.seed,
             disable_log_stats=True,
@@ -73,20 +95,48 @@ class VllmEngine:
         self._serial = 0
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """Keep a window of requests in the engine and yield each completion as it ends."""
+        """Keep a window of requests in the engine and yield each completion as it ends.
+
+        The ranks of a group run all their requests together; each yields its own. Raises UserError where a group's
+        engine dies: the other ranks are then stuck in a step that needs this one, and only the whole job can go on.
+        """
+        shared = self._group.share(requests) if self._group else ((True, request) for request in requests)
+        with closing(self._outputs(shared, sampling)) as outputs:
+            try:
+                for is_own, request, output in outputs:
+                    if is_own:
+                        yield self._completion(request, output)
+            except GeneratorExit:
+                # The caller has lost interest, but the other ranks of a group need this one's part of each step.
+                if self._group:
+                    deque(outputs, maxlen=0)
+                raise
+            except Exception as error:
+                if self._group is None:
+                    raise
+                raise UserError(
+                    f"the rollout engine of this group of processes died ({type(error).__name__}: {error}); start "
+                    "the job again: it continues after its last checkpoint"
+                ) from error
+
+    def _outputs(
+        self, requests: Iterable[tuple[bool, SampleRequest]], sampling: SamplingParams
+    ) -> "Generator[tuple[bool, SampleRequest, vllm.CompletionOutput]]":
         import vllm
 
         assert self.llm is not None, "the engine is closed"
+        assert not self._is_asleep, "load_weights wakes the engine"
         engine = self.llm.llm_engine
         waiting = iter(requests)
-        running: dict[str, SampleRequest] = {}
+        running: dict[str, tuple[bool, SampleRequest]] = {}
         exhausted = False
         try:
             while running or not exhausted:
                 while not exhausted and len(running) < self._window:
-                    if (request := next(waiting, None)) is None:
+                    if (item := next(waiting, None)) is None:
                         exhausted = True
                         break
+                    _, request = item
                     self._serial += 1
                     name = str(self._serial)
                     engine.add_request(
@@ -94,13 +144,13 @@ class VllmEngine:
                         {"prompt_token_ids": list(request.prompt_token_ids)},
                         self._sampling_params(request, sampling),
                     )
-                    running[name] = request
+                    running[name] = item
                 if not running:
                     break
                 for output in engine.step():
                     if output.finished:
                         assert isinstance(output, vllm.RequestOutput)
-                        yield self._completion(running.pop(output.request_id), output.outputs[0])
+                        yield *running.pop(output.request_id), output.outputs[0]
         finally:
             if running:
                 engine.abort_request(list(running))
@@ -136,20 +186,78 @@ class VllmEngine:
         )
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights in place and forget the key-value cache of the old ones."""
+        """Replace the weights in place and forget the key-value cache of the old ones; wakes the engine.
+
+        Each rank of a group is given the full tensors and keeps its shard of them. vLLM holds on to no more of them
+        than one of its layers is made of, where the tensors of a layer come one after the other; but it keeps those of
+        the embedding and the output layer to the end if it pads them, that is unless 64 divides the vocabulary.
+        """
         assert self.llm is not None, "the engine is closed"
+        if self._is_asleep:
+            self.llm.wake_up(tags=["weights"])  # memory of any content, about to be written
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        if self._is_asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
         if not torch.cuda.is_available():
             self.llm.apply_model(_repack_output_layer)
         self.llm.reset_prefix_cache()
 
+    def sleep(self) -> None:
+        """Free weights and key-value cache until the next `load_weights`, where the configuration says so.
+
+        Level 2 of vLLM's sleep mode: nothing is kept on the host, since training makes the weights old anyway.
+        On a CPU it does nothing. It has not been run on a GPU, only the order of calls has been tested.
+        """
+        assert self.llm is not None, "the engine is closed"
+        if self._can_sleep and not self._is_asleep:
+            self.llm.sleep(level=2)
+            self._is_asleep = True
+
     def close(self) -> None:
-        """Free the model's memory."""
-        self.llm = None
+        """Free the model's memory; what the trainer needs of torch.distributed survives."""
+        llm, self.llm = self.llm, None
+        if llm is not None and self._is_guest:
+            # vLLM's own shutdown would destroy torch.distributed, which is the trainer's.
+            client: Any = llm.llm_engine.engine_core
+            client._finalizer.detach()
+            client.engine_core.model_executor.shutdown()
+            client.engine_core.scheduler.shutdown()
+            del client
+            if self._group:
+                # Its ranks close together, and their groups hold shared memory. A rank with an engine of its own may
+                # have to build it anew without the others, and groups are made by all.
+                from vllm.distributed import parallel_state
+
+                parallel_state.destroy_model_parallel()  # type: ignore[no-untyped-call]
+        del llm
         gc.unfreeze()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _executor(group: str) -> Any:
+    """vLLM's executor for processes that torchrun started ("external_launcher"), less what its engines share.
+
+    vLLM's own takes the least memory that any rank of the job has free, so that no engine could be built anew without
+    all others. On a CPU it gives the shared memory of every job the same name, so that a second job on the machine, or
+    one after a job that was killed, fails to create it.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
+
+    class Executor(ExecutorWithExternalLauncher):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            method, rank, local_rank = super()._distributed_args()
+            return f"{method}:{group}", rank, local_rank  # what is behind the last colon goes into the name
+
+        def determine_available_memory(self) -> list[int]:
+            least = torch.tensor(UniProcExecutor.determine_available_memory(self))
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=get_tp_group().cpu_group)
+            return [int(free) for free in least]
+
+    return Executor
 
 
 def _repack_output_layer(model: torch.nn.Module) -> None:

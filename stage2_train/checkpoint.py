@@ -3,6 +3,7 @@
     checkpoints/iteration-000050/
       state/          what DeepSpeed saves: weights, optimizer and schedule
       state.json      the iteration, what the run depends on, the number of processes, the held-out accuracy
+      rollouts.json   the batches drawn ahead for the iterations to come, where train.staleness is not 0
       manifest.json   the SHA-256 of each of these files
     checkpoints/damaged/   those whose files were not what their manifest says
 
@@ -12,7 +13,7 @@ Data order, rollout seeds and random states are functions of the config's seed a
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from common.artifacts import file_digest, sync
 
 STATE = "state.json"
+ROLLOUTS = "rollouts.json"
 MANIFEST = "manifest.json"
 HASHING_THREADS = 8
 
@@ -52,8 +54,19 @@ def unfinished(folder: Path, iteration: int) -> Path:
     return temporary
 
 
-def finish(temporary: Path, state: dict[str, Any], keep: int) -> None:
+def read_rollouts(checkpoint: Path) -> list[list[dict[str, Any]]]:
+    """The batches that were waiting for their iteration, each in order of its places."""
+    file = checkpoint / ROLLOUTS
+    batches: list[list[dict[str, Any]]] = json.loads(file.read_bytes()) if file.exists() else []
+    return batches
+
+
+def finish(
+    temporary: Path, state: dict[str, Any], keep: int, rollouts: Sequence[Sequence[dict[str, Any]]] = ()
+) -> None:
     """Seal what was written to `temporary` and give it its final name; drop all but `keep` and the best."""
+    if rollouts:
+        (temporary / ROLLOUTS).write_text(json.dumps(rollouts), encoding="ascii")
     (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=2), encoding="utf-8")
     for path in (*temporary.rglob("*"), temporary):

@@ -186,15 +186,30 @@ def _first_iteration_lines(first: dict[str, Any] | None) -> dict[str, str]:
 def _memory_table(memory: dict[str, Any]) -> Table:
     table = Table(
         title=f"GiB on {'the GPU' if memory['gpus'] == 1 else 'each of {gpus} GPUs'.format(**memory)}, "
-        f"{memory['parameters']:,} parameters",
+        f"{memory['parameters']:,} parameters"
+        + (
+            ""
+            if memory["trained_parameters"] == memory["parameters"]
+            else f", {memory['trained_parameters']:,} of an adapter trained"
+        ),
         title_justify="left",
     )
     for heading in ("when", "what", "GiB"):
         table.add_column(heading, justify="right" if heading == "GiB" else "left")
-    for when, label in {"held": "always", "backward": "+ backward pass", "step": "or + step"}.items():
-        for number, (name, size) in enumerate(memory[when].items()):
-            table.add_row("" if number else label, name, f"{size / GIB:.2f}")
+    for when, label in {
+        "held": "always",
+        "backward": "+ backward pass",
+        "step": "or + step",
+        "reference": "or + reference",
+    }.items():
+        _add_components(table, label, memory[when])
     verdict = "fits" if memory["fits"] else "does not fit"
     capacity = f"at most, {verdict} in {memory['gpu_bytes'] / GIB:g} GiB"
     table.add_row("together", capacity, f"{memory['total'] / GIB:.2f}", style="bold")
+    _add_components(table, "in main memory", memory["host"])
     return table
+
+
+def _add_components(table: Table, label: str, components: dict[str, int]) -> None:
+    for number, (name, size) in enumerate(components.items()):
+        table.add_row("" if number else label, name, f"{size / GIB:.2f}")

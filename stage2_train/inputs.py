@@ -29,7 +29,7 @@ MAY_DIFFER: Mapping[str, Any] = {
     "grader": {"workers", "timeout_seconds", "memory_gib"},
     "train": {
         *("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "wandb_project"),
-        *("tokens_per_micro_batch", "gradient_checkpointing"),
+        *("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"),
     },
 }
 """What may differ between a run and its continuation: its length, how it is watched, the resources it takes."""

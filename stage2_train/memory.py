@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Config
+from common.config import Config, LoraConfig
 from common.errors import UserError
 from common.prompts import longest_allowed_prompt
 
@@ -32,7 +32,8 @@ BLOCK_COPIES = 2
 ASSUMPTIONS = (
     "the largest micro-batch is full, and each of its tokens may be a completion's",
     "layers are those of Qwen2 or Llama, attention keeps no scores, nothing is lost to fragmentation",
-    "every rank holds the whole reference model and an engine of its own; vLLM takes its share, used or not",
+    "every rank holds the whole reference model, unless train.lora has none, and an engine of its own; vLLM takes "
+    "its share, used or not",
     "not counted: the CUDA context and NCCL (1 to 2 GiB)",
 )
 
@@ -99,51 +100,128 @@ def _parameters(folder: Path, *, tied: bool) -> int:
 def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -> dict[str, Any]:
     """Bytes on each of `gpus` GPUs of `gpu_bytes`, by component, and whether that fits.
 
-    `held` lasts all training, `backward` comes on top during the backward pass, `step` during the optimizer's step.
+    `held` lasts all training, `reference` comes on top while an offloaded reference model is asked, `backward` during
+    the backward pass, `step` during the optimizer's step. `host` is what a process keeps in main memory of what was
+    offloaded.
     """
-    size = _size(config)
-    held = {**model_states(shape.parameters, config, gpus), **_others(shape, config, gpu_bytes)}
-    backward, step = _backward(shape, config, gpus), _step(shape, config, gpus)
-    total = sum(held.values()) + max(sum(backward.values()), sum(step.values()))
+    held = {**model_states(shape, config, gpus), **_others(shape, config, gpu_bytes)}
+    on_top = {
+        "reference": {"reference model": _weights(shape, config)} if config.train.offload_reference else {},
+        "backward": _backward(shape, config, gpus),
+        "step": {} if config.train.offload_optimizer else _step(shape, config, gpus),
+    }
+    total = sum(held.values()) + max(sum(moment.values()) for moment in on_top.values())
     return {
         "gpus": gpus,
         "gpu_bytes": gpu_bytes,
         "parameters": shape.parameters,
-        "bytes_a_parameter": size,
+        "trained_parameters": trained_parameters(shape, config),
+        "bytes_a_parameter": _size(config),
         "micro_batch_tokens": micro_batch_tokens(config),
         "held": held,
-        "backward": backward,
-        "step": step,
+        **on_top,
+        "host": host_memory(shape, config, gpus),
         "total": total,
         "fits": total <= gpu_bytes,
         "assumptions": list(ASSUMPTIONS),
     }
 
 
-def model_states(parameters: int, config: Config, gpus: int) -> dict[str, int]:
-    """What DeepSpeed keeps of the policy on each rank, in bytes, at the end of a backward pass.
+def trained_parameters(shape: Shape, config: Config) -> int:
+    """All of the model's, or an adapter's: a matrix from each layer's inputs to the rank, and one to its outputs."""
+    lora = config.train.lora
+    return (
+        shape.parameters if lora is None else shape.layers * lora.rank * sum(map(sum, _adapted(shape, lora)))
+    )
+
+
+def _adapted(shape: Shape, lora: LoraConfig) -> list[tuple[int, int]]:
+    """Inputs and outputs of each linear layer in a decoder layer that has an adapter. Raises UserError."""
+    linear = {
+        "q_proj": (shape.hidden, shape.queries),
+        "k_proj": (shape.hidden, shape.keys),
+        "v_proj": (shape.hidden, shape.keys),
+        "o_proj": (shape.queries, shape.hidden),
+        "gate_proj": (shape.hidden, shape.intermediate),
+        "up_proj": (shape.hidden, shape.intermediate),
+        "down_proj": (shape.intermediate, shape.hidden),
+    }
+    names = linear.keys() if lora.target_modules == "all-linear" else set(lora.target_modules)
+    if unknown := sorted(names - linear.keys()):
+        raise UserError(
+            f"train.lora.target_modules: a model of the Qwen, Llama or Mistral kind has no linear layers called "
+            f"{', '.join(unknown)} before its output layer; choose of {', '.join(linear)}"
+        )
+    return [linear[name] for name in sorted(names)]
+
+
+def model_states(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
+    """What DeepSpeed keeps of the policy on each GPU, in bytes, after the backward pass of a micro-batch.
 
     ZeRO-1 shares the optimizer's states out among the ranks, ZeRO-2 the gradients too, ZeRO-3 the parameters too. The
     float32 copy of the parameters is there under any ZeRO stage, even where they are float32 themselves.
     """
-    size, stage = _size(config), config.train.zero_stage
+    size, train = _size(config), config.train
+    trained = trained_parameters(shape, config)
+    parameters = _share(_weights(shape, config), gpus if train.zero_stage == 3 else 1)
+    adapter = _share(size * trained if train.lora else 0, gpus if train.zero_stage == 3 else 1)
+    if train.offload_optimizer:
+        # ZeRO-1 keeps the gradients of a step's micro-batches, the others send each one's to the host.
+        gradients = size * trained if train.zero_stage == 1 else 0
+        on_the_way = 0 if train.zero_stage == 3 else size * _largest(shape, config)
+        states = {"gradients": gradients, "a gradient on its way to the host": on_the_way}
+    else:
+        states = {
+            "gradients": _share(size * trained, gpus if train.zero_stage >= 2 else 1),
+            **_optimizer_states(trained, config, gpus),
+        }
+    return {"parameters": parameters, **({"adapter": adapter} if train.lora else {}), **states}
+
+
+def _optimizer_states(trained: int, config: Config, gpus: int) -> dict[str, int]:
+    stage = config.train.zero_stage
     has_copy = stage > 0 or config.model.dtype == "bfloat16"
     return {
-        "parameters": _share(size * parameters, gpus if stage == 3 else 1),
-        "gradients": _share(size * parameters, gpus if stage >= 2 else 1),
-        "float32 copy of the parameters": _share(
-            FLOAT32 * parameters if has_copy else 0, gpus if stage else 1
-        ),
-        "AdamW's moments": _share(2 * FLOAT32 * parameters, gpus if stage else 1),
+        "float32 copy of the parameters": _share(FLOAT32 * trained if has_copy else 0, gpus if stage else 1),
+        "AdamW's moments": _share(2 * FLOAT32 * trained, gpus if stage else 1),
     }
 
 
+def host_memory(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
+    """What a process keeps in the host's memory of what was offloaded, in bytes: the step's temporaries included."""
+    held = {"reference model": _weights(shape, config)} if config.train.offload_reference else {}
+    if not config.train.offload_optimizer:
+        return held
+    size, stage = _size(config), config.train.zero_stage
+    trained = trained_parameters(shape, config)
+    held |= _optimizer_states(trained, config, gpus)
+    held |= _step(shape, config, gpus) | {"gradients in float32": _share(FLOAT32 * trained, gpus)}
+    if stage >= 2:
+        held["gradients of earlier micro-batches"] = _share(size * trained, gpus)
+    if stage <= 2:
+        held["parameters on their way back"] = _share(size * trained, gpus) + size * _largest(shape, config)
+    return held
+
+
+def _weights(shape: Shape, config: Config) -> int:
+    return _size(config) * shape.parameters
+
+
+def _largest(shape: Shape, config: Config) -> int:
+    """The elements of the largest trained matrix."""
+    if config.train.lora is None:
+        return max(shape.vocabulary, shape.intermediate) * shape.hidden
+    return config.train.lora.rank * max(map(max, _adapted(shape, config.train.lora)))
+
+
 def _others(shape: Shape, config: Config, gpu_bytes: int) -> dict[str, int]:
-    weights = _size(config) * shape.parameters
+    weights = _weights(shape, config)
+    has_reference = config.train.lora is None and not config.train.offload_reference
+    reference = {"reference model": weights} if has_reference else {}
     if config.engine.backend == "vllm":
         engine = round(config.engine.training_gpu_memory_utilization * gpu_bytes)
-        return {"reference model": weights, "vLLM's share": engine}
-    return {"reference model": weights, "rollout engine's weights": weights}
+        return {**reference, "vLLM's share": engine}
+    return {**reference, "rollout engine's weights": weights}
 
 
 def _backward(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
@@ -153,15 +231,17 @@ def _backward(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
     kept = shape.layers * inputs + layer if config.train.gradient_checkpointing else shape.layers * layer
     final_norm = (FLOAT32 + size) * shape.hidden
     logits = min(tokens * shape.vocabulary, LOGITS_PER_CHUNK)
+    hidden_gradient = FLOAT32 * tokens * shape.hidden
     components = {
         "activations": tokens * (kept + final_norm),
         "logits": size * logits + BLOCK_COPIES * FLOAT32 * min(logits, LOGITS_PER_BLOCK),
-        "output layer's gradient": (size * shape.vocabulary + FLOAT32 * tokens) * shape.hidden,
+        "output layer's gradient": hidden_gradient
+        + (0 if config.train.lora else size * shape.vocabulary * shape.hidden),
     }
     if stage:
         components["DeepSpeed's bucket"] = size * BUCKET
     elif gpus > 1:
-        components["DeepSpeed's bucket"] = size * min(BUCKET, shape.parameters)
+        components["DeepSpeed's bucket"] = size * min(BUCKET, trained_parameters(shape, config))
     if stage == 3 and gpus > 1:
         components["gathered parameters"] = size * min(LIVE_PARAMETERS, shape.parameters)
     return components
@@ -169,8 +249,8 @@ def _backward(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
 
 def _step(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
     """The step's gradients in float32, and the temporary of torch's AdamW that is as large as its parameters."""
-    stage = config.train.zero_stage
-    stepped = -(-shape.parameters // gpus) if stage else shape.parameters
+    stage, trained = config.train.zero_stage, trained_parameters(shape, config)
+    stepped = _share(trained, gpus) if stage else trained
     if stage == 3:
         stepped = min(stepped, STEP_GROUP)
     copies = stage > 0 or config.model.dtype == "bfloat16"
@@ -184,13 +264,19 @@ def layer_activations(shape: Shape, config: Config) -> int:
     """Bytes a token that one layer keeps for its backward pass, with an attention that keeps no scores.
 
     Four tensors of the feed-forward's width; queries and the attention's output; keys and values; and each of the two
-    norms its input in float32, the normalised value and its output.
+    norms its input in float32, its output and, to train its weight, the normalised value. An adapter keeps the low-rank
+    tensor between its two matrices and, with dropout, its thinned-out inputs and which these are.
     """
-    size = _size(config)
+    size, lora = _size(config), config.train.lora
     wide = 4 * shape.intermediate + 2 * shape.queries + 2 * shape.keys
-    norms = 2 * (FLOAT32 + 2 * size) * shape.hidden
+    norms = 2 * (FLOAT32 + (1 if lora else 2) * size) * shape.hidden
     statistics = FLOAT32 * (shape.heads + 2)
-    return size * wide + norms + statistics
+    kept = size * wide + norms + statistics
+    if lora is None:
+        return kept
+    adapted = _adapted(shape, lora)
+    thinned = (size + 1) * sum(inputs for inputs, _ in adapted) if lora.dropout else 0
+    return kept + size * lora.rank * len(adapted) + thinned
 
 
 def micro_batch_tokens(config: Config) -> int:

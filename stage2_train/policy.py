@@ -3,19 +3,22 @@
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import UserError
 from stage2_train.checkpoint import finish, unfinished
 from stage2_train.logprobs import VocabularyHead, load_model
+from stage2_train.lora import Adapter, LowRankUpdate, keep_adapter_alone
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
@@ -24,6 +27,8 @@ DEEPSPEED_TAG = "state"
 """The folder within a checkpoint that DeepSpeed writes to."""
 MAX_SKIPPED_STEPS = 5
 """Steps in a row that a non-finite gradient may cost."""
+PROBE_BYTES = 2**20
+"""Written after a failure to write, to see whether the disk is full."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -123,6 +128,10 @@ class Policy:
         self._folder = folder
         self._ranks = ranks
         module = load_model(folder, config)
+        self._adapter = Adapter(module.model, config) if config.train.lora is not None else None
+        if self._adapter:
+            # DeepSpeed leaves frozen weights out of a checkpoint by one name; an output layer has two or three.
+            module.register_state_dict_post_hook(keep_adapter_alone)  # type: ignore[no-untyped-call]
         if config.train.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})
         module.train()
@@ -130,7 +139,7 @@ class Policy:
             deepspeed.utils.set_z3_leaf_modules(module, [VocabularyHead])
         train = config.train
         optimizer = torch.optim.AdamW(
-            module.parameters(),
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
             lr=train.learning_rate,
             betas=train.adam_betas,
             weight_decay=train.weight_decay,
@@ -189,53 +198,141 @@ class Policy:
         """The learning rate of the next step."""
         return float(self.engine.get_lr()[0])
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight under its name in the Hugging Face checkpoint; ZeRO-3's are gathered one at a time."""
-        for name, parameter in self.engine.module.model.named_parameters():
-            if self._zero_stage == 3:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    yield name, parameter.detach().clone()
-            else:
-                yield name, parameter.detach()
+    @contextmanager
+    def without_adapter(self) -> Iterator[nn.Module]:
+        """The engine, giving log-probs of the model that training began with: without adapter and dropout."""
+        assert self._adapter is not None, "only LoRA leaves the model as it was"
+        self.engine.eval()
+        try:
+            with self._adapter.disabled():
+                yield self.engine
+        finally:
+            self.engine.train()
 
-    def save_checkpoint(self, folder: Path, state: dict[str, Any], keep: int) -> None:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight under its name in the Hugging Face checkpoint, one at a time, an adapter merged into it.
+
+        ZeRO-3's are gathered, so every rank has to take them all.
+        """
+        for name, parameter, update in self._base_parameters():
+            parts = [parameter, update.down_RI, update.up_OR] if update else [parameter]
+            with self._gathered(parts):
+                if update:
+                    weight = update.added_to(parameter)
+                else:
+                    weight = parameter.detach().clone() if self._zero_stage == 3 else parameter.detach()
+            yield name, weight
+
+    def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter, LowRankUpdate | None]]:
+        parameters = self.engine.module.model.named_parameters()
+        if self._adapter:
+            return self._adapter.merged_weights(parameters)
+        return ((name, parameter, None) for name, parameter in parameters)
+
+    def _adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.engine.module.model.named_parameters():
+            if parameter.requires_grad:
+                with self._gathered([parameter]):
+                    weight = parameter.detach().clone()
+                yield name, weight
+
+    @contextmanager
+    def _gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
+            yield
+
+    def save_checkpoint(
+        self,
+        folder: Path,
+        state: dict[str, Any],
+        keep: int,
+        rollouts: Sequence[Sequence[dict[str, Any]]] = (),
+    ) -> None:
         """Write folder/iteration-<n>, whole or not at all, and drop all but the newest `keep` and the best."""
         temporary = self._ranks.from_main(
             unfinished(folder, state["iteration"]) if self._ranks.is_main else folder
         )
-        self.engine.save_checkpoint(str(temporary), tag=DEEPSPEED_TAG, save_latest=False)
+        with self._writing_to(temporary):
+            self.engine.save_checkpoint(
+                str(temporary),
+                tag=DEEPSPEED_TAG,
+                save_latest=False,
+                exclude_frozen_parameters=self._adapter is not None,
+            )
+            dist.barrier()
+            if self._ranks.is_main:
+                finish(temporary, state, keep, rollouts)
         dist.barrier()
-        if self._ranks.is_main:
-            finish(temporary, state, keep)
-        dist.barrier()
+
+    @contextmanager
+    def _writing_to(self, folder: Path) -> Iterator[None]:
+        """Raise UserError where writing fails because nothing more can be written to the folder.
+
+        torch and safetensors report a full disk without its number: whether it was one shows in writing a little more.
+        """
+        try:
+            yield
+        except Exception as error:
+            probe = folder / "probe"
+            try:
+                probe.write_bytes(bytes(PROBE_BYTES))
+            except OSError as cause:
+                message = (
+                    f"cannot write {folder}: {cause.strerror}; the checkpoints made before are whole. Make room and "
+                    "start the same command again: it continues from the last of them"
+                )
+                if not self._ranks.is_main:  # whose message nobody would see
+                    print(f"rank {self._ranks.rank}: {message}", file=sys.stderr)
+                raise UserError(message) from error
+            finally:
+                probe.unlink(missing_ok=True)
+            raise
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Take over weights, optimizer and schedule."""
-        path, _ = self.engine.load_checkpoint(str(checkpoint), tag=DEEPSPEED_TAG)
+        path, _ = self.engine.load_checkpoint(
+            str(checkpoint), tag=DEEPSPEED_TAG, load_module_strict=self._adapter is None
+        )
         assert path is not None, f"{checkpoint} was found intact"
 
     def export(self, folder: Path) -> None:
-        """Write the policy in Hugging Face format with the reference model's tokenizer, whole or not at all."""
-        state = {name: weight.to("cpu", copy=True) for name, weight in self.named_weights()}
+        """Write the policy in Hugging Face format with the reference model's tokenizer, whole or not at all.
+
+        An adapter is merged into the weights, and also written to folder/adapter in peft's format.
+        """
+        state = self._in_main_memory(self.named_weights())
+        adapter_state = self._in_main_memory(self._adapter_weights()) if self._adapter else {}
         if self._ranks.is_main:
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            self.engine.module.model.save_pretrained(temporary, state_dict=state)
-            for pattern in TOKENIZER_FILES:
-                for file in self._folder.glob(pattern):
-                    shutil.copy2(file, temporary)
+            temporary.mkdir(parents=True)
+            with self._writing_to(temporary):
+                self.engine.module.model.save_pretrained(temporary, state_dict=state)
+                if self._adapter:
+                    self._adapter.save(temporary / "adapter", adapter_state)
+                for pattern in TOKENIZER_FILES:
+                    for file in self._folder.glob(pattern):
+                        shutil.copy2(file, temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
         dist.barrier()
 
+    def _in_main_memory(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copies of the weights in the main process's memory; the others only help to gather them."""
+        return {name: weight.to("cpu", copy=True) for name, weight in weights if self._ranks.is_main}
+
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.train.zero_stage}
+    if config.train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.max_grad_norm,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would have to be compiled on the user's machine
         "steps_per_print": 10**9,
     }

@@ -34,7 +34,7 @@ class SequenceRecord:
     log_ratio: float = 0.0
     entropy: float = 0.0
     """Summed over the completion's tokens."""
-    logprob_gap: float = 0.0
+    logprob_gap: float | None = None
     """The largest difference between the engine's and the trainer's log-prob of a token, where it was compared."""
 
 
@@ -88,6 +88,7 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
     regressed = [record for record in records if record.regressed]
     tokens = sum(record.completion_tokens for record in records)
     regressed_tokens = sum(record.completion_tokens for record in regressed)
+    gaps = [record.logprob_gap for record in records if record.logprob_gap is not None]
 
     def mean(name: str, over: Sequence[SequenceRecord]) -> float:
         return _ratio(sum(getattr(record, name) for record in over), len(over))
@@ -104,7 +105,7 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
         "completion/tokens_max": max(record.completion_tokens for record in records),
         "completion/truncated": mean("truncated", records),
         "policy/entropy": _ratio(sum(record.entropy for record in regressed), regressed_tokens),
-        "engine/logprob_gap": max(record.logprob_gap for record in records),
+        **({"engine/logprob_gap": max(gaps)} if gaps else {}),
         "throughput/completion_tokens_per_second": tokens / seconds,
     }
 

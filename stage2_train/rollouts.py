@@ -1,10 +1,11 @@
 """On-policy rollouts: one completion a prompt from the current policy, graded (Algorithm 1, line 9)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from common.config import SamplingParams
 from common.engine import RolloutEngine, request_seed
-from common.grading import GraderPool
+from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
 
 LOGPROB_CHECKS = 4
@@ -57,3 +58,34 @@ def collect_rollouts(
         )
         for key in ((number, index) for number in range(len(prompts)) for index in range(samples_per_prompt))
     ]
+
+
+def as_json(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as a checkpoint keeps it; its prompt by its id."""
+    completion, grade = rollout.completion, rollout.grade
+    return {
+        "prompt_id": rollout.prompt.id,
+        "token_ids": list(completion.token_ids),
+        "text": completion.text,
+        "truncated": completion.truncated,
+        **grade.columns(),
+    }
+
+
+def from_json(document: dict[str, Any], prompts: Mapping[str, Prompt]) -> Rollout:
+    """What `as_json` was given; `prompts` by id."""
+    return Rollout(
+        prompt=prompts[document["prompt_id"]],
+        completion=Completion(
+            key=None,
+            token_ids=tuple(document["token_ids"]),
+            text=document["text"],
+            truncated=document["truncated"],
+        ),
+        grade=Grade(
+            outcome=Outcome(document["outcome"]),
+            reward=document["reward"],
+            extracted=document["extracted"],
+            reason=document["reason"],
+        ),
+    )

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,11 +82,9 @@ def _train(
         engine = partial(build_engine, config, inputs.folder, inputs.renderer, beside_trainer=True)
         sampler = Sampler(engine, pool, config.sampling, ranks)
         trainer = Trainer(config, inputs, sampler, ranks)
-        first = state.get("iteration", 0) + 1
-        if checkpoint:
-            trainer.policy.load_checkpoint(checkpoint)
-            console.print(f"continuing after iteration {first - 1}")
-            trainer.synchronise()
+        done = trainer.resume(checkpoint) if checkpoint else 0
+        if done:
+            console.print(f"continuing after iteration {done}")
         if ranks.is_main:
             write_text(paths.config, config.to_json())
         console.print(
@@ -97,7 +95,8 @@ def _train(
             f"{total} iterations of {config.train.batch_size} completions, "
             f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
         )
-        train(trainer, config, paths, console, first=first, last=total)
+        with closing(trainer.pipeline):
+            train(trainer, config, paths, console, first=done + 1, last=total)
         trainer.policy.export(paths.model)
         sampler.close()
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.config import SamplingParams
@@ -18,8 +19,21 @@ if TYPE_CHECKING:
     NamedWeights = Iterable[tuple[str, Tensor]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """What a rank draws at a time: a completion of each prompt, from the random streams of `seed` and `places`.
+
+    `places` number the prompts within the whole job. Of the first `logprob_checks` the engine reports log-probs.
+    """
+
+    prompts: Sequence[Prompt]
+    places: Sequence[int]
+    seed: int
+    logprob_checks: int = 0
+
+
 class Sampler:
-    """Gives rollouts of the current policy, also after its engine has died."""
+    """Gives graded rollouts of the weights that its engine holds, also after the engine has died."""
 
     def __init__(
         self, build: Callable[[], RolloutEngine], pool: GraderPool, sampling: SamplingParams, ranks: Ranks
@@ -31,35 +45,22 @@ class Sampler:
         self._sampling = sampling
         self._ranks = ranks
 
-    def rollouts(
-        self,
-        prompts: Sequence[Prompt],
-        weights: "Callable[[], NamedWeights]",
-        *,
-        seed: int,
-        places: Sequence[int],
-        logprob_checks: int = 0,
-    ) -> tuple[list[Rollout], int]:
+    def rollouts(self, draw: Draw, weights: "Callable[[], NamedWeights]") -> tuple[list[Rollout], int]:
         """One graded completion a prompt, and how many ranks' engines had to be built anew for it.
 
-        `weights` are the policy's. Every rank asks for them, whoever's engine died: under ZeRO-3 giving them is a
-        collective operation. Requests carry their seeds, so that the second attempt draws what the first would have.
+        `weights` are the policy's, for an engine that is built anew.
         """
+        return self.settle(draw, self.attempt(draw), weights)
 
-        def collect() -> list[Rollout]:
-            return collect_rollouts(
-                prompts,
-                self._engine,
-                self._pool,
-                self._sampling,
-                seed=seed,
-                places=places,
-                logprob_checks=logprob_checks,
-            )
+    def attempt(self, draw: Draw, weights: "NamedWeights | None" = None) -> list[Rollout] | None:
+        """The rollouts, or None if the engine died of them; `weights`, if any, are loaded first.
 
-        rollouts = None
+        This is what may run in another thread.
+        """
         try:
-            rollouts = collect()
+            if weights is not None:
+                self._engine.load_weights(weights)
+            return self._collect(draw)
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001  an engine may die of anything
@@ -68,22 +69,47 @@ class Sampler:
                 "it is built anew with the current weights and draws its batch again",
                 file=sys.stderr,
             )
+            return None
+
+    def settle(
+        self, draw: Draw, rollouts: list[Rollout] | None, weights: "Callable[[], NamedWeights]"
+    ) -> tuple[list[Rollout], int]:
+        """Draw again what an engine died of.
+
+        Every rank asks for the weights, whoever's engine died: under ZeRO-3 giving them is a collective operation.
+        Requests carry their seeds, so that with equal weights the second attempt draws what the first would have.
+        """
         died = self._ranks.total(int(rollouts is None))
         if died:
-            # After the handler, whose exception holds on to the engine's memory.
+            current = weights()
             if rollouts is None:
                 dict(self._pool.drain())  # grades of the first attempt
                 self._engine.close()
                 self._engine = self._build()
-            self.load_weights(weights())
+            self.load_weights(current)
             if rollouts is None:
-                rollouts = collect()
+                rollouts = self._collect(draw)
         assert rollouts is not None
         return rollouts, died
+
+    def _collect(self, draw: Draw) -> list[Rollout]:
+        return collect_rollouts(
+            draw.prompts,
+            self._engine,
+            self._pool,
+            self._sampling,
+            seed=draw.seed,
+            places=draw.places,
+            logprob_checks=draw.logprob_checks,
+        )
 
     def load_weights(self, weights: "NamedWeights") -> None:
         """Give the engine the policy's weights."""
         self._engine.load_weights(weights)
+
+    def sleep(self) -> None:
+        """Let the engine do without its memory until it is given weights again."""
+        self._engine.sleep()
 
     def close(self) -> None:
         """Free the engine's memory."""

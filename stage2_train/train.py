@@ -6,10 +6,12 @@ Shapes: _B sequence, _K completion token of the micro-batch.
 """
 
 import math
-from collections.abc import Sequence
+from operator import itemgetter
+from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from common.artifacts import RunPaths
 from common.config import Config
@@ -17,16 +19,19 @@ from common.engine import request_seed
 from common.grading import UNJUDGED
 from common.rollout import Rollout
 from stage2_train.batch import MicroBatch, TokenBatch, TokenSequence, token_batches
+from stage2_train.checkpoint import read_rollouts, read_state
 from stage2_train.completions import forget_completions, write_completions
 from stage2_train.inputs import Inputs, origin, prompt_batch
-from stage2_train.logprobs import LogprobModel, load_model, token_logprobs
+from stage2_train.logprobs import token_logprobs
 from stage2_train.metrics import Metrics, MetricsLog, peak_memory_bytes, timed
 from stage2_train.objectives import Objective, build_objective
+from stage2_train.pipeline import RolloutPipeline
 from stage2_train.policy import Policy, Ranks
 from stage2_train.records import SequenceRecord, compare_logprobs, note_slice, record_of, summarise
-from stage2_train.rollouts import LOGPROB_CHECKS
+from stage2_train.reference import build_reference
+from stage2_train.rollouts import LOGPROB_CHECKS, as_json, from_json
 from stage2_train.safeguards import StopRequest, refuse_divergence, refuse_unjudged
-from stage2_train.sampler import Sampler
+from stage2_train.sampler import Draw, Sampler
 
 
 class Trainer:
@@ -43,14 +48,16 @@ class Trainer:
         self.first_batch = inputs.first_batch
         self.held_out = inputs.held_out
         self.sampler = sampler
+        self.last = inputs.iterations(config)
         self.objective: Objective = build_objective(config.train.objective)
         self.policy = Policy(inputs.folder, config, ranks)
-        self.reference: LogprobModel = (
-            load_model(inputs.folder, config).to(ranks.device).eval().requires_grad_(False)
-        )
+        self.reference = build_reference(inputs.folder, config, self.policy, ranks)
         tokenizer = inputs.renderer.tokenizer
         self.pad_token_id = (
             tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        self.pipeline = RolloutPipeline(
+            sampler, config.train.staleness, self.draw_of, self.policy.named_weights
         )
 
     def iteration(self, number: int) -> tuple[Metrics, list[Rollout]]:
@@ -60,9 +67,7 @@ class Trainer:
         """
         metrics: Metrics = {}
         with timed("iteration", metrics):
-            places = range(self.ranks.rank, self.config.train.batch_size, self.ranks.world_size)
-            with timed("rollout", metrics):
-                rollouts, rebuilds = self.rollouts(number, places)
+            rollouts = self.rollouts(number, metrics)
             # What is random in the network, such as dropout, is the same after a restart.
             torch.manual_seed(request_seed(self.config.seed, "update", number, self.ranks.rank))
             records: dict[int, SequenceRecord] = {}
@@ -70,14 +75,14 @@ class Trainer:
             for start in range(0, self.config.train.batch_size, self.config.train.mini_batch_size):
                 step = range(start, start + self.config.train.mini_batch_size)
                 mini_batch = {
-                    place: rollout for place, rollout in zip(places, rollouts, strict=True) if place in step
+                    place: rollout
+                    for place, rollout in zip(self.places, rollouts, strict=True)
+                    if place in step
                 }
                 metrics["train/learning_rate"] = self.policy.learning_rate
                 step_records, norm = self.optimizer_step(mini_batch, metrics)
                 records |= step_records
                 gradient_norms.append(norm)
-            with timed("weight_sync", metrics):
-                self.synchronise()
         gathered = self.ranks.gather(list(records.values()))
         taken = [norm for norm in gradient_norms if math.isfinite(norm)]
         metrics |= summarise(gathered, metrics["time/iteration"])
@@ -85,24 +90,33 @@ class Trainer:
             "train/gradient_norm": sum(taken) / len(taken) if taken else math.nan,
             "train/skipped_steps": float(len(gradient_norms) - len(taken)),
             "train/processes": float(self.ranks.world_size),
-            "engine/rebuilds": float(rebuilds),
             "memory/peak_gib": peak_memory_bytes() / 2**30,
         }
         return metrics, rollouts
 
-    def rollouts(self, number: int, places: Sequence[int]) -> tuple[list[Rollout], int]:
-        """Line 9: x from the training prompts, one y ~ π_t(·|x) each, r(x, y); and how many engines died of it."""
-        batch = prompt_batch(len(self.prompts), self.config.train.batch_size, self.config.seed, number)
-        rollouts, rebuilds = self.sampler.rollouts(
-            [self.prompts[batch[place]] for place in places],
-            self.policy.named_weights,
-            seed=request_seed(self.config.seed, "train", number),
-            places=places,
-            logprob_checks=min(LOGPROB_CHECKS, self.config.train.mini_batch_size),
-        )
+    @property
+    def places(self) -> range:
+        """Which of a batch's completions are this rank's."""
+        return range(self.ranks.rank, self.config.train.batch_size, self.ranks.world_size)
+
+    def rollouts(self, number: int, metrics: Metrics) -> list[Rollout]:
+        """Line 9: x from the training prompts, one y ~ π_t(·|x) each, r(x, y); this rank's share of them."""
+        rollouts = self.pipeline.rollouts(number, self.last, metrics)
         judged = self.ranks.total(sum(rollout.grade.outcome not in UNJUDGED for rollout in rollouts))
-        refuse_unjudged(number, judged, len(batch), rollouts)
-        return rollouts, rebuilds
+        refuse_unjudged(number, judged, self.config.train.batch_size, rollouts)
+        return rollouts
+
+    def draw_of(self, number: int) -> Draw:
+        """What this rank draws for an iteration."""
+        train = self.config.train
+        batch = prompt_batch(len(self.prompts), train.batch_size, self.config.seed, number)
+        return Draw(
+            prompts=[self.prompts[batch[place]] for place in self.places],
+            places=self.places,
+            seed=request_seed(self.config.seed, "train", number),
+            # The trainer's log-probs are those of the same weights where none lag behind, and only there.
+            logprob_checks=min(LOGPROB_CHECKS, train.mini_batch_size) if train.staleness == 0 else 0,
+        )
 
     def optimizer_step(
         self, mini_batch: dict[int, Rollout], metrics: Metrics
@@ -122,7 +136,11 @@ class Trainer:
         slices = self.token_batches(judged or mini_batch)
         own_turns = len(slices) if judged else 0
         with timed("reference", metrics):
-            batches = [self.micro_batch(tokens, advantage, step_sequences) for tokens in slices]
+            reference_logprobs = self.reference.logprobs(slices)
+        batches = [
+            self.micro_batch(tokens, reference_logprobs_K, advantage, step_sequences)
+            for tokens, reference_logprobs_K in zip(slices, reference_logprobs, strict=True)
+        ]
         with timed("update", metrics):
             rounds = self.ranks.largest(own_turns)
             for turn in range(rounds):
@@ -139,10 +157,14 @@ class Trainer:
             records[place].regressed = math.isfinite(gradient_norm)
         return records, gradient_norm
 
-    def micro_batch(self, tokens: TokenBatch, advantage: dict[int, float], step_sequences: int) -> MicroBatch:
+    def micro_batch(
+        self,
+        tokens: TokenBatch,
+        reference_logprobs_K: Tensor,
+        advantage: dict[int, float],
+        step_sequences: int,
+    ) -> MicroBatch:
         """What the objective needs of a slice: ln π_ref of its tokens, its sequences' advantages, the step's size."""
-        with torch.no_grad():
-            reference_logprobs_K = token_logprobs(self.reference, tokens).logprobs_K
         return MicroBatch(
             sequence_of_K=tokens.sequence_of_K,
             reference_logprobs_K=reference_logprobs_K,
@@ -158,21 +180,20 @@ class Trainer:
         batches = token_batches(sequences, self.config.train.tokens_per_micro_batch, self.pad_token_id)
         return [batch.to(self.ranks.device) for batch in batches]
 
-    def synchronise(self) -> None:
-        """Give the engine the policy's weights."""
-        self.sampler.load_weights(self.policy.named_weights())
+    def evaluate(self, number: int) -> tuple[Metrics, list[Rollout]]:
+        """Sampled accuracy after iteration `number` on the held-out prompts, from the same random streams every time.
 
-    def evaluate(self) -> tuple[Metrics, list[Rollout]]:
-        """Sampled accuracy on the held-out prompts, one completion each, from the same random streams every time."""
+        One completion each.
+        """
         metrics: Metrics = {}
         places = range(self.ranks.rank, len(self.held_out), self.ranks.world_size)
+        draw = Draw(
+            prompts=[self.held_out[place] for place in places],
+            places=places,
+            seed=request_seed(self.config.seed, "evaluate"),
+        )
         with timed("evaluate", metrics):
-            rollouts, _ = self.sampler.rollouts(
-                [self.held_out[place] for place in places],
-                self.policy.named_weights,
-                seed=request_seed(self.config.seed, "evaluate"),
-                places=places,
-            )
+            rollouts = self.pipeline.now(draw, number)
         solved = self.ranks.gather([record_of(rollout, 0.0) for rollout in rollouts])
         metrics["evaluate/pass_at_1"] = sum(record.solved for record in solved) / len(solved)
         return metrics, rollouts
@@ -185,7 +206,23 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "held_out_accuracy": held_out_accuracy,
         }
-        self.policy.save_checkpoint(paths.checkpoints, state, keep=self.config.train.keep_checkpoints)
+        rollouts = []
+        for batch in self.pipeline.waiting(number):
+            ours = list(zip(self.places, map(as_json, batch), strict=True))
+            rollouts.append([rollout for _, rollout in sorted(self.ranks.gather(ours), key=itemgetter(0))])
+        keep = self.config.train.keep_checkpoints
+        self.policy.save_checkpoint(paths.checkpoints, state, keep=keep, rollouts=rollouts)
+
+    def resume(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint; returns the number of its iteration."""
+        self.policy.load_checkpoint(checkpoint)
+        number: int = read_state(checkpoint)["iteration"]
+        prompts = {prompt.id: prompt for prompt in self.prompts}
+        batches = [
+            [from_json(batch[place], prompts) for place in self.places] for batch in read_rollouts(checkpoint)
+        ]
+        self.pipeline.resume(number, batches)
+        return number
 
 
 def train(
@@ -202,7 +239,7 @@ def train(
         log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
 
     def evaluate(number: int, training: list[Rollout]) -> Metrics:
-        metrics, held_out = trainer.evaluate()
+        metrics, held_out = trainer.evaluate(number)
         if log:
             stage1 = {"pass_rate": trainer.pass_rate, "vstar": trainer.vstar}
             write_completions(paths.completions, number, training=training, held_out=held_out, **stage1)

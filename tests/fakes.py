@@ -71,6 +71,9 @@ class ScriptedEngine:
     def load_weights(self, _: object) -> None:
         raise AssertionError("stage 1 never changes the weights")
 
+    def sleep(self) -> None:
+        raise AssertionError("stage 1 has nothing to make room for")
+
     def close(self) -> None:
         self.closed = True
 

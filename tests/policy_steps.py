@@ -1,10 +1,8 @@
-"""Optimizer steps that go wrong, as a program: `python -m tests.policy_steps JOB.json`, alone or under torchrun.
+"""Optimizer steps that go wrong, on one rank of a job: what tests/training_jobs.py runs for tests/test_safeguards.py.
 
-The job file holds the config, `cases` (name to changes of its [train] and [model] sections) and the file to write to.
+The order holds a `config`, `cases` (name to changes of it) and the `output` to write to.
 """
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Rollout
 from stage2_train.inputs import Inputs, prepare
 from stage2_train.policy import MAX_SKIPPED_STEPS, Policy, Ranks, join_ranks
-from stage2_train.sampler import Sampler
+from stage2_train.sampler import Draw, Sampler
 from stage2_train.train import Trainer
-from tests.train_steps import ScriptedEngine
+from tests.train_steps import ScriptedEngine, changed
 
 GOOD, BAD = 1.0, float("nan")
 Weights = dict[str, torch.Tensor]
@@ -54,12 +52,8 @@ def regressed(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool, *,
     trainer = Trainer(config, inputs, Sampler(lambda: engine, pool, config.sampling, ranks), ranks)
     for number in (1, 2):
         places = range(ranks.rank, 8, ranks.world_size)
-        rollouts, _ = trainer.sampler.rollouts(
-            [inputs.prompts[place] for place in places],
-            trainer.policy.named_weights,
-            seed=number,
-            places=places,
-        )
+        draw = Draw(prompts=[inputs.prompts[place] for place in places], places=places, seed=number)
+        rollouts, _ = trainer.sampler.rollouts(draw, trainer.policy.named_weights)
         mini_batch = {
             place: unjudged(rollout) if place % 2 else rollout
             for place, rollout in zip(places, rollouts, strict=True)
@@ -74,32 +68,24 @@ def unjudged(rollout: Rollout) -> Rollout:
     return replace(rollout, grade=Grade(outcome=Outcome.VERIFIER_CRASH, reward=0.0))
 
 
-def main(job_file: str) -> None:
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+def main(order: dict[str, Any]) -> None:
+    config = Config.model_validate(order["config"])
     ranks = join_ranks(seed=0)
-    config = Config.model_validate(job["config"])
-    inputs = prepare(config, Path(job["vstar"]))
+    inputs = prepare(config, Path(order["vstar"]))
     found: dict[str, Any] = {}
-    for name, change in job["cases"].items():
-        case = config.model_copy(
-            update={
-                section: getattr(config, section).model_copy(update=values)
-                for section, values in change.items()
-            }
-        )
+    for name, change in order["cases"].items():
+        case = changed(config, change)
         found[name] = {
             "disturbed": steps(case, inputs, ranks, [GOOD, BAD, BAD, GOOD, GOOD]),
             "undisturbed": steps(case, inputs, ranks, [GOOD, GOOD, GOOD]),
         }
     found["hopeless"] = steps(config, inputs, ranks, [GOOD] + [BAD] * (MAX_SKIPPED_STEPS + 1))
     with GraderPool(config.grader) as pool:
-        found["unjudged"] = regressed(config, inputs, ranks, pool, leave_out=False)
+        for stage in (2, 3):
+            case = changed(config, {"train": {"zero_stage": stage}})
+            found[f"unjudged, ZeRO-{stage}"] = regressed(case, inputs, ranks, pool, leave_out=False)
         if ranks.world_size == 1:
             found["judged only"] = regressed(config, inputs, ranks, pool, leave_out=True)
-    torch.save(found, f"{job['output']}.{ranks.rank}")
+    torch.save(found, f"{order['output']}.{ranks.rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

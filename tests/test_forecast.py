@@ -28,7 +28,14 @@ from common.forecast import LEVEL, Expectation, batch_mean, first_batch, fresh_r
 from common.schema import read_vstar, write_vstar
 from stage1_vstar.estimator import estimate_vstar
 from stage2_train.forecast import completion_tokens, forecast
-from stage2_train.memory import Shape, layer_activations, memory_per_gpu, model_states, read_shape
+from stage2_train.memory import (
+    Shape,
+    host_memory,
+    layer_activations,
+    memory_per_gpu,
+    model_states,
+    read_shape,
+)
 from tests.conftest import RunCli
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -437,16 +444,82 @@ def test_memory_of_qwen2_5_1_5b_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_each_zero_stage_shares_out_what_it_says(stage: int, tmp_path: Path) -> None:
-    states = model_states(1000, bfloat16_config(tmp_path, zero_stage=stage), gpus=4)
+    shape = Shape(
+        parameters=1000, hidden=8, layers=1, intermediate=8, heads=1, queries=8, keys=8, vocabulary=8
+    )
+    states = model_states(shape, bfloat16_config(tmp_path, zero_stage=stage), gpus=4)
     shared = {"float32 copy of the parameters": 1, "AdamW's moments": 1, "gradients": 2, "parameters": 3}
-    alone = model_states(1000, bfloat16_config(tmp_path, zero_stage=stage), gpus=1)
+    alone = model_states(shape, bfloat16_config(tmp_path, zero_stage=stage), gpus=1)
     assert states == {name: size // 4 if stage >= shared[name] else size for name, size in alone.items()}
 
 
+def test_an_adapter_and_offloading_leave_a_gpu_little_to_hold(tmp_path: Path) -> None:
+    """Qwen2.5-1.5B: rank 16 beside 2 × (1,536 + 1,536), 2 × (1,536 + 256) and 3 × (1,536 + 8,960) of 28 layers."""
+    qwen_folder(tmp_path)
+    shape = read_shape(tmp_path)
+    weights = 2 * shape.parameters
+    engine = {"vLLM's share": 32 * 2**30}
+
+    def memory(**train: Any) -> dict[str, Any]:
+        return memory_per_gpu(shape, bfloat16_config(tmp_path, **train), gpus=1, gpu_bytes=80 * 2**30)
+
+    adapter = memory(lora={"rank": 16})
+    trained = 28 * 16 * (2 * 3072 + 2 * 1792 + 3 * 10496)
+    assert adapter["trained_parameters"] == trained == 18_464_768
+    assert adapter["held"] == {
+        "parameters": weights,
+        "adapter": 2 * trained,
+        "gradients": 2 * trained,
+        "float32 copy of the parameters": 4 * trained,
+        "AdamW's moments": 8 * trained,
+        **engine,
+    }
+    assert adapter["backward"]["output layer's gradient"] == 4 * adapter["micro_batch_tokens"] * 1536
+    assert adapter["host"] == {}
+    offloaded = memory(offload_optimizer=True, offload_reference=True)
+    largest = 2 * 151936 * 1536
+    assert offloaded["held"] == {
+        "parameters": weights,
+        "gradients": 0,
+        "a gradient on its way to the host": largest,
+        **engine,
+    }
+    assert offloaded["reference"] == {"reference model": weights}
+    assert offloaded["step"] == {}
+    assert offloaded["host"] == {
+        "reference model": weights,
+        "float32 copy of the parameters": 2 * weights,
+        "AdamW's moments": 4 * weights,
+        "gradients in float32": 2 * weights,
+        "AdamW's temporary": 2 * weights,
+        "gradients of earlier micro-batches": weights,
+        "parameters on their way back": weights + largest,
+    }
+    with pytest.raises(UserError, match="no linear layers called lm_head before its output layer"):
+        memory(lora={"target_modules": ["q_proj", "lm_head"]})
+
+
+HELD: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"ZeRO-{stage} in {dtype}": (dtype, {"zero_stage": stage})
+        for stage in range(4)
+        for dtype in ("float32", "bfloat16")
+    },
+    **{
+        f"ZeRO-{stage}, offloaded": ("bfloat16", {"zero_stage": stage, "offload_optimizer": True})
+        for stage in (1, 2, 3)
+    },
+    "LoRA": ("bfloat16", {"lora": {"rank": 8}}),
+    "LoRA, offloaded": ("float32", {"lora": {"rank": 8}, "offload_optimizer": True}),
+}
+"""The model's dtype and changes of [train]."""
+
+
 def test_deepspeed_holds_the_bytes_that_are_forecast(tiny_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "bytes.json"
+    job, output = tmp_path / "job.json", tmp_path / "bytes.json"
+    job.write_text(json.dumps({"model": str(tiny_model), "cases": HELD, "output": str(output)}))
     process = subprocess.run(
-        [sys.executable, "-m", "tests.train_memory", str(tiny_model), str(output)],
+        [sys.executable, "-m", "tests.train_memory", str(job)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -455,12 +528,14 @@ def test_deepspeed_holds_the_bytes_that_are_forecast(tiny_model: Path, tmp_path:
     )
     assert process.returncode == 0, process.stderr[-4000:]
     found = json.loads(output.read_text(encoding="utf-8"))
-    parameters = read_shape(tiny_model).parameters
+    shape = read_shape(tiny_model)
     for name, held in found["bytes"].items():
-        dtype, stage = name.split()
-        config = with_dtype(bfloat16_config(tmp_path, zero_stage=int(stage)), dtype)
-        states = model_states(parameters, config, gpus=1)
-        assert held == pytest.approx(sum(states.values()), rel=0.02), name
+        dtype, change = HELD[name]
+        config = with_dtype(bfloat16_config(tmp_path, **change), dtype)
+        states = sum(model_states(shape, config, gpus=1).values())
+        host = host_memory(shape, config, gpus=1)
+        host.pop("AdamW's temporary", None)
+        assert held == pytest.approx(states + sum(host.values()), rel=0.02), name
     from stage2_train import memory
 
     assert found["reduce_bucket_size"] == memory.BUCKET
@@ -470,9 +545,13 @@ def test_deepspeed_holds_the_bytes_that_are_forecast(tiny_model: Path, tmp_path:
     assert found["logits_per_block"] == memory.LOGITS_PER_BLOCK
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 8}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_layer_keeps_the_bytes_that_are_forecast(dtype: str, tmp_path: Path) -> None:
+def test_a_layer_keeps_the_bytes_that_are_forecast(
+    dtype: str, lora: dict[str, int] | None, tmp_path: Path
+) -> None:
     import torch
+    from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2Model
 
     def kept(layers: int) -> int:
@@ -480,6 +559,9 @@ def test_a_layer_keeps_the_bytes_that_are_forecast(dtype: str, tmp_path: Path) -
         model = Qwen2Model(Qwen2Config(**(settings | {"num_hidden_layers": layers}))).to(
             getattr(torch, dtype)
         )
+        if lora:
+            chosen = LoraConfig(r=lora["rank"], target_modules="all-linear")
+            get_peft_model(model, chosen, autocast_adapter_dtype=False)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         storages: dict[int, torch.UntypedStorage] = {}
 
@@ -491,7 +573,7 @@ def test_a_layer_keeps_the_bytes_that_are_forecast(dtype: str, tmp_path: Path) -
             model.train()(torch.arange(24).reshape(2, 12), use_cache=False)
         return sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
 
-    config = with_dtype(bfloat16_config(tmp_path), dtype)
+    config = with_dtype(bfloat16_config(tmp_path, lora=lora), dtype)
     shape = Shape(
         parameters=0, hidden=192, layers=0, intermediate=320, heads=12, queries=192, keys=32, vocabulary=32
     )

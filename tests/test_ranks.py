@@ -1,158 +1,234 @@
-"""One training step however it is split: over processes, ZeRO stages and micro-batches.
+"""Training however it is split: over processes, ZeRO stages and micro-batches. The reference is the formula itself.
 
-The same scripted completions are trained on by one process and by two. Sums are taken in another order, so results
-agree to rounding; AdamW divides gradients by their own size, which magnifies the rounding of the smallest.
+The same scripted completions are trained on in every case. Sums are taken in another order, so results agree to
+rounding; AdamW divides gradients by their own size, which magnifies the rounding of the smallest.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from common.config import Config
 from tests.stage2_runs import tiny_config, write_tiny_vstar
-from tests.train_steps import FIGURES, IN_CHUNKS
+from tests.train_steps import IN_CHUNKS
+from tests.training_jobs import ranks_found
 
-ROOT = Path(__file__).parents[1]
 FIGURES_TOLERANCE = 1e-5
-"""Relative, for losses, KL, entropy and gradient norm."""
-WEIGHTS_TOLERANCE = 5e-5
-"""Absolute (measured: 1e-5). Four steps move a weight by up to 4e-3."""
-MOVEMENT_TOLERANCE = 5e-3
-"""Of a tensor's whole movement (measured: 1e-3 for the key biases, whose gradient is rounding alone; others 1e-5)."""
-BASELINE = "ZeRO-2"
-CASES: dict[str, dict[str, Any]] = {
-    "ZeRO-0": {"zero_stage": 0},
-    "ZeRO-1": {"zero_stage": 1},
-    BASELINE: {"zero_stage": 2},
-    "ZeRO-3": {"zero_stage": 3},
-    IN_CHUNKS: {"zero_stage": 3},
-    "a sequence at a time": {"zero_stage": 2, "tokens_per_micro_batch": 1},
-    "all at once": {"zero_stage": 2, "tokens_per_micro_batch": 100_000},
-    "gradient checkpointing": {"zero_stage": 2, "gradient_checkpointing": True},
+"""Relative, for losses, KL, entropy and gradient norm (measured: 2e-6)."""
+LOG_RATIO_TOLERANCE = 5e-5
+"""Nats a completion (measured: 2e-5); its log-probs add up to hundreds."""
+WEIGHTS_TOLERANCE = 2e-5
+"""Absolute (measured: 3e-6). Six steps move a weight by up to 6e-3."""
+MOVEMENT_TOLERANCE = 1e-3
+"""Of a tensor's whole movement (measured: 1e-4 for the key biases, whose gradients are the smallest)."""
+
+ITERATIONS, STEPS, SEQUENCES = 3, 6, 8
+BUDGETS = {"a sequence at a time": 1, "in slices": 90, "all at once": 100_000}
+SPLITS = [(0, "in slices"), *product((1, 2, 3), BUDGETS)]
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    **{
+        f"ZeRO-{stage}, {budget}": {"train": {"zero_stage": stage, "tokens_per_micro_batch": BUDGETS[budget]}}
+        for stage, budget in SPLITS
+    },
+    IN_CHUNKS: {"train": {"zero_stage": 3}},
+    "gradient checkpointing": {"train": {"zero_stage": 2, "gradient_checkpointing": True}},
 }
+CASES_OF_FOUR = {name: CASES[name] for name in ("ZeRO-2, in slices", "ZeRO-3, in slices", IN_CHUNKS)}
+RUNS = [(1, case) for case in CASES] + [(2, case) for case in CASES] + [(4, case) for case in CASES_OF_FOUR]
+Sequences = dict[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What each rank found, by case."""
+    """What each rank found, by the number of processes and the case; the weights at the start."""
 
-    figures: list[dict[str, dict[str, Any]]]
-    weights: list[dict[str, dict[str, torch.Tensor]]]
+    config: Config
+    start: dict[str, Tensor]
+    found: dict[int, list[dict[str, dict[str, Any]]]]
+
+    def ranks(self, processes: int, case: str) -> list[dict[str, Any]]:
+        return [rank[case] for rank in self.found[processes]]
+
+    def sequences(self, processes: int, case: str) -> list[Sequences]:
+        """Those of each step, of all ranks."""
+        ranks = self.ranks(processes, case)
+        return [
+            {
+                place: sequence
+                for rank in ranks
+                for place, sequence in rank["steps"][step]["sequences"].items()
+            }
+            for step in range(STEPS)
+        ]
 
 
-def run(folder: Path, model: Path, processes: int) -> Outcome:
+@dataclass(frozen=True)
+class Reference:
+    """What the formula gives: each step's loss, gradient norm and log-ratios by place; the weights after the last."""
+
+    losses: list[float]
+    norms: list[float]
+    log_ratios: list[dict[int, float]]
+    entropies: list[float]
+    weights: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("ranks")
     config = tiny_config(
         folder,
-        model,
-        sampling={"max_completion_tokens": 16},
-        train={"iterations": 2, "tokens_per_micro_batch": 55},
+        tiny_model,
+        sampling={"max_completion_tokens": 64},
+        train={
+            "iterations": ITERATIONS,
+            "tokens_per_micro_batch": BUDGETS["in slices"],
+            "max_grad_norm": 10.0,
+        },
+        grader={"workers": 1},
     )
     write_tiny_vstar(config, folder / "vstar.parquet")
-    cases = {
-        name: config.model_copy(update={"train": config.train.model_copy(update=change)}).model_dump(
-            mode="json"
-        )
-        for name, change in CASES.items()
-    }
-    job = folder / f"job-{processes}.json"
-    output = folder / f"outcome-{processes}"
-    job.write_text(
-        json.dumps({"cases": cases, "vstar": str(folder / "vstar.parquet"), "output": str(output)})
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
-    finished = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.train_steps", str(job)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    found = [torch.load(f"{output}.{rank}") for rank in range(processes)]
-    return Outcome([figures for figures, _ in found], [weights for _, weights in found])
+    found = ranks_found("train_steps", config, folder, {1: CASES, 2: CASES, 4: CASES_OF_FOUR})
+    return Outcome(config, load_file(tiny_model / "model.safetensors"), found)
 
 
 @pytest.fixture(scope="module")
-def start(tiny_model: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = load_file(tiny_model / "model.safetensors")
-    return weights
+def reference(outcome: Outcome, tiny_model: Path) -> Reference:
+    """Algorithm 1's line 10 as it is written: all logits of one sequence after the other, plain AdamW."""
+    train = outcome.config.train
+    policy, initial = (
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2)
+    )
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=train.learning_rate,
+        betas=train.adam_betas,
+        weight_decay=train.weight_decay,
+    )
+    found = Reference([], [], [], [], policy.state_dict())
+    for sequences in outcome.sequences(1, next(iter(CASES))):
+        losses, log_ratios, entropies = [], {}, []
+        for place, sequence in sequences.items():
+            prompt, completion = sequence["prompt"], sequence["completion"]
+            logprobs, entropy = completion_logprobs(policy, prompt, completion)
+            with torch.no_grad():
+                initially, _ = completion_logprobs(initial, prompt, completion)
+            log_ratio = (logprobs - initially).sum()
+            losses.append((train.objective.beta2 * log_ratio - (sequence["reward"] - sequence["vstar"])) ** 2)
+            log_ratios[place] = log_ratio.item()
+            entropies.extend(entropy.tolist())
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        found.norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), train.max_grad_norm)))
+        optimizer.step()
+        found.losses.append(loss.item())
+        found.log_ratios.append(log_ratios)
+        found.entropies.append(sum(entropies) / len(entropies))
+    return found
 
 
-@pytest.fixture(scope="module")
-def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcome]:
-    found = {processes: run(tmp_path_factory.mktemp("ranks"), tiny_model, processes) for processes in (1, 2)}
-    return found.__getitem__
+def completion_logprobs(model: Any, prompt: list[int], completion: list[int]) -> tuple[Tensor, Tensor]:
+    """ln π of each token of a completion and the entropy there."""
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    log_softmax = logits.log_softmax(-1)
+    logprobs = log_softmax[torch.arange(len(completion)), torch.tensor(completion)]
+    return logprobs, -(log_softmax.exp() * log_softmax).sum(-1).detach()
 
 
-def assert_same(
-    outcome: Outcome, rank: int, case: str, reference: Outcome, start: dict[str, torch.Tensor]
+@pytest.mark.parametrize(("processes", "case"), RUNS)
+def test_every_split_takes_the_steps_of_the_formula(
+    outcome: Outcome, reference: Reference, processes: int, case: str
 ) -> None:
-    ours, theirs = outcome.figures[rank][case], reference.figures[0][BASELINE]
-    for name in ("pass_at_1", *FIGURES):
-        assert ours[name] == pytest.approx(theirs[name], rel=FIGURES_TOLERANCE), name
-    assert outcome.weights[rank][case].keys() == start.keys()
-    for name, weight in reference.weights[0][BASELINE].items():
-        difference = outcome.weights[rank][case][name] - weight
-        moved = weight - start[name]
-        assert float(difference.abs().max()) < WEIGHTS_TOLERANCE, name
-        assert float(difference.norm()) < MOVEMENT_TOLERANCE * float(moved.norm()), name
+    """Each step's loss, gradient norm and log-ratios."""
+    for step, sequences in enumerate(outcome.sequences(processes, case)):
+        assert sorted(sequences) == sorted(reference.log_ratios[step])
+        loss = sum(sequence["loss"] for sequence in sequences.values()) / SEQUENCES
+        assert loss == pytest.approx(reference.losses[step], rel=FIGURES_TOLERANCE)
+        for place, sequence in sequences.items():
+            expected = reference.log_ratios[step][place]
+            assert sequence["log_ratio"] == pytest.approx(expected, abs=LOG_RATIO_TOLERANCE)
+        for rank in outcome.ranks(processes, case):
+            assert rank["steps"][step]["norm"] == pytest.approx(reference.norms[step], rel=FIGURES_TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_process_gives_the_same_step_in_every_way(
-    outcome: Callable[[int], Outcome], start: dict[str, torch.Tensor], case: str
+@pytest.mark.parametrize(("processes", "case"), RUNS)
+def test_every_split_ends_with_the_weights_of_the_formula(
+    outcome: Outcome, reference: Reference, processes: int, case: str
 ) -> None:
-    assert_same(outcome(1), 0, case, outcome(1), start)
+    for rank in outcome.ranks(processes, case):
+        assert rank["weights"].keys() == outcome.start.keys() == reference.weights.keys()
+        for name, weight in reference.weights.items():
+            difference = rank["weights"][name] - weight
+            moved = weight - outcome.start[name]
+            assert float(difference.abs().max()) < WEIGHTS_TOLERANCE, name
+            assert float(difference.norm()) < MOVEMENT_TOLERANCE * float(moved.norm()), name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_give_the_step_of_one(
-    outcome: Callable[[int], Outcome], start: dict[str, torch.Tensor], case: str
+@pytest.mark.parametrize(("processes", "case"), RUNS)
+def test_every_rank_reports_the_figures_of_the_whole_batch(
+    outcome: Outcome, reference: Reference, processes: int, case: str
 ) -> None:
-    for rank in range(2):
-        assert_same(outcome(2), rank, case, outcome(1), start)
+    whole = outcome.sequences(1, next(iter(CASES)))
+    rewards = [[sequence["reward"] for sequence in step.values()] for step in whole]
+    lengths = [sum(len(sequence["completion"]) for sequence in step.values()) for step in whole]
+    for rank in outcome.ranks(processes, case):
+        assert rank["before"] == outcome.found[1][0][case]["before"]
+        for iteration in range(ITERATIONS):
+            steps = range(2 * iteration, 2 * iteration + 2)
+            log_ratios = [value for step in steps for value in reference.log_ratios[step].values()]
+            tokens = sum(lengths[step] for step in steps)
+            expected = {
+                "loss/regression": sum(reference.losses[step] for step in steps) / 2,
+                "kl/sequence": sum(log_ratios) / len(log_ratios),
+                "reward/mean": sum(sum(rewards[step]) for step in steps) / len(log_ratios),
+                "train/gradient_norm": sum(reference.norms[step] for step in steps) / 2,
+                "policy/entropy": sum(reference.entropies[step] * lengths[step] for step in steps) / tokens,
+            }
+            found = {name: values[iteration] for name, values in rank["figures"].items()}
+            assert found == pytest.approx(expected, rel=FIGURES_TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_processes_hold_the_very_same_weights(outcome: Callable[[int], Outcome], case: str) -> None:
-    first, second = (weights[case] for weights in outcome(2).weights)
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]), name
+@pytest.mark.parametrize(("processes", "case"), RUNS)
+def test_all_ranks_hold_the_very_same_weights(outcome: Outcome, processes: int, case: str) -> None:
+    first, *others = (rank["weights"] for rank in outcome.ranks(processes, case))
+    for other in others:
+        for name, weight in first.items():
+            assert torch.equal(weight, other[name]), name
 
 
-def test_the_cases_differ_in_what_they_are_meant_to_compare(
-    outcome: Callable[[int], Outcome], start: dict[str, torch.Tensor]
-) -> None:
-    """Training moved the weights, slices were many or one, and the two ranks had unequal numbers of them."""
-    for name, weight in outcome(1).weights[0][BASELINE].items():
-        assert float((weight - start[name]).abs().max()) > 50 * WEIGHTS_TOLERANCE, name
-    one = outcome(1).figures[0]
-    assert one["a sequence at a time"]["slices"] == [8] * 4
-    assert one["all at once"]["slices"] == [1] * 4
-    left, right = (figures[BASELINE]["slices"] for figures in outcome(2).figures)
-    assert left != right
-    assert 0 < one[BASELINE]["pass_at_1"] < 1
-    assert all(norm > 0 for norm in one[BASELINE]["train/gradient_norm"])
+def test_the_cases_differ_in_what_they_are_meant_to_compare(outcome: Outcome, reference: Reference) -> None:
+    """Weights moved, gradients were clipped or not, lengths differ, and ranks had unequal numbers of slices."""
+    for name, weight in reference.weights.items():
+        assert float((weight - outcome.start[name]).abs().max()) > 50 * WEIGHTS_TOLERANCE, name
+    limit = outcome.config.train.max_grad_norm
+    assert min(reference.norms) < limit < max(reference.norms)
+
+    def slices(processes: int, case: str) -> list[list[int]]:
+        return [[step["slices"] for step in rank["steps"]] for rank in outcome.ranks(processes, case)]
+
+    for stage in (1, 2, 3):
+        assert slices(1, f"ZeRO-{stage}, a sequence at a time") == [[SEQUENCES] * STEPS]
+        assert slices(1, f"ZeRO-{stage}, all at once") == [[1] * STEPS]
+        for processes in (1, 2):
+            for rank in slices(processes, f"ZeRO-{stage}, in slices"):
+                assert 1 < sum(rank) / STEPS < SEQUENCES / processes
+        left, right = slices(2, f"ZeRO-{stage}, in slices")
+        assert left != right
+    sequences = [value for step in outcome.sequences(1, next(iter(CASES))) for value in step.values()]
+    assert {1, 64} < {len(sequence["completion"]) for sequence in sequences}
+    assert {0.0, 1.0} == {sequence["reward"] for sequence in sequences}
 
 
-def test_before_its_first_step_the_policy_is_the_reference(outcome: Callable[[int], Outcome]) -> None:
-    for processes in (1, 2):
-        for figures in outcome(processes).figures:
-            for case in CASES:
-                first, *later = figures[case]["log_ratios"]
-                assert len(first) == 8 / processes
-                assert max(map(abs, first)) < 1e-4
-                assert max(abs(value) for step in later for value in step) > 1e-2
+def test_before_its_first_step_the_policy_is_the_reference_model(outcome: Outcome) -> None:
+    for processes, case in RUNS:
+        first, *later = outcome.sequences(processes, case)
+        assert max(abs(sequence["log_ratio"]) for sequence in first.values()) < LOG_RATIO_TOLERANCE
+        assert max(abs(sequence["log_ratio"]) for step in later for sequence in step.values()) > 1e-2

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from stage2_train.checkpoint import checkpoints, damage, finish, latest_state, n
 from tests.conftest import ROOT, save_tiny_model
 from tests.killing import JobServer
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
+from tests.train_steps import changed
 
 ITERATIONS = 12
 VARIES = ("time/", "throughput/", "memory/")
@@ -43,9 +46,9 @@ def config(tmp_path: Path) -> Config:
     return config
 
 
-@pytest.fixture
-def jobs(artifacts: Path) -> Iterator[JobServer]:
-    with JobServer(artifacts, "tests.training_jobs") as server:
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
+    with JobServer(tmp_path_factory.mktemp("jobs"), "tests.training_jobs") as server:
         yield server
 
 
@@ -69,36 +72,73 @@ def assert_same(ours: RunPaths, theirs: RunPaths) -> None:
     assert kept == expected_names
 
 
-@pytest.mark.parametrize("wanted", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_happened(
-    jobs: JobServer, config: Config, tmp_path: Path, wanted: int
-) -> None:
-    def run(name: str, seconds: float | None = None) -> int:
-        document = config.model_copy(update={"run": name}).model_dump(mode="json")
-        return jobs.run(document, seconds=seconds, vstar=str(tmp_path / "vstar.parquet"))
+Train = Callable[..., int]
 
-    began = time.monotonic()
-    assert run("whole") == 0
-    longest = time.monotonic() - began
+
+@pytest.fixture
+def train(jobs: JobServer, config: Config, tmp_path: Path, artifacts: Path) -> Train:
+    """Train as run `name`, with other values in the config's sections; returns the wait status."""
+
+    def run(
+        name: str, *, change: dict[str, dict[str, Any]] | None = None, processes: int = 1, **order: Any
+    ) -> int:
+        ours = changed(config, change or {}).model_copy(update={"run": name})
+        order |= {"program": "train", "processes": processes, "artifacts": str(artifacts)}
+        order |= {"vstar": str(tmp_path / "vstar.parquet")}
+        return jobs.run(ours.model_dump(mode="json"), **order)
+
+    return run
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_happened(train: Train, kills: int) -> None:
+    assert train("whole") == 0
     whole = run_paths("whole")
     assert [row["iteration"] for row in figures(whole)] == list(range(ITERATIONS + 1))
     instants = random.Random(0)
-    kills = lost = completed = 0
-    while kills < wanted:
-        killed, before = run_paths(f"killed-{completed}"), 0
-        while status := run(f"killed-{completed}", instants.uniform(0.2, 1.0) * longest):
+    completed = done = lost = 0
+    after, iterations_later = 3, 0.0  # the first time right before a checkpoint
+    while kills:
+        name = f"killed-{completed}"
+        killed = run_paths(name)
+        if status := train(name, killed_after=after, iterations_later=iterations_later):
             assert status == signal.SIGKILL
-            kills += 1
-            done = latest_state(killed.checkpoints).get("iteration", 0)
+            kills -= 1
+            before, done = done, latest_state(killed.checkpoints).get("iteration", 0)
             assert done >= before
-            before = done
-            lost += killed.metrics.exists() and len(figures_of_killed(killed)) - 1 > done
-            assert [damage(path) for path in checkpoints(killed.checkpoints)] == [None] * len(
-                checkpoints(killed.checkpoints)
-            )
-        assert_same(killed, whole)
-        completed += 1
-    assert lost >= wanted // 5  # iterations were thrown away and done again
+            lost += len(figures_of_killed(killed)) - 1 - done
+            kept = checkpoints(killed.checkpoints)
+            assert [damage(path) for path in kept] == [None] * len(kept)
+        else:
+            assert_same(killed, whole)
+            completed, done = completed + 1, 0
+        after = min(done + instants.randint(1, 4), ITERATIONS)
+        iterations_later = instants.uniform(0, 1)
+    assert train(f"killed-{completed}") == 0
+    assert_same(run_paths(f"killed-{completed}"), whole)
+    assert lost > 0  # iterations were thrown away and done again
+
+
+IN_THE_SUITE = [(2, 2, "float32"), (2, 3, "float32"), (1, 2, "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("processes", "zero_stage", "dtype"),
+    [
+        pytest.param(*split, marks=() if split in IN_THE_SUITE else pytest.mark.slow)
+        for split in product((1, 2), (0, 1, 2, 3), ("float32", "bfloat16"))
+    ],
+)
+def test_killed_between_checkpoints_any_split_ends_as_if_nothing_had_happened(
+    train: Train, processes: int, zero_stage: int, dtype: str
+) -> None:
+    change = {"train": {"zero_stage": zero_stage, "iterations": 6}, "model": {"dtype": dtype}}
+    assert train("whole", change=change, processes=processes) == 0
+    assert train("killed", change=change, processes=processes, killed_after=5) == signal.SIGKILL
+    whole, killed = run_paths("whole"), run_paths("killed")
+    assert latest_state(killed.checkpoints)["iteration"] == 4
+    assert train("killed", change=change, processes=processes) == 0
+    assert_same(killed, whole)
 
 
 def figures_of_killed(paths: RunPaths) -> list[str]:
@@ -107,13 +147,19 @@ def figures_of_killed(paths: RunPaths) -> list[str]:
     ]
 
 
-def cli(config: Config, folder: Path, artifacts: Path) -> "subprocess.Popen[str]":
+def cli(
+    config: Config, folder: Path, artifacts: Path, *, largest_file: int | None = None
+) -> "subprocess.Popen[str]":
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file or 0,) * 2)
+
     (folder / "run.toml").write_text(as_toml(config), encoding="utf-8")
     program = [sys.executable, str(ROOT / "cli.py"), "train", "--config", str(folder / "run.toml")]
     environment = {"ASTAR_PO_ARTIFACTS": str(artifacts), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [*program, "--vstar", str(folder / "vstar.parquet")],
         env={**os.environ, **environment, "COLUMNS": "200"},
+        preexec_fn=limit if largest_file else None,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -149,6 +195,19 @@ def test_evicted_by_a_scheduler_training_ends_at_an_iteration_with_a_checkpoint_
     assert f"continuing after iteration {int(earlier.name[-6:])}\n" in output
     assert (paths.checkpoints / "damaged" / newest.name).is_dir()
     assert [row["iteration"] for row in figures(paths)] == list(range(done + 2))
+
+
+def test_a_disk_too_full_for_a_checkpoint_ends_training_with_one_line(
+    config: Config, tmp_path: Path, artifacts: Path
+) -> None:
+    """Here no file may grow beyond a size; a full disk fails in the same calls."""
+    process = cli(config, tmp_path, artifacts, largest_file=500_000)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2, errors[-4000:]
+    assert "Traceback" not in errors
+    assert re.search(r"error: cannot write .*: File too large; .* start the same command again", errors)
+    assert checkpoints(run_paths(config.run).checkpoints) == []
+    assert [row["iteration"] for row in figures(run_paths(config.run))] == [0, 1, 2]
 
 
 # Checkpoints as files, without a model.

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from common.artifacts import run_paths
 from common.config import Config, SamplingParams
 from common.errors import UserError
 from common.grading import Grade, GraderPool, Outcome
 from common.prompts import PromptRenderer, load_prompts
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
+from stage2_train.checkpoint import latest_state
 from stage2_train.policy import MAX_SKIPPED_STEPS, Ranks
 from stage2_train.safeguards import refuse_divergence, refuse_unjudged
-from stage2_train.sampler import Sampler
-from tests.conftest import ROOT
-from tests.stage2_runs import tiny_config, write_tiny_vstar
+from stage2_train.sampler import Draw, Sampler
+from tests.conftest import RunCli
+from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 from tests.train_steps import ScriptedEngine
+from tests.training_jobs import ranks_found
 
 CASES: dict[str, dict[str, Any]] = {
     **{f"ZeRO-{stage}": {"train": {"zero_stage": stage}} for stage in range(4)},
@@ -40,27 +41,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     folder = tmp_path_factory.mktemp("safeguards")
     config = tiny_config(folder, tiny_model, train={"warmup_steps": 10}, grader={"workers": 1})
     write_tiny_vstar(config, folder / "vstar.parquet")
-    results = {}
-    for processes in (1, 2):
-        job = {
-            "config": config.model_dump(mode="json"),
-            "cases": CASES,
-            "vstar": str(folder / "vstar.parquet"),
-        }
-        file, output = folder / f"job-{processes}.json", folder / f"found-{processes}"
-        file.write_text(json.dumps(job | {"output": str(output)}), encoding="utf-8")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        finished = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.policy_steps", str(file)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
-        assert finished.returncode == 0, finished.stderr[-4000:]
-        results[processes] = [torch.load(f"{output}.{rank}") for rank in range(processes)]
-    return results
+    return ranks_found("policy_steps", config, folder, {1: CASES, 2: CASES})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,9 +78,10 @@ def test_completions_that_were_not_judged_are_as_if_they_were_not_there(
     """Also where a whole rank's were not: the loss is divided by the judged sequences of all ranks."""
     (alone,) = found[1]
     for name, weight in alone["judged only"].items():
-        assert torch.equal(alone["unjudged"][name], weight), name
-        for rank in found[2]:
-            assert float((rank["unjudged"][name] - weight).abs().max()) < 5e-5, name
+        assert torch.equal(alone["unjudged, ZeRO-2"][name], weight), name
+        for rank in (alone, *found[2]):
+            for stage in (2, 3):
+                assert float((rank[f"unjudged, ZeRO-{stage}"][name] - weight).abs().max()) < 5e-5, name
 
 
 class MortalEngine(ScriptedEngine):
@@ -134,13 +116,14 @@ def test_an_engine_that_dies_is_built_anew_and_draws_the_same_with_the_current_w
     engines = [MortalEngine(renderer, 3), MortalEngine(renderer, None)]
     waiting = iter(engines)
     weights = [("a", torch.tensor(7.0))]
+    draw = Draw(prompts=prompts, places=range(8), seed=5)
     with GraderPool(config.grader) as pool:
         undisturbed = Sampler(lambda: ScriptedEngine(renderer), pool, config.sampling, ALONE)
         sampler = Sampler(lambda: next(waiting), pool, config.sampling, ALONE)
-        expected, died = undisturbed.rollouts(prompts, lambda: weights, seed=5, places=range(8))
+        expected, died = undisturbed.rollouts(draw, lambda: weights)
         assert died == 0
         for died_of_it in (1, 0):
-            rollouts, died = sampler.rollouts(prompts, lambda: weights, seed=5, places=range(8))
+            rollouts, died = sampler.rollouts(draw, lambda: weights)
             assert died == died_of_it
             assert rollouts == expected
     assert [engine.closed for engine in engines] == [True, False]
@@ -156,7 +139,7 @@ def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(
     with GraderPool(config.grader) as pool:
         sampler = Sampler(lambda: MortalEngine(renderer, 3), pool, config.sampling, ALONE)
         with pytest.raises(RuntimeError, match="illegal memory access"):
-            sampler.rollouts(prompts, list, seed=5, places=range(8))
+            sampler.rollouts(Draw(prompts=prompts, places=range(8), seed=5), list)
 
 
 WELL = {"completion/truncated": 0.9, "kl/sequence": 60.0, "kl/token": 0.1}
@@ -174,6 +157,33 @@ def test_a_policy_that_has_collapsed_stops_training_with_advice(wrong: dict[str,
     refuse_divergence(7, WELL | {"completion/truncated": 1.0, "kl/sequence": 3.0})
     with pytest.raises(UserError, match=f"iteration 7: .*{named}; lower train.learning_rate"):
         refuse_divergence(7, WELL | wrong)
+
+
+def test_a_policy_that_is_driven_into_collapse_is_noticed_before_a_checkpoint_is_made_of_it(
+    tmp_path: Path, tiny_model: Path, artifacts: Path, run_cli: RunCli
+) -> None:
+    train = {"learning_rate": 0.1, "iterations": 20, "checkpoint_every": 1, "evaluate_every": 20}
+    sampling = {"max_completion_tokens": 64}
+    config = tiny_config(
+        tmp_path,
+        tiny_model,
+        sampling=sampling,
+        train=train,
+        engine={"backend": "transformers"},
+        grader={"workers": 1},
+    )
+    write_tiny_vstar(config, tmp_path / "vstar.parquet")
+    (tmp_path / "run.toml").write_text(as_toml(config), encoding="utf-8")
+    files = ("--config", tmp_path / "run.toml", "--vstar", tmp_path / "vstar.parquet")
+    finished = run_cli("train", *files, timeout=100)
+    assert finished.returncode == 2, finished.stderr
+    stopped = re.search(r"error: iteration (\d+): the policy has collapsed: .*; lower", finished.stderr)
+    assert stopped
+    paths = run_paths(config.run)
+    rows = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
+    assert rows[-1]["iteration"] == int(stopped[1]) < 20
+    assert rows[-1]["completion/tokens_mean"] > 4 * rows[1]["completion/tokens_mean"]
+    assert latest_state(paths.checkpoints)["iteration"] == int(stopped[1]) - 1
 
 
 def test_a_grader_that_fails_on_more_than_half_of_a_batch_stops_training() -> None:

@@ -1,4 +1,6 @@
-"""What DeepSpeed holds of a policy, as a program: `python -m tests.train_memory MODEL OUTPUT.json`.
+"""What DeepSpeed holds of a policy, as a program: `python -m tests.train_memory JOB.json`.
+
+The job file names the model, `cases` (name to dtype and changes of [train]) and the file to write to.
 
 In a process of its own, since DeepSpeed is initialised once a process.
 """
@@ -7,7 +9,6 @@ import gc
 import json
 import sys
 import tempfile
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,31 @@ def storages() -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def held_after_backward(model: Path, dtype: str, zero_stage: int) -> int:
-    """Bytes of the policy after the second step's backward pass, when AdamW has its moments; no bucket."""
+def held_after_backward(model: Path, dtype: str, change: dict[str, Any]) -> int:
+    """Bytes of the policy after the second step's first micro-batch, when AdamW has its moments; no bucket."""
     ranks = join_ranks(0)
     with tempfile.TemporaryDirectory() as folder:
-        config = tiny_config(Path(folder), model, train={"zero_stage": zero_stage})
+        config = tiny_config(Path(folder), model, train=change)
     section = config.model.model_copy(update={"dtype": dtype})
     before = storages().keys()
     policy = Policy(model, config.model_copy(update={"model": section}), ranks)
     input_ids = torch.randint(0, 100, (2, 10))
     is_completion = torch.arange(10).expand(2, 10) > 4
-    for is_last in (False, True):
-        policy.backward(policy.engine(input_ids, is_completion)[0].sum(), last=True)
-        if not is_last:
+    for is_step in (True, False):
+        policy.backward(policy.engine(input_ids, is_completion)[0].sum(), last=is_step)
+        if is_step:
             policy.step()
     buckets = DeepSpeedZeroConfig().reduce_bucket_size
     return sum(size for place, size in storages().items() if place and place not in before and size < buckets)
 
 
-def main(model: str, output: str) -> None:
+def main(job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     zero = DeepSpeedZeroConfig()
     document: dict[str, Any] = {
         "bytes": {
-            f"{dtype} {stage}": held_after_backward(Path(model), dtype, stage)
-            for dtype, stage in product(("float32", "bfloat16"), (0, 1, 2, 3))
+            name: held_after_backward(Path(job["model"]), dtype, change)
+            for name, (dtype, change) in job["cases"].items()
         },
         "reduce_bucket_size": zero.reduce_bucket_size,
         "max_live_parameters": zero.max_live_parameters,
@@ -58,8 +60,8 @@ def main(model: str, output: str) -> None:
         "logits_per_chunk": logprobs.LOGITS_PER_CHUNK,
         "logits_per_block": logprobs.LOGITS_PER_BLOCK,
     }
-    Path(output).write_text(json.dumps(document), encoding="utf-8")
+    Path(job["output"]).write_text(json.dumps(document), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -1,12 +1,10 @@
-"""A few optimizer steps as a program, to be started alone or under torchrun: `python -m tests.train_steps JOB.json`.
+"""A few optimizer steps, on one rank of a job: what tests/training_jobs.py runs for tests/test_ranks.py.
 
-The job file holds `cases` (name to config) and the file to write to. Completions are scripted: drawn from their
-seeds, not from a model, so that every process count trains on the very same ones.
+The order holds a `config`, `cases` (name to changes of it) and the `output` to write to. Completions are scripted:
+drawn from their seeds, not from a model, so that every process count trains on the very same ones.
 """
 
-import json
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +18,7 @@ from common.prompts import PromptRenderer
 from common.rollout import Completion, Rollout, SampleRequest
 from stage2_train import logprobs, policy
 from stage2_train.batch import TokenBatch
-from stage2_train.inputs import prepare
+from stage2_train.inputs import Inputs, prepare
 from stage2_train.metrics import Metrics
 from stage2_train.policy import Ranks, join_ranks
 from stage2_train.records import SequenceRecord
@@ -29,10 +27,14 @@ from stage2_train.train import Trainer
 
 IN_CHUNKS = "ZeRO-3, logits in chunks"
 FIGURES = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")
+JUNK_TOKENS = (0, 2, 9, 50)
 
 
 class ScriptedEngine:
-    """Answers each request with `#### 1` to `#### 4` after some junk, as its seed says; keeps the last weights."""
+    """Answers each request as its seed says; keeps the last weights.
+
+    The answer is one of `#### 1` to `#### 4`, after no junk or up to 50 tokens of it, or the end token alone.
+    """
 
     def __init__(self, renderer: PromptRenderer) -> None:
         self._renderer = renderer
@@ -41,8 +43,9 @@ class ScriptedEngine:
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         for request in requests:
             rng = random.Random(request.seed)
-            junk = "".join(rng.choices([" apples", " Tom", " 7", " more"], k=rng.choice([0, 1, 2, 9])))
-            body = self._renderer.tokenizer.encode(f"{junk} #### {rng.randint(1, 4)}")
+            junk = "".join(rng.choices([" apples", " Tom", " 7", " more"], k=rng.choice(JUNK_TOKENS)))
+            text = "" if rng.random() < 0.2 else f"{junk} #### {rng.randint(1, 4)}"
+            body = self._renderer.tokenizer.encode(text)
             token_ids = (*body[: sampling.max_completion_tokens - 1], self._renderer.eos_token_ids[0])
             yield Completion(
                 key=request.key, token_ids=token_ids, text=self._renderer.decode(token_ids), truncated=False
@@ -51,44 +54,69 @@ class ScriptedEngine:
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.weights = {name: tensor.clone() for name, tensor in named_tensors}
 
+    def sleep(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
-def train(
-    config: Config, vstar: Path, ranks: Ranks, pool: GraderPool
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The figures of each iteration, and the weights after the last."""
-    inputs = prepare(config, vstar)
+def train(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool) -> dict[str, Any]:
+    """The figures of each iteration, what this rank did in each optimizer step, and the weights after the last."""
     engine = ScriptedEngine(inputs.renderer)
     trainer = Trainer(config, inputs, Sampler(lambda: engine, pool, config.sampling, ranks), ranks)
     assert config.train.iterations is not None
-    figures: dict[str, Any] = {"pass_at_1": trainer.evaluate()[0]["evaluate/pass_at_1"]}
-    watch(trainer, figures)
+    before = trainer.evaluate(0)[0]
+    steps = watch(trainer)
     metrics = [trainer.iteration(number)[0] for number in range(1, config.train.iterations + 1)]
-    figures |= {name: [row[name] for row in metrics] for name in FIGURES}
-    return figures, engine.weights
+    trainer.evaluate(config.train.iterations)  # gives the engine the last weights
+    figures = {name: [row[name] for row in metrics] for name in FIGURES}
+    return {
+        "before": before["evaluate/pass_at_1"],
+        "figures": figures,
+        "steps": steps,
+        "weights": engine.weights,
+    }
 
 
-def watch(trainer: Trainer, figures: dict[str, Any]) -> None:
-    """Note each step's number of slices on every rank, and the log-ratio of its sequences."""
+def watch(trainer: Trainer) -> list[dict[str, Any]]:
+    """Of each optimizer step to come: this rank's number of slices, its sequences by place, and the gradient norm."""
     token_batches, optimizer_step = trainer.token_batches, trainer.optimizer_step
-    figures |= {"slices": [], "log_ratios": []}
+    steps: list[dict[str, Any]] = []
 
     def watched_token_batches(mini_batch: dict[int, Rollout]) -> list[TokenBatch]:
         slices = token_batches(mini_batch)
-        figures["slices"].append(len(slices))
+        steps[-1]["slices"] = len(slices)
         return slices
 
     def watched_optimizer_step(
         mini_batch: dict[int, Rollout], metrics: Metrics
     ) -> tuple[dict[int, SequenceRecord], float]:
+        steps.append({})
         records, norm = optimizer_step(mini_batch, metrics)
-        figures["log_ratios"].append([record.log_ratio for record in records.values()])
+        steps[-1]["norm"] = norm
+        steps[-1]["sequences"] = {
+            place: {
+                "prompt": list(rollout.prompt.token_ids),
+                "completion": list(rollout.completion.token_ids),
+                "reward": rollout.grade.reward,
+                "vstar": trainer.vstar[rollout.prompt.id],
+                "loss": records[place].loss,
+                "log_ratio": records[place].log_ratio,
+            }
+            for place, rollout in mini_batch.items()
+        }
         return records, norm
 
     trainer.token_batches = watched_token_batches  # type: ignore[method-assign]
     trainer.optimizer_step = watched_optimizer_step  # type: ignore[method-assign]
+    return steps
+
+
+def changed(config: Config, change: dict[str, dict[str, Any]]) -> Config:
+    """The config with other values in some of its sections."""
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in change.items()}
+    return config.model_copy(update=sections)
 
 
 @contextmanager
@@ -108,19 +136,15 @@ def as_with_a_large_vocabulary() -> Iterator[None]:
         logprobs.LOGITS_PER_CHUNK, policy._deepspeed_config = size, configure
 
 
-def main(job_file: str) -> None:
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+def main(order: dict[str, Any]) -> None:
+    config = Config.model_validate(order["config"])
     ranks = join_ranks(seed=0)
-    figures, weights = {}, {}
-    with GraderPool(Config.model_validate(next(iter(job["cases"].values()))).grader) as pool:
-        for name, document in job["cases"].items():
-            config = Config.model_validate(document)
+    inputs = prepare(config, Path(order["vstar"]))
+    found = {}
+    with GraderPool(config.grader) as pool:
+        for name, change in order["cases"].items():
             with as_with_a_large_vocabulary() if name == IN_CHUNKS else nullcontext():
-                figures[name], weights[name] = train(config, Path(job["vstar"]), ranks, pool)
-    torch.save((figures, weights), f"{job['output']}.{ranks.rank}")
+                found[name] = train(changed(config, change), inputs, ranks, pool)
+    torch.save(found, f"{order['output']}.{ranks.rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

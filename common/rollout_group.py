@@ -1,0 +1,75 @@
+"""Ranks of a training job that share one rollout engine, for models that do not fit one GPU."""
+
+import json
+from collections.abc import Iterable
+from itertools import zip_longest
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+import torch.distributed as dist
+
+from common.errors import UserError
+from common.rollout import SampleRequest
+
+T = TypeVar("T")
+
+
+class RolloutGroup:
+    """Consecutive ranks, each with a shard of one engine: they run the same requests in the same order.
+
+    `name` is one that no other group has, on this machine or another, now or in a job that was killed.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Join one's group; a collective operation of all ranks, whose number is a multiple of `size`."""
+        ranks = range(dist.get_world_size())
+        self._size = size
+        self._place = dist.get_rank() % size
+        # A group of its own: the trainer's may be in use by another thread, and on GPUs takes no objects from the host.
+        self._group, _ = dist.new_subgroups_by_enumeration(
+            [list(ranks[start : start + size]) for start in ranks[::size]], backend="gloo"
+        )
+        self.name = self._gather(uuid4().hex)[0]
+
+    def share(self, requests: Iterable[SampleRequest]) -> list[tuple[bool, SampleRequest]]:
+        """The requests of all ranks of the group in one order, each with whether it is this rank's own.
+
+        A collective operation of the group. The ranks take turns, so that each has completions to grade all along.
+        """
+        parts = self._gather(list(requests))
+        return [
+            (place == self._place, request)
+            for turn in zip_longest(*parts)
+            for place, request in enumerate(turn)
+            if request is not None
+        ]
+
+    def _gather(self, item: T) -> list[T]:
+        items: list[T] = [item] * self._size
+        dist.all_gather_object(items, item, group=self._group)
+        return items
+
+
+def refuse_wrong_size(size: int, processes: int, folder: Path) -> None:
+    """Raise UserError unless the job's ranks and the model in `folder` can be divided by `size`."""
+    option = f"engine.training_tensor_parallel_size {size}"
+    if processes % size:
+        raise UserError(
+            f"{option} cannot group the job's processes, found {processes}; start a multiple of {size} (NPROC), or "
+            "choose a divisor of their number"
+        )
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model: dict[str, int] = document.get("text_config", document)
+    heads = model.get("num_attention_heads", size)
+    key_value_heads = model.get("num_key_value_heads", heads)
+    wrong = [
+        f"{name} {model[name]}"
+        for name in ("num_attention_heads", "intermediate_size")
+        if model.get(name, size) % size
+    ]
+    # Fewer key-value heads than ranks are repeated.
+    if max(key_value_heads, size) % min(key_value_heads, size):
+        wrong.append(f"num_key_value_heads {key_value_heads}")
+    if wrong:
+        raise UserError(f"{option} cannot split {folder}, found {', '.join(wrong)}; choose a common divisor")

@@ -1,0 +1,127 @@
+"""LoRA by peft: small trainable matrices beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685).
+
+The frozen model without its adapter is the reference model, so no second one is held.
+
+Shapes: _I a layer's inputs, _O its outputs, _R the adapter's rank.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.config import Config
+from common.engine import request_seed
+from common.errors import UserError
+
+ADAPTER = "default"
+"""peft's name for a model's only adapter."""
+WEIGHTS_FILE = "adapter_model.safetensors"
+"""What PeftModel.from_pretrained looks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """ΔW = scale · B A, what an adapter adds to a layer's frozen weight W."""
+
+    down_RI: nn.Parameter
+    up_OR: nn.Parameter
+    scale: float
+
+    def added_to(self, weight_OI: Tensor) -> Tensor:
+        """W + ΔW, shape (O, I), in W's dtype: computed in float32 and rounded once."""
+        total_OI = torch.addmm(
+            weight_OI.detach().float(),
+            self.up_OR.detach().float(),
+            self.down_RI.detach().float(),
+            alpha=self.scale,
+        )
+        return total_OI.to(weight_OI.dtype)
+
+
+class Adapter:
+    """The trainable part of a model whose own weights are frozen. It starts at ΔW = 0: B is zero."""
+
+    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+        """Put an adapter into `model`, in place. Raises UserError for a layer that the model does not have."""
+        lora = config.train.lora
+        assert lora is not None, "an adapter was asked for"
+        self._settings = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=_targets(model, lora.target_modules),
+            task_type="CAUSAL_LM",
+            revision=config.model.revision,
+        )
+        with torch.random.fork_rng(devices=[]):
+            # Every rank draws the same A: DeepSpeed's ZeRO-3 takes each rank's own part of it.
+            torch.manual_seed(request_seed(config.seed, "lora"))
+            self._model: PeftModel = get_peft_model(model, self._settings, autocast_adapter_dtype=False)
+        if "{run}" not in config.model.path:
+            # The hub's name of a model, where it has one, says more than a folder in this machine's cache.
+            self._settings.base_model_name_or_path = config.model.path
+        self._updates = {
+            f"{name}.base_layer.weight": LowRankUpdate(
+                layer.lora_A[ADAPTER].get_parameter("weight"),
+                layer.lora_B[ADAPTER].get_parameter("weight"),
+                layer.scaling[ADAPTER],
+            )
+            for name, layer in model.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Meanwhile the model is the one that training began with."""
+        with self._model.disable_adapter():
+            yield
+
+    def merged_weights(
+        self, parameters: Iterable[tuple[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, nn.Parameter, LowRankUpdate | None]]:
+        """The base model's weights under its own names, each with what is to be added to it."""
+        for name, parameter in parameters:
+            if ".lora_" not in name:
+                yield name.replace(".base_layer.", "."), parameter, self._updates.get(name)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the adapter's weights, named as in the model, for PeftModel.from_pretrained."""
+        folder.mkdir()
+        state = get_peft_model_state_dict(
+            self._model,
+            {f"base_model.model.{name}": weight for name, weight in weights.items()},
+            save_embedding_layers=False,
+        )
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        self._settings.save_pretrained(str(folder))
+
+
+def keep_adapter_alone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """A hook on a module's state_dict that leaves frozen weights out of it, whatever they are called."""
+    for name in [name for name in state if ".lora_" not in name]:
+        del state[name]
+
+
+def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]:
+    """The names of the layers to adapt. The output layer is none of them: log-probs read its weight directly."""
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    names = linear if isinstance(chosen, str) else set(chosen)
+    if unknown := sorted(names - linear):
+        raise UserError(
+            f"train.lora.target_modules: the model has no linear layers called {', '.join(unknown)} before its output "
+            f'layer; choose of {", ".join(sorted(linear))}, or "all-linear"'
+        )
+    return sorted(names)

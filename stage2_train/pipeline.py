@@ -1,0 +1,145 @@
+"""Rollouts ahead of their iteration: while one batch is trained on, the engine draws later ones.
+
+With staleness k the completions of iteration n come from the weights after iteration n − 1 − k, those of the first k
+iterations from the reference. They need no importance correction: A*-PO's squared loss has the same minimiser
+whatever distribution they come from. With k = 0 they come from the policy itself, and nothing happens at a time.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.rollout import Rollout
+from stage2_train.metrics import Metrics, timed
+from stage2_train.sampler import Draw, Sampler
+
+if TYPE_CHECKING:
+    from stage2_train.sampler import NamedWeights
+
+    Attempt = list[Rollout] | None
+
+
+class RolloutPipeline:
+    """The batches that are being drawn, and those that wait for their iteration.
+
+    All that a rank does here but the drawing itself it does in its main thread and at the same point as the other
+    ranks, since gathering the weights is a collective operation. `version` is the number of finished iterations.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        staleness: int,
+        draw_of: Callable[[int], Draw],
+        weights: "Callable[[], NamedWeights]",
+    ) -> None:
+        """`draw_of` gives a rank's share of an iteration's batch, `weights` the policy's current ones."""
+        self._sampler = sampler
+        self._staleness = staleness
+        self._draw_of = draw_of
+        self._weights = weights
+        self._thread = ThreadPoolExecutor(1, initializer=_take_own_stream) if staleness else None
+        self._begun: deque[tuple[Draw, Callable[[], Attempt]]] = deque()
+        self._next = 1
+        self._version = 0
+        """Of the weights that the engine will hold when all that has been begun is drawn."""
+        self._rebuilds = 0
+
+    def rollouts(self, number: int, last: int, metrics: Metrics) -> list[Rollout]:
+        """The batch of iteration `number`; others, up to iteration `last`, are drawn while it is trained on."""
+        self._begin_until(min(last, number + max(0, self._staleness - 1)), number - 1, metrics)
+        with timed("rollout", metrics):
+            rollouts = self._take(number - 1)
+        if self._thread is None:
+            self._sampler.sleep()
+        self._begin_until(min(last, number + self._staleness), number - 1, metrics)
+        metrics["engine/rebuilds"] = float(self._rebuilds)
+        self._rebuilds = 0
+        return rollouts
+
+    def now(self, draw: Draw, version: int) -> list[Rollout]:
+        """Rollouts of the current policy, once what has been begun is drawn."""
+        self._wait()
+        if self._version != version:
+            self._sampler.load_weights(self._weights())
+            self._version = version
+        return self._settle(draw, self._sampler.attempt(draw), version)
+
+    def waiting(self, version: int) -> list[list[Rollout]]:
+        """The batches drawn for the iterations to come; they keep waiting for them."""
+        batches = [self._take(version) for _ in range(len(self._begun))]
+        self.resume(version, batches)
+        return batches
+
+    def resume(self, version: int, batches: Sequence[list[Rollout]]) -> None:
+        """Continue after `version` iterations with the batches that were waiting then."""
+        self._next = version + 1
+        for batch in batches:
+            self._hold(self._draw_of(self._next), partial(_given, batch))
+
+    def close(self) -> None:
+        """Begin nothing more; what is being drawn ends by itself."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _begin_until(self, last: int, version: int, metrics: Metrics) -> None:
+        while self._next <= last:
+            with timed("weight_sync", metrics):
+                copies = self._bring_weights(version)
+            draw = self._draw_of(self._next)
+            if self._thread is None:
+                with timed("rollout", metrics):
+                    attempt = self._sampler.attempt(draw)
+                self._hold(draw, partial(_given, attempt))
+            else:
+                self._hold(draw, self._thread.submit(self._sampler.attempt, draw, copies).result)
+
+    def _hold(self, draw: Draw, attempt: "Callable[[], Attempt]") -> None:
+        self._begun.append((draw, attempt))
+        self._next += 1
+
+    def _bring_weights(self, version: int) -> "NamedWeights | None":
+        """Give the engine the current weights; or, where it is still busy with older ones, copies to be loaded later.
+
+        An engine can only be busy here with a staleness of 2 or more.
+        """
+        if self._version == version:
+            return None
+        self._version = version
+        if self._begun:
+            return [(name, weight.to("cpu", copy=True)) for name, weight in self._weights()]
+        self._sampler.load_weights(self._weights())
+        return None
+
+    def _take(self, version: int) -> list[Rollout]:
+        draw, attempt = self._begun.popleft()
+        return self._settle(draw, attempt(), version)
+
+    def _settle(self, draw: Draw, attempt: "Attempt", version: int) -> list[Rollout]:
+        def weights() -> "NamedWeights":
+            self._wait()
+            return self._weights()
+
+        rollouts, died = self._sampler.settle(draw, attempt, weights)
+        if died:
+            self._rebuilds += died
+            self._version = version
+        return rollouts
+
+    def _wait(self) -> None:
+        for _, attempt in self._begun:
+            attempt()
+
+
+def _given(attempt: "Attempt") -> "Attempt":
+    return attempt
+
+
+def _take_own_stream() -> None:
+    """On a GPU the thread's kernels wait for the trainer's only where they go to a stream of their own."""
+    if torch.cuda.is_available():
+        torch.cuda.set_stream(torch.cuda.Stream())

@@ -1,0 +1,176 @@
+"""Steps that hold less, as a program: `python -m tests.lean_steps JOB.json`, alone or under torchrun.
+
+LoRA, an offloaded optimizer and bfloat16 under each ZeRO stage. The job file holds the config and the file to write to.
+In processes of their own, since DeepSpeed is initialised once a process.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import Config, LoraConfig
+from stage2_train.batch import TokenBatch
+from stage2_train.policy import DEEPSPEED_TAG, Policy, Ranks, join_ranks
+from stage2_train.reference import SeparateModel, build_reference
+
+Weights = dict[str, torch.Tensor]
+LORA = LoraConfig(rank=4, alpha=8)
+SLICES = 3
+"""Micro-batches a step: two processes have two of them and one."""
+STAGES = (0, 1, 2, 3)
+STAGES_ON_TWO = (2, 3)
+SMALL_UPDATES = [*((stage, False) for stage in STAGES), (1, True), (3, True)]
+"""ZeRO's stage, and whether the optimizer is offloaded."""
+SMALL_STEP, SMALL_STEPS = 2e-5, 12
+"""The learning rate, and so about the change of a weight in a step, and the number of steps."""
+
+
+def tokens(number: int) -> TokenBatch:
+    rng = torch.Generator().manual_seed(number)
+    return TokenBatch(
+        places=(0, 1),
+        input_ids_BT=torch.randint(1, 100, (2, 9), generator=rng),
+        is_completion_BT=torch.arange(9).expand(2, 9) > 4,
+    )
+
+
+def own_slices(step: int, ranks: Ranks) -> list[TokenBatch]:
+    return [tokens(SLICES * step + number) for number in range(ranks.rank, SLICES, ranks.world_size)]
+
+
+class Run:
+    """A policy and its reference, trained on (ln π/π_ref + 1)² of made-up completions."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.folder = Path(config.model.path)
+        self.ranks = ranks
+        self.policy = Policy(self.folder, config, ranks)
+        self.reference = build_reference(self.folder, config, self.policy, ranks)
+
+    def steps(self, first: int, last: int) -> None:
+        for number in range(first, last + 1):
+            slices = own_slices(number, self.ranks)
+            reference = self.reference.logprobs(slices)
+            rounds = self.ranks.largest(len(slices))
+            for turn in range(rounds):
+                batch = slices[turn % len(slices)]
+                logprobs_K, _ = self.policy.engine(batch.input_ids_BT, batch.is_completion_BT)
+                loss = (logprobs_K - reference[turn % len(slices)] + 1).square().sum()
+                self.policy.backward(loss * float(turn < len(slices)), last=turn == rounds - 1)
+            self.policy.step()
+
+    def logprobs(self) -> torch.Tensor:
+        """Of the policy as it is, for tokens that all ranks share."""
+        batch = tokens(1000)
+        with torch.no_grad():
+            logprobs_K: torch.Tensor = self.policy.engine(batch.input_ids_BT, batch.is_completion_BT)[0]
+        return logprobs_K
+
+
+def weights_of(policy: Policy) -> Weights:
+    return {name: weight.clone() for name, weight in policy.named_weights()}
+
+
+def changed(config: Config, *, dtype: str = "float32", **train: Any) -> Config:
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"dtype": dtype}),
+            "train": config.train.model_copy(update=train),
+        }
+    )
+
+
+def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[str, Any]:
+    """Four steps, the last one twice: straight on, and after the restart of a checkpoint."""
+    config = changed(config, zero_stage=stage, lora=LORA)
+    run = Run(config, ranks)
+    at_start = weights_of(run.policy)
+    run.steps(1, 3)
+    reference = run.reference.logprobs(own_slices(9, ranks))
+    separate = SeparateModel(run.folder, config, ranks.device).logprobs(own_slices(9, ranks))
+    checkpoints = Path(f"{output}-checkpoints-{stage}")
+    run.policy.save_checkpoint(checkpoints, {"iteration": 3}, keep=1)
+    run.steps(4, 4)
+    again = Run(config, ranks)
+    again.policy.load_checkpoint(checkpoints / "iteration-000003")
+    again.steps(4, 4)
+    run.policy.export(Path(f"{output}-model-{stage}"))
+    return {
+        "at start": at_start,
+        "weights": weights_of(run.policy),
+        "resumed": weights_of(again.policy),
+        "logprobs": run.logprobs(),
+        "reference": (reference, separate),
+        "optimized": sum(parameter.numel() for parameter in optimized(run.policy)),
+        "kept": sorted(kept_names(checkpoints / "iteration-000003" / DEEPSPEED_TAG)),
+    }
+
+
+def optimized(policy: Policy) -> Iterator[torch.Tensor]:
+    return (parameter for parameter in policy.engine.module.parameters() if parameter.requires_grad)
+
+
+def kept_names(folder: Path) -> set[str]:
+    """The parameters in a checkpoint."""
+    files = folder.rglob("*model_states.pt")
+    return {name for file in files for name in torch.load(file, weights_only=False)["module"]}
+
+
+def with_dropout(config: Config, ranks: Ranks) -> dict[str, Any]:
+    config = changed(config, zero_stage=2, lora=LORA.model_copy(update={"dropout": 0.5}))
+    run = Run(config, ranks)
+    run.steps(1, 1)
+    return {
+        "reference": run.reference.logprobs([tokens(0)]),
+        "separate": SeparateModel(run.folder, config, ranks.device).logprobs([tokens(0)]),
+        "policy": (run.logprobs(), run.logprobs()),
+    }
+
+
+def offloaded(config: Config, stage: int, ranks: Ranks) -> dict[bool, Weights]:
+    """Weights after three steps, without and with the optimizer's states on the host."""
+    found = {}
+    for offload in (False, True):
+        run = Run(changed(config, zero_stage=stage, offload_optimizer=offload), ranks)
+        run.steps(1, 3)
+        found[offload] = weights_of(run.policy)
+    return found
+
+
+def small_updates(config: Config, stage: int, offload: bool, ranks: Ranks) -> list[Weights]:
+    """Weights at the start, after one step and after SMALL_STEPS, each of them too small for bfloat16."""
+    small = {"learning_rate": SMALL_STEP, "weight_decay": 0.0, "gradient_checkpointing": False}
+    config = changed(config, dtype="bfloat16", zero_stage=stage, offload_optimizer=offload, **small)
+    policy = Policy(Path(config.model.path), config, ranks)
+    found = [weights_of(policy)]
+    for number in range(SMALL_STEPS):
+        policy.backward(policy.engine(tokens(0).input_ids_BT, tokens(0).is_completion_BT)[0].sum(), last=True)
+        policy.step()
+        if number in (0, SMALL_STEPS - 1):
+            found.append(weights_of(policy))
+    return found
+
+
+def main(job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    ranks = join_ranks(seed=0)
+    config = Config.model_validate(job["config"])
+    stages = STAGES if ranks.world_size == 1 else STAGES_ON_TWO
+    found: dict[str, Any] = {
+        "LoRA": {stage: with_adapter(config, stage, ranks, job["output"]) for stage in stages}
+    }
+    if ranks.world_size == 1:
+        found["dropout"] = with_dropout(config, ranks)
+        found["offloaded"] = {stage: offloaded(config, stage, ranks) for stage in (1, 2, 3)}
+        found["small updates"] = {case: small_updates(config, *case, ranks) for case in SMALL_UPDATES}
+    torch.save(found, f"{job['output']}.{ranks.rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

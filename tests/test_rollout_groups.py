@@ -1,0 +1,253 @@
+"""Ranks that share one vLLM engine, and an engine that sleeps while the trainer works.
+
+Two ranks share a real engine on the CPU. Sleeping needs a GPU: there the order of calls is tested, with a fake of vLLM.
+"""
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.config import Config
+from common.engine import RolloutEngine, build_engine
+from common.errors import UserError
+from common.prompts import PromptRenderer
+from common.rollout_group import refuse_wrong_size
+from tests.rollout_ranks import GREEDY, REQUESTS, SAMPLING, Found, other_weights, requests, sample
+from tests.stage2_runs import tiny_config
+
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore::DeprecationWarning:(torch|vllm)\..*",
+    "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning",
+)
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = 1e-5
+"""Of a log-prob (measured: 1e-6): sums over shards are taken in another order."""
+
+
+def start(arguments: list[str]) -> None:
+    finished = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def together(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks got from the engine that they share."""
+    folder = tmp_path_factory.mktemp("group")
+    config = tiny_config(
+        folder, tiny_model, engine={"max_num_seqs": 16, "training_tensor_parallel_size": 2}
+    ).model_dump(mode="json")
+    job, output = folder / "job.json", folder / "found"
+    job.write_text(json.dumps({"config": config, "folder": str(tiny_model), "output": str(output)}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    start([*launcher, "-m", "tests.rollout_ranks", str(job)])
+    return [torch.load(f"{output}.{rank}", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """What one rank gets from an engine of its own."""
+    config = tiny_config(tmp_path_factory.mktemp("alone"), tiny_model)
+    renderer = PromptRenderer(tiny_model, config.data)
+    engine = build_engine(config, tiny_model, renderer, beside_trainer=True)
+    batch = requests(renderer)
+    found = {"greedy": sample(engine, batch, GREEDY), "sampled": sample(engine, batch, SAMPLING)}
+    engine.load_weights(other_weights(tiny_model).items())
+    found["with other weights"] = sample(engine, batch, SAMPLING)
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "expected", "split"),
+    [
+        ("greedy", "greedy", (REQUESTS - 4, 4)),
+        ("sampled", "sampled", (REQUESTS - 4, 4)),
+        ("all are rank 1's", "sampled", (0, REQUESTS)),
+        ("after rank 0 lost interest", "sampled", (REQUESTS - 4, 4)),
+        ("with other weights", "with other weights", (REQUESTS - 4, 4)),
+        ("built anew", "sampled", (REQUESTS - 4, 4)),
+    ],
+)
+def test_ranks_that_share_an_engine_get_what_each_would_get_from_its_own(
+    together: list[dict[str, Any]],
+    alone: dict[str, Found],
+    case: str,
+    expected: str,
+    split: tuple[int, int],
+) -> None:
+    """The tokens themselves, also of ranks with unequal shares."""
+    shares: list[Found] = [rank[case] for rank in together]
+    assert tuple(len(share) for share in shares) == split
+    ours, theirs = shares[0] | shares[1], alone[expected]
+    assert ours.keys() == theirs.keys()
+    for key, (token_ids, logprobs) in theirs.items():
+        assert ours[key][0] == token_ids
+        assert ours[key][1] == pytest.approx(logprobs, abs=TOLERANCE)
+
+
+def test_new_weights_change_what_is_drawn(alone: dict[str, Found]) -> None:
+    assert alone["with other weights"] != alone["sampled"]
+
+
+def test_an_engine_that_closes_leaves_the_ranks_together(together: list[dict[str, Any]]) -> None:
+    assert [rank["ranks after closing"] for rank in together] == [2, 2]
+
+
+def test_a_shared_engine_that_dies_ends_the_job_with_advice(together: list[dict[str, Any]]) -> None:
+    for rank in together:
+        kind, message = rank["error"]
+        assert kind == "UserError"
+        assert "Token id 1000000000" in message
+        assert "start the job again" in message
+
+
+def test_groups_are_consecutive_ranks_that_share_with_nobody_else(tmp_path: Path) -> None:
+    start(["-m", "tests.rollout_sharing", str(tmp_path)])
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
+    assert [rank["requests"] for rank in found] == [
+        [[True, "0.0"], [False, "1.0"], [False, "1.1"], [False, "1.2"]],
+        [[False, "0.0"], [True, "1.0"], [True, "1.1"], [True, "1.2"]],
+        [[True, "2.0"], [True, "2.1"]],
+        [[False, "2.0"], [False, "2.1"]],
+    ]
+    names = [rank["name"] for rank in found]
+    assert names[0] == names[1] != names[2] == names[3]
+
+
+def test_a_group_that_does_not_divide_the_processes_is_refused_before_a_model_loads(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    config = tiny_config(tmp_path, tiny_model, engine={"training_tensor_parallel_size": 2})
+    renderer = PromptRenderer(tiny_model, config.data)
+    with pytest.raises(UserError, match=r"training_tensor_parallel_size 2 cannot group .* found 1; start a"):
+        build_engine(config, tmp_path / "no model", renderer, beside_trainer=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "complaint"),
+    [
+        (3, {}, "num_attention_heads 14"),
+        (4, {"num_attention_heads": 16}, None),
+        (4, {"num_attention_heads": 16, "intermediate_size": 90}, "intermediate_size 90"),
+        (4, {"num_attention_heads": 24, "num_key_value_heads": 6}, "num_key_value_heads 6"),
+        (2, {"num_key_value_heads": 1}, None),
+    ],
+)
+def test_a_model_that_cannot_be_divided_is_refused(
+    tmp_path: Path, size: int, changes: dict[str, int], complaint: str | None
+) -> None:
+    shape = {"num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
+    for document in (shape | changes, {"text_config": shape | changes}):
+        (tmp_path / "config.json").write_text(json.dumps(document))
+        if complaint is None:
+            refuse_wrong_size(size, 2 * size, tmp_path)
+        else:
+            with pytest.raises(UserError, match=complaint):
+                refuse_wrong_size(size, 2 * size, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("engine", "train", "complaint"),
+    [
+        ({"backend": "transformers", "sleep_while_training": True}, {}, "need backend vllm"),
+        ({"backend": "transformers", "training_tensor_parallel_size": 2}, {}, "need backend vllm"),
+        ({"sleep_while_training": True}, {"staleness": 1}, "found train.staleness 1"),
+    ],
+)
+def test_an_engine_is_not_asked_for_what_it_cannot_do(
+    tmp_path: Path, tiny_model: Path, engine: dict[str, Any], train: dict[str, Any], complaint: str
+) -> None:
+    document = tiny_config(tmp_path, tiny_model).model_dump()
+    document["engine"] |= engine
+    document["train"] |= train
+    with pytest.raises(ValueError, match=complaint):
+        Config.model_validate(document)
+
+
+class FakeLLM:
+    """Writes down what vLLM is told."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.told: list[str] = []
+
+    def sleep(self, level: int) -> None:
+        self.told.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.told.append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        self.told += [method, *(name for name, _ in kwargs["weights_iterator"])]
+
+    def apply_model(self, _: object) -> None:
+        pass
+
+    def reset_prefix_cache(self) -> None:
+        self.told.append("reset_prefix_cache")
+
+
+@pytest.fixture
+def fake(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
+) -> Iterator[tuple[RolloutEngine, FakeLLM]]:
+    """An engine around a fake of vLLM: on a GPU or not, beside a trainer or not."""
+    import vllm
+
+    on_gpu, beside_trainer = request.param
+    monkeypatch.setattr(vllm, "LLM", FakeLLM)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    config = tiny_config(tmp_path, tiny_model, engine={"sleep_while_training": True})
+    renderer = PromptRenderer(tiny_model, config.data)
+    engine = build_engine(config, tiny_model, renderer, beside_trainer=beside_trainer)
+    yield engine, vars(engine)["llm"]
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("fake", [(True, True)], indirect=True)
+def test_an_engine_sleeps_until_it_is_given_weights(fake: tuple[RolloutEngine, FakeLLM]) -> None:
+    """Weights are loaded before there is room for the key-value cache, and into memory that is there."""
+    engine, llm = fake
+    load = ["reload_weights", "a"]
+    assert llm.options["enable_sleep_mode"]
+    engine.load_weights([("a", torch.ones(1))])
+    assert llm.told == [*load, "reset_prefix_cache"]
+    llm.told.clear()
+    for _ in range(2):
+        engine.sleep()
+    assert llm.told == ["sleep 2"]
+    with pytest.raises(AssertionError, match="load_weights wakes the engine"):
+        next(engine.generate([], SAMPLING))
+    llm.told.clear()
+    for _ in range(2):
+        engine.load_weights([("a", torch.ones(1))])
+    awake = [*load, "reset_prefix_cache"]
+    assert llm.told == ["wake weights", *load, "wake kv_cache", "reset_prefix_cache", *awake]
+
+
+@pytest.mark.parametrize("fake", [(True, False), (False, True)], indirect=True)
+def test_an_engine_without_a_trainer_or_a_gpu_stays_awake(fake: tuple[RolloutEngine, FakeLLM]) -> None:
+    engine, llm = fake
+    engine.sleep()
+    assert llm.told == []
+    assert not llm.options.get("enable_sleep_mode", False)
