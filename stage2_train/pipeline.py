@@ -42,7 +42,9 @@ class RolloutPipeline:
         self._staleness = staleness
         self._draw_of = draw_of
         self._weights = weights
-        self._thread = ThreadPoolExecutor(1, initializer=_take_own_stream) if staleness else None
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        start = partial(_take_own_stream, device)
+        self._thread = ThreadPoolExecutor(1, initializer=start) if staleness else None
         self._begun: deque[tuple[Draw, Callable[[], Attempt]]] = deque()
         self._next = 1
         self._version = 0
@@ -139,7 +141,8 @@ def _given(attempt: "Attempt") -> "Attempt":
     return attempt
 
 
-def _take_own_stream() -> None:
+def _take_own_stream(device: int | None) -> None:
     """On a GPU the thread's kernels wait for the trainer's only where they go to a stream of their own."""
-    if torch.cuda.is_available():
+    if device is not None:
+        torch.cuda.set_device(device)  # a thread starts with the first one
         torch.cuda.set_stream(torch.cuda.Stream())

@@ -25,6 +25,8 @@ import deepspeed
 
 DEEPSPEED_TAG = "state"
 """The folder within a checkpoint that DeepSpeed writes to."""
+GATHERED_ELEMENTS = 2**26
+"""Weights that are gathered or merged at a time for the rollout engine: about a layer of a model of 7B parameters."""
 MAX_SKIPPED_STEPS = 5
 """Steps in a row that a non-finite gradient may cost."""
 PROBE_BYTES = 2**20
@@ -210,18 +212,22 @@ class Policy:
             self.engine.train()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight under its name in the Hugging Face checkpoint, one at a time, an adapter merged into it.
+        """Each weight under its name in the Hugging Face checkpoint, an adapter merged into it.
 
-        ZeRO-3's are gathered, so every rank has to take them all.
+        ZeRO-3's are gathered a bucket at a time, so every rank has to take them all.
         """
-        for name, parameter, update in self._base_parameters():
-            parts = [parameter, update.down_RI, update.up_OR] if update else [parameter]
+        for bucket in _buckets(self._base_parameters()):
+            updates = [update for _, _, update in bucket if update]
+            parts = [parameter for _, parameter, _ in bucket]
+            parts += [part for update in updates for part in (update.down_RI, update.up_OR)]
             with self._gathered(parts):
-                if update:
-                    weight = update.added_to(parameter)
-                else:
-                    weight = parameter.detach().clone() if self._zero_stage == 3 else parameter.detach()
-            yield name, weight
+                weights = [(name, self._whole(parameter, update)) for name, parameter, update in bucket]
+            yield from weights
+
+    def _whole(self, parameter: nn.Parameter, update: LowRankUpdate | None) -> Tensor:
+        if update:
+            return update.added_to(parameter)
+        return parameter.detach().clone() if self._zero_stage == 3 else parameter.detach()
 
     def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter, LowRankUpdate | None]]:
         parameters = self.engine.module.model.named_parameters()
@@ -320,6 +326,21 @@ class Policy:
     def _in_main_memory(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Copies of the weights in the main process's memory; the others only help to gather them."""
         return {name: weight.to("cpu", copy=True) for name, weight in weights if self._ranks.is_main}
+
+
+def _buckets(
+    parameters: Iterable[tuple[str, nn.Parameter, LowRankUpdate | None]],
+) -> Iterator[list[tuple[str, nn.Parameter, LowRankUpdate | None]]]:
+    """Cut into runs of about GATHERED_ELEMENTS."""
+    bucket, elements = [], 0
+    for item in parameters:
+        bucket.append(item)
+        elements += getattr(item[1], "ds_numel", item[1].numel())
+        if elements >= GATHERED_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+    if bucket:
+        yield bucket
 
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:
