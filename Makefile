@@ -57,7 +57,7 @@ $(FOLDER)/vstar.parquet: | $(INSTALLED)-stage1 $(BASE_MODEL)
 	@$(BIN)/python cli.py vstar $(OPTIONS)
 
 train: $(INSTALLED)-train $(FOLDER)/vstar.parquet ## Stage 2: train on vstar.parquet; continues where it stopped
-	@$(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC)) cli.py train $(OPTIONS)
+	@$(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC) --) cli.py train $(OPTIONS)
 
 evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on held-out prompts
 	@$(BIN)/python cli.py evaluate $(OPTIONS)

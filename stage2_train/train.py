@@ -70,17 +70,15 @@ class Trainer:
             rollouts = self.rollouts(number, metrics)
             # What is random in the network, such as dropout, is the same after a restart.
             torch.manual_seed(request_seed(self.config.seed, "update", number, self.ranks.rank))
+            mini_batches = self.mini_batches(rollouts)
+            with timed("reference", metrics):
+                steps = self.with_reference(mini_batches)
             records: dict[int, SequenceRecord] = {}
             gradient_norms = []
-            for start in range(0, self.config.train.batch_size, self.config.train.mini_batch_size):
-                step = range(start, start + self.config.train.mini_batch_size)
-                mini_batch = {
-                    place: rollout
-                    for place, rollout in zip(self.places, rollouts, strict=True)
-                    if place in step
-                }
+            for mini_batch, slices in zip(mini_batches, steps, strict=True):
                 metrics["train/learning_rate"] = self.policy.learning_rate
-                step_records, norm = self.optimizer_step(mini_batch, metrics)
+                with timed("update", metrics):
+                    step_records, norm = self.optimizer_step(mini_batch, slices)
                 records |= step_records
                 gradient_norms.append(norm)
         gathered = self.ranks.gather(list(records.values()))
@@ -118,8 +116,26 @@ class Trainer:
             logprob_checks=min(LOGPROB_CHECKS, train.mini_batch_size) if train.staleness == 0 else 0,
         )
 
+    def mini_batches(self, rollouts: list[Rollout]) -> list[dict[int, Rollout]]:
+        """This rank's rollouts of each optimizer step, by their place in the batch."""
+        size = self.config.train.mini_batch_size
+        placed = list(zip(self.places, rollouts, strict=True))
+        return [
+            {place: rollout for place, rollout in placed if place // size == step}
+            for step in range(self.config.train.batch_size // size)
+        ]
+
+    def with_reference(self, mini_batches: list[dict[int, Rollout]]) -> list[list[tuple[TokenBatch, Tensor]]]:
+        """Each step's micro-batches with ln π_ref of their completion tokens, all at one visit to the reference.
+
+        The policy will see the same micro-batches, so that rounding cancels in ln π/π_ref.
+        """
+        steps = [self.token_batches(mini_batch) for mini_batch in mini_batches]
+        found = iter(self.reference.logprobs([tokens for slices in steps for tokens in slices]))
+        return [[(tokens, next(found)) for tokens in slices] for slices in steps]
+
     def optimizer_step(
-        self, mini_batch: dict[int, Rollout], metrics: Metrics
+        self, mini_batch: dict[int, Rollout], slices: list[tuple[TokenBatch, Tensor]]
     ) -> tuple[dict[int, SequenceRecord], float]:
         """Line 10: one step of SGD on (β2 ln π/π_ref − (r − V̂*))², slice by slice; NaN for a step that was skipped.
 
@@ -129,54 +145,38 @@ class Trainer:
         vstar_B = torch.tensor([self.vstar[rollout.prompt.id] for rollout in mini_batch.values()])
         advantage = dict(zip(mini_batch, self.objective.advantages(rewards_B, vstar_B).tolist(), strict=True))
         records = {place: record_of(rollout, advantage[place]) for place, rollout in mini_batch.items()}
-        judged = {place: rollout for place, rollout in mini_batch.items() if not records[place].unjudged}
+        judged = _judged(mini_batch)
         step_sequences = self.ranks.total(len(judged))
         if step_sequences == 0:
             return records, math.nan
-        slices = self.token_batches(judged or mini_batch)
         own_turns = len(slices) if judged else 0
-        with timed("reference", metrics):
-            reference_logprobs = self.reference.logprobs(slices)
-        batches = [
-            self.micro_batch(tokens, reference_logprobs_K, advantage, step_sequences)
-            for tokens, reference_logprobs_K in zip(slices, reference_logprobs, strict=True)
-        ]
-        with timed("update", metrics):
-            rounds = self.ranks.largest(own_turns)
-            for turn in range(rounds):
-                is_filler = turn >= own_turns  # other ranks have more: join their collective operations
-                tokens, batch = slices[turn % len(slices)], batches[turn % len(slices)]
-                policy = token_logprobs(self.policy.engine, tokens)
-                loss_share, loss_B = self.objective.loss(policy.logprobs_K, batch)
-                self.policy.backward(loss_share * (0.0 if is_filler else 1.0), last=turn == rounds - 1)
-                if not is_filler:
-                    note_slice(records, tokens, batch, policy, loss_B)
-                    compare_logprobs(records, tokens, policy, mini_batch)
-            gradient_norm = self.policy.step()
+        rounds = self.ranks.largest(own_turns)
+        for turn in range(rounds):
+            is_filler = turn >= own_turns  # other ranks have more: join their collective operations
+            tokens, reference_logprobs_K = slices[turn % len(slices)]
+            batch = MicroBatch(
+                sequence_of_K=tokens.sequence_of_K,
+                reference_logprobs_K=reference_logprobs_K,
+                advantages_B=torch.tensor(
+                    [advantage[place] for place in tokens.places], device=self.ranks.device
+                ),
+                step_sequences=step_sequences,
+            )
+            policy = token_logprobs(self.policy.engine, tokens)
+            loss_share, loss_B = self.objective.loss(policy.logprobs_K, batch)
+            self.policy.backward(loss_share * (0.0 if is_filler else 1.0), last=turn == rounds - 1)
+            if not is_filler:
+                note_slice(records, tokens, batch, policy, loss_B)
+                compare_logprobs(records, tokens, policy, mini_batch)
+        gradient_norm = self.policy.step()
         for place in judged:
             records[place].regressed = math.isfinite(gradient_norm)
         return records, gradient_norm
 
-    def micro_batch(
-        self,
-        tokens: TokenBatch,
-        reference_logprobs_K: Tensor,
-        advantage: dict[int, float],
-        step_sequences: int,
-    ) -> MicroBatch:
-        """What the objective needs of a slice: ln π_ref of its tokens, its sequences' advantages, the step's size."""
-        return MicroBatch(
-            sequence_of_K=tokens.sequence_of_K,
-            reference_logprobs_K=reference_logprobs_K,
-            advantages_B=torch.tensor(
-                [advantage[place] for place in tokens.places], device=self.ranks.device
-            ),
-            step_sequences=step_sequences,
-        )
-
     def token_batches(self, mini_batch: dict[int, Rollout]) -> list[TokenBatch]:
-        """The step's sequences on the device, cut into micro-batches."""
-        sequences = [TokenSequence.of(place, rollout) for place, rollout in mini_batch.items()]
+        """The step's judged sequences on the device, cut into micro-batches; all of them if none was judged."""
+        taken = _judged(mini_batch) or mini_batch
+        sequences = [TokenSequence.of(place, rollout) for place, rollout in taken.items()]
         batches = token_batches(sequences, self.config.train.tokens_per_micro_batch, self.pad_token_id)
         return [batch.to(self.ranks.device) for batch in batches]
 
@@ -223,6 +223,10 @@ class Trainer:
         ]
         self.pipeline.resume(number, batches)
         return number
+
+
+def _judged(mini_batch: dict[int, Rollout]) -> dict[int, Rollout]:
+    return {place: rollout for place, rollout in mini_batch.items() if rollout.grade.outcome not in UNJUDGED}
 
 
 def train(

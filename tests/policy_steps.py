@@ -59,7 +59,8 @@ def regressed(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool, *,
             for place, rollout in zip(places, rollouts, strict=True)
             if not (leave_out and place % 2)
         }
-        records, _ = trainer.optimizer_step(mini_batch, {})
+        (slices,) = trainer.with_reference([mini_batch])
+        records, _ = trainer.optimizer_step(mini_batch, slices)
         assert [record.regressed for record in records.values()] == [place % 2 == 0 for place in mini_batch]
     return weights_of(trainer.policy)
 

@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from torch.distributed.run import parse_args
+
 from tests.conftest import ROOT
 
 
@@ -67,7 +69,11 @@ def test_the_run_is_the_configs_unless_named() -> None:
 def test_training_makes_the_artifact_that_is_missing_and_uses_as_many_processes_as_told() -> None:
     commands = make("-n", "train", "NPROC=4")
     assert commands.index("cli.py vstar") < commands.index("cli.py train")
-    assert "torchrun --nproc-per-node 4 cli.py train" in commands
+    (arguments,) = re.findall(r"torchrun (.*cli\.py train.*)", commands)
+    launcher = parse_args(arguments.split())
+    assert launcher.nproc_per_node == "4"
+    assert launcher.training_script == "cli.py"
+    assert launcher.training_script_args[:2] == ["train", "--config"]
 
 
 def test_only_a_config_that_uses_the_demo_model_builds_it() -> None:

@@ -19,7 +19,6 @@ from common.rollout import Completion, Rollout, SampleRequest
 from stage2_train import logprobs, policy
 from stage2_train.batch import TokenBatch
 from stage2_train.inputs import Inputs, prepare
-from stage2_train.metrics import Metrics
 from stage2_train.policy import Ranks, join_ranks
 from stage2_train.records import SequenceRecord
 from stage2_train.sampler import Sampler
@@ -81,19 +80,14 @@ def train(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool) -> dic
 
 def watch(trainer: Trainer) -> list[dict[str, Any]]:
     """Of each optimizer step to come: this rank's number of slices, its sequences by place, and the gradient norm."""
-    token_batches, optimizer_step = trainer.token_batches, trainer.optimizer_step
+    optimizer_step = trainer.optimizer_step
     steps: list[dict[str, Any]] = []
 
-    def watched_token_batches(mini_batch: dict[int, Rollout]) -> list[TokenBatch]:
-        slices = token_batches(mini_batch)
-        steps[-1]["slices"] = len(slices)
-        return slices
-
     def watched_optimizer_step(
-        mini_batch: dict[int, Rollout], metrics: Metrics
+        mini_batch: dict[int, Rollout], slices: list[tuple[TokenBatch, torch.Tensor]]
     ) -> tuple[dict[int, SequenceRecord], float]:
-        steps.append({})
-        records, norm = optimizer_step(mini_batch, metrics)
+        steps.append({"slices": len(slices)})
+        records, norm = optimizer_step(mini_batch, slices)
         steps[-1]["norm"] = norm
         steps[-1]["sequences"] = {
             place: {
@@ -108,7 +102,6 @@ def watch(trainer: Trainer) -> list[dict[str, Any]]:
         }
         return records, norm
 
-    trainer.token_batches = watched_token_batches  # type: ignore[method-assign]
     trainer.optimizer_step = watched_optimizer_step  # type: ignore[method-assign]
     return steps
 

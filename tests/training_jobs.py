@@ -40,10 +40,10 @@ def train(order: dict[str, Any]) -> None:
         write(log, iteration, metrics)
         seconds, last_write = time.monotonic() - last_write, time.monotonic()
         if iteration == order.get("killed_after"):
-            delay = order.get("iterations_later", 0.0) * seconds
-            threading.Timer(delay, os.killpg, (0, signal.SIGKILL)).start()
-            if not delay:
-                time.sleep(60)
+            if later := order.get("iterations_later"):
+                threading.Timer(later * seconds, os.killpg, (0, signal.SIGKILL)).start()
+            else:
+                os.killpg(0, signal.SIGKILL)
 
     MetricsLog.write = write_and_die  # type: ignore[assignment, method-assign]
     run_stage2(Config.model_validate(order["config"]), Console(file=io.StringIO()), Path(order["vstar"]))

@@ -1,0 +1,40 @@
+"""This trainer beside TRL's A2PO and GRPO (2 generations), each run a process of its own, interleaved.
+
+    make base-model && .venv/bin/python -m benchmarks.peers demo
+    .venv/bin/python -m benchmarks.peers vocabulary
+
+TRL gets an environment of its own on first use, artifacts/peers/venv. Each run's logs and figures stay in
+artifacts/peers/<workload>. Run it on an otherwise idle machine.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+
+from benchmarks.peers import demo, vocabulary
+from common.artifacts import run_paths
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workload", choices=["demo", "vocabulary"])
+    parser.add_argument("--repetitions", type=int, help="default: 3 for demo, 2 for vocabulary")
+    parser.add_argument("--iterations", type=int, help="default: 40 for demo, 1 for vocabulary")
+    arguments = parser.parse_args()
+    folder = run_paths("peers").root.resolve() / arguments.workload
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    before = os.getloadavg()[0]
+    if arguments.workload == "demo":
+        table = demo.compare(arguments.repetitions or 3, arguments.iterations or 40, [0.7, 0.8, 0.9], folder)
+    else:
+        table = vocabulary.compare(arguments.repetitions or 2, arguments.iterations or 1, folder)
+    print(f"\nload average before: {before:.1f}; median (range), ratio to ours by repetition\n\n{table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

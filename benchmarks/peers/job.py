@@ -1,0 +1,75 @@
+"""What a peer is told to do and what it reports, as JSON: this module loads in TRL's environment and in ours."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training run of TRL's."""
+
+    trainer: str
+    """a2po or grpo."""
+    model: str
+    prompts: list[dict[str, str]]
+    """prompt (in its template) and answer."""
+    weights: str
+    """The folder for the weights at the end of some updates: <updates>.safetensors."""
+    save_every: int
+    """Updates between saved weights; 0 for none."""
+    seed: int
+    updates: int
+    batch_size: int
+    """Completions that GRPO generates at a time; A2PO generates a micro-batch at a time, whatever is asked."""
+    mini_batch_size: int
+    """Completions an update."""
+    micro_batch_size: int
+    """Completions a forward and backward pass."""
+    max_prompt_tokens: int
+    max_completion_tokens: int
+    learning_rate: float
+    warmup_steps: int
+    adam_betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    gradient_checkpointing: bool
+    beta1: float
+    beta2: float
+    num_samples: int
+    vstar: float | None = None
+    """V̂* of every prompt, in place of A2PO's stage 1."""
+    completion_lengths: list[int] | None = None
+    """The completion length of each prompt, in place of the model's own end."""
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return cls(**document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a run of TRL's tells of itself. Times are seconds since the epoch, less those spent on saving weights."""
+
+    imported: float
+    began: float
+    """Stage 1 done, training about to begin."""
+    updates: list[float]
+    """The end of each update."""
+    generate_seconds: float
+    """Spent in `generate` while training."""
+    imports_mib: float
+    """Resident memory once the libraries are loaded."""
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return cls(**document)
