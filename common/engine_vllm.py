@@ -74,6 +74,8 @@ class VllmEngine:
         if processes > 1:
             # Each rank's engine, or shard of one, runs in the rank's own process, on the rank's own GPU.
             options["distributed_executor_backend"] = _executor(self._group.name if self._group else "")
+        # vLLM collects garbage half a dozen times while it loads: what is there already is none.
+        gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
         self.llm: vllm.LLM | None = vllm.LLM(

@@ -248,16 +248,13 @@ def _backward(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
 
 
 def _step(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
-    """The step's gradients in float32, and the temporary of torch's AdamW that is as large as its parameters."""
+    """The step's gradients in float32; torch's fused AdamW needs nothing else."""
     stage, trained = config.train.zero_stage, trained_parameters(shape, config)
     stepped = _share(trained, gpus) if stage else trained
     if stage == 3:
         stepped = min(stepped, STEP_GROUP)
     copies = stage > 0 or config.model.dtype == "bfloat16"
-    return {
-        "gradients in float32": FLOAT32 * stepped if copies else 0,
-        "AdamW's temporary": FLOAT32 * stepped,
-    }
+    return {"gradients in float32": FLOAT32 * stepped if copies else 0}
 
 
 def layer_activations(shape: Shape, config: Config) -> int:

@@ -53,6 +53,7 @@ class RolloutPipeline:
 
     def rollouts(self, number: int, last: int, metrics: Metrics) -> list[Rollout]:
         """The batch of iteration `number`; others, up to iteration `last`, are drawn while it is trained on."""
+        metrics |= {"time/rollout": 0.0, "time/weight_sync": 0.0}
         self._begin_until(min(last, number + max(0, self._staleness - 1)), number - 1, metrics)
         with timed("rollout", metrics):
             rollouts = self._take(number - 1)

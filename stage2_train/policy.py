@@ -145,6 +145,7 @@ class Policy:
             lr=train.learning_rate,
             betas=train.adam_betas,
             weight_decay=train.weight_decay,
+            fused=True,  # the other implementations hold temporaries as large as the parameters
         )
         warmup = max(train.warmup_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
