@@ -21,8 +21,8 @@ from common.errors import UserError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# Importing torch and vLLM makes a million objects that stay; with Python's own thresholds its collector walks them again
-# and again, for a quarter of the time that a start takes.
+# Importing torch and vLLM makes a million objects that stay; with Python's own thresholds its collector walks them
+# again and again, for a quarter of the time that a start takes.
 gc.set_threshold(100_000, 50, 100)
 
 app = typer.Typer(

@@ -208,6 +208,25 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
+    def _deepspeed_can_train(self) -> "Config":
+        if self.model.dtype == "bfloat16" and self.train.zero_stage == 0:
+            raise ValueError(
+                "train.zero_stage 0 does not go with model.dtype bfloat16: DeepSpeed's optimizer for it takes a step "
+                "before the first gradient; choose zero_stage 1, which needs no more memory, or dtype float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_thread_speaks_to_other_ranks(self) -> "Config":
+        if self.engine.training_tensor_parallel_size > 1 and self.train.staleness > 0:
+            raise ValueError(
+                f"train.staleness {self.train.staleness} does not go with engine.training_tensor_parallel_size "
+                f"{self.engine.training_tensor_parallel_size}: the engine's and the trainer's collective operations "
+                "could wait for each other; set one of them to its default"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine_has_time_to_sleep(self) -> "Config":
         if self.engine.sleep_while_training and self.train.staleness > 0:
             raise ValueError(

@@ -62,7 +62,7 @@ def refuse_wrong_size(size: int, processes: int, folder: Path) -> None:
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model: dict[str, int] = document.get("text_config", document)
     heads = model.get("num_attention_heads", size)
-    key_value_heads = model.get("num_key_value_heads", heads)
+    key_value_heads = model.get("num_key_value_heads") or heads
     wrong = [
         f"{name} {model[name]}"
         for name in ("num_attention_heads", "intermediate_size")

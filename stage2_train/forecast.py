@@ -201,6 +201,7 @@ def _memory_table(memory: dict[str, Any]) -> Table:
         "backward": "+ backward pass",
         "step": "or + step",
         "reference": "or + reference",
+        "rollout": "or + rollout",
     }.items():
         _add_components(table, label, memory[when])
     verdict = "fits" if memory["fits"] else "does not fit"

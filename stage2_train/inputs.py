@@ -77,6 +77,10 @@ def prepare(config: Config, vstar_file: Path, allow_mismatch: Collection[str] = 
     rows, provenance = read_vstar(vstar_file)
     folder = reference_model(config)
     renderer = PromptRenderer(folder, config.data)
+    if config.train.lora is not None:
+        from stage2_train.lora import refuse_unknown_layers
+
+        refuse_unknown_layers(folder, config.train.lora)
     ours = sampling_identity(config, renderer, model_identity(folder), fingerprint(config.grader))
     theirs = {key: value for key, value in provenance.identity.items() if key in ours}
     expected, allowance = Provenance(identity=ours, context={}), Allowance(allow_mismatch)

@@ -16,9 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.config import Config
+from common.config import LoraConfig as Settings
 from common.engine import request_seed
 from common.errors import UserError
 
@@ -109,6 +110,13 @@ def keep_adapter_alone(module: nn.Module, state: dict[str, Any], prefix: str, me
     """A hook on a module's state_dict that leaves frozen weights out of it, whatever they are called."""
     for name in [name for name in state if ".lora_" not in name]:
         del state[name]
+
+
+def refuse_unknown_layers(folder: Path, lora: Settings) -> None:
+    """Raise UserError unless the model in `folder` has the layers to adapt; its weights are not read."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    _targets(model, lora.target_modules)
 
 
 def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]:

@@ -100,12 +100,20 @@ def _parameters(folder: Path, *, tied: bool) -> int:
 def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -> dict[str, Any]:
     """Bytes on each of `gpus` GPUs of `gpu_bytes`, by component, and whether that fits.
 
-    `held` lasts all training, `reference` comes on top while an offloaded reference model is asked, `backward` during
-    the backward pass, `step` during the optimizer's step. `host` is what a process keeps in main memory of what was
-    offloaded.
+    `held` lasts all training, `rollout` comes on top while an engine that sleeps otherwise is awake, `reference` while
+    an offloaded reference model is asked, `backward` during the backward pass, `step` during the optimizer's step.
+    `host` is what a process keeps in main memory of what was offloaded.
     """
-    held = {**model_states(shape, config, gpus), **_others(shape, config, gpu_bytes)}
+    engine = _engine(shape, config, gpu_bytes)
+    sleeps = config.engine.sleep_while_training
+    has_reference = config.train.lora is None and not config.train.offload_reference
+    held = {
+        **model_states(shape, config, gpus),
+        **({"reference model": _weights(shape, config)} if has_reference else {}),
+        **({} if sleeps else engine),
+    }
     on_top = {
+        "rollout": engine if sleeps else {},
         "reference": {"reference model": _weights(shape, config)} if config.train.offload_reference else {},
         "backward": _backward(shape, config, gpus),
         "step": {} if config.train.offload_optimizer else _step(shape, config, gpus),
@@ -180,9 +188,8 @@ def model_states(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
 
 def _optimizer_states(trained: int, config: Config, gpus: int) -> dict[str, int]:
     stage = config.train.zero_stage
-    has_copy = stage > 0 or config.model.dtype == "bfloat16"
     return {
-        "float32 copy of the parameters": _share(FLOAT32 * trained if has_copy else 0, gpus if stage else 1),
+        "float32 copy of the parameters": _share(FLOAT32 * trained, gpus) if stage else 0,
         "AdamW's moments": _share(2 * FLOAT32 * trained, gpus if stage else 1),
     }
 
@@ -214,14 +221,10 @@ def _largest(shape: Shape, config: Config) -> int:
     return config.train.lora.rank * max(map(max, _adapted(shape, config.train.lora)))
 
 
-def _others(shape: Shape, config: Config, gpu_bytes: int) -> dict[str, int]:
-    weights = _weights(shape, config)
-    has_reference = config.train.lora is None and not config.train.offload_reference
-    reference = {"reference model": weights} if has_reference else {}
+def _engine(shape: Shape, config: Config, gpu_bytes: int) -> dict[str, int]:
     if config.engine.backend == "vllm":
-        engine = round(config.engine.training_gpu_memory_utilization * gpu_bytes)
-        return {**reference, "vLLM's share": engine}
-    return {**reference, "rollout engine's weights": weights}
+        return {"vLLM's share": round(config.engine.training_gpu_memory_utilization * gpu_bytes)}
+    return {"rollout engine's weights": _weights(shape, config)}
 
 
 def _backward(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
@@ -253,8 +256,7 @@ def _step(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
     stepped = _share(trained, gpus) if stage else trained
     if stage == 3:
         stepped = min(stepped, STEP_GROUP)
-    copies = stage > 0 or config.model.dtype == "bfloat16"
-    return {"gradients in float32": FLOAT32 * stepped if copies else 0}
+    return {"gradients in float32": FLOAT32 * stepped if stage else 0}
 
 
 def layer_activations(shape: Shape, config: Config) -> int:

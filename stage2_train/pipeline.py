@@ -18,6 +18,8 @@ from stage2_train.metrics import Metrics, timed
 from stage2_train.sampler import Draw, Sampler
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stage2_train.sampler import NamedWeights
 
     Attempt = list[Rollout] | None
@@ -66,7 +68,7 @@ class RolloutPipeline:
 
     def now(self, draw: Draw, version: int) -> list[Rollout]:
         """Rollouts of the current policy, once what has been begun is drawn."""
-        self._wait()
+        self.waiting(version)
         if self._version != version:
             self._sampler.load_weights(self._weights())
             self._version = version
@@ -85,7 +87,8 @@ class RolloutPipeline:
             self._hold(self._draw_of(self._next), partial(_given, batch))
 
     def close(self) -> None:
-        """Begin nothing more; what is being drawn ends by itself."""
+        """Begin nothing more, and let go of what is being drawn."""
+        self._sampler.end()
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -105,7 +108,7 @@ class RolloutPipeline:
         self._begun.append((draw, attempt))
         self._next += 1
 
-    def _bring_weights(self, version: int) -> "NamedWeights | None":
+    def _bring_weights(self, version: int) -> "list[tuple[str, Tensor]] | None":
         """Give the engine the current weights; or, where it is still busy with older ones, copies to be loaded later.
 
         An engine can only be busy here with a staleness of 2 or more.

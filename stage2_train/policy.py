@@ -153,7 +153,7 @@ class Policy:
             model=module, optimizer=optimizer, lr_scheduler=schedule, config=_deepspeed_config(config)
         )
         self._zero_stage = train.zero_stage
-        self._checks_gradients = train.zero_stage > 0 or config.model.dtype == "bfloat16"
+        self._checks_gradients = train.zero_stage > 0
         self._skipped_in_a_row = 0
 
     def backward(self, loss_share: Tensor, *, last: bool) -> None:

@@ -1,6 +1,7 @@
 """On-policy rollouts: one completion a prompt from the current policy, graded (Algorithm 1, line 9)."""
 
 from collections.abc import Mapping, Sequence
+from threading import Event
 from typing import Any
 
 from common.config import SamplingParams
@@ -22,10 +23,12 @@ def collect_rollouts(
     places: Sequence[int],
     samples_per_prompt: int = 1,
     logprob_checks: int = 0,
+    is_ending: Event | None = None,
 ) -> list[Rollout]:
     """Sample and grade, in order of the prompts, each prompt's samples together.
 
     `places` number the prompts within the whole job, so that a sample is the same however the job is split over ranks.
+    Raises RuntimeError once another thread sets `is_ending`.
     """
     requests = [
         SampleRequest(
@@ -39,6 +42,8 @@ def collect_rollouts(
     ]
     completions: dict[object, Completion] = {}
     for completion in engine.generate(requests, sampling):
+        if is_ending and is_ending.is_set():
+            raise RuntimeError("the job ends")
         assert isinstance(completion.key, tuple)
         completions[completion.key] = completion
         prompt = prompts[completion.key[0]]

@@ -13,14 +13,14 @@ from typing import Any
 from rich.console import Console
 
 from common.artifacts import RunPaths, exclusive_run, run_paths, write_text
-from common.config import Config
+from common.config import Config, TrainConfig
 from common.engine import build_engine
 from common.errors import UserError
 from common.grading import GraderPool
 from common.prompts import usable_prompts
 from common.provenance import ACCEPTED, differences
 from stage2_train.checkpoint import latest_state, newest_intact, read_state
-from stage2_train.inputs import Inputs, origin, prepare
+from stage2_train.inputs import MAY_DIFFER, Inputs, origin, prepare
 from stage2_train.policy import Ranks, join_ranks
 from stage2_train.sampler import Sampler
 from stage2_train.train import Trainer, train
@@ -103,7 +103,17 @@ def _train(
 
 def _is_finished(paths: RunPaths, made_with: dict[str, Any]) -> bool:
     marker = paths.model / TRAINED_WITH
-    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == made_with
+    if not marker.is_file():
+        return False
+    found = json.loads(marker.read_text(encoding="utf-8"))
+    return bool(found | {"origin": with_defaults(found["origin"])} == made_with)
+
+
+def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
+    """What an older version of this program wrote, with the settings of [train] that it did not know yet."""
+    defaults = TrainConfig().model_dump(mode="json", exclude=set(MAY_DIFFER["train"]))
+    config = origin["config"]
+    return origin | {"config": config | {"train": defaults | config["train"]}}
 
 
 def _refuse_missing_wandb(config: Config) -> None:
@@ -114,7 +124,7 @@ def _refuse_missing_wandb(config: Config) -> None:
 def _refuse_other_origin(paths: RunPaths, ours: dict[str, Any], state: dict[str, Any], total: int) -> None:
     if not state:
         return
-    if lines := differences(ours, state["origin"]):
+    if lines := differences(ours, with_defaults(state["origin"])):
         raise UserError(
             f"{paths.checkpoints} was made with another config or V̂*: {'; '.join(lines.values())}; "
             "choose another --run, or delete that folder"

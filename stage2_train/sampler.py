@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING
 
 from common.config import SamplingParams
@@ -44,37 +45,35 @@ class Sampler:
         self._pool = pool
         self._sampling = sampling
         self._ranks = ranks
+        self._is_ending = Event()
 
-    def rollouts(self, draw: Draw, weights: "Callable[[], NamedWeights]") -> tuple[list[Rollout], int]:
-        """One graded completion a prompt, and how many ranks' engines had to be built anew for it.
+    def attempt(self, draw: Draw, weights: "list[tuple[str, Tensor]] | None" = None) -> list[Rollout] | None:
+        """One graded completion a prompt, or None if the engine died of them.
 
-        `weights` are the policy's, for an engine that is built anew.
-        """
-        return self.settle(draw, self.attempt(draw), weights)
-
-    def attempt(self, draw: Draw, weights: "NamedWeights | None" = None) -> list[Rollout] | None:
-        """The rollouts, or None if the engine died of them; `weights`, if any, are loaded first.
-
-        This is what may run in another thread.
+        `weights`, if any, are loaded first and then let go. This is what may run in another thread.
         """
         try:
             if weights is not None:
                 self._engine.load_weights(weights)
+                weights.clear()
             return self._collect(draw)
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001  an engine may die of anything
+            if self._is_ending.is_set():
+                return None
             print(
                 f"warning: rank {self._ranks.rank}: the rollout engine died ({type(error).__name__}: {error}); "
                 "it is built anew with the current weights and draws its batch again",
                 file=sys.stderr,
             )
+            dict(self._pool.drain())  # grades that belong to no draw any more
             return None
 
     def settle(
         self, draw: Draw, rollouts: list[Rollout] | None, weights: "Callable[[], NamedWeights]"
     ) -> tuple[list[Rollout], int]:
-        """Draw again what an engine died of.
+        """Draw again what an engine died of; also gives the number of ranks whose engine had to be built anew.
 
         Every rank asks for the weights, whoever's engine died: under ZeRO-3 giving them is a collective operation.
         Requests carry their seeds, so that with equal weights the second attempt draws what the first would have.
@@ -83,7 +82,6 @@ class Sampler:
         if died:
             current = weights()
             if rollouts is None:
-                dict(self._pool.drain())  # grades of the first attempt
                 self._engine.close()
                 self._engine = self._build()
             self.load_weights(current)
@@ -101,6 +99,7 @@ class Sampler:
             seed=draw.seed,
             places=draw.places,
             logprob_checks=draw.logprob_checks,
+            is_ending=self._is_ending,
         )
 
     def load_weights(self, weights: "NamedWeights") -> None:
@@ -110,6 +109,10 @@ class Sampler:
     def sleep(self) -> None:
         """Let the engine do without its memory until it is given weights again."""
         self._engine.sleep()
+
+    def end(self) -> None:
+        """Have a draw that is under way in another thread come to nothing."""
+        self._is_ending.set()
 
     def close(self) -> None:
         """Free the engine's memory."""

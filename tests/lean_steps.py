@@ -23,7 +23,7 @@ SLICES = 3
 """Micro-batches a step: two processes have two of them and one."""
 STAGES = (0, 1, 2, 3)
 STAGES_ON_TWO = (2, 3)
-SMALL_UPDATES = [*((stage, False) for stage in STAGES), (1, True), (3, True)]
+SMALL_UPDATES = [(1, False), (2, False), (3, False), (1, True), (3, True)]
 """ZeRO's stage, and whether the optimizer is offloaded."""
 SMALL_STEP, SMALL_STEPS = 2e-5, 12
 """The learning rate, and so about the change of a weight in a step, and the number of steps."""

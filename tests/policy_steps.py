@@ -53,7 +53,8 @@ def regressed(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool, *,
     for number in (1, 2):
         places = range(ranks.rank, 8, ranks.world_size)
         draw = Draw(prompts=[inputs.prompts[place] for place in places], places=places, seed=number)
-        rollouts, _ = trainer.sampler.rollouts(draw, trainer.policy.named_weights)
+        rollouts = trainer.sampler.attempt(draw)
+        assert rollouts is not None
         mini_batch = {
             place: unjudged(rollout) if place % 2 else rollout
             for place, rollout in zip(places, rollouts, strict=True)

@@ -197,3 +197,13 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         TrainConfig(offload_reference=True, lora=LoraConfig())
     with pytest.raises(ValueError, match="target_modules"):
         LoraConfig(target_modules=())
+
+
+def test_bfloat16_needs_zero(config: Config) -> None:
+    """Without it DeepSpeed's optimizer has taken a step, of weight decay alone, before the first gradient."""
+    document = config.model_dump()
+    document["model"]["dtype"] = "bfloat16"
+    Config.model_validate(document)
+    document["train"]["zero_stage"] = 0
+    with pytest.raises(ValueError, match=r"zero_stage 0 does not go with model\.dtype bfloat16"):
+        Config.model_validate(document)

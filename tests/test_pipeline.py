@@ -39,13 +39,13 @@ class VersionEngine:
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         self.draws += 1
-        if self.draws in self._dies_at:
-            raise RuntimeError("CUDA error")
         version = self.version
         self.may_draw()
-        for request in requests:
+        for number, request in enumerate(requests):
+            if number == 1 and self.draws in self._dies_at:
+                raise RuntimeError("CUDA error")
             assert self.version == version, "new weights in the middle of a draw"
-            yield Completion(key=request.key, token_ids=(version,), text="", truncated=False)
+            yield Completion(key=request.key, token_ids=(version,), text=f"{version}", truncated=False)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         ((_, weight),) = named_tensors
@@ -58,14 +58,15 @@ class VersionEngine:
         pass
 
 
-class InstantPool:
-    """Finds every completion right."""
+class BackwardPool:
+    """Gives each completion its text as its reward, the last one first."""
 
     def __init__(self) -> None:
         self._grades: list[tuple[Hashable, Grade]] = []
 
-    def submit(self, key: Hashable, **_: Any) -> None:
-        self._grades.append((key, Grade(outcome=Outcome.CORRECT, reward=1.0, extracted="\ud800 1")))
+    def submit(self, key: Hashable, *, completion: str, **_: Any) -> None:
+        grade = Grade(outcome=Outcome.CORRECT, reward=float(completion), extracted="\ud800 1")
+        self._grades.insert(0, (key, grade))
 
     def drain(self) -> list[tuple[Hashable, Grade]]:
         drained, self._grades = self._grades, []
@@ -78,7 +79,7 @@ class Training:
     def __init__(self, staleness: int, *engines: VersionEngine) -> None:
         self.engines = engines or (VersionEngine(),)
         self.weight = torch.tensor(0)
-        waiting, pool = iter(self.engines), InstantPool()
+        waiting, pool = iter(self.engines), BackwardPool()
         ranks = Ranks(0, 1, torch.device("cpu"))
         sampler = Sampler(lambda: next(waiting), pool, SamplingParams(), ranks)  # type: ignore[arg-type]
         self.pipeline = RolloutPipeline(sampler, staleness, self.draw_of, lambda: [("weight", self.weight)])
@@ -97,6 +98,7 @@ class Training:
 def version_of(rollouts: Sequence[Rollout]) -> int:
     assert [rollout.prompt for rollout in rollouts] == PROMPTS
     (version,) = {rollout.completion.token_ids[0] for rollout in rollouts}
+    assert [rollout.grade.reward for rollout in rollouts] == [version, version]
     return version
 
 
@@ -180,3 +182,35 @@ def test_an_engine_that_dies_is_replaced_and_its_batch_drawn_from_the_current_we
         low <= found < number for number, (low, found) in enumerate(zip(expected, drawn, strict=True), 1)
     )
     assert "the rollout engine died (RuntimeError: CUDA error)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 3])
+@pytest.mark.parametrize("dies_at", [3, 4, 5, 6])
+def test_an_engine_may_die_around_evaluations(staleness: int, dies_at: int) -> None:
+    """Whatever it dies of, evaluations are of the current policy, and grades belong to their completions."""
+    training = Training(staleness, VersionEngine(dies_at=[dies_at]), VersionEngine())
+    for number in range(1, LAST + 1):
+        drawn = training.version_drawn(number)
+        assert max(0, number - 1 - staleness) <= drawn < number
+        draw = Draw(prompts=PROMPTS, places=range(2), seed=-1)
+        assert version_of(training.pipeline.now(draw, number)) == number
+    assert training.engines[0].draws >= dies_at  # those that were begun by then fail likewise, or succeed
+
+
+def test_the_end_of_a_job_does_not_wait_for_what_is_being_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    training = Training(1)
+    may_go_on, has_begun = Semaphore(1), Semaphore(0)
+
+    def hold() -> None:
+        has_begun.release()
+        assert may_go_on.acquire(timeout=SECONDS)
+
+    training.engines[0].may_draw = hold
+    training.pipeline.rollouts(1, LAST, {})
+    for _draw in (1, 2):
+        assert has_begun.acquire(timeout=SECONDS)
+    training.pipeline.close()
+    may_go_on.release()
+    ((_, attempt),) = training.pipeline._begun
+    assert attempt() is None
+    assert capsys.readouterr().err == ""

@@ -119,20 +119,24 @@ def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_happened(train: 
     assert lost > 0  # iterations were thrown away and done again
 
 
-IN_THE_SUITE = [(2, 2, "float32"), (2, 3, "float32"), (1, 2, "bfloat16")]
+SPLITS = [
+    split for split in product((1, 2), (0, 1, 2, 3), ("float32", "bfloat16")) if split[1:] != (0, "bfloat16")
+]
+CASES = [(*split, 0) for split in SPLITS] + [(1, 2, "float32", 2), (2, 3, "float32", 1)]
+IN_THE_SUITE = [(2, 2, "float32", 0), (2, 3, "float32", 1), (1, 2, "bfloat16", 0)]
 
 
 @pytest.mark.parametrize(
-    ("processes", "zero_stage", "dtype"),
-    [
-        pytest.param(*split, marks=() if split in IN_THE_SUITE else pytest.mark.slow)
-        for split in product((1, 2), (0, 1, 2, 3), ("float32", "bfloat16"))
-    ],
+    ("processes", "zero_stage", "dtype", "staleness"),
+    [pytest.param(*case, marks=() if case in IN_THE_SUITE else pytest.mark.slow) for case in CASES],
 )
 def test_killed_between_checkpoints_any_split_ends_as_if_nothing_had_happened(
-    train: Train, processes: int, zero_stage: int, dtype: str
+    train: Train, processes: int, zero_stage: int, dtype: str, staleness: int
 ) -> None:
-    change = {"train": {"zero_stage": zero_stage, "iterations": 6}, "model": {"dtype": dtype}}
+    change = {
+        "train": {"zero_stage": zero_stage, "iterations": 6, "staleness": staleness},
+        "model": {"dtype": dtype},
+    }
     assert train("whole", change=change, processes=processes) == 0
     assert train("killed", change=change, processes=processes, killed_after=5) == signal.SIGKILL
     whole, killed = run_paths("whole"), run_paths("killed")
@@ -218,7 +222,8 @@ def save(folder: Path, iteration: int, *, accuracy: float | None = None, keep: i
     (temporary / "state").mkdir()
     for name in ("weights", "optimizer"):
         (temporary / "state" / name).write_bytes(f"{name} {iteration}".encode() * 100)
-    finish(temporary, {"iteration": iteration, "held_out_accuracy": accuracy}, keep)
+    state = {"iteration": iteration, "held_out_accuracy": accuracy}
+    finish(temporary, state, keep, rollouts=[[{"prompt_id": "a"}]])
 
 
 def iterations(folder: Path) -> list[int]:
@@ -236,7 +241,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("file", ["state/weights", "state/optimizer", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["state/weights", "state/optimizer", "state.json", "rollouts.json", "manifest.json"]
+)
 @pytest.mark.parametrize("how", ["gone", "cut", "one bit"])
 def test_a_damaged_checkpoint_is_moved_aside_and_named(tmp_path: Path, file: str, how: str) -> None:
     for iteration in (1, 2, 3):

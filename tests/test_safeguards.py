@@ -27,10 +27,7 @@ from tests.training_jobs import ranks_found
 
 CASES: dict[str, dict[str, Any]] = {
     **{f"ZeRO-{stage}": {"train": {"zero_stage": stage}} for stage in range(4)},
-    **{
-        f"ZeRO-{stage} in bfloat16": {"train": {"zero_stage": stage}, "model": {"dtype": "bfloat16"}}
-        for stage in (0, 2)
-    },
+    "ZeRO-2 in bfloat16": {"model": {"dtype": "bfloat16"}},
 }
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -120,10 +117,10 @@ def test_an_engine_that_dies_is_built_anew_and_draws_the_same_with_the_current_w
     with GraderPool(config.grader) as pool:
         undisturbed = Sampler(lambda: ScriptedEngine(renderer), pool, config.sampling, ALONE)
         sampler = Sampler(lambda: next(waiting), pool, config.sampling, ALONE)
-        expected, died = undisturbed.rollouts(draw, lambda: weights)
+        expected, died = undisturbed.settle(draw, undisturbed.attempt(draw), lambda: weights)
         assert died == 0
         for died_of_it in (1, 0):
-            rollouts, died = sampler.rollouts(draw, lambda: weights)
+            rollouts, died = sampler.settle(draw, sampler.attempt(draw), lambda: weights)
             assert died == died_of_it
             assert rollouts == expected
     assert [engine.closed for engine in engines] == [True, False]
@@ -138,8 +135,10 @@ def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(
     config, renderer, prompts = setting
     with GraderPool(config.grader) as pool:
         sampler = Sampler(lambda: MortalEngine(renderer, 3), pool, config.sampling, ALONE)
+        draw = Draw(prompts=prompts, places=range(8), seed=5)
+        first = sampler.attempt(draw)
         with pytest.raises(RuntimeError, match="illegal memory access"):
-            sampler.rollouts(Draw(prompts=prompts, places=range(8), seed=5), list)
+            sampler.settle(draw, first, list)
 
 
 WELL = {"completion/truncated": 0.9, "kl/sequence": 60.0, "kl/token": 0.1}

@@ -21,15 +21,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from common.artifacts import RunPaths, run_paths
-from common.config import Config
+from common.config import Config, LoraConfig
 from common.errors import UserError
 from common.schema import read_vstar, write_vstar
 from stage2_train.completions import SHOWN
-from stage2_train.inputs import prepare
+from stage2_train.inputs import origin, prepare
 from stage2_train.metrics import MetricsLog
 from stage2_train.records import SequenceRecord
 from stage2_train.records import summarise as summarise_records
-from stage2_train.run import run_stage2
+from stage2_train.run import run_stage2, with_defaults
 from tests.conftest import save_tiny_model
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -447,6 +447,25 @@ def test_greedy_sampling_is_refused(setting: tuple[Config, Path]) -> None:
     config, vstar = setting
     with pytest.raises(UserError, match=r"sampling\.temperature is 0"):
         prepare(changed(config, "sampling", temperature=0.0), vstar)
+
+
+def test_an_adapter_of_layers_that_the_model_does_not_have_is_refused(setting: tuple[Config, Path]) -> None:
+    config, vstar = setting
+    prepare(changed(config, "train", lora=LoraConfig(target_modules=("q_proj",))), vstar)
+    with pytest.raises(UserError, match="no linear layers called query before its output layer"):
+        prepare(changed(config, "train", lora=LoraConfig(target_modules=("query",))), vstar)
+
+
+def test_a_run_of_an_earlier_version_is_continued(setting: tuple[Config, Path]) -> None:
+    """Its checkpoints do not name the settings that were added since."""
+    config, vstar = setting
+    ours = origin(config, prepare(config, vstar))
+    train = {name: value for name, value in ours["config"]["train"].items() if name != "staleness"}
+    theirs = ours | {"config": ours["config"] | {"train": train}}
+    assert theirs != ours
+    assert with_defaults(theirs) == ours
+    drawn_ahead = changed(config, "train", staleness=1)
+    assert with_defaults(theirs) != origin(drawn_ahead, prepare(drawn_ahead, vstar))
 
 
 def test_only_prompts_marked_keep_are_trained_on(setting: tuple[Config, Path]) -> None:
