@@ -80,7 +80,8 @@ class EngineConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     training_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     """The engine's share of a GPU that it has to share with the trainer."""
-    cpu_kv_cache_gib: Annotated[int, Field(ge=1)] = 1
+    cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """The engine's key-value cache on a CPU, which is taken whole at the start."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs per engine in stage 1."""
     training_tensor_parallel_size: Annotated[int, Field(ge=1)] = 1

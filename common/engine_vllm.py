@@ -47,7 +47,7 @@ class VllmEngine:
         if ranks_per_engine > 1:
             refuse_wrong_size(ranks_per_engine, processes, folder)
             self._group = RolloutGroup(ranks_per_engine)
-        _set_environment(config)
+        _set_environment()
         import vllm
         from vllm.platforms import current_platform
 
@@ -67,6 +67,7 @@ class VllmEngine:
             options["enable_sleep_mode"] = beside_trainer and config.engine.sleep_while_training
         else:
             options["enforce_eager"] = True
+            options["kv_cache_memory_bytes"] = round(config.engine.cpu_kv_cache_gib * 2**30)
             # Compiling the sampler's two small helpers takes ten seconds that they never win back on a CPU.
             current_platform.simple_compile_backend = "eager"
             # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".
@@ -284,13 +285,12 @@ def context_length(config: Config, folder: Path) -> int:
     return min(needed, document.get("max_position_embeddings", needed))
 
 
-def _set_environment(config: Config) -> None:
+def _set_environment() -> None:
     """What vLLM reads from the environment when it is imported; what the user has set stays."""
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": LOGGING_LEVEL,
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(config.engine.cpu_kv_cache_gib),
         # Bound threads fight with every other process on their cores: the graders, a second rank, a browser.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }

@@ -137,7 +137,7 @@ def build_prompts(iterations: int, model: Path) -> tuple[list[str], list[int]]:
 
 
 def settings(model: Path, data: Path, iterations: int) -> Config:
-    """Defaults, but for the size of a batch."""
+    """Defaults, but for the size of a batch, no ZeRO on a single process and a cache that is enough for a batch."""
     return Config.model_validate(
         {
             "run": "vocabulary",
@@ -145,11 +145,13 @@ def settings(model: Path, data: Path, iterations: int) -> Config:
             "data": {"format": "generic", "path": str(data)},
             "sampling": {"max_completion_tokens": LONGEST},
             "grader": {"name": "gsm8k"},
+            "engine": {"cpu_kv_cache_gib": 0.25},
             "vstar": {"num_samples": 2},
             "train": {
                 "batch_size": BATCH_SIZE,
                 "mini_batch_size": BATCH_SIZE,
                 "iterations": iterations,
+                "zero_stage": 0,
             },
         }
     )
