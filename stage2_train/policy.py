@@ -153,7 +153,6 @@ class Policy:
             model=module, optimizer=optimizer, lr_scheduler=schedule, config=_deepspeed_config(config)
         )
         self._zero_stage = train.zero_stage
-        self._checks_gradients = train.zero_stage > 0
         self._skipped_in_a_row = 0
 
     def backward(self, loss_share: Tensor, *, last: bool) -> None:
@@ -184,7 +183,7 @@ class Policy:
         return math.nan
 
     def _take_step(self) -> float:
-        if self._checks_gradients:
+        if self._zero_stage > 0:
             self.engine.step()  # skips on its own
             return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.nan
         # Without ZeRO, DeepSpeed neither checks float32 gradients nor tells the norm that it clips by.

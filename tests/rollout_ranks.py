@@ -25,7 +25,7 @@ Found = dict[Any, tuple[tuple[int, ...], tuple[float, ...]]]
 """Tokens and their log-probs by request."""
 
 
-def requests(renderer: PromptRenderer) -> list[SampleRequest]:
+def requests(renderer: PromptRenderer, count: int = REQUESTS) -> list[SampleRequest]:
     return [
         SampleRequest(
             key=number,
@@ -33,7 +33,7 @@ def requests(renderer: PromptRenderer) -> list[SampleRequest]:
             seed=request_seed(7, number),
             with_logprobs=True,
         )
-        for number in range(REQUESTS)
+        for number in range(count)
     ]
 
 

@@ -17,11 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.config import Config, SamplingParams
-from common.engine import RolloutEngine, build_engine, request_seed
+from common.engine import RolloutEngine, build_engine
 from common.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest
 from stage2_train.batch import TokenSequence, token_batches
 from stage2_train.logprobs import LogprobModel, token_logprobs
+from tests.rollout_ranks import requests
 from tests.stage2_runs import tiny_config
 
 pytestmark = pytest.mark.filterwarnings(
@@ -69,19 +70,6 @@ def new_engine(config: Config, folder: Path, backend: str, max_num_seqs: int) ->
     )
 
 
-def requests(folder: Path, config: Config, count: int = 24) -> list[SampleRequest]:
-    renderer = PromptRenderer(folder, config.data)
-    return [
-        SampleRequest(
-            key=number,
-            prompt_token_ids=renderer.render(f"Tom has {number} pens." + " He buys more." * (number % 5)),
-            seed=request_seed(7, number),
-            with_logprobs=True,
-        )
-        for number in range(count)
-    ]
-
-
 def sample(
     engine: RolloutEngine, batch: list[SampleRequest], sampling: SamplingParams = SAMPLING
 ) -> dict[object, Completion]:
@@ -124,7 +112,7 @@ def load(folder: Path, temperature: float) -> LogprobModel:
 def test_every_request_is_answered_under_its_key_and_samples_differ(
     engine: RolloutEngine, folder: Path, config: Config
 ) -> None:
-    completions = sample(engine, requests(folder, config))
+    completions = sample(engine, requests(PromptRenderer(folder, config.data)))
     assert completions.keys() == set(range(24))
     assert len(set(tokens(completions).values())) > 5
     assert list(engine.generate([], SAMPLING)) == []
@@ -133,7 +121,7 @@ def test_every_request_is_answered_under_its_key_and_samples_differ(
 def test_a_sample_depends_on_its_seed_and_prompt_alone(
     engine: RolloutEngine, folder: Path, config: Config
 ) -> None:
-    batch = requests(folder, config)
+    batch = requests(PromptRenderer(folder, config.data))
     together = sample(engine, batch)
     shuffled = batch.copy()
     random.Random(0).shuffle(shuffled)
@@ -150,7 +138,7 @@ def test_an_ended_completion_holds_its_end_token_and_only_a_cut_one_lacks_it(
     renderer = PromptRenderer(folder, config.data)
     (end,) = renderer.eos_token_ids
     short = SAMPLING.model_copy(update={"max_completion_tokens": 4})
-    completions = sample(engine, requests(folder, config), short).values()
+    completions = sample(engine, requests(PromptRenderer(folder, config.data)), short).values()
     assert {completion.truncated for completion in completions} == {True, False}
     for completion in completions:
         assert end not in completion.token_ids[:-1]
@@ -163,7 +151,10 @@ def test_an_ended_completion_holds_its_end_token_and_only_a_cut_one_lacks_it(
 
 
 def test_log_probs_come_only_where_asked_for(engine: RolloutEngine, folder: Path, config: Config) -> None:
-    batch = [replace(request, with_logprobs=request.key == 1) for request in requests(folder, config, 3)]
+    batch = [
+        replace(request, with_logprobs=request.key == 1)
+        for request in requests(PromptRenderer(folder, config.data), 3)
+    ]
     completions = sample(engine, batch)
     assert [completions[key].sampled_logprobs is None for key in range(3)] == [True, False, True]
 
@@ -172,7 +163,7 @@ def test_greedy_takes_the_most_likely_token_whatever_the_seed(
     engine: RolloutEngine, folder: Path, config: Config
 ) -> None:
     model = load(folder, 1.0).model
-    batch = requests(folder, config, 6)
+    batch = requests(PromptRenderer(folder, config.data), 6)
     greedy = sample(engine, batch, GREEDY)
     for request in batch:
         ids = list(request.prompt_token_ids)
@@ -187,7 +178,7 @@ def test_greedy_takes_the_most_likely_token_whatever_the_seed(
 
 def test_samples_follow_the_models_distribution(engine: RolloutEngine, folder: Path, config: Config) -> None:
     """The first token's frequencies over 2,000 seeds, against the model's probabilities."""
-    one = requests(folder, config, 1)[0]
+    one = requests(PromptRenderer(folder, config.data), 1)[0]
     draws = 2000
     batch = [replace(one, key=number, seed=number, with_logprobs=False) for number in range(draws)]
     first = SAMPLING.model_copy(update={"max_completion_tokens": 1})
@@ -208,7 +199,7 @@ def test_samples_follow_the_models_distribution(engine: RolloutEngine, folder: P
 def test_log_probs_agree_with_the_trainers_before_training(
     engine: RolloutEngine, folder: Path, config: Config, temperature: float
 ) -> None:
-    batch = requests(folder, config)
+    batch = requests(PromptRenderer(folder, config.data))
     completions = sample(engine, batch, SAMPLING.model_copy(update={"temperature": temperature}))
     assert trainer_gap(load(folder, temperature), batch, completions) < TOLERANCE
 
@@ -217,7 +208,7 @@ def test_log_probs_agree_after_every_weight_synchronisation(
     engine: RolloutEngine, folder: Path, config: Config
 ) -> None:
     """The last set of weights is the first again: the engine's other tests need it, and its samples must return."""
-    module, batch = load(folder, 1.0), requests(folder, config)
+    module, batch = load(folder, 1.0), requests(PromptRenderer(folder, config.data))
     original = {name: weight.clone() for name, weight in module.model.named_parameters()}
     before = sample(engine, batch)
     generator = torch.Generator().manual_seed(0)
@@ -263,7 +254,7 @@ def test_no_more_than_a_layer_of_new_weights_is_held_at_a_time(engine: RolloutEn
 def test_an_engine_goes_on_after_its_caller_lost_interest(
     engine: RolloutEngine, folder: Path, config: Config
 ) -> None:
-    batch = requests(folder, config)
+    batch = requests(PromptRenderer(folder, config.data))
     stream = engine.generate(batch, SAMPLING)
     first = next(stream)
     stream.close()  # type: ignore[attr-defined]
@@ -291,7 +282,7 @@ def test_the_size_of_the_engine_changes_no_sample(backend: str, folder: Path, co
     found = []
     for max_num_seqs in (5, 64):
         engine = new_engine(config, folder, backend, max_num_seqs)
-        found.append(tokens(sample(engine, requests(folder, config))))
+        found.append(tokens(sample(engine, requests(PromptRenderer(folder, config.data)))))
         engine.close()
     assert found[0] == found[1]
 
@@ -302,7 +293,7 @@ def test_a_tied_output_layer_follows_the_embedding_at_every_weight_synchronisati
 ) -> None:
     """Its weights come once, under the embedding's name."""
     engine = new_engine(config, tied_model, backend, max_num_seqs=16)
-    module, batch = load(tied_model, 1.0), requests(tied_model, config)
+    module, batch = load(tied_model, 1.0), requests(PromptRenderer(tied_model, config.data))
     assert module.model.lm_head.weight is module.model.get_input_embeddings().weight
     completions = sample(engine, batch)
     assert trainer_gap(module, batch, completions) < TOLERANCE

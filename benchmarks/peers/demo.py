@@ -154,7 +154,8 @@ def peer(trainer: str, config: Config, folder: Path) -> Run:
     prompts = load_prompts(config.data, config, renderer)
     updates = config.train.batch_size // config.train.mini_batch_size
     assert config.train.iterations is not None
-    Job(
+    Job.like(
+        config,
         trainer=trainer,
         model=str(base),
         prompts=[
@@ -165,20 +166,7 @@ def peer(trainer: str, config: Config, folder: Path) -> Run:
         save_every=EVALUATE_EVERY * updates,
         seed=config.seed,
         updates=config.train.iterations * updates,
-        batch_size=config.train.batch_size,
-        mini_batch_size=config.train.mini_batch_size,
         micro_batch_size=config.train.mini_batch_size,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_completion_tokens=config.sampling.max_completion_tokens,
-        learning_rate=config.train.learning_rate,
-        warmup_steps=config.train.warmup_steps,
-        adam_betas=config.train.adam_betas,
-        weight_decay=config.train.weight_decay,
-        max_grad_norm=config.train.max_grad_norm,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        beta1=config.vstar.beta1,
-        beta2=config.train.objective.beta2,
-        num_samples=config.vstar.num_samples,
     ).write(folder / "job.json")
     finished, told = run_trl(folder)
     iterations = [end - finished.began for end in told.updates[updates - 1 :: updates]]

@@ -3,11 +3,27 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from common.config import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class JsonFile:
+    """Fields that go to a file and come back from it."""
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return cls(**document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(JsonFile):
     """A training run of TRL's."""
 
     trainer: str
@@ -43,17 +59,30 @@ class Job:
     completion_lengths: list[int] | None = None
     """The completion length of each prompt, in place of the model's own end."""
 
-    def write(self, file: Path) -> None:
-        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
-
     @classmethod
-    def read(cls, file: Path) -> Self:
-        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return cls(**document)
+    def like(cls, config: "Config", **own: Any) -> Self:
+        """A job with the settings of one of our configs; the rest is its `own`."""
+        train = config.train
+        return cls(
+            batch_size=train.batch_size,
+            mini_batch_size=train.mini_batch_size,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_completion_tokens=config.sampling.max_completion_tokens,
+            learning_rate=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            adam_betas=train.adam_betas,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            gradient_checkpointing=train.gradient_checkpointing,
+            beta1=config.vstar.beta1,
+            beta2=train.objective.beta2,
+            num_samples=config.vstar.num_samples,
+            **own,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(JsonFile):
     """What a run of TRL's tells of itself. Times are seconds since the epoch, less those spent on saving weights."""
 
     imported: float
@@ -65,11 +94,3 @@ class Report:
     """Spent in `generate` while training."""
     imports_mib: float
     """Resident memory once the libraries are loaded."""
-
-    def write(self, file: Path) -> None:
-        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
-
-    @classmethod
-    def read(cls, file: Path) -> Self:
-        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return cls(**document)

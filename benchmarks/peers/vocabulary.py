@@ -215,7 +215,8 @@ def peer(
     """One of TRL's trainers."""
     step = 2 if trainer == "grpo" else 1
     assert config.train.iterations is not None
-    Job(
+    Job.like(
+        config,
         trainer=trainer,
         model=config.model.path,
         prompts=[{"prompt": prompt, "answer": "1"} for prompt in prompts[::step]],
@@ -223,20 +224,7 @@ def peer(
         save_every=0,
         seed=seed,
         updates=config.train.iterations,
-        batch_size=BATCH_SIZE,
-        mini_batch_size=BATCH_SIZE,
         micro_batch_size=TRL_MICRO_BATCH_SIZE,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_completion_tokens=LONGEST,
-        learning_rate=config.train.learning_rate,
-        warmup_steps=config.train.warmup_steps,
-        adam_betas=config.train.adam_betas,
-        weight_decay=config.train.weight_decay,
-        max_grad_norm=config.train.max_grad_norm,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        beta1=config.vstar.beta1,
-        beta2=config.train.objective.beta2,
-        num_samples=config.vstar.num_samples,
         vstar=vstar,
         completion_lengths=lengths[::step],
     ).write(place / "job.json")
