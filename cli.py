@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Importing torch and vLLM makes a million objects that stay; with Python's own thresholds its collector walks them
-# again and again, for a quarter of the time that a start takes.
+# again and again, for a noticeable part of a start.
 gc.set_threshold(100_000, 50, 100)
 
 app = typer.Typer(
