@@ -47,7 +47,6 @@ class Trainer:
         self.pass_rate = inputs.pass_rate
         self.first_batch = inputs.first_batch
         self.held_out = inputs.held_out
-        self.sampler = sampler
         self.last = inputs.iterations(config)
         self.objective: Objective = build_objective(config.train.objective)
         self.policy = Policy(inputs.folder, config, ranks)

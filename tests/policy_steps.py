@@ -49,11 +49,12 @@ def steps(config: Config, inputs: Inputs, ranks: Ranks, scales: list[float]) -> 
 def regressed(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool, *, leave_out: bool) -> Weights:
     """Weights after two steps; places 1, 3, 5 and 7, all of a second rank's, could not be judged, or are not there."""
     engine = ScriptedEngine(inputs.renderer)
-    trainer = Trainer(config, inputs, Sampler(lambda: engine, pool, config.sampling, ranks), ranks)
+    sampler = Sampler(lambda: engine, pool, config.sampling, ranks)
+    trainer = Trainer(config, inputs, sampler, ranks)
     for number in (1, 2):
         places = range(ranks.rank, 8, ranks.world_size)
         draw = Draw(prompts=[inputs.prompts[place] for place in places], places=places, seed=number)
-        rollouts = trainer.sampler.attempt(draw)
+        rollouts = sampler.attempt(draw)
         assert rollouts is not None
         mini_batch = {
             place: unjudged(rollout) if place % 2 else rollout
