@@ -60,9 +60,9 @@ DEMO = Path(__file__).parent / "configs" / "demo.toml"
 @app.command("base-model")
 def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None) -> None:
     """Pre-train the demo's tiny reference model from scratch (about a minute, no download)."""
-    from common.artifacts import run_paths
-    from common.config import load_config
     from common.demo.base_model import build_base_model
+    from common.runs import run_paths
+    from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
     path = run_paths(settings.run).base_model
@@ -100,8 +100,8 @@ def vstar(
     allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Stage 1: sample, grade and estimate V̂* for each prompt. A re-run continues where the last one ended."""
-    from common.artifacts import Shard
-    from common.config import load_config
+    from common.runs import Shard
+    from stage2_train.config import load_config
 
     part = Shard.parse(shard)
     if (adaptive is None) != (budget is None):
@@ -124,7 +124,7 @@ def train(
     allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Stage 2: on-policy regression on the optimal advantages. A re-run continues from the last checkpoint."""
-    from common.config import load_config
+    from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
     from stage2_train.run import run_stage2
@@ -158,7 +158,7 @@ def regrade(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Grade a run's cached completions with the config's grader, beside the old grades, and compare the two."""
-    from common.config import load_config
+    from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
     from stage1_vstar.regrade import run_regrade
@@ -178,7 +178,7 @@ def forecast(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """What stage 2 will take: steps, tokens, the first iteration's loss and reward, memory a GPU. Loads no model."""
-    from common.config import load_config
+    from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
     from stage2_train.forecast import forecast as forecast_training
@@ -207,8 +207,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Greedy accuracy, sampled pass@1 and pass@k, and KL to the reference on held-out prompts."""
-    from common.artifacts import reference_model, run_paths, write_text
-    from common.config import load_config
+    from common.files import write_text
+    from common.model_files import reference_model
+    from common.runs import run_paths
+    from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
     paths = run_paths(settings.run)
@@ -238,8 +240,8 @@ def evaluate(
 @app.command()
 def report(run: RunName = "demo") -> None:
     """A run on one page, report/report.html: distributions, samples, cost, provenance, and what training did."""
-    from common.artifacts import run_paths
     from common.report import write_report
+    from common.runs import run_paths
 
     write_report(run_paths(run), console)
 
@@ -323,7 +325,7 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Which N, which β1: what smaller N and other β1 would have given, as a table, JSON and plots in report/."""
-    from common.sweep_files import sweep_file
+    from common.report.sweep_files import sweep_file
     from stage1_vstar.sweep import run_sweep, to_json
     from stage1_vstar.sweep_view import show
 
@@ -356,7 +358,7 @@ def inspect(
 
 
 def _vstar_path(run: str, vstar_file: Path | None) -> Path:
-    from common.artifacts import run_paths
+    from common.runs import run_paths
 
     return vstar_file or run_paths(run).vstar
 
@@ -364,7 +366,7 @@ def _vstar_path(run: str, vstar_file: Path | None) -> Path:
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
     """Keep `vstar` from writing a run's own table at the same time: it would undo what happens to it here."""
-    from common.artifacts import RunPaths, exclusive_run
+    from common.runs import RunPaths, exclusive_run
 
     run = RunPaths(target.resolve().parent)
     is_a_runs_own = target.resolve() == run.vstar and target.exists() and run.samples.is_dir()

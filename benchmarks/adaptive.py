@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.artifacts import run_paths
-from common.schema import read_vstar
+from common.runs import run_paths
+from common.value import Floats, estimate_vstar
+from common.vstar_file import read_vstar
 from stage1_vstar.adaptive import WAYS, Comparison, Counts, Rule, Z, compare, from_rewards
-from stage1_vstar.estimator import Floats, estimate_vstar
 
 REPETITIONS = 20
 UNLIMITED = 10**12

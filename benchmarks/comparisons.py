@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stage1_vstar.estimator import estimate_vstar
+from common.value import estimate_vstar
 from stage1_vstar.uncertainty import Counts, Floats, Interval
 
 CHUNK = 4_000_000

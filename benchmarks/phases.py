@@ -33,13 +33,14 @@ import torch
 
 import cli  # noqa: F401  the thread settings of the command line
 from benchmarks.flops import ADAMW_BYTES, BACKWARD, copy_rate, forward_flops, matrix_rate, products_seconds
-from common.artifacts import REPOSITORY, run_paths
-from common.config import Config, SamplingParams, load_config
+from common.config import SamplingParams
 from common.demo.base_model import build_tokenizer
-from common.engine_vllm import VllmEngine
+from common.engines.vllm_engine import VllmEngine
 from common.grading import GraderPool
 from common.rollout import Completion, SampleRequest
+from common.runs import REPOSITORY, run_paths
 from stage2_train.batch import TokenBatch
+from stage2_train.config import Config, load_config
 from stage2_train.inputs import prepare
 from stage2_train.memory import Shape, read_shape
 from stage2_train.metrics import Metrics

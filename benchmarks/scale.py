@@ -34,10 +34,10 @@ import cli  # noqa: F401  the thread settings of the command line
 from benchmarks import logprobs as other_ways
 from benchmarks.flops import BACKWARD, forward_flops, matrix_rate, parameter_count
 from benchmarks.stage1_memory import resident_mib
-from common.artifacts import REPOSITORY
-from common.config import Config, load_config
+from common.runs import REPOSITORY
 from stage2_train import memory
 from stage2_train.batch import MicroBatch, TokenSequence, token_batches
+from stage2_train.config import Config, load_config
 from stage2_train.logprobs import VocabularyHead, token_logprobs
 from stage2_train.memory import Shape, layer_activations, memory_per_gpu, micro_batch_tokens, model_states
 from stage2_train.objectives import build_objective

@@ -20,15 +20,16 @@ import numpy as np
 from rich.console import Console
 
 import cli  # noqa: F401  the thread settings of the command line
-from common.artifacts import model_identity, reference_model
-from common.config import Config, load_config
-from common.engine_vllm import VllmEngine
+from common.data.prompts import PromptRenderer, load_prompts
+from common.engines.vllm_engine import VllmEngine
 from common.grading import GraderPool
-from common.prompts import PromptRenderer, load_prompts
+from common.model_files import model_identity, reference_model
 from common.provenance import Provenance
+from common.sampling.generate import generate_samples
+from common.sampling.missing import Missing
 from common.store import SampleStore
-from stage1_vstar.generate import Missing, generate_samples
 from stage1_vstar.run import stage1_provenance
+from stage2_train.config import Config, load_config
 
 WAYS = ("vLLM, seeded", "vLLM, unseeded", "stage 1")
 

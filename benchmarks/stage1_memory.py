@@ -19,11 +19,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-import stage1_vstar.run
-from common.artifacts import run_paths
-from common.config import Config, SamplingParams
+from common.config import SamplingParams
 from common.rollout import Completion, SampleRequest
-from common.schema import read_vstar
+from common.runs import run_paths
+from common.vstar_file import read_vstar
+from stage1_vstar.run import run_stage1
+from stage2_train.config import Config
 
 COMPLETION_TOKENS = 120
 TEXT = "First we add the numbers, then we divide. " * 12
@@ -85,8 +86,7 @@ def stream(model: Path, samples: int, num_samples: int, folder: Path) -> float:
         }
     )
     os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
-    vars(stage1_vstar.run)["build_engine"] = lambda *_, **__: SyntheticEngine(samples)
-    stage1_vstar.run.run_stage1(config, Console(file=io.StringIO()))
+    run_stage1(config, Console(file=io.StringIO()), build_engine=lambda *_, **__: SyntheticEngine(samples))
     rows = read_vstar(run_paths("memory").vstar)[0]
     assert rows["num_samples"].sum() == samples // num_samples * num_samples
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

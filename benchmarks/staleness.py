@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common.artifacts import RunPaths, run_paths
-from common.config import load_config
+from common.runs import RunPaths, run_paths
+from stage2_train.config import load_config
 
 WARM_UP = 5
 """Iterations that are not timed."""

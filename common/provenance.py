@@ -5,19 +5,29 @@ themselves, stage 1's result with stage 2's training. `context` is recorded for 
 difference is refused by name; `--allow-mismatch NAME` accepts it, and what was accepted is written into what is made.
 """
 
+import importlib.metadata
 import json
+import platform
+import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.config import RunConfig
 from common.errors import DamagedFile, UserError
+from common.runs import REPOSITORY
+
+if TYPE_CHECKING:
+    from common.data.prompts import PromptRenderer
 
 SCHEMA_VERSION = 3
+
 METADATA_KEY = b"astar_po"
+
 ACCEPTED = "accepted_mismatches"
 """In a file's context: the differences that were accepted when it was made."""
 
@@ -162,3 +172,50 @@ def _from_2(document: dict[str, Any]) -> dict[str, Any]:
 
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """From each format version to the next. Columns that a version lacks are read as missing values."""
+
+
+def context(config: RunConfig) -> dict[str, Any]:
+    """What a reader will want to know of where and how an artifact was made."""
+    return {
+        "model_path": config.model.path,
+        "model_revision": config.model.revision,
+        "data": config.data.model_dump(exclude_none=True),
+        "engine": config.engine.backend,
+        "dtype": config.model.dtype,
+        "versions": {
+            name: _version(name) for name in ("torch", "transformers", "vllm", "math-verify", "pyarrow")
+        },
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    for name in (package, f"{package}-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def sampling_identity(
+    config: RunConfig, renderer: "PromptRenderer", model: dict[str, Any], grader: str
+) -> dict[str, Any]:
+    """All that V̂* depends on besides the prompts: stage 1 records it, stage 2 refuses to train on another."""
+    return {
+        "model": model,
+        "prompt": renderer.identity(),
+        "sampling": config.sampling.model_dump(),
+        "grader": grader,
+    }

@@ -18,20 +18,62 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from common.artifacts import atomic_path, file_digest, remove_leftovers
+from common.contract import polars_schema, validate
 from common.errors import UserError
+from common.files import atomic_path, file_digest, remove_leftovers
+from common.grading import OUTCOMES
 from common.provenance import STRICT, Allowance, Provenance, read_provenance
-from common.schema import GRADES, SAMPLES, SAMPLES_INVARIANTS, polars_schema, validate
+
+SAMPLES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("prompt_token_hash", pa.string()),
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("completion_raw", pa.binary()),
+        pa.field("completion_tokens", pa.int32(), nullable=False),
+        pa.field("outcome", pa.string(), nullable=False),
+        pa.field("extracted", pa.string()),
+        pa.field("reward", pa.float64(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+"""`completion_raw` holds the completion, lone surrogates included, where `completion` (UTF-8) has no place for them."""
+
+GRADES = pa.schema(
+    [
+        SAMPLES.field("prompt_id"),
+        SAMPLES.field("sample_index"),
+        pa.field("completion_hash", pa.string(), nullable=False),
+        *(SAMPLES.field(name) for name in ("outcome", "extracted", "reward", "reason")),
+    ]
+)
+"""Another grader's verdicts on samples that are stored already; each holds for the text with that hash alone."""
+
+SAMPLES_INVARIANTS: dict[str, pl.Expr] = {
+    "a sample appears once": pl.struct("prompt_id", "sample_index").is_unique(),
+    "sample_index is not negative": pl.col("sample_index") >= 0,
+    "rewards are finite": pl.col("reward").is_finite(),
+    "outcomes are known": pl.col("outcome").is_in(OUTCOMES),
+}
 
 SAMPLE_FILES = "part"
+
 GRADE_FILES = "grades"
+
 DAMAGED = "damaged"
 """The folder within the store's that damaged files are moved to."""
+
 ADDRESS = ["prompt_id", "sample_index"]
+
 JUDGED = [*ADDRESS, "completion_hash"]
 """What a later grade belongs to: a sample, and the text that it had."""
+
 SECONDS = "seconds"
 """In a file's context: how long its samples took, from the file before it or the opening of the store."""
+
 _HASH_DIGITS = 64
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.value import Floats, estimate_vstar
 from stage1_vstar.beta_binomial import fit_prior
-from stage1_vstar.estimator import Floats, estimate_vstar
 from stage1_vstar.uncertainty import interval, reward_range, two_valued_vstar
 
 Counts = NDArray[np.int64]

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from common.provenance import ACCEPTED
-from common.schema import estimator_of, read_vstar
+from common.value import estimate_vstar
+from common.vstar_file import estimator_of, read_vstar
 from stage1_vstar.beta_binomial import dropped_share, fit_prior
-from stage1_vstar.estimator import estimate_vstar
 from stage1_vstar.table import success_groups
 from stage1_vstar.uncertainty import approximate_bias, interval, plugin_bias
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from common.contract import polars_schema
 from common.errors import UserError
 from common.grading import Outcome
 from common.provenance import read_provenance
-from common.schema import VSTAR, polars_schema, scan_vstar, vstar_writer
+from common.vstar_file import VSTAR, scan_vstar, vstar_writer
 from stage1_vstar.table import UNSOLVED, with_dropped
 
 INTERVAL_WIDTH = "interval_width"

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from common.artifacts import RunPaths, exclusive_run, run_paths
 from common.errors import UserError
 from common.provenance import Allowance, read_provenance
+from common.runs import RunPaths, exclusive_run, run_paths
 from common.store import (
     ADDRESS,
     GRADE_FILES,

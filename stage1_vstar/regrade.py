@@ -13,16 +13,19 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from common.artifacts import RunPaths, exclusive_run, run_paths, write_text
-from common.config import Config
+from common.config import RunConfig
+from common.contract import write_table
 from common.errors import UserError
+from common.files import write_text
 from common.grading import GraderPool, Outcome, fingerprint
 from common.provenance import ACCEPTED, Allowance, Provenance, read_provenance
-from common.schema import VSTAR, read_vstar, write_table, write_vstar
+from common.runs import RunPaths, exclusive_run, run_paths
+from common.sampling.generate import write_graded
+from common.sampling.grader_check import GraderCheck
+from common.sampling.writer import FragmentWriter
 from common.store import JUDGED, SampleStore, original_text, sample_files, set_aside_damaged
-from stage1_vstar.generate import GraderCheck, write_graded
+from common.vstar_file import VSTAR, read_vstar, write_vstar
 from stage1_vstar.table import vstar_rows
-from stage1_vstar.writer import FragmentWriter
 
 SHOWN_PROMPTS = 5
 CHANGES = pa.schema(
@@ -41,7 +44,7 @@ CHANGES = pa.schema(
 """changes.parquet: a row a prompt with any other outcome or reward, the largest |ΔV̂*| first."""
 
 
-def run_regrade(config: Config, console: Console, *, as_json: bool = False) -> None:
+def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -> None:
     """Grade every cached completion with the config's grader, and compare with the grades of vstar.parquet.
 
     Text is never rewritten and nothing is generated. The new table, the changed prompts and a summary appear in
@@ -115,7 +118,7 @@ def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
     )
 
 
-def grade_missing(store: SampleStore, config: Config) -> None:
+def grade_missing(store: SampleStore, config: RunConfig) -> None:
     """Grade the samples that this grader has not judged, a fragment at a time."""
     check = GraderCheck(nothing_judged_before=not store.grade_fragments())
     with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:

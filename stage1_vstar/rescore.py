@@ -8,7 +8,7 @@ import polars as pl
 
 from common.errors import UserError
 from common.provenance import read_provenance
-from common.schema import estimator_of, scan_vstar, vstar_writer
+from common.vstar_file import estimator_of, scan_vstar, vstar_writer
 from stage1_vstar.beta_binomial import BetaPrior, fit_prior
 from stage1_vstar.table import success_groups, with_vstar
 

@@ -8,14 +8,14 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from common.config import Config
+from common.config import RunConfig
 from common.errors import UserError
 from common.provenance import Provenance
 from common.rollout import Prompt
+from common.sampling.missing import Missing
 from common.store import SampleStore
+from common.value import Floats
 from stage1_vstar.adaptive import ADAPTIVE, WAYS, Allocation, Counts, Places, Round, Rule, Z, allocate
-from stage1_vstar.estimator import Floats
-from stage1_vstar.generate import Missing
 from stage1_vstar.table import prompt_table
 
 
@@ -24,7 +24,7 @@ def draw_adaptively(
     prompts: Sequence[Prompt],
     store: SampleStore,
     draw: Callable[[Missing], None],
-    config: Config,
+    config: RunConfig,
     console: Console,
 ) -> tuple[pl.DataFrame, Allocation]:
     """Draw more samples of the prompts whose interval of V* is wide, once all have their first ones.
@@ -91,7 +91,7 @@ def first_grades(store: SampleStore, table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def recorded_rule(old: Provenance, path: Path, config: Config, console: Console) -> Rule | None:
+def recorded_rule(old: Provenance, path: Path, config: RunConfig, console: Console) -> Rule | None:
     """The rule that the existing file was drawn by: it stays in force."""
     if (record := old.context.get(ADAPTIVE)) is None:
         return None

@@ -2,57 +2,42 @@
 
 import json
 from collections.abc import Collection
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import polars as pl
 from rich.console import Console
 
-from common.artifacts import (
-    WHOLE,
-    Shard,
-    context,
-    exclusive_run,
-    model_identity,
-    reference_model,
-    run_paths,
-    write_text,
-)
-from common.config import Config
-from common.engine import RolloutEngine, build_engine
+from common.config import RunConfig
+from common.data.datasets import read_pairs
+from common.data.prompts import PromptRenderer, check_context, prompt_id, prompts_from_pairs
+from common.engines import EngineBuilder, build_engine
 from common.errors import DamagedFile, UserError
-from common.grading import GraderPool, fingerprint
-from common.prompts import (
-    PromptRenderer,
-    check_context,
-    prompt_id,
-    prompts_from_pairs,
-    read_pairs,
-    sampling_identity,
-    usable_prompts,
-)
-from common.provenance import ACCEPTED, Allowance, Provenance, sampler_identity
+from common.files import write_text
+from common.grading import fingerprint
+from common.model_files import model_identity, reference_model
+from common.provenance import ACCEPTED, Allowance, Provenance, context, sampler_identity, sampling_identity
 from common.rollout import Prompt
-from common.schema import estimator_of, read_vstar, write_vstar
+from common.runs import WHOLE, Shard, exclusive_run, run_paths
+from common.sampling.executor import LocalExecutor
+from common.sampling.missing import Missing
 from common.store import SampleStore, set_aside_damaged
+from common.vstar_file import estimator_of, read_vstar, write_vstar
 from stage1_vstar.adaptive import ADAPTIVE, ADAPTIVE_BIAS, Rule, stopping_bias
-from stage1_vstar.generate import Missing, generate_samples
 from stage1_vstar.rounds import bias_line, draw_adaptively, recorded_rule
 from stage1_vstar.table import prompt_table, vstar_rows
 
 
 def run_stage1(
-    config: Config,
+    config: RunConfig,
     console: Console,
     *,
     shard: Shard = WHOLE,
     adaptive: Rule | None = None,
     allow_mismatch: Collection[str] = (),
+    build_engine: EngineBuilder = build_engine,
 ) -> None:
     """Draw the samples that are missing, estimate V̂* and write vstar.parquet.
 
@@ -106,8 +91,8 @@ def run_stage1(
         missing = Missing(prompts, ~store.present(table, config.vstar.num_samples))
         store.provenance = provenance = provenance.accepting(allowance)
         write_text(paths.config, config.to_json())
-        with Sampler(config, folder, renderer, store, shard, console) as sampler:
-            sampler.draw(missing)
+        with LocalExecutor(config, folder, renderer, store, shard, console, build_engine) as executor:
+            executor.draw(missing)
             if shard != WHOLE:
                 console.print(
                     f"shard {shard} of {paths.samples} is complete; "
@@ -118,7 +103,7 @@ def run_stage1(
             if adaptive is None:
                 grades = store.grades(table, num_samples)
             else:
-                draw = partial(sampler.draw, grader_proven=True)
+                draw = partial(executor.draw, grader_proven=True)
                 grades, allocation = draw_adaptively(adaptive, prompts, store, draw, config, console)
                 num_samples = int(allocation.sizes_P.max())
                 record = {"target_se": adaptive.target_se, "budget": adaptive.budget, **allocation.record()}
@@ -156,7 +141,7 @@ def run_stage1(
 
 
 def read_prompts(
-    config: Config, folder: Path, shard: Shard, console: Console
+    config: RunConfig, folder: Path, shard: Shard, console: Console
 ) -> tuple[list[Prompt], PromptRenderer | None]:
     """The shard's prompts, rendered and checked against the model's context; a shard may hold none."""
     pairs = [pair for pair in read_pairs(config.data, config) if shard.holds(prompt_id(*pair))]
@@ -198,75 +183,6 @@ def summary(rows: pl.DataFrame) -> str:
     )
 
 
-class Sampler:
-    """Draws missing samples. Graders and model are loaded at the first one and serve all rounds after it."""
-
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        renderer: PromptRenderer,
-        store: SampleStore,
-        shard: Shard,
-        console: Console,
-    ) -> None:
-        self._config = config
-        self._folder = folder
-        self._renderer = renderer
-        self._store = store
-        self._shard = shard
-        self._console = console
-        self._loaded = ExitStack()
-        self._pool: GraderPool | None = None
-        self._engine: RolloutEngine | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loaded.close()
-
-    def draw(self, missing: Missing, *, grader_proven: bool = False) -> None:
-        """Draw these samples of the prompts that can be graded. Raises UserError before the model loads."""
-        if not missing:
-            return
-        config, console = self._config, self._console
-        if self._pool is None:
-            self._pool = self._loaded.enter_context(GraderPool(config.grader))
-        missing = only_gradable(missing, config, self._pool, console)
-        if not missing:
-            if self._store.fragments() or self._shard != WHOLE:
-                return
-            raise UserError("no prompt is left: the grader can use none of the reference answers")
-        if self._engine is None:
-            console.print(
-                f"{len(missing.prompts):,} prompts: {len(missing):,} samples to draw; loading the model"
-            )
-            self._engine = build_engine(config, self._folder, self._renderer, beside_trainer=False)
-            self._loaded.callback(self._engine.close)
-        generate_samples(
-            missing,
-            self._engine,
-            self._pool,
-            self._store,
-            config.sampling,
-            config.seed,
-            console,
-            grader_proven=grader_proven,
-        )
-
-
-def only_gradable(missing: Missing, config: Config, pool: GraderPool, console: Console) -> Missing:
-    """The incomplete prompts whose reference answer the grader can use, with their missing samples."""
-    incomplete = missing.incomplete()
-    usable = {prompt.id for prompt in usable_prompts(incomplete.prompts, config.data, pool)}
-    if dropped := len(incomplete.prompts) - len(usable):
-        console.print(f"{dropped:,} prompts dropped: the grader cannot use their reference answers")
-    return incomplete.of(usable)
-
-
 def carry_over_filter(
     rows: pl.DataFrame, provenance: Provenance, old_rows: pl.DataFrame, old_provenance: Provenance
 ) -> tuple[pl.DataFrame, Provenance]:
@@ -297,7 +213,7 @@ def is_same(
     )
 
 
-def stage1_provenance(config: Config, renderer: PromptRenderer, model: dict[str, str]) -> Provenance:
+def stage1_provenance(config: RunConfig, renderer: PromptRenderer, model: dict[str, str]) -> Provenance:
     """What a sample belongs to."""
     made = context(config)
     identity = {

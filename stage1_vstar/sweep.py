@@ -21,12 +21,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from common.artifacts import atomic_path, file_digest, write_text
 from common.errors import UserError
+from common.files import atomic_path, file_digest, write_text
 from common.grading import Outcome
-from common.schema import read_vstar
-from common.sweep_files import SamplesDigest, sweep_file
-from stage1_vstar.estimator import Floats, estimate_vstar
+from common.report.sweep_files import SamplesDigest, sweep_file
+from common.value import Floats, estimate_vstar
+from common.vstar_file import read_vstar
 
 BETAS = (math.inf, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0)
 SUBSETS = 100
@@ -59,7 +59,7 @@ def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[
         "drawings": {},
         **sweep(rows, betas, parse_sizes(num_samples, rows["num_samples"].to_list())),
     }
-    from common.plots import figure_style, save
+    from common.report.plots import figure_style, save
     from stage1_vstar.sweep_view import draw
 
     with figure_style():

@@ -8,7 +8,7 @@
     checkpoints/damaged/   those whose files were not what their manifest says
 
 Data order, rollout seeds and random states are functions of the config's seed and the iteration (`prompt_batch`,
-`request_seed`): the iteration's number is all that has to be kept of them.
+`derive_seed`): the iteration's number is all that has to be kept of them.
 """
 
 import json
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import file_digest, sync
+from common.files import file_digest, sync
 
 STATE = "state.json"
 ROLLOUTS = "rollouts.json"

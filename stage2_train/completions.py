@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from common.artifacts import atomic_path
+from common.files import atomic_path
 from common.rollout import Rollout
 
 SHOWN = 8

@@ -13,14 +13,16 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from common.artifacts import reference_model, resolve_model
-from common.config import Config, SamplingParams
-from common.engine import RolloutEngine, build_engine, request_seed
+from common.config import SamplingParams
+from common.data.prompts import PromptRenderer, check_context, load_prompts, usable_prompts
+from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
-from common.prompts import PromptRenderer, check_context, load_prompts, usable_prompts
+from common.model_files import reference_model, resolve_model
 from common.rollout import Prompt, Rollout
+from common.seeds import derive_seed
 from stage2_train.batch import TokenSequence, sum_by_sequence, token_batches
+from stage2_train.config import Config
 from stage2_train.logprobs import load_model, token_logprobs
 from stage2_train.rollouts import collect_rollouts
 
@@ -89,7 +91,7 @@ def sample_both_ways(
         temperature=0.0, top_p=1.0, max_completion_tokens=config.sampling.max_completion_tokens
     )
     sampled = config.sampling
-    seed = request_seed(config.seed, "evaluate")
+    seed = derive_seed(config.seed, "evaluate")
     places = range(len(prompts))
     return (
         collect_rollouts(prompts, engine, pool, greedy, seed=seed, places=places),

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.artifacts import reference_model
-from common.config import Config
+from common.data.prompts import prompt_template
 from common.errors import UserError
-from common.forecast import ALARM_LEVEL, LEVEL, Expectation, Floats, first_batch
-from common.prompts import prompt_template
-from common.schema import read_vstar
+from common.model_files import reference_model
+from common.vstar_file import read_vstar
+from stage2_train.config import Config
+from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, Floats, first_batch
 from stage2_train.inputs import iterations
 from stage2_train.memory import memory_per_gpu, read_shape
 

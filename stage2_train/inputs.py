@@ -10,16 +10,16 @@ from typing import Any
 
 import polars as pl
 
-from common.artifacts import model_identity, reference_model
-from common.config import Config, TrainConfig
-from common.engine import request_seed
+from common.data.prompts import PromptRenderer, check_context, load_prompts, prompts_from_pairs
 from common.errors import UserError
-from common.forecast import FirstBatch, first_batch
 from common.grading import fingerprint
-from common.prompts import PromptRenderer, check_context, load_prompts, prompts_from_pairs, sampling_identity
-from common.provenance import Allowance, Provenance
+from common.model_files import model_identity, reference_model
+from common.provenance import Allowance, Provenance, sampling_identity
 from common.rollout import Prompt
-from common.schema import read_vstar
+from common.seeds import derive_seed
+from common.vstar_file import read_vstar
+from stage2_train.config import Config, TrainConfig
+from stage2_train.first_batch import FirstBatch, first_batch
 
 MAY_DIFFER: Mapping[str, Any] = {
     "run": True,
@@ -156,6 +156,6 @@ def prompt_batch(prompts: int, batch_size: int, seed: int, iteration: int) -> li
     while len(batch) < batch_size:
         epoch, offset = divmod(start + len(batch), prompts)
         order = list(range(prompts))
-        random.Random(request_seed(seed, "epoch", epoch)).shuffle(order)
+        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
         batch += order[offset : offset + batch_size - len(batch)]
     return batch

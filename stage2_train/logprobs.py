@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.config import Config
 from common.errors import UserError
 from stage2_train.batch import TokenBatch
+from stage2_train.config import Config
 
 LOGITS_PER_CHUNK = 2**26
 """Elements of the largest logits tensor: 256 MiB in float32, 128 MiB in bfloat16."""

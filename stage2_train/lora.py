@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from common.config import Config
-from common.config import LoraConfig as Settings
-from common.engine import request_seed
 from common.errors import UserError
+from common.seeds import derive_seed
+from stage2_train.config import Config
+from stage2_train.config import LoraConfig as Settings
 
 ADAPTER = "default"
 """peft's name for a model's only adapter."""
@@ -65,7 +65,7 @@ class Adapter:
         )
         with torch.random.fork_rng(devices=[]):
             # Every rank draws the same A: DeepSpeed's ZeRO-3 takes each rank's own part of it.
-            torch.manual_seed(request_seed(config.seed, "lora"))
+            torch.manual_seed(derive_seed(config.seed, "lora"))
             self._model: PeftModel = get_peft_model(model, self._settings, autocast_adapter_dtype=False)
         if "{run}" not in config.model.path:
             # The hub's name of a model, where it has one, says more than a folder in this machine's cache.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, LoraConfig
+from common.data.prompts import longest_allowed_prompt
 from common.errors import UserError
-from common.prompts import longest_allowed_prompt
+from stage2_train.config import Config, LoraConfig
 
 FLOAT32 = 4
 BUCKET = 500_000_000

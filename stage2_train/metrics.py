@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from common.artifacts import RunPaths, write_text
-from common.config import Config
+from common.files import write_text
 from common.progress import progress_bar
+from common.runs import RunPaths
+from stage2_train.config import Config
 
 Metrics = dict[str, float]
 """Values under group/name keys, such as reward/mean or time/rollout (seconds)."""

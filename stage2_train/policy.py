@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.config import Config
 from common.errors import UserError
 from stage2_train.checkpoint import finish, unfinished
+from stage2_train.config import Config
 from stage2_train.logprobs import VocabularyHead, load_model
 from stage2_train.lora import Adapter, LowRankUpdate, keep_adapter_alone
 

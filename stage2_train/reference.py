@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from common.config import Config
 from stage2_train.batch import TokenBatch
+from stage2_train.config import Config
 from stage2_train.logprobs import load_model, token_logprobs
 from stage2_train.policy import Policy, Ranks
 

@@ -5,9 +5,10 @@ from threading import Event
 from typing import Any
 
 from common.config import SamplingParams
-from common.engine import RolloutEngine, request_seed
+from common.engines import RolloutEngine
 from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
+from common.seeds import derive_seed
 
 LOGPROB_CHECKS = 4
 """Completions an iteration whose log-probs the engine reports, to compare with the trainer's."""
@@ -34,7 +35,7 @@ def collect_rollouts(
         SampleRequest(
             key=(number, index),
             prompt_token_ids=tuple(prompt.token_ids),
-            seed=request_seed(seed, place, prompt.id, index),
+            seed=derive_seed(seed, place, prompt.id, index),
             with_logprobs=place < logprob_checks,
         )
         for number, (place, prompt) in enumerate(zip(places, prompts, strict=True))

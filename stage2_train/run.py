@@ -12,14 +12,15 @@ from typing import Any
 
 from rich.console import Console
 
-from common.artifacts import RunPaths, exclusive_run, run_paths, write_text
-from common.config import Config, TrainConfig
-from common.engine import build_engine
+from common.data.prompts import usable_prompts
+from common.engines import build_engine
 from common.errors import UserError
+from common.files import write_text
 from common.grading import GraderPool
-from common.prompts import usable_prompts
 from common.provenance import ACCEPTED, differences
+from common.runs import RunPaths, exclusive_run, run_paths
 from stage2_train.checkpoint import latest_state, newest_intact, read_state
+from stage2_train.config import Config, TrainConfig
 from stage2_train.inputs import MAY_DIFFER, Inputs, origin, prepare
 from stage2_train.policy import Ranks, join_ranks
 from stage2_train.sampler import Sampler

@@ -7,7 +7,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from common.config import SamplingParams
-from common.engine import RolloutEngine
+from common.engines import RolloutEngine
 from common.errors import UserError
 from common.grading import GraderPool
 from common.rollout import Prompt, Rollout

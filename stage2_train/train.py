@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from common.artifacts import RunPaths
-from common.config import Config
-from common.engine import request_seed
 from common.grading import UNJUDGED
 from common.rollout import Rollout
+from common.runs import RunPaths
+from common.seeds import derive_seed
 from stage2_train.batch import MicroBatch, TokenBatch, TokenSequence, token_batches
 from stage2_train.checkpoint import read_rollouts, read_state
 from stage2_train.completions import forget_completions, write_completions
+from stage2_train.config import Config
 from stage2_train.inputs import Inputs, origin, prompt_batch
 from stage2_train.logprobs import token_logprobs
 from stage2_train.metrics import Metrics, MetricsLog, peak_memory_bytes, timed
@@ -68,7 +68,7 @@ class Trainer:
         with timed("iteration", metrics):
             rollouts = self.rollouts(number, metrics)
             # What is random in the network, such as dropout, is the same after a restart.
-            torch.manual_seed(request_seed(self.config.seed, "update", number, self.ranks.rank))
+            torch.manual_seed(derive_seed(self.config.seed, "update", number, self.ranks.rank))
             mini_batches = self.mini_batches(rollouts)
             with timed("reference", metrics):
                 steps = self.with_reference(mini_batches)
@@ -110,7 +110,7 @@ class Trainer:
         return Draw(
             prompts=[self.prompts[batch[place]] for place in self.places],
             places=self.places,
-            seed=request_seed(self.config.seed, "train", number),
+            seed=derive_seed(self.config.seed, "train", number),
             # The trainer's log-probs are those of the same weights where none lag behind, and only there.
             logprob_checks=min(LOGPROB_CHECKS, train.mini_batch_size) if train.staleness == 0 else 0,
         )
@@ -189,7 +189,7 @@ class Trainer:
         draw = Draw(
             prompts=[self.held_out[place] for place in places],
             places=places,
-            seed=request_seed(self.config.seed, "evaluate"),
+            seed=derive_seed(self.config.seed, "evaluate"),
         )
         with timed("evaluate", metrics):
             rollouts = self.pipeline.now(draw, number)

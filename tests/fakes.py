@@ -8,11 +8,12 @@ from typing import Any
 
 import polars as pl
 
-from common.config import Config, SamplingParams
+from common.config import SamplingParams
 from common.provenance import Provenance
 from common.rollout import Completion, SampleRequest
-from common.schema import write_vstar
+from common.vstar_file import write_vstar
 from stage1_vstar.table import vstar_rows
+from stage2_train.config import Config
 
 IDENTITY: dict[str, Any] = {
     "model": {"weights": "w" * 32, "tokenizer": "t" * 32},

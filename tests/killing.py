@@ -113,17 +113,20 @@ def killed_at(write: int) -> None:
 def job(order: dict[str, Any]) -> None:
     from rich.console import Console
 
-    import stage1_vstar.run
-    from common.config import Config
-    from stage1_vstar import writer
+    from common.sampling import writer as writer
+    from stage1_vstar.run import run_stage1
+    from stage2_train.config import Config
     from tests.fakes import ScriptedEngine
 
     writer.FRAGMENT_SAMPLES = FRAGMENT_SAMPLES
     engine = ScriptedEngine(sample_seconds=order["sample_seconds"])
-    vars(stage1_vstar.run)["build_engine"] = lambda *_, **__: engine
     if order["at_write"] is not None:
         killed_at(order["at_write"])
-    stage1_vstar.run.run_stage1(Config.model_validate(order["config"]), Console(file=io.StringIO()))
+    run_stage1(
+        Config.model_validate(order["config"]),
+        Console(file=io.StringIO()),
+        build_engine=lambda *_, **__: engine,
+    )
 
 
 def serve(job: Callable[[dict[str, Any]], None]) -> None:

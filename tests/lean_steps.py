@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from common.config import Config, LoraConfig
 from stage2_train.batch import TokenBatch
+from stage2_train.config import Config, LoraConfig
 from stage2_train.policy import DEEPSPEED_TAG, Policy, Ranks, join_ranks
 from stage2_train.reference import SeparateModel, build_reference
 

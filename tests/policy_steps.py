@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from common.config import Config
 from common.errors import UserError
 from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Rollout
+from stage2_train.config import Config
 from stage2_train.inputs import Inputs, prepare
 from stage2_train.policy import MAX_SKIPPED_STEPS, Policy, Ranks, join_ranks
 from stage2_train.sampler import Draw, Sampler

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.config import Config, SamplingParams
-from common.engine import RolloutEngine, build_engine, request_seed
-from common.prompts import PromptRenderer
+from common.config import SamplingParams
+from common.data.prompts import PromptRenderer
+from common.engines import RolloutEngine, build_engine
 from common.rollout import Completion, SampleRequest
+from common.seeds import derive_seed
+from stage2_train.config import Config
 
 REQUESTS = 24
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_completion_tokens=16)
@@ -30,7 +32,7 @@ def requests(renderer: PromptRenderer, count: int = REQUESTS) -> list[SampleRequ
         SampleRequest(
             key=number,
             prompt_token_ids=renderer.render(f"Tom has {number} pens." + " He buys more." * (number % 5)),
-            seed=request_seed(7, number),
+            seed=derive_seed(7, number),
             with_logprobs=True,
         )
         for number in range(count)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from common.engines.shared_engine import SharedEngine
 from common.rollout import SampleRequest
-from common.rollout_group import RolloutGroup
 
 RANKS = 4
 OWN_REQUESTS = (1, 3, 2, 0)
@@ -16,7 +16,7 @@ OWN_REQUESTS = (1, 3, 2, 0)
 
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    group = RolloutGroup(2)
+    group = SharedEngine(2)
     own = (
         SampleRequest(key=f"{rank}.{number}", prompt_token_ids=(1,), seed=number)
         for number in range(OWN_REQUESTS[rank])

@@ -16,16 +16,21 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from common.artifacts import WHOLE, Shard, run_paths
-from common.config import Config
+from common.engines import EngineBuilder, build_engine
 from common.provenance import read_provenance
 from common.rollout import SampleRequest
-from common.schema import read_vstar
+from common.runs import WHOLE, Shard, run_paths
 from common.store import SampleStore
+from common.vstar_file import read_vstar
+from stage1_vstar.adaptive import Rule
 from stage1_vstar.run import run_stage1
+from stage2_train.config import Config
 from tests.fakes import ScriptedEngine
 
 QUESTIONS = 6
+
+engine_builder: EngineBuilder = build_engine
+"""What `run` loads its engine with; fixtures replace it."""
 
 
 def write_questions(path: Path, rows: int = QUESTIONS) -> Path:
@@ -53,16 +58,27 @@ def scripted_engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterat
     """The body of the fixture `engines`: every run of the test draws from a scripted engine."""
     assert run_paths("test").root.parent == artifacts
     scripted = Engines()
-    monkeypatch.setattr("stage1_vstar.run.build_engine", scripted.build)
+    monkeypatch.setattr("tests.stage1_runs.engine_builder", scripted.build)
     yield scripted
     assert scripted.next.closed or not scripted.loaded
 
 
-def run(config: Config, shard: Shard = WHOLE, *, allow_mismatch: Collection[str] = ()) -> str:
+def run(
+    config: Config,
+    shard: Shard = WHOLE,
+    *,
+    adaptive: Rule | None = None,
+    allow_mismatch: Collection[str] = (),
+) -> str:
     """Run stage 1; returns what it printed."""
     printed = io.StringIO()
     run_stage1(
-        config, Console(file=printed, width=200, markup=False), shard=shard, allow_mismatch=allow_mismatch
+        config,
+        Console(file=printed, width=200, markup=False),
+        shard=shard,
+        adaptive=adaptive,
+        allow_mismatch=allow_mismatch,
+        build_engine=engine_builder,
     )
     return printed.getvalue()
 
@@ -121,7 +137,7 @@ class HeldJob:
 
 
 def held_job(order: dict[str, Any]) -> None:
-    import stage1_vstar.run
+    global engine_builder
 
     held = True
 
@@ -133,7 +149,7 @@ def held_job(order: dict[str, Any]) -> None:
             held = False
         return f"so #### {1 + request.seed % 4}"
 
-    setattr(stage1_vstar.run, "build_engine", lambda *_, **__: ScriptedEngine(write))  # noqa: B010
+    engine_builder = lambda *_, **__: ScriptedEngine(write)  # noqa: E731
     print(run(Config.model_validate(order["config"]), Shard.parse(order["shard"])), flush=True)
 
 

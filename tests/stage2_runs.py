@@ -6,12 +6,12 @@ from typing import Any
 
 import polars as pl
 
-from common.artifacts import model_identity
-from common.config import Config
+from common.data.prompts import PromptRenderer, load_prompts
 from common.grading import fingerprint
-from common.prompts import PromptRenderer, load_prompts, sampling_identity
-from common.provenance import Provenance
-from common.schema import write_vstar
+from common.model_files import model_identity
+from common.provenance import Provenance, sampling_identity
+from common.vstar_file import write_vstar
+from stage2_train.config import Config
 
 NUM_SAMPLES = 4
 REWARDS = ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])

@@ -1,6 +1,5 @@
 """Adaptive N: only wide intervals get more samples, within the budget, the same ones however often a job is killed."""
 
-import io
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -11,15 +10,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from rich.console import Console
 
-from common.artifacts import WHOLE, Shard, run_paths
-from common.config import Config, SamplingParams
+from common.config import SamplingParams
+from common.data.prompts import prompt_id
 from common.errors import UserError
-from common.prompts import prompt_id
 from common.provenance import read_provenance
 from common.rollout import Completion, SampleRequest
-from stage1_vstar import adaptive, writer
+from common.runs import WHOLE, Shard, run_paths
+from common.sampling import writer as writer
+from common.value import Floats
+from stage1_vstar import adaptive
 from stage1_vstar.adaptive import (
     WAYS,
     Allocation,
@@ -31,12 +31,11 @@ from stage1_vstar.adaptive import (
     compare,
     from_rewards,
 )
-from stage1_vstar.estimator import Floats
-from stage1_vstar.run import run_stage1
 from stage1_vstar.uncertainty import interval, plugin_bias
+from stage2_train.config import Config
 from tests.conftest import RunCli
 from tests.fakes import EngineDied, ScriptedEngine, tiny_config
-from tests.stage1_runs import Engines, contents, rows_of, scripted_engines, stored
+from tests.stage1_runs import Engines, contents, rows_of, run, scripted_engines, stored
 
 QUESTIONS = 24
 ANSWERS = {prompt_id(f"How many is {n}?", str(1 + n % 4)): str(1 + n % 4) for n in range(QUESTIONS)}
@@ -93,9 +92,7 @@ def configured(model: Path, folder: Path, run: str = "test", **sections: Any) ->
 
 
 def start(config: Config, rule: Rule | None = RULE, shard: Shard = WHOLE) -> str:
-    printed = io.StringIO()
-    run_stage1(config, Console(file=printed, width=200), shard=shard, adaptive=rule)
-    return printed.getvalue()
+    return run(config, shard, adaptive=rule)
 
 
 def widths(rows: pl.DataFrame, first: int | None = None) -> Floats:

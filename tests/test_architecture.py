@@ -45,11 +45,11 @@ def packages(names: set[str]) -> set[str]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert {"cli.py", "common/schema.py", "stage1_vstar/run.py", "stage2_train/train.py"} <= set(
+    assert {"cli.py", "common/contract.py", "stage1_vstar/run.py", "stage2_train/train.py"} <= set(
         map(place, SOURCES)
     )
-    assert "polars" in packages(imports(ROOT / "common" / "schema.py"))
-    assert "vllm" in packages(imports(ROOT / "common" / "engine_vllm.py"))
+    assert "polars" in packages(imports(ROOT / "common" / "contract.py"))
+    assert "vllm" in packages(imports(ROOT / "common" / "engines" / "vllm_engine.py"))
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=place)
@@ -64,7 +64,7 @@ def test_imports_go_from_the_command_line_over_the_stages_to_common(file: Path) 
 
 
 @pytest.mark.parametrize(
-    ("package", "home"), [("vllm", "common/engine_vllm.py"), ("deepspeed", "stage2_train/policy.py")]
+    ("package", "home"), [("vllm", "common/engines/vllm_engine.py"), ("deepspeed", "stage2_train/policy.py")]
 )
 def test_a_heavy_package_is_imported_in_one_place(package: str, home: str) -> None:
     importers = [place(file) for file in SOURCES if package in packages(imports(file))]

@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from common.artifacts import (
-    REPOSITORY,
-    atomic_path,
-    context,
-    exclusive_run,
-    model_identity,
-    reference_model,
-    resolve_model,
-    run_paths,
-    write_text,
-)
 from common.errors import UserError
-from common.provenance import differences
+from common.files import atomic_path, write_text
+from common.model_files import model_identity, reference_model, resolve_model
+from common.provenance import context, differences
+from common.runs import REPOSITORY, exclusive_run, run_paths
 from tests.fakes import tiny_config
 
 

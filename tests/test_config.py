@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, load_config
 from common.errors import UserError
+from stage2_train.config import Config, load_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.config import Config, SamplingParams
-from common.engine import RolloutEngine, build_engine
-from common.prompts import PromptRenderer
+from common.config import SamplingParams
+from common.data.prompts import PromptRenderer
+from common.engines import RolloutEngine, build_engine
 from common.rollout import Completion, SampleRequest
 from stage2_train.batch import TokenSequence, token_batches
+from stage2_train.config import Config
 from stage2_train.logprobs import LogprobModel, token_logprobs
 from tests.rollout_ranks import requests
 from tests.stage2_runs import tiny_config
@@ -264,7 +265,7 @@ def test_an_engine_goes_on_after_its_caller_lost_interest(
 
 def test_a_held_out_prompt_may_be_longer_than_a_training_prompt(tmp_path: Path, tiny_model: Path) -> None:
     """The engine is one for both, and the longest of either fits if it fits the model."""
-    from common.engine_vllm import context_length
+    from common.engines.vllm_engine import context_length
 
     config = tiny_config(tmp_path, tiny_model)
     longer = (

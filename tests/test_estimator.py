@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from stage1_vstar.estimator import ESTIMATORS, Estimate, estimate_vstar
+from common.value import Estimate, estimate_vstar
+from stage1_vstar.estimator import ESTIMATORS
 from stage1_vstar.estimator import estimate as estimate_by
 
 BETAS = [1e-6, 1e-4, 0.0014, 0.03, 0.5, 1.0, 7.0, 1e3, 1e6]

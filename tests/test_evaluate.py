@@ -15,12 +15,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from common.config import Config, SamplingParams
+from common.config import SamplingParams
+from common.data.prompts import PromptRenderer
 from common.errors import UserError
-from common.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest
 from stage2_train import evaluate as module
 from stage2_train.batch import TokenSequence
+from stage2_train.config import Config
 from stage2_train.evaluate import bootstrap_interval, evaluate, pass_at_k, sequence_logprobs, show
 from tests.conftest import save_tiny_model
 from tests.stage2_runs import tiny_config

@@ -20,13 +20,13 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from common.artifacts import RunPaths
-from common.config import Config
 from common.demo.base_model import build_tokenizer
 from common.errors import UserError
-from common.forecast import LEVEL, Expectation, batch_mean, first_batch, fresh_rewards
-from common.schema import read_vstar, write_vstar
-from stage1_vstar.estimator import estimate_vstar
+from common.runs import RunPaths
+from common.value import estimate_vstar
+from common.vstar_file import read_vstar, write_vstar
+from stage2_train.config import Config
+from stage2_train.first_batch import LEVEL, Expectation, batch_mean, first_batch, fresh_rewards
 from stage2_train.forecast import completion_tokens, forecast
 from stage2_train.memory import (
     Shape,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from common.data.datasets import read_pairs
 from common.errors import UserError
 from common.grading import Grade, GraderConfig, GraderPool, GradingTask, Outcome, fingerprint, sandbox
 from common.grading.rule_code import (
@@ -26,7 +27,6 @@ from common.grading.rule_code import (
     warm_up,
 )
 from common.grading.seccomp import MACHINES, filter_program
-from common.prompts import read_pairs
 from tests.fakes import tiny_config
 
 # Tests, a program that passes them and one that does not.

@@ -13,10 +13,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from common.artifacts import run_paths
 from common.provenance import read_provenance
-from common.schema import read_vstar
+from common.runs import run_paths
 from common.store import SampleStore, addresses, damage, sample_files
+from common.vstar_file import read_vstar
 from tests.conftest import ROOT
 from tests.fakes import tiny_config
 from tests.killing import JobServer

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.config import Config, LoraConfig, TrainConfig
 from common.errors import UserError
+from stage2_train.config import Config, LoraConfig, TrainConfig
 from tests.conftest import ROOT
 from tests.lean_steps import LORA, SMALL_STEP, SMALL_STEPS, SMALL_UPDATES, STAGES, Weights, changed, tokens
 from tests.stage2_runs import tiny_config

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from common.artifacts import Shard, exclusive_run, run_paths
 from common.errors import UserError
 from common.provenance import METADATA_KEY, Provenance, read_provenance
+from common.runs import Shard, exclusive_run, run_paths
 from common.store import SampleStore, addresses, sample_files
 from stage1_vstar.merge import merge_runs
 from stage1_vstar.regrade import run_regrade

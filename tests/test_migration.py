@@ -12,8 +12,6 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from common.artifacts import run_paths
-from common.config import Config
 from common.errors import UserError
 from common.provenance import (
     _MIGRATIONS,
@@ -22,11 +20,13 @@ from common.provenance import (
     read_provenance,
     sampler_identity,
 )
-from common.schema import SAMPLES, VSTAR, estimator_of, read_vstar
-from common.store import SampleStore, add_bytes, original_text, sample_files, set_aside_damaged
+from common.runs import run_paths
+from common.store import SAMPLES, SampleStore, add_bytes, original_text, sample_files, set_aside_damaged
+from common.vstar_file import VSTAR, estimator_of, read_vstar
 from stage1_vstar.describe import describe
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
+from stage2_train.config import Config
 from tests.conftest import ROOT
 from tests.fakes import ScriptedEngine, tiny_config
 from tests.stage1_runs import Engines, contents, rows_of, run, write_questions
@@ -110,7 +110,7 @@ def run_of_then(folder: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Path) 
     written = document_of(folder / "vstar.parquet")
     monkeypatch.setattr("stage1_vstar.run.model_identity", lambda _: written["identity"]["model"])
     monkeypatch.setattr("stage1_vstar.run.fingerprint", lambda _: written["identity"]["grader"])
-    monkeypatch.setattr("common.artifacts._version", lambda name: written["context"]["versions"].get(name))
+    monkeypatch.setattr("common.provenance._version", lambda name: written["context"]["versions"].get(name))
     return Path(shutil.copytree(folder, artifacts / "test"))
 
 
@@ -184,7 +184,7 @@ def test_more_prompts_of_a_first_format_run_draw_only_theirs(
 def test_a_first_format_run_of_other_libraries_is_refused_by_their_names(
     tiny_model: Path, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.artifacts._version", lambda name: f"{name} of today")
+    monkeypatch.setattr("common.provenance._version", lambda name: f"{name} of today")
     with pytest.raises(UserError, match=r"versions\.torch is \"2\.13\.0\" there and \"torch of today\" here"):
         run(config_of(tiny_model, tmp_path))
     run(config_of(tiny_model, tmp_path), allow_mismatch=["versions"])

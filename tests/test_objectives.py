@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config import AStarPOConfig
 from stage2_train.batch import MicroBatch
+from stage2_train.config import AStarPOConfig
 from stage2_train.objectives import AStarPO, build_objective
 
 # Three completions of 2, 1 and 3 tokens. Their log-ratios are 0.2, −0.4 and 0.6 in all.

@@ -10,21 +10,21 @@ import polars as pl
 import pytest
 from tokenizers import processors
 
-from common.config import Config
-from common.demo.base_model import build_tokenizer
-from common.errors import UserError
-from common.grading import GraderPool
-from common.prompts import (
+from common.data.prompts import (
     TEMPLATES,
     PromptRenderer,
     check_context,
     load_prompts,
     longest_allowed_prompt,
     prompt_id,
-    sampling_identity,
     usable_prompts,
 )
+from common.demo.base_model import build_tokenizer
+from common.errors import UserError
+from common.grading import GraderPool
+from common.provenance import sampling_identity
 from common.rollout import Prompt
+from stage2_train.config import Config
 from tests.fakes import tiny_config
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from common.config import Config
+from stage2_train.config import Config
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 from tests.train_steps import IN_CHUNKS
 from tests.training_jobs import ranks_found

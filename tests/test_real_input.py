@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from common.artifacts import RunPaths, run_paths
-from common.schema import read_vstar
+from common.runs import RunPaths, run_paths
+from common.vstar_file import read_vstar
 from tests.conftest import ROOT, save_tiny_model
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"

@@ -14,16 +14,16 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from common.artifacts import run_paths
-from common.config import Config
 from common.errors import UserError
 from common.grading import Grade, GraderPool, fingerprint
 from common.provenance import read_provenance
-from common.schema import read_vstar
+from common.runs import run_paths
 from common.store import original_text, sample_files
+from common.vstar_file import read_vstar
 from stage1_vstar.describe import describe, to_json
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.regrade import run_regrade
+from stage2_train.config import Config
 from stage2_train.inputs import prepare
 from tests.conftest import RunCli
 from tests.fakes import ScriptedEngine, tiny_config
@@ -314,7 +314,7 @@ def test_a_regrade_that_was_cut_off_continues_and_gives_the_same_table(
     run(graded_by("regrade_a"))
     run(graded_by("regrade_a", run="whole"))
     regrade(whole := graded_by("regrade_b", run="whole"))
-    monkeypatch.setattr("stage1_vstar.writer.FRAGMENT_SAMPLES", 5)
+    monkeypatch.setattr("common.sampling.writer.FRAGMENT_SAMPLES", 5)
     monkeypatch.setattr("stage1_vstar.regrade.GraderPool", DyingPool)
     monkeypatch.setattr(DyingPool, "given", 0)
     config = graded_by("regrade_b")
@@ -494,7 +494,7 @@ def test_the_command_line_prints_the_comparison_as_one_json_document(
 
 def damage_one_of_several_fragments(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("stage1_vstar.writer.FRAGMENT_SAMPLES", 5)
+        patch.setattr("common.sampling.writer.FRAGMENT_SAMPLES", 5)
         run(config)
     damaged = sample_files(run_paths("test").samples)[0]
     damaged.write_bytes(damaged.read_bytes()[:-50])

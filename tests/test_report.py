@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from common.artifacts import RunPaths
 from common.errors import UserError
 from common.report import write_report
+from common.runs import RunPaths
 from tests.conftest import ROOT
 
 PNG = b"\x89PNG"

@@ -14,7 +14,6 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from common.artifacts import RunPaths, run_paths
 from common.provenance import Allowance, Provenance
 from common.report import write_report
 from common.report.browser import SAMPLES_SHOWN, read_samples
@@ -23,6 +22,7 @@ from common.report.page import duration, flat
 from common.report.stage1 import PROMPTS_SHOWN, read_stage1
 from common.report.text import CHARACTERS_SHOWN, visible
 from common.rollout import SampleRequest
+from common.runs import RunPaths, run_paths
 from common.store import SampleStore, completion_hash, sample_files
 from stage1_vstar.filter import Rule, filter_prompts
 from stage1_vstar.sweep import run_sweep
@@ -54,7 +54,7 @@ def hostile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     engines.next = ScriptedEngine(write)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTAR_PO_ARTIFACTS", str(folder / "artifacts"))
-        patch.setattr("stage1_vstar.run.build_engine", engines.build)
+        patch.setattr("tests.stage1_runs.engine_builder", engines.build)
         config = tiny_config(
             tiny_model, write_questions(folder / "data.jsonl"), vstar={"num_samples": len(WRITTEN)}
         )
@@ -285,7 +285,7 @@ def test_a_table_read_in_parts_is_summed_up_as_one_read_whole(
     hostile: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read_stage1(hostile.vstar)
-    monkeypatch.setattr("common.schema.BATCH_ROWS", 2)
+    monkeypatch.setattr("common.vstar_file.BATCH_ROWS", 2)
     parts = read_stage1(hostile.vstar)
     assert parts.prompts.equals(whole.prompts)
     assert parts.outcomes.equals(whole.outcomes)

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.artifacts import RunPaths, run_paths
-from common.config import Config
+from common.runs import RunPaths, run_paths
 from stage2_train.checkpoint import checkpoints, damage, finish, latest_state, newest_intact, unfinished
+from stage2_train.config import Config
 from tests.conftest import ROOT, save_tiny_model
 from tests.killing import JobServer
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from common.config import Config
-from common.engine import RolloutEngine, build_engine
+from common.data.prompts import PromptRenderer
+from common.engines import RolloutEngine, build_engine
+from common.engines.shared_engine import refuse_wrong_size
 from common.errors import UserError
-from common.prompts import PromptRenderer
-from common.rollout_group import refuse_wrong_size
+from stage2_train.config import Config
 from tests.rollout_ranks import GREEDY, REQUESTS, SAMPLING, Found, other_weights, requests, sample
 from tests.stage2_runs import tiny_config
 

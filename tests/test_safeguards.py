@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from common.artifacts import run_paths
-from common.config import Config, SamplingParams
+from common.config import SamplingParams
+from common.data.prompts import PromptRenderer, load_prompts
 from common.errors import UserError
 from common.grading import Grade, GraderPool, Outcome
-from common.prompts import PromptRenderer, load_prompts
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
+from common.runs import run_paths
 from stage2_train.checkpoint import latest_state
+from stage2_train.config import Config
 from stage2_train.policy import MAX_SKIPPED_STEPS, Ranks
 from stage2_train.safeguards import refuse_divergence, refuse_unjudged
 from stage2_train.sampler import Draw, Sampler

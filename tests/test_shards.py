@@ -12,9 +12,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from common.artifacts import WHOLE, RunPaths, Shard, exclusive_run, run_paths
+from common.data.prompts import prompt_id
 from common.errors import UserError
-from common.prompts import prompt_id
+from common.runs import WHOLE, RunPaths, Shard, exclusive_run, run_paths
 from common.store import sample_files
 from tests.conftest import ROOT, RunCli
 from tests.fakes import EngineDied, ScriptedEngine, tiny_config
@@ -156,7 +156,7 @@ def test_an_interrupted_shard_continues_and_another_number_of_shards_finds_its_s
     tiny_model: Path, data_file: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tiny_config(tiny_model, data_file, run="whole"))
-    monkeypatch.setattr("stage1_vstar.writer.FRAGMENT_SAMPLES", 3)
+    monkeypatch.setattr("common.sampling.writer.FRAGMENT_SAMPLES", 3)
     config = tiny_config(tiny_model, data_file)
     samples = run_paths("test").samples
     engines.next = ScriptedEngine(dies_when=lambda: len(sample_files(samples)) >= 2)
@@ -216,7 +216,7 @@ def test_a_second_shard_draws_while_the_first_one_does(
 
     first, second, none = ScriptedEngine(dies_when=wait), ScriptedEngine(), ScriptedEngine()
     handed_out = iter([first, second, none])
-    monkeypatch.setattr("stage1_vstar.run.build_engine", lambda *_, **__: next(handed_out))
+    monkeypatch.setattr("tests.stage1_runs.engine_builder", lambda *_, **__: next(handed_out))
     config = tiny_config(tiny_model, data_file)
     thread = threading.Thread(target=run, args=(config, Shard(1, 2)))
     thread.start()
@@ -230,7 +230,7 @@ def test_a_second_shard_draws_while_the_first_one_does(
     run(config)
     rows = rows_of()
     assert next(handed_out) is none
-    monkeypatch.setattr("stage1_vstar.run.build_engine", lambda *_, **__: none)
+    monkeypatch.setattr("tests.stage1_runs.engine_builder", lambda *_, **__: none)
     run(tiny_config(tiny_model, data_file, run="whole"))
     assert rows.equals(rows_of("whole"))
 

@@ -11,13 +11,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from common.artifacts import exclusive_run, run_paths
-from common.engine import request_seed
 from common.errors import UserError
 from common.provenance import read_provenance
-from stage1_vstar import writer
+from common.runs import exclusive_run, run_paths
+from common.sampling import writer as writer
+from common.sampling.missing import Missing
+from common.seeds import derive_seed
 from stage1_vstar.filter import drop_rules, filter_prompts
-from stage1_vstar.generate import Missing
 from stage1_vstar.rescore import rescore
 from tests.conftest import RunCli, save_tiny_model
 from tests.fakes import EngineDied, ScriptedEngine, rows_of_samples, sample_rows, tiny_config
@@ -32,7 +32,7 @@ def test_each_prompt_gets_n_graded_samples_and_one_row(tiny_model: Path, data_fi
     assert samples.height == QUESTIONS * 4
     assert rows["prompt"].to_list() == [f"How many is {number}?" for number in range(QUESTIONS)]
     for sample in samples.iter_rows(named=True):
-        seed = request_seed(0, sample["prompt_id"], sample["sample_index"])
+        seed = derive_seed(0, sample["prompt_id"], sample["sample_index"])
         correct = seed % 7 != 0 and 1 + seed % 4 == int(sample["answer"])
         assert sample["outcome"] == ("correct" if correct else "truncated" if seed % 7 == 0 else "wrong")
         assert sample["reward"] == float(correct)
@@ -285,7 +285,7 @@ def test_rewards_of_a_users_own_may_be_any_number(
 
 
 def test_missing_samples_keep_each_prompts_together(tiny_model: Path, data_file: Path) -> None:
-    from common.prompts import PromptRenderer, load_prompts
+    from common.data.prompts import PromptRenderer, load_prompts
 
     config = tiny_config(tiny_model, data_file)
     prompts = load_prompts(config.data, config, PromptRenderer(tiny_model, config.data))[:3]
@@ -298,11 +298,11 @@ def test_missing_samples_keep_each_prompts_together(tiny_model: Path, data_file:
         (prompts[2].id, 1),
         (prompts[2].id, 2),
     ]
-    assert requests[3].seed == request_seed(7, prompts[2].id, 2)
+    assert requests[3].seed == derive_seed(7, prompts[2].id, 2)
     assert [prompt.id for prompt in missing.incomplete().prompts] == [prompts[0].id, prompts[2].id]
     assert [request.seed for request in missing.incomplete().of({prompts[2].id}).requests(seed=7)] == [
-        request_seed(7, prompts[2].id, 1),
-        request_seed(7, prompts[2].id, 2),
+        derive_seed(7, prompts[2].id, 1),
+        derive_seed(7, prompts[2].id, 2),
     ]
 
 
@@ -314,13 +314,11 @@ def test_the_rows_do_not_depend_on_the_order_in_which_samples_came() -> None:
 
 
 def test_a_samples_seed_follows_from_its_address_alone() -> None:
-    assert request_seed(0, "p", 1) == request_seed(0, "p", 1)
-    seeds = {
-        request_seed(seed, prompt, index) for seed in range(3) for prompt in "abc" for index in range(50)
-    }
+    assert derive_seed(0, "p", 1) == derive_seed(0, "p", 1)
+    seeds = {derive_seed(seed, prompt, index) for seed in range(3) for prompt in "abc" for index in range(50)}
     assert len(seeds) == 450
     assert all(0 <= seed < 2**32 for seed in seeds)
-    assert request_seed(1, "2", 3) != request_seed(12, "", 3)
+    assert derive_seed(1, "2", 3) != derive_seed(12, "", 3)
 
 
 TOML = """

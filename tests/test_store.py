@@ -15,9 +15,9 @@ import pytest
 
 from common.errors import UserError
 from common.provenance import Allowance, Provenance, read_provenance
-from common.schema import SAMPLES
 from common.store import (
     SAMPLE_FILES,
+    SAMPLES,
     SampleStore,
     add_fragment,
     completion_hash,
@@ -150,7 +150,7 @@ def test_any_text_survives_the_round_trip_through_the_file(tmp_path: Path) -> No
 
 
 def test_prompts_with_one_text_and_two_answers_are_two_prompts(tmp_path: Path) -> None:
-    from common.prompts import prompt_id
+    from common.data.prompts import prompt_id
 
     first, second = prompt_id("How many?", "1"), prompt_id("How many?", "2")
     assert first != second

@@ -13,11 +13,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from common.artifacts import REPOSITORY
 from common.errors import UserError
-from common.schema import read_vstar
-from common.sweep_files import SamplesDigest
-from stage1_vstar.estimator import estimate_vstar
+from common.report.sweep_files import SamplesDigest
+from common.runs import REPOSITORY
+from common.value import estimate_vstar
+from common.vstar_file import read_vstar
 from stage1_vstar.sweep import BETAS, parse_betas, parse_sizes, run_sweep, sweep, to_json, units
 from tests.conftest import RunCli
 from tests.fakes import write_artifact

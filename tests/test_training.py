@@ -20,11 +20,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from common.artifacts import RunPaths, run_paths
-from common.config import Config, LoraConfig
 from common.errors import UserError
-from common.schema import read_vstar, write_vstar
+from common.runs import RunPaths, run_paths
+from common.vstar_file import read_vstar, write_vstar
 from stage2_train.completions import SHOWN
+from stage2_train.config import Config, LoraConfig
 from stage2_train.inputs import origin, prepare
 from stage2_train.metrics import MetricsLog
 from stage2_train.records import SequenceRecord

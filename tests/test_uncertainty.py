@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.comparisons import CHUNK, bootstrap_interval, delta_interval, drop_probability
-from stage1_vstar.estimator import estimate_vstar
+from common.value import estimate_vstar
 from stage1_vstar.uncertainty import (
     Interval,
     approximate_bias,

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from common.config import Config, SamplingParams
+from common.config import SamplingParams
+from common.data.prompts import PromptRenderer
 from common.grading import GraderPool
-from common.prompts import PromptRenderer
 from common.rollout import Completion, Rollout, SampleRequest
 from stage2_train import logprobs, policy
 from stage2_train.batch import TokenBatch
+from stage2_train.config import Config
 from stage2_train.inputs import Inputs, prepare
 from stage2_train.policy import Ranks, join_ranks
 from stage2_train.records import SequenceRecord

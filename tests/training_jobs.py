@@ -20,8 +20,8 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: F401
 
-import common.engine_transformers  # noqa: F401
-from common.config import Config
+import common.engines.transformers_engine  # noqa: F401
+from stage2_train.config import Config
 from stage2_train.metrics import Metrics, MetricsLog
 from stage2_train.run import run_stage2
 from tests import policy_steps, train_steps

@@ -13,7 +13,7 @@ import shutil
 import sys
 
 from benchmarks.peers import demo, vocabulary
-from common.artifacts import run_paths
+from common.runs import run_paths
 
 
 def main() -> int:

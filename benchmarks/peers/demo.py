@@ -19,9 +19,9 @@ from benchmarks.peers.environment import trl_python
 from benchmarks.peers.job import Job, Report
 from benchmarks.peers.processes import Finished, run
 from benchmarks.peers.table import OURS, Values, markdown, seconds_to
-from common.artifacts import run_paths
-from common.config import Config, load_config
-from common.prompts import PromptRenderer, load_prompts
+from common.data.prompts import PromptRenderer, load_prompts
+from common.runs import run_paths
+from stage2_train.config import Config, load_config
 
 CONFIG = Path("configs/demo.toml")
 TRAINERS = {OURS: "", "TRL A2PO": "a2po", "TRL GRPO": "grpo"}

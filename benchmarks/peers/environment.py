@@ -5,7 +5,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from common.artifacts import run_paths
+from common.runs import run_paths
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 TORCH = "torch==2.13.0"

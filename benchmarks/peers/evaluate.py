@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import cli  # noqa: F401  the thread settings of the command line
-from common.config import Config
-from common.engine import build_engine, request_seed
+from common.data.prompts import PromptRenderer, load_prompts
+from common.engines import build_engine
 from common.grading import GraderPool, Outcome
-from common.prompts import PromptRenderer, load_prompts
+from common.seeds import derive_seed
+from stage2_train.config import Config
 from stage2_train.rollouts import collect_rollouts
 
 
@@ -33,7 +34,7 @@ def main() -> None:
                 engine,
                 pool,
                 config.sampling,
-                seed=request_seed(config.seed, "evaluate"),
+                seed=derive_seed(config.seed, "evaluate"),
                 places=range(len(prompts)),
             )
             solved = [rollout.grade.outcome == Outcome.CORRECT for rollout in rollouts]

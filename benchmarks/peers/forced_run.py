@@ -16,10 +16,11 @@ from rich.console import Console
 import cli  # noqa: F401  the thread settings of the command line
 import stage2_train.run
 from benchmarks.peers.processes import resident_mib
-from common.config import Config, SamplingParams
-from common.engine_vllm import VllmEngine
-from common.prompts import PromptRenderer
+from common.config import SamplingParams
+from common.data.prompts import PromptRenderer
+from common.engines.vllm_engine import VllmEngine
 from common.rollout import Completion, SampleRequest
+from stage2_train.config import Config
 
 
 class ForcedEngine(VllmEngine):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from common.config import Config
+    from stage2_train.config import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

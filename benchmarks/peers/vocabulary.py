@@ -25,9 +25,10 @@ from benchmarks.peers.environment import trl_python
 from benchmarks.peers.job import Job, Report
 from benchmarks.peers.processes import Finished, run
 from benchmarks.peers.table import OURS, Values, markdown
-from common.config import Config, SamplingParams
+from common.config import SamplingParams
 from common.demo.word_problems import stream
 from common.rollout import Completion, SampleRequest
+from stage2_train.config import Config
 
 VOCABULARY = 151_936
 BATCH_SIZE = 16
@@ -167,19 +168,21 @@ class ScriptedEngine:
     def load_weights(self, _: object) -> None:
         raise AssertionError("stage 1 never changes the weights")
 
+    def sleep(self) -> None:
+        raise AssertionError("stage 1 has nothing to make room for")
+
     def close(self) -> None:
         pass
 
 
 def write_vstar(config: Config, folder: Path) -> float:
     """Stage 1 with a scripted engine; returns V̂*, the same for every prompt."""
-    import stage1_vstar.run
-    from common.artifacts import run_paths
-    from common.schema import read_vstar
+    from common.runs import run_paths
+    from common.vstar_file import read_vstar
+    from stage1_vstar.run import run_stage1
 
     os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
-    vars(stage1_vstar.run)["build_engine"] = lambda *_, **__: ScriptedEngine()
-    stage1_vstar.run.run_stage1(config, Console(file=StringIO()))
+    run_stage1(config, Console(file=StringIO()), build_engine=lambda *_, **__: ScriptedEngine())
     (vstar,) = set(read_vstar(run_paths(config.run).vstar)[0]["vstar"])
     return float(vstar)
 

@@ -6,7 +6,7 @@ killed. Names that need pydantic or threads load on first use: a worker imports 
 
 from typing import TYPE_CHECKING, Any
 
-from common.grading.outcome import UNJUDGED, Grade, Outcome, reward_of
+from common.grading.outcome import OUTCOMES, UNJUDGED, Grade, Outcome, reward_of
 
 if TYPE_CHECKING:
     from common.grading.config import GraderConfig, fingerprint
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GRADERS",
+    "OUTCOMES",
     "UNJUDGED",
     "Grade",
     "GraderConfig",

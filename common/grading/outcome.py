@@ -21,6 +21,9 @@ class Outcome(StrEnum):
     VERIFIER_CRASH = "verifier_crash"
 
 
+OUTCOMES = [outcome.value for outcome in Outcome]
+"""As the artifacts store them."""
+
 UNJUDGED = frozenset({Outcome.VERIFIER_TIMEOUT, Outcome.VERIFIER_CRASH})
 """Outcomes that say nothing about the completion: the grader failed."""
 

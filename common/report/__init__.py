@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.artifacts import RunPaths, atomic_path
 from common.errors import UserError
+from common.files import atomic_path
 from common.report.curves import draw_training
 from common.report.evaluations import evaluation_rows
 from common.report.page import write_page
 from common.report.stage1 import read_stage1
+from common.runs import RunPaths
 
 
 def write_report(paths: RunPaths, console: Console) -> None:

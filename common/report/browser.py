@@ -11,11 +11,11 @@ from typing import Any
 
 import polars as pl
 
-from common.artifacts import RunPaths
 from common.grading import Outcome
 from common.provenance import Allowance, Provenance, read_provenance
 from common.report.stage1 import Stage1
 from common.report.text import CHARACTERS_SHOWN, Excerpt
+from common.runs import RunPaths
 from common.store import SampleStore, sample_files
 
 SAMPLES_SHOWN = 16

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.plots import figure_style, save, svg_text
 from common.report.picture import PANEL_INCHES, Picture
+from common.report.plots import figure_style, save, svg_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from common.plots import figure_style, svg_text
 from common.report.picture import PANEL_INCHES, Picture
+from common.report.plots import figure_style, svg_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

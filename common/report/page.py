@@ -17,8 +17,8 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from common.artifacts import RunPaths, file_digest, write_text
 from common.errors import UserError
+from common.files import file_digest, write_text
 from common.grading import Outcome
 from common.provenance import ACCEPTED
 from common.report.browser import SAMPLES_SHOWN, Group, browse
@@ -28,8 +28,9 @@ from common.report.distributions import pass_rate_picture, vstar_picture
 from common.report.evaluations import evaluation_rows
 from common.report.picture import Picture
 from common.report.stage1 import PROMPTS_SHOWN, Stage1
+from common.report.sweep_files import sweep_file
 from common.report.text import visible
-from common.sweep_files import sweep_file
+from common.runs import RunPaths
 
 _HERE = Path(__file__).parent
 

@@ -8,8 +8,8 @@ import polars as pl
 
 from common.grading import UNJUDGED, Outcome
 from common.provenance import Provenance, read_provenance
-from common.schema import scan_vstar
-from common.sweep_files import SamplesDigest
+from common.report.sweep_files import SamplesDigest
+from common.vstar_file import scan_vstar
 
 PROMPTS_SHOWN = 5
 """In each group."""

@@ -1,6 +1,6 @@
 """The objectives that stage 2 can optimise. This list is the only one."""
 
-from common.config import AStarPOConfig
+from stage2_train.config import AStarPOConfig
 from stage2_train.objectives.astar_po import AStarPO
 from stage2_train.objectives.protocol import Objective
 

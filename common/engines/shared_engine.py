@@ -15,7 +15,7 @@ from common.rollout import SampleRequest
 T = TypeVar("T")
 
 
-class RolloutGroup:
+class SharedEngine:
     """Consecutive ranks, each with a shard of one engine: they run the same requests in the same order.
 
     `name` is one that no other group has, on this machine or another, now or in a job that was killed.

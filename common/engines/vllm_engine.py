@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from common.config import Config, SamplingParams
+from common.config import RunConfig, SamplingParams
+from common.data.prompts import PromptRenderer, longest_allowed_prompt
+from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.errors import UserError
-from common.prompts import PromptRenderer, longest_allowed_prompt
 from common.rollout import Completion, SampleRequest
-from common.rollout_group import RolloutGroup, refuse_wrong_size
 
 if TYPE_CHECKING:
     import vllm
@@ -34,19 +34,19 @@ class VllmEngine:
     """
 
     def __init__(
-        self, config: Config, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+        self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
     ) -> None:
         """Load the model. Beside a trainer the engine takes its own share of the GPU.
 
         Raises UserError, before it loads, if the ranks or the model cannot be divided into the configured groups.
         """
         self._is_guest = beside_trainer and dist.is_initialized()
-        self._group: RolloutGroup | None = None
+        self._group: SharedEngine | None = None
         processes = dist.get_world_size() if self._is_guest else 1
         ranks_per_engine = config.engine.training_tensor_parallel_size if beside_trainer else 1
         if ranks_per_engine > 1:
             refuse_wrong_size(ranks_per_engine, processes, folder)
-            self._group = RolloutGroup(ranks_per_engine)
+            self._group = SharedEngine(ranks_per_engine)
         _set_environment()
         import vllm
         from vllm.platforms import current_platform
@@ -275,7 +275,7 @@ def _repack_output_layer(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def context_length(config: Config, folder: Path) -> int:
+def context_length(config: RunConfig, folder: Path) -> int:
     """Room for the longest allowed prompt and a completion, within the model's own context.
 
     That context may be shorter than what the config allows: the prompts themselves have been checked to fit.

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from common.config import Config, SamplingParams
-from common.prompts import PromptRenderer
+from common.config import RunConfig, SamplingParams
+from common.data.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest
 
 if TYPE_CHECKING:
@@ -32,25 +32,27 @@ class RolloutEngine(Protocol):
         ...
 
 
+class EngineBuilder(Protocol):
+    """What `build_engine` is. Jobs take it as an argument, for whoever has another engine, such as a test."""
+
+    def __call__(
+        self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+    ) -> RolloutEngine:
+        """Load the model in `folder`."""
+        ...
+
+
 def build_engine(
-    config: Config, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+    config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
 ) -> RolloutEngine:
     """Load the model in `folder` into the configured engine.
 
     `beside_trainer` says that the device and the process are shared with a training job.
     """
     if config.engine.backend == "vllm":
-        from common.engine_vllm import VllmEngine
+        from common.engines.vllm_engine import VllmEngine
 
         return VllmEngine(config, folder, renderer, beside_trainer=beside_trainer)
-    from common.engine_transformers import TransformersEngine
+    from common.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(config, folder, renderer)
-
-
-def request_seed(seed: int, *parts: str | int) -> int:
-    """A seed for one sample: the same for the same run seed and address, whatever else is in the batch."""
-    import hashlib
-
-    text = "\0".join(str(part) for part in (seed, *parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

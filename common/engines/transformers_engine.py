@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from common.config import Config, SamplingParams
-from common.prompts import PromptRenderer
+from common.config import RunConfig, SamplingParams
+from common.data.prompts import PromptRenderer
 from common.rollout import Completion, SampleRequest
 
 
 class TransformersEngine:
     """Samples batch by batch, each sequence from a random stream of its own."""
 
-    def __init__(self, config: Config, folder: Path, renderer: PromptRenderer) -> None:
+    def __init__(self, config: RunConfig, folder: Path, renderer: PromptRenderer) -> None:
         """Load the model."""
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._renderer = renderer

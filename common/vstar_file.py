@@ -1,56 +1,20 @@
-"""The contract between the stages: Parquet schemas, their invariants, and the one writer and reader of vstar.parquet.
-
-samples/*.parquet (common/store.py) holds a row a completion. vstar.parquet holds a row a prompt and is all that
-stage 2 needs from stage 1. A broken row is named in the error with the invariant that it breaks. A nullable column may
-be missing from a file of an earlier format version; it is read as missing values.
-
-`read_vstar` and `write_vstar` hold the whole table. `scan_vstar` and `vstar_writer` check the same rules on BATCH_ROWS
-prompts at a time; of all others they hold 8 bytes each, to tell that a prompt appears once.
-"""
+"""vstar.parquet, the contract between the stages: one row per prompt, all that stage 2 needs of stage 1."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.artifacts import atomic_path
-from common.errors import DamagedFile, UserError
-from common.grading import Outcome
+from common.contract import Check, polars_schema, refuse_other_table, validate, write_table
+from common.errors import DamagedFile
+from common.files import atomic_path
+from common.grading import OUTCOMES, Outcome
 from common.provenance import Provenance, read_provenance
-
-SAMPLES = pa.schema(
-    [
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("sample_index", pa.int32(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("answer", pa.string(), nullable=False),
-        pa.field("prompt_token_hash", pa.string()),
-        pa.field("completion", pa.string(), nullable=False),
-        pa.field("completion_raw", pa.binary()),
-        pa.field("completion_tokens", pa.int32(), nullable=False),
-        pa.field("outcome", pa.string(), nullable=False),
-        pa.field("extracted", pa.string()),
-        pa.field("reward", pa.float64(), nullable=False),
-        pa.field("reason", pa.string()),
-    ]
-)
-"""`completion_raw` holds the completion, lone surrogates included, where `completion` (UTF-8) has no place for them."""
-
-GRADES = pa.schema(
-    [
-        SAMPLES.field("prompt_id"),
-        SAMPLES.field("sample_index"),
-        pa.field("completion_hash", pa.string(), nullable=False),
-        *(SAMPLES.field(name) for name in ("outcome", "extracted", "reward", "reason")),
-    ]
-)
-"""Another grader's verdicts on samples that are stored already; each holds for the text with that hash alone."""
 
 VSTAR = pa.schema(
     [
@@ -78,11 +42,15 @@ BATCH_ROWS = 65_536
 
 _READ_BYTES = 1 << 20
 """Of each column's compressed data at a time; by default pyarrow keeps all that it has read of a file."""
+
 _VIEWS = pl.CompatLevel.newest()
 """How polars hands over text without copying it."""
+
 _TOLERANCE = 1e-9
-_OUTCOMES = [outcome.value for outcome in Outcome]
+
+
 _solved = pl.col("outcomes").list.count_matches(Outcome.CORRECT.value)
+
 _rounding = _TOLERANCE * (1 + pl.col("rewards").list.eval(pl.element().abs()).list.max())
 
 _mean, _best = pl.col("rewards").list.mean(), pl.col("rewards").list.max()
@@ -102,8 +70,8 @@ VSTAR_RANGES: dict[str, tuple[str, pl.Expr]] = {
 }
 """What each estimator of V* promises of its values."""
 
-
 _APPEARS_ONCE = pl.col("prompt_id").is_unique()
+
 _FIRST_BETA1 = pl.col("beta1").first()
 
 
@@ -125,7 +93,7 @@ def vstar_invariants(
         .list.eval(pl.element().is_finite().fill_null(False))
         .list.all(),
         "outcomes are known": (
-            pl.col("outcomes").list.eval(pl.element().is_in(_OUTCOMES).fill_null(False)).list.all()
+            pl.col("outcomes").list.eval(pl.element().is_in(OUTCOMES).fill_null(False)).list.all()
         ),
         "pass_rate is the share of correct outcomes": (
             (pl.col("pass_rate") - _solved / pl.col("num_samples")).abs() < _TOLERANCE
@@ -139,92 +107,6 @@ def vstar_invariants(
         ),
         "no rule dropped a prompt that is kept": ~pl.col("keep") | pl.col("dropped_by").is_null(),
     }
-
-
-SAMPLES_INVARIANTS: dict[str, pl.Expr] = {
-    "a sample appears once": pl.struct("prompt_id", "sample_index").is_unique(),
-    "sample_index is not negative": pl.col("sample_index") >= 0,
-    "rewards are finite": pl.col("reward").is_finite(),
-    "outcomes are known": pl.col("outcome").is_in(_OUTCOMES),
-}
-
-
-def validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.Expr], path: Path) -> None:
-    """Raise UserError, naming the first broken row and rule, unless the frame is what the schema promises."""
-    _refuse_other_table(frame.schema, frame.height, schema, path)
-    check = Check(schema, invariants, path)
-    check.add(frame)
-    check.conclude()
-
-
-def _refuse_other_table(columns: pl.Schema, rows: int, schema: pa.Schema, path: Path) -> None:
-    if missing := [name for name in schema.names if name not in columns]:
-        raise UserError(
-            f"{path} lacks the columns {', '.join(missing)}; make it anew with `python cli.py vstar`"
-        )
-    for name, expected in polars_schema(schema).items():
-        if columns[name] != expected:
-            raise UserError(
-                f"{path}: column {name} holds {columns[name]}, not {expected}; "
-                "make it anew with `python cli.py vstar`"
-            )
-    if not rows:
-        raise UserError(f"{path} has no rows; make it anew with `python cli.py vstar`")
-
-
-class Check:
-    """Which rows of a table break which rule; the table may come in parts, and `conclude` says what was found."""
-
-    def __init__(
-        self,
-        schema: pa.Schema,
-        invariants: dict[str, pl.Expr],
-        path: Path,
-        applies: Callable[[set[str]], bool] = lambda columns: True,
-    ) -> None:
-        """`applies` chooses rules by the columns that they speak of."""
-        present = {
-            f"{field.name} is present": pl.col(field.name).is_not_null()
-            for field in schema
-            if not field.nullable
-        }
-        self._rules = {
-            name: rule.fill_null(False).alias(name)
-            for name, rule in {**present, **invariants}.items()
-            if applies(set(rule.meta.root_names()))
-        }
-        self._path = path
-        self._broken: dict[str, tuple[int, dict[str, Any]]] = {}
-
-    def add(self, part: pl.DataFrame) -> bool:
-        """Whether all these rows satisfy all rules; those that do not are counted."""
-        held = part.select(rule.all() for rule in self._rules.values()).row(0, named=True)
-        for name in (name for name, holds in held.items() if not holds):
-            rule = self._rules[name]
-            broken = part.filter(~rule)
-            shown = ["prompt_id", *sorted(set(rule.meta.root_names()) - {"prompt_id"})]
-            count, first = self._broken.get(name, (0, broken.select(shown).row(0, named=True)))
-            self._broken[name] = (count + broken.height, first)
-        return all(held.values())
-
-    def conclude(self) -> None:
-        """Raise UserError with the first rule that was broken, how often, and the first row that broke it."""
-        for name in self._rules:
-            if name in self._broken:
-                count, row = self._broken[name]
-                raise UserError(f"{self._path}: {count} rows break the rule “{name}”, the first is {row}")
-
-
-def polars_schema(schema: pa.Schema) -> pl.Schema:
-    """The same columns as polars names them."""
-    return pl.DataFrame(schema.empty_table()).schema
-
-
-def write_table(frame: pl.DataFrame, schema: pa.Schema, provenance: Provenance, path: Path) -> None:
-    """Write a frame's columns of this schema atomically, with its provenance."""
-    table = frame.select(schema.names).to_arrow().cast(schema)
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(provenance.metadata()), temporary, compression="zstd")
 
 
 def write_vstar(frame: pl.DataFrame, provenance: Provenance, path: Path) -> None:
@@ -257,7 +139,7 @@ def scan_vstar(path: Path, columns: Sequence[str] = VSTAR.names) -> Iterator[pl.
     estimator = estimator_of(read_provenance(path))
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
         table = _with_later_columns(pl.DataFrame(file.schema_arrow.empty_table()))
-        _refuse_other_table(table.schema, file.metadata.num_rows, VSTAR, path)
+        refuse_other_table(table.schema, file.metadata.num_rows, VSTAR, path)
         appears_once = ~pl.col("prompt_id").is_in(_repeated_prompts(file, path).implode())
         check: Check | None = None
         for part in _parts(file, path, [name for name in columns if name in file.schema_arrow.names]):

@@ -1,0 +1,188 @@
+"""Questions to prompts: templates, tokens, what fits the model, what the grader can use."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.config import DataConfig, RunConfig
+from common.data.datasets import FORMATS, read_pairs, refuse_bad_golds
+from common.errors import UserError
+from common.grading import GraderPool
+from common.model_files import read_json
+from common.rollout import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = {
+    "plain": "{prompt}",
+    "line": "{prompt}\n",
+    "gsm8k": '{prompt} Let\'s think step by step and output the final answer after "####".',
+    "math": "{prompt} Let's think step by step and output the final answer within \\boxed{}.",
+    "openr1": "<｜begin▁of▁sentence｜><｜User｜>{prompt}<｜Assistant｜><think>\n",
+    "mbpp": "{prompt}\nWrite the code in a ```python block.",
+}
+"""Named templates; gsm8k, math and openr1 are the paper's (Table 4). "chat" is the tokenizer's own."""
+
+
+class PromptRenderer:
+    """Turns a question into what the model reads, and what the model wrote into text."""
+
+    def __init__(self, folder: Path, data: DataConfig) -> None:
+        """Load the tokenizer. Raises UserError if it cannot end a completion or knows no chat template."""
+        self.tokenizer = load_tokenizer(folder)
+        self.template = prompt_template(data)
+        self.eos_token_ids = eos_token_ids(folder, self.tokenizer)
+        if self.template == "chat" and not self.tokenizer.chat_template:
+            raise UserError(
+                f'{folder} has no chat template; set data.template to a text containing "{{prompt}}"'
+            )
+        self._bos = _leading_bos(self.tokenizer)
+
+    def render(self, text: str) -> tuple[int, ...]:
+        """The token ids of a question in its template, with the tokenizer's BOS if it uses one."""
+        if self.template == "chat":
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+        else:
+            rendered = self.template.replace("{prompt}", text)
+        ids = tuple(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a completion, special tokens left out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two renderings to be the same."""
+        template = self.tokenizer.chat_template if self.template == "chat" else self.template
+        return {"template": template, "eos_token_ids": list(self.eos_token_ids)}
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a local model folder. Raises UserError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library raises bare Exceptions for a damaged file.
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
+            raise
+        raise UserError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def eos_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The ids that end a completion: the tokenizer's and those that the model's generation config adds."""
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    generation_config = folder / "generation_config.json"
+    if generation_config.is_file():
+        named = read_json(generation_config).get("eos_token_id")
+        ids |= set(named if isinstance(named, list) else [named] if named is not None else [])
+    if not ids:
+        raise UserError(
+            f"{folder}: the tokenizer has no EOS token, so no completion could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tuple(sorted(ids))
+
+
+def prompt_template(data: DataConfig) -> str:
+    """The text that a question is put into, in place of {prompt}; or "chat". Raises UserError for an unknown name."""
+    name = data.template or FORMATS[data.format].template
+    if name == "chat":
+        return name
+    template = TEMPLATES.get(name, name)
+    if "{prompt}" not in template:
+        known = ", ".join([*TEMPLATES, "chat"])
+        raise UserError(f'data.template is "{name}": use one of {known}, or a text containing {{prompt}}')
+    return template
+
+
+def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    ids = tuple(tokenizer("").input_ids)
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else ()
+
+
+def prompt_id(text: str, answer: str) -> str:
+    """A content hash of a question and its answer."""
+    return hashlib.sha256(json.dumps([text, answer]).encode()).hexdigest()[:24]
+
+
+def load_prompts(data: DataConfig, config: RunConfig, renderer: PromptRenderer) -> list[Prompt]:
+    """Read a data set as prompts, each once, in file order. Raises the UserErrors of its two steps."""
+    return prompts_from_pairs(read_pairs(data, config), data, renderer)
+
+
+def usable_prompts(prompts: Sequence[Prompt], data: DataConfig, pool: GraderPool) -> list[Prompt]:
+    """The prompts whose reference answer the grader can use, found before anything is generated for them.
+
+    Raises UserError, naming the others, unless data.bad_golds says to drop them.
+    """
+    verdicts = pool.validate_golds([prompt.answer for prompt in prompts])
+    judged = list(zip(prompts, verdicts, strict=True))
+    refuse_bad_golds(
+        [f'"{prompt.text[:60]}…": {problem}' for prompt, problem in judged if problem is not None],
+        len(prompts),
+        data,
+    )
+    return [prompt for prompt, problem in judged if problem is None]
+
+
+def prompts_from_pairs(
+    pairs: Iterable[tuple[str, str]], data: DataConfig, renderer: PromptRenderer
+) -> list[Prompt]:
+    """Render (question, answer) pairs; a pair that comes twice is one prompt.
+
+    Raises UserError if a prompt is longer than data.max_prompt_tokens, or if none is left.
+    """
+    prompts: dict[str, Prompt] = {}
+    for text, answer in pairs:
+        identifier = prompt_id(text, answer)
+        if identifier in prompts:
+            continue
+        token_ids = renderer.render(text)
+        if len(token_ids) > data.max_prompt_tokens:
+            if data.long_prompts == "drop":
+                continue
+            raise UserError(
+                f"a prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}: "
+                f'"{text[:60]}…"; raise the limit or set data.long_prompts = "drop"'
+            )
+        compact = array("i", token_ids)
+        prompts[identifier] = Prompt(
+            id=identifier,
+            text=text,
+            answer=answer,
+            token_ids=compact,
+            token_hash=hashlib.sha256(compact.tobytes()).hexdigest()[:16],
+        )
+    if not prompts:
+        raise UserError(
+            f"no prompt of {data.path or data.format} is left: all are longer than data.max_prompt_tokens "
+            "or have a reference answer that the grader cannot use"
+        )
+    return list(prompts.values())
+
+
+def longest_allowed_prompt(config: RunConfig) -> int:
+    """The most tokens that a prompt may have, in training or held out: the engine makes room for them."""
+    sections = [config.data] if config.evaluate.data is None else [config.data, config.evaluate.data]
+    return max(section.max_prompt_tokens for section in sections)
+
+
+def check_context(prompts: Sequence[Prompt], config: RunConfig, folder: Path) -> None:
+    """Raise UserError unless every prompt and its completion fit the model's context."""
+    completion = config.sampling.max_completion_tokens
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    length = read_json(folder / "config.json").get("max_position_embeddings")
+    if length is not None and longest + completion > length:
+        raise UserError(
+            f"the longest prompt ({longest} tokens) and sampling.max_completion_tokens ({completion}) need "
+            f"{longest + completion} tokens, more than the model's context of {length}; lower max_completion_tokens, "
+            'or data.max_prompt_tokens with data.long_prompts = "drop"'
+        )

@@ -1,0 +1,155 @@
+"""A run's folder artifacts/<run>, laid out here and nowhere else; shards, and who may write to a run."""
+
+import fcntl
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from common.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """Where a run keeps what."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def base_model(self) -> Path:
+        """The demo's reference model; other runs bring their own."""
+        return self.root / "base_model"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    @property
+    def vstar(self) -> Path:
+        return self.root / "vstar.parquet"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def completions(self) -> Path:
+        """A few of the completions that training saw, a file an evaluation."""
+        return self.root / "completions"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained policy in Hugging Face format."""
+        return self.root / "model"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluations"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+
+def run_paths(run: str) -> RunPaths:
+    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS where that is set."""
+    return RunPaths(Path(os.environ.get("ASTAR_PO_ARTIFACTS", REPOSITORY / "artifacts")) / run)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `index` (from 1) of `count` of a run's prompts; prompts are dealt out by their content hash."""
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read `2/8`. Raises UserError for anything else."""
+        index, _, count = text.partition("/")
+        if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+            return cls(int(index), int(count))
+        raise UserError(f"--shard {text}: write it as i/n with 1 ≤ i ≤ n, for example 2/8")
+
+    def holds(self, prompt_id: str) -> bool:
+        """Whether this shard draws the samples of that prompt."""
+        return int(prompt_id[:12], 16) % self.count == self.index - 1
+
+    def overlaps(self, other: "Shard") -> bool:
+        """Whether the two can hold the same prompt."""
+        return (self.index - other.index) % math.gcd(self.count, other.count) == 0
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard()
+
+
+@contextmanager
+def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[None]:
+    """Hold a run, or a shard of it, so that two jobs of one kind never do the same work in the same run.
+
+    A job's claim is a locked file, which the kernel unlocks with the process, however that ends. Raises UserError if
+    another job holds a shard that overlaps with this one.
+    """
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+        (paths.root / f".{job}.lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {paths.root}: {error.strerror}; correct its permissions, or choose another folder with "
+            "ASTAR_PO_ARTIFACTS"
+        ) from error
+    with ExitStack() as claim:
+        with (paths.root / f".{job}.lock").open("a") as one_at_a_time:
+            _lock(one_at_a_time, wait=True)
+            for path in paths.root.glob(f".{job}-*-of-*.lock"):
+                index, count = (int(number) for number in re.findall(r"-(\d+)-of-(\d+)\.lock$", path.name)[0])
+                if shard.overlaps(Shard(index, count)):
+                    with path.open("a+") as file:
+                        _lock(file, wait=False, job=job)
+            ours = paths.root / f".{job}-{shard.index}-of-{shard.count}.lock"
+            file = claim.enter_context(ours.open("a+"))
+            _lock(file, wait=False, job=job)
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {platform.node()}")
+            file.flush()
+        yield
+
+
+def _lock(file: IO[str], *, wait: bool, job: str = "") -> None:
+    """Lock an open file until it is closed. Raises UserError if another job holds it and this one shall not wait."""
+    folder = Path(file.name).parent
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(
+            f"another {job} job (process {file.read().strip() or 'unknown'}) is writing to {folder}; "
+            "wait for it or choose another --run"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot lock {file.name}: {error.strerror}; two jobs could write to one run. Choose a file system with "
+            "locks for it, with ASTAR_PO_ARTIFACTS"
+        ) from error

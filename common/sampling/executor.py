@@ -1,0 +1,89 @@
+"""Where missing samples are drawn: today by one engine in this process."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+
+from common.config import RunConfig
+from common.data.prompts import PromptRenderer, usable_prompts
+from common.engines import EngineBuilder, RolloutEngine
+from common.errors import UserError
+from common.grading import GraderPool
+from common.runs import WHOLE, Shard
+from common.sampling.generate import generate_samples
+from common.sampling.missing import Missing
+from common.store import SampleStore
+
+
+class LocalExecutor:
+    """Draws missing samples. Graders and model are loaded at the first one and serve all rounds after it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        renderer: PromptRenderer,
+        store: SampleStore,
+        shard: Shard,
+        console: Console,
+        build_engine: EngineBuilder,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._renderer = renderer
+        self._store = store
+        self._shard = shard
+        self._console = console
+        self._build_engine = build_engine
+        self._loaded = ExitStack()
+        self._pool: GraderPool | None = None
+        self._engine: RolloutEngine | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loaded.close()
+
+    def draw(self, missing: Missing, *, grader_proven: bool = False) -> None:
+        """Draw these samples of the prompts that can be graded. Raises UserError before the model loads."""
+        if not missing:
+            return
+        config, console = self._config, self._console
+        if self._pool is None:
+            self._pool = self._loaded.enter_context(GraderPool(config.grader))
+        missing = only_gradable(missing, config, self._pool, console)
+        if not missing:
+            if self._store.fragments() or self._shard != WHOLE:
+                return
+            raise UserError("no prompt is left: the grader can use none of the reference answers")
+        if self._engine is None:
+            console.print(
+                f"{len(missing.prompts):,} prompts: {len(missing):,} samples to draw; loading the model"
+            )
+            self._engine = self._build_engine(config, self._folder, self._renderer, beside_trainer=False)
+            self._loaded.callback(self._engine.close)
+        generate_samples(
+            missing,
+            self._engine,
+            self._pool,
+            self._store,
+            config.sampling,
+            config.seed,
+            console,
+            grader_proven=grader_proven,
+        )
+
+
+def only_gradable(missing: Missing, config: RunConfig, pool: GraderPool, console: Console) -> Missing:
+    """The incomplete prompts whose reference answer the grader can use, with their missing samples."""
+    incomplete = missing.incomplete()
+    usable = {prompt.id for prompt in usable_prompts(incomplete.prompts, config.data, pool)}
+    if dropped := len(incomplete.prompts) - len(usable):
+        console.print(f"{dropped:,} prompts dropped: the grader cannot use their reference answers")
+    return incomplete.of(usable)

@@ -1,0 +1,55 @@
+"""V̂*(x) = β1 ln (1/N) Σ exp(r_i/β1): Algorithm 1, line 4. Pure numpy, for ragged lists of rewards.
+
+Shapes: _P prompt, _S sample (all prompts' samples, one after the other).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """V̂* of each prompt, and its standard error (nan where it has none)."""
+
+    vstar_P: Floats
+    se_P: Floats
+
+
+def estimate_vstar(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float) -> Estimate:
+    """Estimate V* of each prompt from the rewards of its samples.
+
+    `counts_P` says how many of `rewards_S` belong to each prompt, in order; each at least 1. Rewards are any finite
+    numbers. `beta1` lies in [0, inf]: 0 gives the best reward (pass@N for 0/1 rewards) and inf the mean, both exactly
+    (the paper's Appendix D). In between the best reward is taken out of the sum first, so that nothing overflows for a
+    small β1, and the rest goes through expm1 and log1p, so that nothing cancels for a large one.
+
+    The standard error is the delta method's, β1 · sd(w) / (mean(w) √N) with w = exp(r/β1); it is nan for N = 1 and for
+    β1 = 0, where the method does not apply.
+    """
+    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
+    best_P = np.maximum.reduceat(rewards_S, starts_P)
+
+    def mean(values_S: Floats) -> Floats:
+        return np.add.reduceat(values_S, starts_P) / counts_P
+
+    def standard_error(values_S: Floats, mean_P: Floats) -> Floats:
+        squares_P = np.add.reduceat((values_S - np.repeat(mean_P, counts_P)) ** 2, starts_P)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(counts_P > 1, np.sqrt(squares_P / (counts_P - 1.0) / counts_P), np.nan)
+
+    if beta1 == 0:
+        return Estimate(vstar_P=best_P, se_P=np.full(len(best_P), np.nan))
+    if np.isinf(beta1):
+        mean_P = mean(rewards_S)
+        return Estimate(vstar_P=mean_P, se_P=standard_error(rewards_S, mean_P))
+    with np.errstate(over="ignore"):
+        excess_S = np.expm1((rewards_S - np.repeat(best_P, counts_P)) / beta1)
+    excess_P = mean(excess_S)
+    return Estimate(
+        vstar_P=best_P + beta1 * np.log1p(excess_P),
+        se_P=beta1 * standard_error(excess_S, excess_P) / (1.0 + excess_P),
+    )

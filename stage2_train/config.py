@@ -1,0 +1,123 @@
+"""The configuration of a whole run: what both stages read, and how stage 2 trains. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.config import RunConfig, Section, read_config
+
+
+class AStarPOConfig(Section):
+    """A*-PO: the regression's temperature β2."""
+
+    name: Literal["astar_po"] = "astar_po"
+    beta2: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class LoraConfig(Section):
+    """Train small matrices beside frozen linear layers, W + (alpha / rank) B A, instead of the layers themselves."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[int, Field(ge=1)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """The last part of the layers' names, such as ["q_proj", "v_proj"]; by default all but the output layer."""
+
+
+class TrainConfig(Section):
+    """Stage 2. The defaults are the paper's (Appendix A.5)."""
+
+    objective: AStarPOConfig = AStarPOConfig()
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Prompts an iteration, one completion each."""
+    mini_batch_size: Annotated[int, Field(ge=1)] = 128
+    """Completions an optimizer step."""
+    staleness: Annotated[int, Field(ge=0)] = 0
+    """Iterations by which the weights behind completions may lag, which are then drawn during training."""
+    epochs: Annotated[int, Field(ge=1)] = 25
+    iterations: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many iterations, whatever `epochs` says."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up; constant after it."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    tokens_per_micro_batch: Annotated[int, Field(ge=1)] = 16384
+    """Prompt and completion tokens, padding included, in one forward and backward pass."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass instead of keeping them."""
+    lora: LoraConfig | None = None
+    offload_optimizer: bool = False
+    """Keep the optimizer's states in the host's memory and step there."""
+    offload_reference: bool = False
+    """Keep the reference model in the host's memory but for the moments when it is asked."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Iterations between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    evaluate_every: Annotated[int, Field(ge=1)] = 10
+    """Iterations between evaluations on held-out prompts."""
+    wandb_project: str | None = None
+
+    @model_validator(mode="after")
+    def _mini_batches_fill_the_batch(self) -> "TrainConfig":
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_offload(self) -> "TrainConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer needs ZeRO, found zero_stage 0; choose zero_stage 1, 2 or 3, or leave it out"
+            )
+        if self.offload_reference and self.lora is not None:
+            raise ValueError(
+                "offload_reference has nothing to move under lora, whose reference is the policy without its "
+                "adapter; leave one of them out"
+            )
+        return self
+
+
+class Config(RunConfig):
+    """One run whole: artifacts/<run>."""
+
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _deepspeed_can_train(self) -> "Config":
+        if self.model.dtype == "bfloat16" and self.train.zero_stage == 0:
+            raise ValueError(
+                "train.zero_stage 0 does not go with model.dtype bfloat16: DeepSpeed's optimizer for it takes a step "
+                "before the first gradient; choose zero_stage 1, which needs no more memory, or dtype float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_thread_speaks_to_other_ranks(self) -> "Config":
+        if self.engine.training_tensor_parallel_size > 1 and self.train.staleness > 0:
+            raise ValueError(
+                f"train.staleness {self.train.staleness} does not go with engine.training_tensor_parallel_size "
+                f"{self.engine.training_tensor_parallel_size}: the engine's and the trainer's collective operations "
+                "could wait for each other; set one of them to its default"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_time_to_sleep(self) -> "Config":
+        if self.engine.sleep_while_training and self.train.staleness > 0:
+            raise ValueError(
+                f"engine.sleep_while_training leaves no time to draw ahead, found train.staleness "
+                f"{self.train.staleness}; set one of them to its default"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), run: str | None = None) -> Config:
+    """The run that a TOML file describes, with `--set` overrides and `--run`. Raises UserError, see `read_config`."""
+    return read_config(Config, path, overrides, run)
