@@ -41,11 +41,11 @@ from common.rollout import Completion, SampleRequest
 from common.runs import REPOSITORY, run_paths
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config, load_config
-from stage2_train.inputs import prepare
+from stage2_train.data import prepare
 from stage2_train.memory import Shape, read_shape
 from stage2_train.metrics import Metrics
-from stage2_train.policy import join_ranks
-from stage2_train.sampler import Sampler
+from stage2_train.ranks import join_ranks
+from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer
 
 WORKLOADS = ("demo", "larger")

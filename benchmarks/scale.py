@@ -41,8 +41,9 @@ from stage2_train.config import Config, load_config
 from stage2_train.logprobs import VocabularyHead, token_logprobs
 from stage2_train.memory import Shape, layer_activations, memory_per_gpu, micro_batch_tokens, model_states
 from stage2_train.objectives import build_objective
-from stage2_train.policy import Policy, join_ranks
-from stage2_train.reference import build_reference
+from stage2_train.policy import Policy
+from stage2_train.ranks import join_ranks
+from stage2_train.scorers import build_reference
 
 PROMPT, COMPLETION = 256, 1024
 WAYS = ("naive", "ours")

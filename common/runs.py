@@ -62,6 +62,11 @@ class RunPaths:
         return self.root / "model"
 
     @property
+    def trained_with(self) -> Path:
+        """What the trained policy was trained with."""
+        return self.model / "astar_po.json"
+
+    @property
     def evaluations(self) -> Path:
         return self.root / "evaluations"
 

@@ -20,8 +20,8 @@ from common.errors import UserError
 from common.model_files import reference_model
 from common.vstar_file import read_vstar
 from stage2_train.config import Config
+from stage2_train.data import iterations
 from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, Floats, first_batch
-from stage2_train.inputs import iterations
 from stage2_train.memory import memory_per_gpu, read_shape
 
 TOKENIZED_PROMPTS = 2000

@@ -102,10 +102,11 @@ class MetricsLog:
     def _line(self, iteration: int, metrics: Metrics) -> str:
         parts = [f"{iteration:>5}/{self._last}"]
         if "reward/mean" in metrics:
+            losses = [value for name, value in metrics.items() if name.startswith("loss/")]
             parts += [
                 f"reward {metrics['reward/mean']:.3f}",
-                f"loss {metrics['loss/regression']:.4f}",
-                f"KL {metrics['kl/sequence']:.3f}",
+                *[f"loss {loss:.4f}" for loss in losses[:1]],
+                *[f"KL {kl:.3f}" for kl in [metrics.get("kl/sequence")] if kl is not None],
                 f"tokens {metrics['completion/tokens_mean']:.1f}",
                 f"{metrics['time/iteration']:.2f} s",
             ]

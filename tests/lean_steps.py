@@ -14,8 +14,9 @@ import torch
 
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config, LoraConfig
-from stage2_train.policy import DEEPSPEED_TAG, Policy, Ranks, join_ranks
-from stage2_train.reference import SeparateModel, build_reference
+from stage2_train.policy import DEEPSPEED_TAG, Policy
+from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.scorers import SeparateModel, build_reference
 
 Weights = dict[str, torch.Tensor]
 LORA = LoraConfig(rank=4, alpha=8)

@@ -13,9 +13,11 @@ from common.errors import UserError
 from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Rollout
 from stage2_train.config import Config
-from stage2_train.inputs import Inputs, prepare
-from stage2_train.policy import MAX_SKIPPED_STEPS, Policy, Ranks, join_ranks
-from stage2_train.sampler import Draw, Sampler
+from stage2_train.data import Inputs, prepare
+from stage2_train.learner import MAX_SKIPPED_STEPS
+from stage2_train.policy import Policy
+from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.sources.sampler import Draw, Sampler
 from stage2_train.train import Trainer
 from tests.train_steps import ScriptedEngine, changed
 

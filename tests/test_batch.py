@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stage2_train.batch import TOKENS_A_BATCH, MicroBatch, TokenSequence, sum_by_sequence, token_batches
-from stage2_train.inputs import prompt_batch
+from stage2_train.data import prompt_batch
 
 PAD = 99
 

@@ -166,7 +166,7 @@ def test_steps_too_small_for_bfloat16_add_up(
 def test_an_offloaded_reference_gives_the_same_log_probs_and_is_in_main_memory_between_visits(
     config: Config,
 ) -> None:
-    from stage2_train.reference import SeparateModel
+    from stage2_train.scorers import SeparateModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = tokens(0).to(device)

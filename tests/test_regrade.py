@@ -24,7 +24,7 @@ from stage1_vstar.describe import describe, to_json
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.regrade import run_regrade
 from stage2_train.config import Config
-from stage2_train.inputs import prepare
+from stage2_train.data import prepare
 from tests.conftest import RunCli
 from tests.fakes import ScriptedEngine, tiny_config
 from tests.stage1_runs import (

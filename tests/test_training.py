@@ -25,11 +25,12 @@ from common.runs import RunPaths, run_paths
 from common.vstar_file import read_vstar, write_vstar
 from stage2_train.completions import SHOWN
 from stage2_train.config import Config, LoraConfig
-from stage2_train.inputs import origin, prepare
+from stage2_train.data import prepare
 from stage2_train.metrics import MetricsLog
 from stage2_train.records import SequenceRecord
 from stage2_train.records import summarise as summarise_records
-from stage2_train.run import run_stage2, with_defaults
+from stage2_train.resume import origin, with_defaults
+from stage2_train.run import run_stage2
 from tests.conftest import save_tiny_model
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 

@@ -16,7 +16,8 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from stage2_train import logprobs
-from stage2_train.policy import Policy, join_ranks
+from stage2_train.policy import Policy
+from stage2_train.ranks import join_ranks
 from tests.stage2_runs import tiny_config
 
 

@@ -19,10 +19,10 @@ from common.rollout import Completion, Rollout, SampleRequest
 from stage2_train import logprobs, policy
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config
-from stage2_train.inputs import Inputs, prepare
-from stage2_train.policy import Ranks, join_ranks
+from stage2_train.data import Inputs, prepare
+from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.records import SequenceRecord
-from stage2_train.sampler import Sampler
+from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer
 
 IN_CHUNKS = "ZeRO-3, logits in chunks"

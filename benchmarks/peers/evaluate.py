@@ -13,7 +13,7 @@ from common.engines import build_engine
 from common.grading import GraderPool, Outcome
 from common.seeds import derive_seed
 from stage2_train.config import Config
-from stage2_train.rollouts import collect_rollouts
+from stage2_train.sources.rollouts import collect_rollouts
 
 
 def main() -> None:
