@@ -79,6 +79,10 @@ class TrainConfig(Section):
         """Optimizer steps on one batch."""
         return self.objective.passes * (self.batch_size // self.mini_batch_size)
 
+    def iterations_over(self, prompts: int) -> int:
+        """Batches until each of so many prompts has been seen `epochs` times, or the configured number."""
+        return self.iterations or max(1, self.epochs * prompts // self.batch_size)
+
     @property
     def columns(self) -> frozenset[Column]:
         """What the objective needs to know of completions."""

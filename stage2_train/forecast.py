@@ -20,7 +20,6 @@ from common.errors import UserError
 from common.model_files import reference_model
 from common.vstar_file import read_vstar
 from stage2_train.config import Config
-from stage2_train.data import iterations
 from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, Floats, first_batch
 from stage2_train.memory import memory_per_gpu, read_shape
 
@@ -47,7 +46,7 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
             f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
         )
     folder = reference_model(config)
-    turns = iterations(config.train, kept.height)
+    turns = config.train.iterations_over(kept.height)
     completions = turns * config.train.batch_size
     batch = first_batch(rows, config.train.batch_size)
     return {

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from rich.console import Console
 
 from common.demo.base_model import build_tokenizer
 from common.errors import UserError
-from common.runs import RunPaths
 from common.value import estimate_vstar
 from common.vstar_file import read_vstar, write_vstar
 from stage2_train.config import Config
@@ -36,6 +34,7 @@ from stage2_train.memory import (
     model_states,
     read_shape,
 )
+from stage2_train.watchers import FirstBatchCheck, Turn
 from tests.conftest import RunCli
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -294,15 +293,13 @@ def test_the_intervals_of_real_valued_rewards_are_not_too_narrow() -> None:
 
 
 def simulated_training(
-    folder: Path, *, temperature: float = 1.0, also_accepts: int = 0, seed: int = 0
+    *, temperature: float = 1.0, also_accepts: int = 0, seed: int = 0
 ) -> tuple[str, dict[str, Any]]:
-    """Two iterations of the real loop over a simulated policy; returns what it printed and the first one's metrics.
+    """Two iterations of a simulated policy; returns what it printed and the first one's metrics.
 
     Completions are one of five answers, the first one right. Stage 1 sampled at temperature 1; stage 2 may sample at
     another, and its grader may take wrong answers for right ones.
     """
-    from stage2_train.train import train
-
     rng = np.random.default_rng(seed)
     logits_PA = rng.normal(0, 2, (PROMPTS, 5))
 
@@ -313,46 +310,30 @@ def simulated_training(
 
     rows = artifact_rows(np.stack([rewards(1.0, 1) for _ in range(SAMPLES)], axis=1), drop_unsolved=True)
 
-    def iteration(_: int) -> tuple[dict[str, float], list[Any]]:
-        loss, reward = batch_figures(rows, rewards(temperature, 1 + also_accepts), rng)
-        figures = (
-            "kl/sequence",
-            "kl/token",
-            "completion/tokens_mean",
-            "completion/truncated",
-            "train/gradient_norm",
-        )
-        return {
-            **dict.fromkeys([*figures, "time/iteration"], 0.5),
-            "loss/regression": loss,
-            "reward/mean": reward,
-        }, []
-
-    trainer: Any = SimpleNamespace(
-        ranks=SimpleNamespace(is_main=True, largest=int),
-        held_out=[],
-        first_batch=first_batch(rows, BATCH),
-        iteration=iteration,
-        save=lambda *_: None,
-    )
-    config = tiny_config(folder, folder)
+    expected = first_batch(rows, BATCH)
+    assert expected is not None
     printed = StringIO()
-    paths = RunPaths(folder / f"run-{temperature}-{also_accepts}-{seed}")
-    train(trainer, config, paths, Console(file=printed, width=80), first=1, last=2)
-    first, second = (json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines())
-    assert not any(name.startswith("forecast/") for name in second)
-    return printed.getvalue(), first
+    check = FirstBatchCheck(expected, Console(file=printed, width=80))
+    turns = []
+    for number in (1, 2):
+        loss, reward = batch_figures(rows, rewards(temperature, 1 + also_accepts), rng)
+        metrics = {"loss/regression": loss, "reward/mean": reward}
+        turns.append(Turn(number=number, metrics=metrics, rollouts=[], is_last=number == 2))
+        check.after(turns[-1])
+    first, second = turns
+    assert not any(name.startswith("forecast/") for name in second.metrics)
+    return printed.getvalue(), first.metrics
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_training_warns_of_a_first_iteration_that_stage_1_does_not_explain(tmp_path: Path) -> None:
+def test_training_warns_of_a_first_iteration_that_stage_1_does_not_explain() -> None:
     for seed in range(5):
-        printed, metrics = simulated_training(tmp_path, seed=seed)
+        printed, metrics = simulated_training(seed=seed)
         assert "warning" not in printed
         assert metrics["forecast/loss_low"] < metrics["loss/regression"] < metrics["forecast/loss_high"]
         assert metrics["forecast/reward_low"] < metrics["reward/mean"] < metrics["forecast/reward_high"]
     for fault in ({"temperature": 3.0}, {"also_accepts": 1}):
-        printed, metrics = simulated_training(tmp_path, **fault)
+        printed, metrics = simulated_training(**fault)
         warnings = [line for line in printed.splitlines() if line.startswith("warning:")]
         assert len(warnings) == 1
         assert (
