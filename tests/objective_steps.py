@@ -1,4 +1,4 @@
-"""Iterations of each objective, on one rank of a job: what tests/training_jobs.py runs for tests/test_objective_runs.py.
+"""Iterations of each objective, on one rank of a job: tests/training_jobs.py runs it for tests/test_objective_runs.py.
 
 The order holds a `config`, `cases` (name to changes of it) and the `output` to write to. Completions are scripted, as
 in tests/train_steps.py, so that every process count trains on the very same ones.

@@ -463,7 +463,7 @@ def test_a_run_of_an_earlier_version_is_continued(setting: tuple[Config, Path]) 
     config, vstar = setting
     ours = origin(config, prepare(config, vstar))
     train = {name: value for name, value in ours["config"]["train"].items() if name != "staleness"}
-    train["objective"] = {"name": "astar_po", "beta2": config.train.objective.beta2}
+    train["objective"] = {"name": "astar_po", "beta2": train["objective"]["beta2"]}
     theirs = ours | {"config": ours["config"] | {"train": train}}
     assert theirs != ours
     assert with_defaults(theirs) == ours
