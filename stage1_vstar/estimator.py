@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.value import Estimate, Floats, estimate_vstar
+from common.vstar_file import known_estimator
 from stage1_vstar.beta_binomial import BetaPrior, fit_prior, posterior_vstar
-
-ESTIMATORS: tuple[str, ...] = ("plugin", "jackknife", "beta_binomial")
 
 
 def estimate(
@@ -30,13 +29,11 @@ def estimate(
     estimator is not for.
     """
     assert prior is None or estimator == "beta_binomial", f"{estimator} knows no prior"
-    if estimator == "plugin":
+    if known_estimator(estimator) == "plugin":
         return estimate_vstar(rewards_S, counts_P, beta1)
     if estimator == "jackknife":
         return _jackknife(rewards_S, counts_P, beta1)
-    if estimator == "beta_binomial":
-        return _beta_binomial(rewards_S, counts_P, beta1, prior)
-    raise UserError(f"there is no estimator {estimator}; choose one of {', '.join(ESTIMATORS)}")
+    return _beta_binomial(rewards_S, counts_P, beta1, prior)
 
 
 def _jackknife(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float) -> Estimate:

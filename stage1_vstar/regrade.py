@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig
-from common.contract import write_table
+from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
 from common.grading import GraderPool, Outcome, fingerprint
-from common.provenance import ACCEPTED, Allowance, Provenance, read_provenance
+from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.sampling.generate import write_graded
 from common.sampling.grader_check import GraderCheck
@@ -28,7 +28,7 @@ from common.vstar_file import VSTAR, read_vstar, write_vstar
 from stage1_vstar.table import vstar_rows
 
 SHOWN_PROMPTS = 5
-CHANGES = pa.schema(
+_CHANGES = pa.schema(
     [
         VSTAR.field("prompt_id"),
         VSTAR.field("prompt"),
@@ -41,7 +41,16 @@ CHANGES = pa.schema(
         pa.field("delta_vstar", pa.float64(), nullable=False),
     ]
 )
-"""changes.parquet: a row a prompt with any other outcome or reward, the largest |ΔV̂*| first."""
+
+CHANGES = Contract(
+    schema=_CHANGES,
+    invariants={"a prompt appears once": Unique(["prompt_id"])},
+    version=SCHEMA_VERSION,
+    migrations=MIGRATIONS,
+    remedy="python cli.py regrade",
+    may_be_empty=True,
+)
+"""changes.parquet: one row per prompt with any other outcome or reward, the largest |ΔV̂*| first."""
 
 
 def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -> None:
@@ -84,7 +93,7 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
         folder = regraded_folder(paths, grader)
         regraded = regraded_provenance(provenance, grader)
         write_vstar(new, regraded, folder / "vstar.parquet")
-        write_table(changes, CHANGES, regraded, folder / "changes.parquet")
+        CHANGES.write(changes, regraded, folder / "changes.parquet")
         write_text(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     if as_json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
@@ -167,7 +176,7 @@ def changed_prompts(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
         both.filter(differs)
         .with_columns(delta)
         .sort(pl.col("delta_vstar").abs(), descending=True, maintain_order=True)
-        .select(CHANGES.names)
+        .select(_CHANGES.names)
     )
 
 

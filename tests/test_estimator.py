@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from common.value import Estimate, estimate_vstar
-from stage1_vstar.estimator import ESTIMATORS
+from common.vstar_file import ESTIMATORS
 from stage1_vstar.estimator import estimate as estimate_by
 
 BETAS = [1e-6, 1e-4, 0.0014, 0.03, 0.5, 1.0, 7.0, 1e3, 1e6]
