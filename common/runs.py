@@ -1,15 +1,15 @@
 """A run's folder artifacts/<run>, laid out here and nowhere else; shards, and who may write to a run."""
 
-import fcntl
 import math
 import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
@@ -121,35 +121,31 @@ def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[N
             "ASTAR_PO_ARTIFACTS"
         ) from error
     with ExitStack() as claim:
-        with (paths.root / f".{job}.lock").open("a") as one_at_a_time:
-            _lock(one_at_a_time, wait=True)
+        with _locked(paths.root / f".{job}.lock", job, wait=True):
             for path in paths.root.glob(f".{job}-*-of-*.lock"):
                 index, count = (int(number) for number in re.findall(r"-(\d+)-of-(\d+)\.lock$", path.name)[0])
                 if shard.overlaps(Shard(index, count)):
-                    with path.open("a+") as file:
-                        _lock(file, wait=False, job=job)
+                    with _locked(path, job):
+                        pass
             ours = paths.root / f".{job}-{shard.index}-of-{shard.count}.lock"
-            file = claim.enter_context(ours.open("a+"))
-            _lock(file, wait=False, job=job)
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {platform.node()}")
-            file.flush()
+            claim.enter_context(_locked(ours, job))
+            ours.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
 
 
-def _lock(file: IO[str], *, wait: bool, job: str = "") -> None:
-    """Lock an open file until it is closed. Raises UserError if another job holds it and this one shall not wait."""
-    folder = Path(file.name).parent
+def _locked(path: Path, job: str, *, wait: bool = False) -> AbstractContextManager[object]:
+    """Lock a file until the context ends. Raises UserError if another job holds it and this one shall not wait."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        file.seek(0)
+        # A lock without the kernel would outlive a process that is killed.
+        return FileLock(path, fallback_to_soft=False).acquire(blocking=wait)
+    except Timeout as error:
+        holder = path.read_text(encoding="utf-8").strip() or "unknown"
         raise UserError(
-            f"another {job} job (process {file.read().strip() or 'unknown'}) is writing to {folder}; "
+            f"another {job} job (process {holder}) is writing to {path.parent}; "
             "wait for it or choose another --run"
         ) from error
     except OSError as error:
         raise UserError(
-            f"cannot lock {file.name}: {error.strerror}; two jobs could write to one run. Choose a file system with "
+            f"cannot lock {path}: {error.strerror}; two jobs could write to one run. Choose a file system with "
             "locks for it, with ASTAR_PO_ARTIFACTS"
         ) from error
