@@ -62,12 +62,67 @@ class RunPaths:
         return self.root / "model"
 
     @property
+    def trained_with(self) -> Path:
+        """What the trained policy was trained with; it is written last."""
+        return self.model / "astar_po.json"
+
+    @property
     def evaluations(self) -> Path:
         return self.root / "evaluations"
+
+    def evaluation(self, name: str) -> Path:
+        """The figures of one model."""
+        return self.evaluations / f"{name}.json"
+
+    @property
+    def regraded(self) -> Path:
+        return self.root / "regraded"
+
+    def regraded_by(self, grader: str) -> "Regraded":
+        """What `regrade` makes of the run with a grader."""
+        return Regraded(self.regraded / re.sub(r"[^A-Za-z0-9.]+", "-", grader))
+
+    @property
+    def regrades(self) -> "list[Regraded]":
+        """One for each grader, in a fixed order."""
+        return [Regraded(folder) for folder in sorted(self.regraded.glob("*"))]
 
     @property
     def report(self) -> Path:
         return self.root / "report"
+
+    @property
+    def page(self) -> Path:
+        return self.report / "report.html"
+
+    def curves(self, suffix: str) -> Path:
+        """The training curves, as png or svg."""
+        return self.report / f"training.{suffix}"
+
+    def sweep(self, table: Path, suffix: str) -> Path:
+        """The sweep of a table in this folder, as json, png or svg; that of the run's own is shown by `report`."""
+        name = "sweep" if table.name == self.vstar.name else f"sweep-{table.stem}"
+        return self.report / f"{name}.{suffix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Regraded:
+    """Where a run keeps what another grader's grades give."""
+
+    root: Path
+
+    @property
+    def vstar(self) -> Path:
+        return self.root / "vstar.parquet"
+
+    @property
+    def changes(self) -> Path:
+        """The prompts with other grades than the run's own table has."""
+        return self.root / "changes.parquet"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
 
 
 def run_paths(run: str) -> RunPaths:

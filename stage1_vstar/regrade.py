@@ -1,7 +1,6 @@
 """Another grader over cached completions: new grades beside the old ones, and what that changes."""
 
 import json
-import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -90,15 +89,14 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
         changes = changed_prompts(old, new)
         before = "; ".join(accepted) or provenance.identity["grader"]
         summary = summarise(old, new, changes, before=before, after=grader)
-        folder = regraded_folder(paths, grader)
-        regraded = regraded_provenance(provenance, grader)
-        write_vstar(new, regraded, folder / "vstar.parquet")
-        CHANGES.write(changes, regraded, folder / "changes.parquet")
-        write_text(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        regraded, made_of = paths.regraded_by(grader), regraded_provenance(provenance, grader)
+        write_vstar(new, made_of, regraded.vstar)
+        CHANGES.write(changes, made_of, regraded.changes)
+        write_text(regraded.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     if as_json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
     else:
-        show(summary, changes, folder, console)
+        show(summary, changes, regraded.root, console)
 
 
 def open_store(paths: RunPaths, grader: str) -> SampleStore:
@@ -110,11 +108,6 @@ def open_store(paths: RunPaths, grader: str) -> SampleStore:
     found = read_provenance(files[0])
     ours = replace(found, identity={**found.identity, "grader": grader})
     return SampleStore(paths.samples, ours, Allowance([name for name in ours.identity if name != "grader"]))
-
-
-def regraded_folder(paths: RunPaths, grader: str) -> Path:
-    """artifacts/<run>/regraded/<grader>."""
-    return paths.root / "regraded" / re.sub(r"[^A-Za-z0-9.]+", "-", grader)
 
 
 def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:

@@ -26,9 +26,6 @@ from stage2_train.policy import Ranks, join_ranks
 from stage2_train.sampler import Sampler
 from stage2_train.train import Trainer, train
 
-TRAINED_WITH = "astar_po.json"
-"""In the exported model's folder: what it was trained with."""
-
 
 def run_stage2(
     config: Config, console: Console, vstar_file: Path | None = None, allow_mismatch: Collection[str] = ()
@@ -61,7 +58,7 @@ def run_stage2(
         )
         _train(config, paths, inputs, ranks, total, console, checkpoint)
         if ranks.is_main:
-            write_text(paths.model / TRAINED_WITH, json.dumps(made_with, indent=2))
+            write_text(paths.trained_with, json.dumps(made_with, indent=2))
     console.print(f"{paths.model}: the trained policy in Hugging Face format")
 
 
@@ -103,7 +100,7 @@ def _train(
 
 
 def _is_finished(paths: RunPaths, made_with: dict[str, Any]) -> bool:
-    marker = paths.model / TRAINED_WITH
+    marker = paths.trained_with
     if not marker.is_file():
         return False
     found = json.loads(marker.read_text(encoding="utf-8"))

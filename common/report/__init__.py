@@ -28,15 +28,15 @@ def write_report(paths: RunPaths, console: Console) -> None:
     evaluations: dict[str, dict[str, Any]] = {
         name: json.loads(file.read_text(encoding="utf-8"))
         for name in ("reference", "trained")
-        if (file := paths.evaluations / f"{name}.json").exists()
+        if (file := paths.evaluation(name)).exists()
     }
     if evaluations:
         console.print(_table(evaluations))
     if metrics:
         for suffix in ("png", "svg"):
-            with atomic_path(paths.report / f"training.{suffix}") as temporary:
+            with atomic_path(paths.curves(suffix)) as temporary:
                 draw_training(metrics, temporary, suffix)
-        console.print(f"{paths.report}/training.png and .svg: the training curves", soft_wrap=True)
+        console.print(f"{paths.curves('png')} and .svg: the training curves", soft_wrap=True)
     stage1 = read_stage1(paths.vstar) if paths.vstar.exists() else None
     page = write_page(paths, stage1, metrics, evaluations)
     console.print(f"{page}: everything on a page; open it in a browser", soft_wrap=True)
