@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import UserError
-from common.files import atomic_path
+from common.files import atomic_path, whole_lines
 from common.report.curves import draw_training
 from common.report.evaluations import evaluation_rows
 from common.report.page import write_page
@@ -20,7 +20,7 @@ from common.runs import RunPaths
 
 def write_report(paths: RunPaths, console: Console) -> None:
     """Print the table, draw the curves, write the page. Raises UserError if there is nothing to report."""
-    metrics = _metrics(paths)
+    metrics = [json.loads(line) for line in whole_lines(paths.metrics)]
     if not metrics and not paths.vstar.exists():
         raise UserError(
             f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run `python cli.py vstar` first"
@@ -40,14 +40,6 @@ def write_report(paths: RunPaths, console: Console) -> None:
     stage1 = read_stage1(paths.vstar) if paths.vstar.exists() else None
     page = write_page(paths, stage1, metrics, evaluations)
     console.print(f"{page}: everything on a page; open it in a browser", soft_wrap=True)
-
-
-def _metrics(paths: RunPaths) -> list[dict[str, float]]:
-    """The whole lines: a running job may be in the middle of one."""
-    if not paths.metrics.exists():
-        return []
-    lines = paths.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _table(evaluations: dict[str, dict[str, Any]]) -> Table:
