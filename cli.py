@@ -247,7 +247,7 @@ def evaluate(
     )
     if model is None:
         for name, result in zip(models, results, strict=True):
-            write_text(paths.evaluations / f"{name}.json", json.dumps(result, indent=2) + "\n")
+            write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps(results if model is None else results[0], indent=2))
     else:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import linear, linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.stage1_memory import resident_mib
+from benchmarks.peers.processes import resident_mib
 from stage2_train import batch, logprobs
 
 WAYS = ("naive", "checkpointed", "torch", "ours", "ours 2^24", "ours 2^28")

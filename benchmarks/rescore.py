@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from common.contract import polars_schema
+from common.contract import BATCH_ROWS, polars_schema
 from common.provenance import Provenance
 from common.runs import REPOSITORY
-from common.vstar_file import BATCH_ROWS, VSTAR, vstar_writer
+from common.vstar_file import VSTAR, vstar_writer
 from stage1_vstar.table import UNSOLVED, with_dropped, with_vstar
 
 NUM_SAMPLES = 8

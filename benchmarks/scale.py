@@ -33,7 +33,7 @@ import torch
 import cli  # noqa: F401  the thread settings of the command line
 from benchmarks import logprobs as other_ways
 from benchmarks.flops import BACKWARD, forward_flops, matrix_rate, parameter_count
-from benchmarks.stage1_memory import resident_mib
+from benchmarks.peers.processes import resident_mib
 from common.runs import REPOSITORY
 from stage2_train import memory
 from stage2_train.batch import MicroBatch, TokenSequence, token_batches

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.peers.processes import resident_mib
 from common.config import SamplingParams
 from common.rollout import Completion, SampleRequest
 from common.runs import run_paths
@@ -59,11 +60,6 @@ class SyntheticEngine:
 
     def close(self) -> None:
         pass
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def stream(model: Path, samples: int, num_samples: int, folder: Path) -> float:

@@ -63,7 +63,7 @@ def figures(run: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     timed = [line for line in lines if line["iteration"] > WARM_UP]
     seconds = {phase: statistics.median(line[f"time/{phase}"] for line in timed) for phase in PHASES}
-    trained = json.loads((RunPaths(run).evaluations / "trained.json").read_text(encoding="utf-8"))
+    trained = json.loads((RunPaths(run).evaluation("trained")).read_text(encoding="utf-8"))
     return {**seconds, "pass@1": trained["pass_at_1"], "kl": trained["kl_sequence"]}
 
 

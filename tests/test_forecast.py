@@ -4,6 +4,7 @@ Shapes: _P prompt, _N stage-1 sample, _A possible answer.
 """
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -355,7 +356,7 @@ def test_tokens_are_those_of_the_kept_prompts_completions() -> None:
 
 
 def qwen_folder(folder: Path) -> Path:
-    """Qwen2.5-1.5B without its weights: the config, and a weight file that ends after its header."""
+    """Qwen2.5-1.5B without its weights: the config, and a weight file that has a hole after its header."""
     hidden, keys, wide = 1536, 256, 8960
     shapes = {"model.embed_tokens.weight": [151936, hidden], "model.norm.weight": [hidden]}
     for layer in range(28):
@@ -375,8 +376,15 @@ def qwen_folder(folder: Path) -> Path:
         }
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
     shapes["lm_head.weight"] = [151936, hidden]  # some checkpoints store the tied matrix twice
-    header = json.dumps({"__metadata__": {}, **{name: {"shape": shape} for name, shape in shapes.items()}})
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    ends = np.cumsum([2 * math.prod(shape) for shape in shapes.values()]).tolist()
+    tensors = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        for (name, shape), start, end in zip(shapes.items(), [0, *ends], ends, strict=False)
+    }
+    header = json.dumps({"__metadata__": {}, **tensors})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header.encode())
+        file.truncate(file.tell() + ends[-1])
     (folder / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
     return folder
 
@@ -674,8 +682,15 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
         {**QWEN, "head_dim": 0},
     ):
         (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
-        with pytest.raises(UserError, match="cannot read the model's shape"):
+        with pytest.raises(UserError, match=r"config\.json.*(Llama or Mistral kind|no JSON object)"):
             forecast(hollow, vstar, gpus=1, gpu_gib=80)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"half a header")
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors.*download the model again"):
+        forecast(hollow, vstar, gpus=1, gpu_gib=80)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors weights"):
+        forecast(hollow, vstar, gpus=1, gpu_gib=80)
     rows, provenance = read_vstar(vstar)
     write_vstar(rows.with_columns(pl.lit(False).alias("keep")), provenance, vstar)
     with pytest.raises(UserError, match="no prompt is left to train on"):

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 POLL_SECONDS = 0.05
 
 
@@ -36,9 +38,9 @@ def run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Fi
         )
         try:
             while process.poll() is None:
-                earlier, living = living, {process.pid, *descendants(process.pid)}
+                earlier, living = living, _family(process.pid)
                 # A child just forked still shows its parent's memory as its own.
-                peak_mib = max(peak_mib, sum(_status_mib(pid, "VmHWM") for pid in living & earlier))
+                peak_mib = max(peak_mib, sum(_peak_mib(pid) for pid in living & earlier))
                 time.sleep(POLL_SECONDS)
         finally:
             process.kill()  # where this process is interrupted
@@ -50,24 +52,23 @@ def run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Fi
     return Finished(began=began, seconds=seconds, cpu_seconds=cpu_seconds, peak_mib=peak_mib)
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and theirs."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except OSError:  # it has ended meanwhile
-        return []
-    return [*children, *(further for child in children for further in descendants(child))]
-
-
 def resident_mib() -> float:
     """This process's resident memory."""
-    return _status_mib(os.getpid(), "VmRSS")
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
-def _status_mib(pid: int, field: str) -> float:
+def _family(pid: int) -> set[int]:
+    """A process, and those that it and they have started."""
+    try:
+        return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _peak_mib(pid: int) -> float:
+    """The most resident memory that a process has had, which psutil does not tell on Linux."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), 0.0)
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
