@@ -4,7 +4,7 @@ The order holds a `config`, `cases` (name to changes of it) and the `output` to 
 in tests/train_steps.py, so that every process count trains on the very same ones.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def run(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool, fold
         "metrics": whole.metrics,
         "resumed metrics": again.metrics,
         "slices": [len(step.step.slices) for step in watched.steps],
-        "counts": counts,
+        "counts": asdict(counts),
     }
 
 

@@ -151,11 +151,6 @@ def test_an_adapter_is_trained_alone(found: Found, name: str) -> None:
     assert all(".lora_" in part or ".score." in part for part in critic)
 
 
-def counts_of(found: Found, name: str) -> Counts:
-    counts: Counts = found[1][0][f"{name} | as configured"]["counts"]
-    return counts
-
-
 COMPLETIONS = PROMPTS * ITERATIONS
 EXPECTED: dict[str, Counts] = {
     "astar_po": Counts(
@@ -201,7 +196,7 @@ EXPECTED: dict[str, Counts] = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_an_objective_pays_for_what_it_needs_and_for_nothing_else(found: Found, name: str) -> None:
     """A*-PO: one completion per prompt, one pass of one reference, one pass of one policy, one optimizer."""
-    assert counts_of(found, name) == EXPECTED[name]
+    assert Counts(**found[1][0][f"{name} | as configured"]["counts"]) == EXPECTED[name]
 
 
 def test_the_cases_differ_in_what_they_are_meant_to_compare(found: Found) -> None:

@@ -51,7 +51,7 @@ def grade(name: str, prompt: str, completion: str, answer: str) -> Grade:
             steps = _steps(found, len(completion))
             return _judged(math.fsum(reward for _, reward in steps), steps)
         return _judged(_number(found))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return graded(Outcome.VERIFIER_CRASH, reason=str(error))
 
 
@@ -65,7 +65,7 @@ def _steps(found: Sequence[Any], length: int) -> tuple[tuple[int, float], ...]:
     steps: list[tuple[int, float]] = []
     for step in found:
         if not (isinstance(step, list | tuple) and len(step) == 2 and isinstance(step[0], Integral)):
-            raise ValueError(f"a step's reward is {step!r}, not (end of the step in characters, reward)")
+            raise TypeError(f"a step's reward is {step!r}, not (end of the step in characters, reward)")
         end = int(step[0])
         if not (steps[-1][0] if steps else 0) < end <= length:
             raise ValueError(
@@ -79,7 +79,7 @@ def _steps(found: Sequence[Any], length: int) -> tuple[tuple[int, float], ...]:
 
 def _number(reward: Any) -> float:
     if not isinstance(reward, Real):
-        raise ValueError(f"the reward is a {type(reward).__name__}, not a number")
+        raise TypeError(f"the reward is a {type(reward).__name__}, not a number")
     number = float(reward)
     if not math.isfinite(number):
         raise ValueError(f"the reward is {number}")
