@@ -104,6 +104,11 @@ class TrainConfig(Section):
                 "offload_reference has nothing to move under lora, whose reference is the policy without its "
                 "adapter; leave one of them out"
             )
+        if self.offload_reference and "reference" not in self.columns:
+            raise ValueError(
+                f"offload_reference has nothing to move: the objective {self.objective.name} has no reference; "
+                "leave it out"
+            )
         return self
 
 

@@ -28,7 +28,7 @@ from common.rollout import Prompt
 from common.seeds import derive_seed
 from common.vstar_file import read_vstar
 from stage2_train.config import Config, TrainConfig
-from stage2_train.first_batch import FirstBatch, first_batch
+from stage2_train.first_batch import FirstBatch, expected_first_batch
 from stage2_train.ranks import ALONE, Ranks
 
 
@@ -162,7 +162,7 @@ def _from_stage1(
         rewards=_by_prompt(kept, "rewards"),
         beta1=rows["beta1"][0],
         num_samples=_range(rows["num_samples"]),
-        first_batch=_first_batch(rows, config.train),
+        first_batch=expected_first_batch(rows, config.train),
         accepted_mismatches=tuple(allowance.used),
     )
 
@@ -180,13 +180,6 @@ def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) ->
             f"{file}: rewards go from {rewards.min()!s} to {rewards.max()!s}, {name} remembers rewards from 0 to 1; "
             "scale them, or train with another objective"
         )
-
-
-def _first_batch(rows: pl.DataFrame, train: TrainConfig) -> FirstBatch | None:
-    """Where the loss is a squared r − V̂* at first, and each completion is of another prompt."""
-    if "vstar" not in train.columns or train.objective.group_size > 1:
-        return None
-    return first_batch(rows, train.batch_size)
 
 
 def _by_prompt(rows: pl.DataFrame, column: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ optimizer's step, when the activations are gone.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from common.data.prompts import longest_allowed_prompt
 from common.errors import UserError
 from common.model_files import model_numbers
 from stage2_train.config import Config, LoraConfig
+from stage2_train.objectives.protocol import TrainsCritic
 
 FLOAT32 = 4
 BUCKET = 500_000_000
@@ -51,6 +52,8 @@ class Shape:
     queries: int
     keys: int
     vocabulary: int
+    is_tied: bool = False
+    """Whether the output layer is the embedding."""
 
 
 def read_shape(folder: Path) -> Shape:
@@ -67,6 +70,7 @@ def read_shape(folder: Path) -> Shape:
         queries=heads * width,
         keys=(model.get("num_key_value_heads") or heads) * width,
         vocabulary=model.need("vocab_size"),
+        is_tied=model.is_tied,
     )
 
 
@@ -94,15 +98,17 @@ def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -
     """
     engine = _engine(shape, config, gpu_bytes)
     sleeps = config.engine.sleep_while_training
-    has_reference = config.train.lora is None and not config.train.offload_reference
+    is_offloaded = config.train.offload_reference
+    has_reference = "reference" in config.train.columns and config.train.lora is None
     held = {
         **model_states(shape, config, gpus),
-        **({"reference model": _weights(shape, config)} if has_reference else {}),
+        **_critic(shape, config, gpus),
+        **({"reference model": _weights(shape, config)} if has_reference and not is_offloaded else {}),
         **({} if sleeps else engine),
     }
     on_top = {
         "rollout": engine if sleeps else {},
-        "reference": {"reference model": _weights(shape, config)} if config.train.offload_reference else {},
+        "reference": {"reference model": _weights(shape, config)} if has_reference and is_offloaded else {},
         "backward": _backward(shape, config, gpus),
         "step": {} if config.train.offload_optimizer else _step(shape, config, gpus),
     }
@@ -172,6 +178,17 @@ def model_states(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
             **_optimizer_states(trained, config, gpus),
         }
     return {"parameters": parameters, **({"adapter": adapter} if train.lora else {}), **states}
+
+
+def _critic(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
+    """Model states and bucket of the critic, where the objective trains one: the policy less its output layer."""
+    if not isinstance(config.train.objective, TrainsCritic):
+        return {}
+    head = 0 if shape.is_tied else shape.vocabulary * shape.hidden
+    critic = replace(shape, parameters=shape.parameters - head + shape.hidden + 1)
+    states = sum(model_states(critic, config, gpus).values())
+    bucket = _size(config) * BUCKET if config.train.zero_stage else 0
+    return {"critic": states, **({"DeepSpeed's bucket for the critic": bucket} if bucket else {})}
 
 
 def _optimizer_states(trained: int, config: Config, gpus: int) -> dict[str, int]:
