@@ -123,12 +123,12 @@ def run(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool, fold
 def main(order: dict[str, Any]) -> None:
     ranks = join_ranks(seed=0)
     found = {}
-    for number, (name, change) in enumerate(order["cases"].items()):
-        config = Config.model_validate({**order["config"], "train": {**order["config"]["train"], **change}})
-        data = prepare(config, Path(order["vstar"]))
-        with GraderPool(config.grader) as pool:
-            folder = Path(f"{order['output']}-{number}")
-            found[name] = run(config, data, ranks, pool, folder)
+    with GraderPool(Config.model_validate(order["config"]).grader) as pool:
+        for number, (name, change) in enumerate(order["cases"].items()):
+            train = {**order["config"]["train"], **change}
+            config = Config.model_validate({**order["config"], "train": train})
+            data = prepare(config, Path(order["vstar"]))
+            found[name] = run(config, data, ranks, pool, Path(f"{order['output']}-{number}"))
     torch.save(found, f"{order['output']}.{ranks.rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

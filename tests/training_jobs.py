@@ -27,7 +27,7 @@ from stage2_train.run import run_stage2
 from tests import objective_steps, policy_steps, train_steps
 from tests.killing import JobServer, serve
 
-HANGS_AFTER_SECONDS = 300
+HANGS_AFTER_SECONDS = 600
 
 
 def train(order: dict[str, Any]) -> None:
