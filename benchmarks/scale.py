@@ -1,4 +1,4 @@
-"""One optimizer step on models of real shapes, with random weights: time, memory, and what other methods would hold.
+"""One optimizer step on models of real shapes, with random weights: time, and memory beside what is computed.
 
     .venv/bin/python -m benchmarks.scale                                  a GPU: 1.5b, 3b, 7b; a CPU: small shapes
     .venv/bin/python -m benchmarks.scale --shape 1.5b --set train.offload_optimizer=true
@@ -12,9 +12,6 @@ The share is of the rate of one large matrix product in the same dtype, measured
 that such a step has to do (flops.py; computing anything twice does not count) over the operations that the product
 would have done in the same time. Memory on a GPU is what torch allocated at the peak; on a CPU the peak of resident
 memory above what the process held before it loaded a model. "computed" is the arithmetic of stage2_train/memory.py.
-
-Then, computed and not measured: the Qwen2.5 shapes on four GPUs, A*-PO beside GRPO and PPO, as the paper's Table 1
-compares them.
 """
 
 import argparse
@@ -43,12 +40,11 @@ from benchmarks.training import (
 )
 from stage2_train import memory
 from stage2_train.config import Config, load_config
-from stage2_train.memory import Shape, layer_activations, memory_per_gpu, micro_batch_tokens, model_states
+from stage2_train.memory import Shape, layer_activations, memory_per_gpu, micro_batch_tokens, read_shape
 
 PROMPT, COMPLETION = 256, 1024
 WAYS = ("naive", "ours")
 GIB = 2**30
-PAPER_GPUS = 4
 NAIVE_LOGITS = 5
 """Float32 tensors of all logits that `benchmarks.logprobs.naive` holds at the peak of its backward pass."""
 
@@ -84,66 +80,16 @@ SMALL = {
 """The last has the widths of Qwen2.5-0.5B and 2 of its 24 layers."""
 SHAPES = QWEN2_5 | SMALL
 
-PAPER = {
-    "1.5b": {"A*-PO": (6.92, 41.59), "GRPO": (15.01, 42.19), "PPO": (10.84, 42.64)},
-    "3b": {"A*-PO": (8.78, 49.28), "GRPO": (18.26, 49.75), "PPO": (13.59, 54.95)},
-    "7b": {"A*-PO": (11.01, 76.57), "GRPO": (20.15, 77.82), "PPO": (20.53, 92.81)},
-}
-"""Hours and per cent of a GPU's memory in the paper's Table 1 (MATH, 4 H100, VERL)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """What a method does for each prompt beside the policy's own forward and backward pass, in models and passes."""
-
-    completions: int
-    frozen_passes: int
-    """Forward passes whose log-probs are constants: the reference's, and the old policy's."""
-    has_critic: bool
-
-    @property
-    def passes(self) -> int:
-        """Forward passes' worth of operations a prompt, of a model of the policy's size."""
-        trained = 1 + BACKWARD
-        critic = 1 + trained if self.has_critic else 0
-        return self.completions * (trained + self.frozen_passes + critic)
-
-
-METHODS = {
-    "A*-PO": Method(completions=1, frozen_passes=1, has_critic=False),
-    "GRPO": Method(completions=2, frozen_passes=2, has_critic=False),
-    "PPO": Method(completions=1, frozen_passes=2, has_critic=True),
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """One step of one shape. Seconds are None where it did not fit."""
 
+    shape: Shape
     seconds: float | None
     operations_a_second: float
     """Of one large matrix product."""
     peak_bytes: int
-
-
-def shape_of(document: dict[str, Any]) -> Shape:
-    """The shape of a Qwen2 config."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**document))
-    heads = document["num_attention_heads"]
-    width = document["hidden_size"] // heads
-    return Shape(
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        hidden=document["hidden_size"],
-        layers=document["num_hidden_layers"],
-        intermediate=document["intermediate_size"],
-        heads=heads,
-        queries=heads * width,
-        keys=document["num_key_value_heads"] * width,
-        vocabulary=document["vocab_size"],
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,13 +129,14 @@ class FullLogits(nn.Module):
         return logprobs.naive(self.lm_head, hidden_KH, target_K, self._temperature)
 
 
-def measure(vocabulary: int, way: str, config: Config, folder: Path) -> Result:
+def measure(way: str, config: Config, folder: Path) -> Result:
     """The second of two optimizer steps."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     rate = matrix_rate(getattr(torch, config.model.dtype), device)
+    shape = read_shape(folder)
     data = made_up_data(folder, config, [PROMPT] * config.train.batch_size)
-    engine = ScriptedEngine(lambda request: random_completion(request, COMPLETION, vocabulary))
+    engine = ScriptedEngine(lambda request: random_completion(request, COMPLETION, shape.vocabulary))
     before = resident_mib()
     seconds = None
     try:
@@ -204,15 +151,15 @@ def measure(vocabulary: int, way: str, config: Config, folder: Path) -> Result:
     except torch.OutOfMemoryError:
         pass
     peak = torch.cuda.max_memory_allocated() if on_gpu else round((peak_mib() - before) * 2**20)
-    return Result(seconds=seconds, operations_a_second=rate, peak_bytes=peak)
+    return Result(shape=shape, seconds=seconds, operations_a_second=rate, peak_bytes=peak)
 
 
-def computed(shape: Shape, config: Config, way: str, gpus: int, *, resident: bool) -> int:
-    """Bytes on each GPU at the peak, without a rollout engine.
+def computed(shape: Shape, config: Config, way: str, *, resident: bool) -> int:
+    """Bytes at the peak on one GPU, without a rollout engine.
 
     `resident` leaves out the pages of DeepSpeed's bucket that are never touched: on a CPU they take no memory.
     """
-    figures = memory_per_gpu(shape, config, gpus=gpus, gpu_bytes=0)
+    figures = memory_per_gpu(shape, config, gpus=1, gpu_bytes=0)
     held: dict[str, int] = figures["held"]
     moments: dict[str, dict[str, int]] = {
         name: dict(figures[name]) for name in ("reference", "backward", "step")
@@ -231,17 +178,17 @@ def computed(shape: Shape, config: Config, way: str, gpus: int, *, resident: boo
     return sum(held.values()) - held["rollout engine's weights"] + at_the_peak
 
 
-def measured_table(results: dict[tuple[str, str], Result], workload: Workload) -> str:
+def table(results: dict[tuple[str, str], Result], workload: Workload) -> str:
     """One row per shape and way."""
     config = workload.config(Path("model"))
     rows = []
     for (name, way), result in results.items():
-        shape = shape_of(SHAPES[name])
-        bytes_computed = computed(shape, config, way, gpus=1, resident=not torch.cuda.is_available())
+        shape = result.shape
+        bytes_computed = computed(shape, config, way, resident=not torch.cuda.is_available())
         found = ["does not fit", "", "", f"{bytes_computed / GIB:.2f}", ""]
         if result.seconds is not None:
             totals, sampled = [PROMPT + COMPLETION] * workload.sequences, [COMPLETION] * workload.sequences
-            operations = METHODS["A*-PO"].passes * forward_flops(shape, totals, sampled)
+            operations = (2 + BACKWARD) * forward_flops(shape, totals, sampled)
             share = operations / result.seconds / result.operations_a_second
             found[:3] = [f"{result.seconds:.2f}", f"{share:.0%}", f"{result.peak_bytes / GIB:.2f}"]
             found[4] = f"{result.peak_bytes / bytes_computed:.2f}"
@@ -254,37 +201,6 @@ def measured_table(results: dict[tuple[str, str], Result], workload: Workload) -
         f"{on}, {config.model.dtype}, {workload.sequences} sequences of {PROMPT} + {COMPLETION} tokens, micro-batches "
         f"of {micro_batch_tokens(config):,}, ZeRO-{config.train.zero_stage}; one large matrix product: "
         f"{rate / 1e12:.3f} TFLOP/s\n\n" + markdown([*header, "computed, GiB", "measured / computed"], rows)
-    )
-
-
-def computed_table(workload: Workload) -> str:
-    """The Qwen2.5 shapes in bfloat16 on four GPUs, by method, beside the paper's ratios."""
-    config = workload.config(Path("model"))
-    rows = []
-    for name in QWEN2_5:
-        shape = shape_of(SHAPES[name])
-        critic = sum(model_states(shape, config, PAPER_GPUS).values())
-        base_hours, base_memory = PAPER[name]["A*-PO"]
-        ours, naive = (computed(shape, config, way, PAPER_GPUS, resident=False) for way in ("ours", "naive"))
-        for method_name, method in METHODS.items():
-            hours, share = PAPER[name][method_name]
-            extra = critic if method.has_critic else 0
-            figures = (
-                method.passes / METHODS["A*-PO"].passes,
-                hours / base_hours,
-                (ours + extra) / GIB,
-                (ours + extra) / ours,
-                share / base_memory,
-                (naive + extra) / GIB,
-            )
-            rows.append([name, method_name, str(method.completions), *(f"{value:.2f}" for value in figures)])
-    header = ["shape", "method", "completions a prompt", "operations / A*-PO's", "paper's hours / A*-PO's"]
-    header += ["GiB a GPU", "/ A*-PO's", "paper's memory / A*-PO's", "naive log-probs, GiB"]
-    return (
-        f"Computed, not measured: {PAPER_GPUS} GPUs, bfloat16, ZeRO-{config.train.zero_stage}, micro-batches of "
-        "16,384 tokens, gradient checkpointing, no rollout engine. Operations are those of reference, old policy, "
-        "critic and training, with generation left out. The paper's hours and memory, on 4 H100 under VERL, include "
-        "generation.\n\n" + markdown(header, rows)
     )
 
 
@@ -301,29 +217,24 @@ def main() -> None:
     parser.add_argument("--tokens-per-micro-batch", type=int, default=16_384 if on_gpu else 2_560)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     chosen = parser.parse_args()
-
-    def workload(dtype: str, tokens_per_micro_batch: int) -> Workload:
-        return Workload(
-            dtype=dtype,
-            sequences=chosen.sequences,
-            tokens_per_micro_batch=tokens_per_micro_batch,
-            overrides=chosen.set,
-        )
-
-    measured = workload(chosen.dtype, chosen.tokens_per_micro_batch)
+    workload = Workload(
+        dtype=chosen.dtype,
+        sequences=chosen.sequences,
+        tokens_per_micro_batch=chosen.tokens_per_micro_batch,
+        overrides=chosen.set,
+    )
     results = {}
     for name in chosen.shape or (QWEN2_5 if on_gpu else SMALL):
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             alone(save_random_model, folder, {**SHAPES[name], "dtype": chosen.dtype})
             for way in WAYS:
-                config = measured.config(folder, way)
-                results[name, way] = alone(measure, SHAPES[name]["vocab_size"], way, config, folder)
+                config = workload.config(folder, way)
+                results[name, way] = alone(measure, way, config, folder)
                 print(f"{name}, {way}: {results[name, way]}", file=sys.stderr)
-    print(measured_table(results, measured))
+    print(table(results, workload))
     if not on_gpu:
         print("\nNo GPU was found: figures of a GPU are missing.")
-    print(f"\n{computed_table(workload('bfloat16', 16_384))}")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.peers.environment import trl_python
+from benchmarks.peers.evaluate import evaluate
 from benchmarks.peers.job import Job, JsonFile, Report
 from benchmarks.peers.our_run import OurJob
-from benchmarks.processes import Finished, assignments, cli, rotations, run
+from benchmarks.processes import Finished, alone, assignments, cli, rotations, run
 from benchmarks.tables import Column, comparison
 from common.data.prompts import PromptRenderer, load_prompts
 from common.runs import RunPaths, run_paths
-from stage2_train.config import Config, load_config
+from stage2_train.config import load_config
 
 CONFIG = Path("configs/demo.toml")
 OURS = "ours"
@@ -138,7 +139,7 @@ def peer(trainer: str, values: dict[str, object], folder: Path) -> Run:
     finished, told = run_trl(job, folder)
     ends = [end - finished.began for end in [told.began, *told.updates[updates - 1 :: updates]]]
     weights = {int(file.stem) // updates: file for file in folder.glob("*.safetensors")}
-    accuracies = evaluate(config, base, {0: base / "model.safetensors", **weights}, folder)
+    accuracies = alone(evaluate, config, base, {0: base / "model.safetensors", **weights})
     return Run(
         iterations=ends,
         curve=[(ends[number], accuracies[number]) for number in sorted(accuracies)],
@@ -163,20 +164,6 @@ def run_job(
     job.write(job_file)
     finished = run([*program, job_file, report_file], folder / "train.log", environment)
     return finished, Report.read(report_file)
-
-
-def evaluate(config: Config, base: Path, weights: dict[int, Path], folder: Path) -> dict[int, float]:
-    """Held-out accuracy of each weights file, in a process of its own."""
-    task = {
-        "config": config.model_dump(mode="json"),
-        "base": str(base),
-        "weights": {str(number): str(file) for number, file in weights.items()},
-    }
-    (folder / "evaluate.json").write_text(json.dumps(task))
-    program = [sys.executable, "-m", "benchmarks.peers.evaluate"]
-    run([*program, folder / "evaluate.json"], folder / "evaluate.log", THREADS)
-    found: dict[str, float] = json.loads((folder / "accuracy.json").read_text())
-    return {int(number): accuracy for number, accuracy in found.items()}
 
 
 def report(runs: dict[str, list[Run]]) -> str:
