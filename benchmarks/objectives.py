@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -40,14 +40,12 @@ from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.rollout import Completion, SampleRequest
 from common.runs import run_paths
-from stage2_train.batch import Batch, TokenBatch
+from stage2_train.batch import TokenBatch
 from stage2_train.config import Config, load_config
 from stage2_train.data import TrainingData, prepare
 from stage2_train.objectives import AStarPO, ObjectiveConfig
-from stage2_train.objectives.protocol import Loss
 from stage2_train.scorers import Scorer, SeparateModel
 from stage2_train.train import Trainer
-from stage2_train.update import Trained, Update
 
 WORKLOADS = ("demo", "vocabulary")
 BASELINE: str = AStarPO().name
@@ -89,8 +87,8 @@ class Cost:
 
 def objectives() -> list[str]:
     """The names of all objectives there are, the one that others are compared with first."""
-    union = get_args(ObjectiveConfig)[0] if get_origin(ObjectiveConfig) is Annotated else ObjectiveConfig
-    names = [member.model_fields["name"].default for member in get_args(union) or (union,)]
+    union, *_ = get_args(ObjectiveConfig)
+    names = [get_args(section.model_fields["name"].annotation)[0] for section in get_args(union)]
     return sorted(names, key=lambda name: (name != BASELINE, name))
 
 
@@ -163,27 +161,16 @@ class Passes:
     with_gradient: int = 0
     without_gradient: int = 0
 
-
-class CountedPart:
-    """A network under training whose passes are counted."""
-
-    def __init__(self, part: Trained, passes: Passes) -> None:
-        self.learner = part.learner
-        self._part = part
-        self._passes = passes
-
-    def loss(self, tokens: TokenBatch, batch: Batch) -> Loss:
-        """As Trained.loss."""
-        self._passes.with_gradient += len(tokens.rows)
-        return self._part.loss(tokens, batch)
-
-    def nothing(self, tokens: TokenBatch) -> Tensor:
-        """As Trained.nothing, which is no work that the objective asks for."""
-        return self._part.nothing(tokens)
+    def note(self, completions: int) -> None:
+        """Count a forward pass by whether it keeps what a backward pass needs."""
+        if torch.is_grad_enabled():
+            self.with_gradient += completions
+        else:
+            self.without_gradient += completions
 
 
 class CountedScorer:
-    """A scorer whose passes are counted."""
+    """A scorer with a model of its own, whose passes are counted."""
 
     def __init__(self, scorer: Scorer, passes: Passes) -> None:
         self._scorer = scorer
@@ -191,16 +178,19 @@ class CountedScorer:
 
     def score(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """As Scorer.score."""
-        self._passes.without_gradient += sum(len(tokens.rows) for tokens in batches)
+        with torch.no_grad():
+            self._passes.note(sum(len(tokens.rows) for tokens in batches))
         return self._scorer.score(batches)
 
 
 def count_passes(trainer: Trainer) -> Passes:
-    """Count the passes of a trainer from now on."""
+    """Count the passes of a trainer from now on: those of the networks under training, whoever asks, and of others."""
     passes = Passes()
-    parts = {name: CountedPart(part, passes) for name, part in trainer.update.parts.items()}
-    trainer.update = Update(parts, trainer.ranks)
-    trainer.scorers = {name: CountedScorer(scorer, passes) for name, scorer in trainer.scorers.items()}
+    for learner in trainer.learners.values():
+        learner.module.register_forward_pre_hook(lambda _, inputs: passes.note(len(inputs[0])))
+    for name, scorer in trainer.scorers.items():
+        if isinstance(scorer, SeparateModel):
+            trainer.scorers[name] = CountedScorer(scorer, passes)
     return passes
 
 
@@ -247,11 +237,15 @@ def main() -> None:
             iterations=chosen.iterations,
             overrides=chosen.set,
         )
-        try:
-            costs = {name: alone(measure, common, name) for name in names}
-        except UserError as error:
-            parser.error(str(error))
-        print(f"{workload}, {chosen.iterations} iterations each\n\n{table(costs)}\n", flush=True)
+        costs, refused = {}, []
+        for name in names:
+            try:
+                costs[name] = alone(measure, common, name)
+            except UserError as error:
+                if name == BASELINE:
+                    parser.error(str(error))
+                refused.append(f"\n{name} is left out: {error}")
+        print(f"{workload}, {chosen.iterations} iterations each\n\n{table(costs)}\n", *refused, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import polars as pl
 
 from benchmarks.processes import Finished, rotations, run
 from benchmarks.tables import markdown
-from common.contract import polars_schema
+from common.contract import BATCH_ROWS, polars_schema
 from common.provenance import Provenance
 from common.runs import REPOSITORY
-from common.vstar_file import BATCH_ROWS, VSTAR, vstar_writer
+from common.vstar_file import VSTAR, vstar_writer
 from stage1_vstar.table import UNSOLVED, with_dropped, with_vstar
 
 NUM_SAMPLES = 8

@@ -62,7 +62,7 @@ def figures(paths: RunPaths) -> dict[str, Any]:
     """Median seconds of a run's iterations, and what its evaluation found."""
     lines = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
     timed = [line for line in lines if line["iteration"] > WARM_UP]
-    evaluation: dict[str, Any] = json.loads((paths.evaluations / "trained.json").read_text(encoding="utf-8"))
+    evaluation: dict[str, Any] = json.loads(paths.evaluation("trained").read_text(encoding="utf-8"))
     seconds = {
         name: statistics.median(line[name] for line in timed) for name in ("time/iteration", "time/rollout")
     }

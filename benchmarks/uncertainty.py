@@ -21,9 +21,9 @@ from benchmarks.tables import markdown
 from common.errors import UserError
 from common.runs import run_paths
 from common.value import estimate_vstar
-from common.vstar_file import read_vstar
+from common.vstar_file import ESTIMATORS, read_vstar
 from stage1_vstar.beta_binomial import BetaPrior, dropped_share, fit_prior
-from stage1_vstar.estimator import ESTIMATORS, estimate
+from stage1_vstar.estimator import estimate
 from stage1_vstar.uncertainty import (
     Interval,
     approximate_bias,

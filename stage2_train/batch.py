@@ -139,9 +139,14 @@ class Batch:
         return sum_by(values_B, self.group_of_B, self.groups)
 
     @property
+    def sizes_G(self) -> Tensor:
+        """How many sequences each group has."""
+        return self.sum_by_group(torch.ones_like(self.rewards_B))
+
+    @property
     def group_size_B(self) -> Tensor:
         """How many sequences the group of each has."""
-        return self.sum_by_group(torch.ones_like(self.rewards_B))[self.group_of_B]
+        return self.sizes_G[self.group_of_B]
 
     def mean_by_group(self, values_B: Tensor) -> Tensor:
         """The mean over the group of each sequence, shape (B,)."""

@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from common.errors import UserError
 from common.files import file_digest, sync
 from stage2_train.ranks import Ranks
@@ -81,13 +79,13 @@ def write(
     with writing_to(temporary, ranks):
         for name, learner in parts.items():
             learner.save(temporary, name)
-        dist.barrier()
+        ranks.wait()
         if ranks.is_main:
             for file, document in ((ROLLOUTS, rollouts), (MEMORY, memory)):
                 if document:
                     (temporary / file).write_text(json.dumps(document), encoding="ascii")
             _finish(temporary, state, keep)
-    dist.barrier()
+    ranks.wait()
 
 
 def load(checkpoint: Path, parts: "Mapping[str, Learner]") -> None:

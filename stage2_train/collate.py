@@ -4,18 +4,21 @@ Shapes: _B sequence, _K completion token.
 """
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from common.data.prompts import PromptRenderer
 from common.grading import UNJUDGED
 from common.rollout import Rollout
 from stage2_train.batch import Batch, TokenBatch, TokenSequence, Totals, token_batches
 from stage2_train.config import TrainConfig
-from stage2_train.data import TrainingData
+from stage2_train.data import Stage1
 from stage2_train.objectives.protocol import Column
+from stage2_train.prompt_memory import PromptMemory
 from stage2_train.ranks import Ranks
 from stage2_train.update import Step
 
@@ -29,21 +32,63 @@ class Collated:
     rows: Sequence[int]
 
 
+class Cutter:
+    """Cuts units of sequences, which stay together, into micro-batches on this rank's device."""
+
+    def __init__(self, train: TrainConfig, renderer: PromptRenderer, ranks: Ranks) -> None:
+        tokenizer = renderer.tokenizer
+        pad = tokenizer.pad_token_id
+        self._pad_token_id: int = tokenizer.eos_token_id if pad is None else pad
+        self._budget = train.tokens_per_micro_batch
+        self._device = ranks.device
+
+    def __call__(self, units: Sequence[Sequence[TokenSequence]]) -> list[TokenBatch]:
+        return [batch.to(self._device) for batch in token_batches(units, self._budget, self._pad_token_id)]
+
+
+Value = Callable[[Rollout], float]
+"""What is known of a completion by its prompt."""
+
+
+def known_values(
+    columns: frozenset[Column], stage1: Stage1 | None, memory: PromptMemory | None
+) -> dict[str, Value]:
+    """The columns of one number per completion that come from stage 1, or from what has been remembered since."""
+    values: dict[str, Value] = {}
+    if "vstar" in columns and stage1:
+        values["vstar_B"] = lambda rollout: stage1.vstar[rollout.prompt.id]
+    if "quantile" in columns and stage1:
+        values["quantile_B"] = lambda rollout: quantile(
+            rollout.grade.reward, stage1.rewards[rollout.prompt.id]
+        )
+    if "expected" in columns and memory:
+        values["expected_B"] = lambda rollout: memory.expected(rollout.prompt.id)
+    return values
+
+
+def quantile(reward: float, rewards: Sequence[float]) -> float:
+    """The share of the rewards that are no greater."""
+    return sum(other <= reward for other in rewards) / len(rewards)
+
+
 class Collator:
     """Puts rollouts into tensors: a prompt's completions, its group, one after the other and in one step."""
 
     def __init__(
-        self, train: TrainConfig, data: TrainingData, columns: frozenset[Column], ranks: Ranks
+        self,
+        train: TrainConfig,
+        values: Mapping[str, Value],
+        renderer: PromptRenderer,
+        cut: Cutter,
+        ranks: Ranks,
     ) -> None:
+        """`values` are columns by name, the renderer knows which text a token ends."""
         self._train = train
         self._objective = train.objective
-        self._stage1 = data.stage1
-        self._columns = columns
+        self._values = values
+        self._renderer = renderer
+        self._cut = cut
         self._ranks = ranks
-        tokenizer = data.renderer.tokenizer
-        self._pad_token_id: int = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
 
     def __call__(self, rollouts: Sequence[Rollout], places: Sequence[int]) -> Collated:
         """The batch and the steps of these rollouts, group after group; `places` number the groups in the whole job.
@@ -69,9 +114,10 @@ class Collator:
         groups_B = torch.tensor(group_of, dtype=torch.long, device=self._ranks.device)
         lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
         columns: dict[str, Tensor] = {}
-        if self._stage1 is not None and "vstar" in self._columns:
-            vstar = self._stage1.vstar
-            columns["vstar_B"] = self._per_sequence([vstar[rollout.prompt.id] for rollout in rollouts])
+        for name, value in self._values.items():
+            columns[name] = self._per_sequence([value(rollout) for rollout in rollouts])
+        if "rewards" in self._train.columns:
+            columns["rewards_K"] = self._rewards_by_token(rollouts)
         if any(rollout.completion.sampled_logprobs is not None for rollout in rollouts):
             columns["sampled_K"] = self._sampled_logprobs(rollouts)
         return Batch(
@@ -85,6 +131,12 @@ class Collator:
 
     def _per_sequence(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._ranks.device)
+
+    def _rewards_by_token(self, rollouts: Sequence[Rollout]) -> Tensor:
+        values: list[float] = []
+        for rollout in rollouts:
+            values += rewards_by_token(rollout, self._renderer.decode)
+        return self._per_sequence(values)
 
     def _sampled_logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
         values: list[float] = []
@@ -109,9 +161,9 @@ class Collator:
             sequences = [sequence for unit in units for sequence in unit]
             if self._objective.unit == "sequence":
                 units = [[sequence] for sequence in sequences]
-            slices = self._token_batches(units)
+            slices = self._cut(units)
             idle = [TokenSequence.of(-1, rollouts[at * size]) for at in ours[:1]]
-            work.append((slices, slices[-1] if slices else self._token_batches([idle])[0]))
+            work.append((slices, slices[-1] if slices else self._cut([idle])[0]))
             tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
             counts.append([len(sequences), sum(bool(groups[at]) for at in ours), tokens])
         everywhere = self._ranks.sum(torch.tensor(counts, device=self._ranks.device)).tolist()
@@ -124,9 +176,19 @@ class Collator:
             for (slices, filler), (sequences, groups_there, tokens) in zip(work, everywhere, strict=True)
         ]
 
-    def _token_batches(self, units: Sequence[Sequence[TokenSequence]]) -> list[TokenBatch]:
-        batches = token_batches(units, self._train.tokens_per_micro_batch, self._pad_token_id)
-        return [batch.to(self._ranks.device) for batch in batches]
+
+def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> list[float]:
+    """The reward that falls to each token: a step's to the token that ends it, or the whole to the last one."""
+    token_ids = rollout.completion.token_ids
+    rewards = [0.0] * len(token_ids)
+    steps = rollout.grade.step_rewards or ((len(rollout.completion.text), rollout.grade.reward),)
+    for end, reward in steps:
+        # The first token with which the text reaches the end of the step; the last one, where none does.
+        reached = bisect_left(
+            range(len(token_ids)), end, key=lambda place: len(decode(token_ids[: place + 1]))
+        )
+        rewards[min(reached, len(token_ids) - 1)] += reward
+    return rewards
 
 
 def _is_judged(rollout: Rollout) -> bool:

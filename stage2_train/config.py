@@ -79,6 +79,10 @@ class TrainConfig(Section):
         """Optimizer steps on one batch."""
         return self.objective.passes * (self.batch_size // self.mini_batch_size)
 
+    def iterations_over(self, prompts: int) -> int:
+        """Batches until each of so many prompts has been seen `epochs` times, or the configured number."""
+        return self.iterations or max(1, self.epochs * prompts // self.batch_size)
+
     @property
     def columns(self) -> frozenset[Column]:
         """What the objective needs to know of completions."""
@@ -99,6 +103,11 @@ class TrainConfig(Section):
             raise ValueError(
                 "offload_reference has nothing to move under lora, whose reference is the policy without its "
                 "adapter; leave one of them out"
+            )
+        if self.offload_reference and "reference" not in self.columns:
+            raise ValueError(
+                f"offload_reference has nothing to move: the objective {self.objective.name} has no reference; "
+                "leave it out"
             )
         return self
 

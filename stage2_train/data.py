@@ -28,7 +28,7 @@ from common.rollout import Prompt
 from common.seeds import derive_seed
 from common.vstar_file import read_vstar
 from stage2_train.config import Config, TrainConfig
-from stage2_train.first_batch import FirstBatch, first_batch
+from stage2_train.first_batch import FirstBatch, expected_first_batch
 from stage2_train.ranks import ALONE, Ranks
 
 
@@ -63,7 +63,7 @@ class TrainingData:
 
     def iterations(self, config: Config) -> int:
         """How many iterations this run has."""
-        return iterations(config.train, len(self.prompts))
+        return config.train.iterations_over(len(self.prompts))
 
     def usable(self, config: Config, pool: GraderPool) -> "TrainingData":
         """Less the prompts whose reference answer the grader cannot use, where nobody has looked yet."""
@@ -83,11 +83,6 @@ class TrainingData:
 
 def _digest(document: Any) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:32]
-
-
-def iterations(train: TrainConfig, prompts: int) -> int:
-    """Batches until each of so many prompts has been seen `epochs` times, or the configured number."""
-    return train.iterations or max(1, train.epochs * prompts // train.batch_size)
 
 
 def prepare(
@@ -157,6 +152,7 @@ def _from_stage1(
         raise UserError(
             f"{file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
         )
+    _refuse_unfit_rewards(kept["rewards"].explode(), config.train, file)
     prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
     _refuse_other_tokens(prompts, kept, file, allowance)
     return prompts, Stage1(
@@ -166,16 +162,24 @@ def _from_stage1(
         rewards=_by_prompt(kept, "rewards"),
         beta1=rows["beta1"][0],
         num_samples=_range(rows["num_samples"]),
-        first_batch=_first_batch(rows, config.train),
+        first_batch=expected_first_batch(rows, config.train),
         accepted_mismatches=tuple(allowance.used),
     )
 
 
-def _first_batch(rows: pl.DataFrame, train: TrainConfig) -> FirstBatch | None:
-    """Where the loss is a squared r − V̂* at first, and each completion is of another prompt."""
-    if "vstar" not in train.columns or train.objective.group_size > 1:
-        return None
-    return first_batch(rows, train.batch_size)
+def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) -> None:
+    """Raise UserError where an objective cannot make anything of stage 1's rewards."""
+    name = train.objective.name
+    if "quantile" in train.columns and rewards.is_in([0.0, 1.0]).all():
+        raise UserError(
+            f"{file}: all rewards are 0 or 1, whose quantiles tie, so {name} would push wrong completions up too; "
+            "give it a graded reward, or train with astar_po"
+        )
+    if "expected" in train.columns and not rewards.is_between(0, 1).all():
+        raise UserError(
+            f"{file}: rewards go from {rewards.min()!s} to {rewards.max()!s}, {name} remembers rewards from 0 to 1; "
+            "scale them, or train with another objective"
+        )
 
 
 def _by_prompt(rows: pl.DataFrame, column: str) -> dict[str, Any]:

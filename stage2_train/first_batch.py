@@ -26,6 +26,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from stage2_train.config import TrainConfig
+
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
@@ -114,6 +116,13 @@ class FirstBatch:
             "1,000: does stage 2 sample and grade as stage 1 did (model, prompt template, temperature, grader), and "
             "is the learning rate small enough for one batch?"
         )
+
+
+def expected_first_batch(rows: pl.DataFrame, train: TrainConfig) -> FirstBatch | None:
+    """`first_batch` of a run, where its loss is (r − V̂*)² at first and each completion is of another prompt."""
+    if "vstar" not in train.columns or train.objective.group_size > 1:
+        return None
+    return first_batch(rows, train.batch_size)
 
 
 def first_batch(rows: pl.DataFrame, batch_size: int) -> FirstBatch | None:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from stage2_train.batch import TokenBatch
@@ -108,7 +107,7 @@ class Policy:
                         shutil.copy2(file, temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        dist.barrier()
+        self._ranks.wait()
 
     def _in_main_memory(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Copies of the weights in the main process's memory; the others only help to gather them."""

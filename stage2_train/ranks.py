@@ -70,6 +70,11 @@ class Ranks:
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
     def once_a_node(self, work: Callable[[], T]) -> T:
         """What the work gives, which one rank of each node does for all of them. Raises its UserError on every rank."""
         if self.world_size == 1:

@@ -27,7 +27,15 @@ from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw, train
-from stage2_train.watchers import Checkpoints, Divergence, Evaluation, FirstBatchCheck, Log, Watcher
+from stage2_train.watchers import (
+    Checkpoints,
+    Divergence,
+    Evaluation,
+    FirstBatchCheck,
+    Log,
+    Remembering,
+    Watcher,
+)
 
 
 def run_stage2(
@@ -113,7 +121,7 @@ def _train(
 def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsLog | None) -> list[Watcher]:
     """In the order in which they see an iteration: the log has what others add, a checkpoint is of a sound policy."""
     config, data, ranks = trainer.config, trainer.data, trainer.ranks
-    watchers: list[Watcher] = []
+    watchers: list[Watcher] = [Remembering(trainer.memory)] if trainer.memory else []
     if data.held_out:
         draw = held_out_draw(data.held_out, config, ranks)
         watchers.append(

@@ -15,20 +15,21 @@ from common.grading import UNJUDGED
 from common.rollout import Prompt, Rollout
 from common.seeds import derive_seed
 from stage2_train import checkpoint
-from stage2_train.batch import Batch
+from stage2_train.batch import ABSENT, Batch
 from stage2_train.checkpoint import CRITIC, POLICY
-from stage2_train.collate import Collated, Collator
+from stage2_train.collate import Collated, Collator, Cutter, known_values
 from stage2_train.config import Config
 from stage2_train.critic import Critic
 from stage2_train.data import TrainingData, prompt_batch
 from stage2_train.metrics import Metrics, peak_memory_bytes, timed
-from stage2_train.objectives.protocol import TrainsCritic
+from stage2_train.objectives.protocol import RemembersPrompts, TrainsCritic
 from stage2_train.policy import Policy
+from stage2_train.prompt_memory import PromptMemory
 from stage2_train.ranks import Ranks
 from stage2_train.records import Records, summarise
 from stage2_train.resume import origin
 from stage2_train.safeguards import StopRequest, refuse_unjudged
-from stage2_train.scorers import build_scorers
+from stage2_train.scorers import PolicyScorer, build_scorers
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.rollouts import LOGPROB_CHECKS, as_json, from_json
 from stage2_train.sources.sampler import Draw, Sampler
@@ -73,7 +74,14 @@ class Trainer:
             critic = Critic(data.folder, config, ranks, learning_rate=rate)
         self.scorers = build_scorers(columns, data.folder, config, self.policy, critic, ranks)
         self.update = Update(trained_parts(self.objective, self.policy, critic), ranks)
-        self.collate = Collator(train, data, columns, ranks)
+        cut = Cutter(train, data.renderer, ranks)
+        self.memory = None
+        if isinstance(self.objective, RemembersPrompts):
+            assert data.stage1 is not None, "a memory begins with stage 1"
+            scorer = PolicyScorer(self.policy, ranks)
+            self.memory = PromptMemory(self.objective, data.stage1.rewards, scorer, cut, ranks)
+        values = known_values(columns, data.stage1, self.memory)
+        self.collate = Collator(train, values, data.renderer, cut, ranks)
         self.source = RolloutPipeline(sampler, train.staleness, self.draw_of, self.policy.named_weights)
 
     def iteration(self, number: int, last: int) -> Turn:
@@ -98,7 +106,7 @@ class Trainer:
                     with timed("update", metrics):
                         norms.append(self.update(step, batch, records))
                     batch = batch.with_columns(
-                        sampled_K=None
+                        sampled_K=ABSENT
                     )  # the engine's weights are no longer the policy's
         metrics |= summarise(self.ranks.gather(records.all), metrics["time/iteration"])
         metrics |= step_figures(norms)
@@ -161,6 +169,7 @@ class Trainer:
             self.ranks,
             keep=self.config.train.keep_checkpoints,
             rollouts=self._waiting(number),
+            memory=self.memory.document() if self.memory else None,
         )
 
     @property
@@ -184,6 +193,8 @@ class Trainer:
     def resume(self, folder: Path) -> int:
         """Continue from a checkpoint; returns the number of its iteration."""
         checkpoint.load(folder, self.learners)
+        if self.memory:
+            self.memory.resume(checkpoint.read_memory(folder))
         number: int = checkpoint.read_state(folder)["iteration"]
         prompts = {prompt.id: prompt for prompt in self.data.prompts}
         size = self.objective.group_size

@@ -12,6 +12,7 @@ from stage2_train.completions import write_completions
 from stage2_train.data import Stage1
 from stage2_train.first_batch import FirstBatch
 from stage2_train.metrics import Metrics, MetricsLog, timed
+from stage2_train.prompt_memory import PromptMemory
 from stage2_train.ranks import Ranks
 from stage2_train.safeguards import refuse_divergence
 from stage2_train.sources.pipeline import RolloutPipeline
@@ -80,6 +81,19 @@ class Evaluation:
                 pass_rate=self._stage1.pass_rate if self._stage1 else {},
                 vstar=self._stage1.vstar if self._stage1 else {},
             )
+
+
+class Remembering:
+    """Has the objective's memory of prompts take notice of each iteration."""
+
+    def __init__(self, memory: PromptMemory) -> None:
+        self._memory = memory
+
+    def after(self, turn: Turn) -> None:
+        """A collective operation."""
+        if turn.number:
+            with timed("memory", turn.metrics):
+                self._memory.visit(turn.rollouts)
 
 
 class FirstBatchCheck:

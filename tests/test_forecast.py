@@ -4,6 +4,7 @@ Shapes: _P prompt, _N stage-1 sample, _A possible answer.
 """
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -11,7 +12,6 @@ import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from rich.console import Console
 
 from common.demo.base_model import build_tokenizer
 from common.errors import UserError
-from common.runs import RunPaths
 from common.value import estimate_vstar
 from common.vstar_file import read_vstar, write_vstar
 from stage2_train.config import Config
@@ -36,6 +35,7 @@ from stage2_train.memory import (
     model_states,
     read_shape,
 )
+from stage2_train.watchers import FirstBatchCheck, Turn
 from tests.conftest import RunCli
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -294,15 +294,13 @@ def test_the_intervals_of_real_valued_rewards_are_not_too_narrow() -> None:
 
 
 def simulated_training(
-    folder: Path, *, temperature: float = 1.0, also_accepts: int = 0, seed: int = 0
+    *, temperature: float = 1.0, also_accepts: int = 0, seed: int = 0
 ) -> tuple[str, dict[str, Any]]:
-    """Two iterations of the real loop over a simulated policy; returns what it printed and the first one's metrics.
+    """Two iterations of a simulated policy; returns what it printed and the first one's metrics.
 
     Completions are one of five answers, the first one right. Stage 1 sampled at temperature 1; stage 2 may sample at
     another, and its grader may take wrong answers for right ones.
     """
-    from stage2_train.train import train
-
     rng = np.random.default_rng(seed)
     logits_PA = rng.normal(0, 2, (PROMPTS, 5))
 
@@ -313,46 +311,30 @@ def simulated_training(
 
     rows = artifact_rows(np.stack([rewards(1.0, 1) for _ in range(SAMPLES)], axis=1), drop_unsolved=True)
 
-    def iteration(_: int) -> tuple[dict[str, float], list[Any]]:
-        loss, reward = batch_figures(rows, rewards(temperature, 1 + also_accepts), rng)
-        figures = (
-            "kl/sequence",
-            "kl/token",
-            "completion/tokens_mean",
-            "completion/truncated",
-            "train/gradient_norm",
-        )
-        return {
-            **dict.fromkeys([*figures, "time/iteration"], 0.5),
-            "loss/regression": loss,
-            "reward/mean": reward,
-        }, []
-
-    trainer: Any = SimpleNamespace(
-        ranks=SimpleNamespace(is_main=True, largest=int),
-        held_out=[],
-        first_batch=first_batch(rows, BATCH),
-        iteration=iteration,
-        save=lambda *_: None,
-    )
-    config = tiny_config(folder, folder)
+    expected = first_batch(rows, BATCH)
+    assert expected is not None
     printed = StringIO()
-    paths = RunPaths(folder / f"run-{temperature}-{also_accepts}-{seed}")
-    train(trainer, config, paths, Console(file=printed, width=80), first=1, last=2)
-    first, second = (json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines())
-    assert not any(name.startswith("forecast/") for name in second)
-    return printed.getvalue(), first
+    check = FirstBatchCheck(expected, Console(file=printed, width=80))
+    turns = []
+    for number in (1, 2):
+        loss, reward = batch_figures(rows, rewards(temperature, 1 + also_accepts), rng)
+        metrics = {"loss/regression": loss, "reward/mean": reward}
+        turns.append(Turn(number=number, metrics=metrics, rollouts=[], is_last=number == 2))
+        check.after(turns[-1])
+    first, second = turns
+    assert not any(name.startswith("forecast/") for name in second.metrics)
+    return printed.getvalue(), first.metrics
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_training_warns_of_a_first_iteration_that_stage_1_does_not_explain(tmp_path: Path) -> None:
+def test_training_warns_of_a_first_iteration_that_stage_1_does_not_explain() -> None:
     for seed in range(5):
-        printed, metrics = simulated_training(tmp_path, seed=seed)
+        printed, metrics = simulated_training(seed=seed)
         assert "warning" not in printed
         assert metrics["forecast/loss_low"] < metrics["loss/regression"] < metrics["forecast/loss_high"]
         assert metrics["forecast/reward_low"] < metrics["reward/mean"] < metrics["forecast/reward_high"]
     for fault in ({"temperature": 3.0}, {"also_accepts": 1}):
-        printed, metrics = simulated_training(tmp_path, **fault)
+        printed, metrics = simulated_training(**fault)
         warnings = [line for line in printed.splitlines() if line.startswith("warning:")]
         assert len(warnings) == 1
         assert (
@@ -374,7 +356,7 @@ def test_tokens_are_those_of_the_kept_prompts_completions() -> None:
 
 
 def qwen_folder(folder: Path) -> Path:
-    """Qwen2.5-1.5B without its weights: the config, and a weight file that ends after its header."""
+    """Qwen2.5-1.5B without its weights: the config, and a weight file that has a hole after its header."""
     hidden, keys, wide = 1536, 256, 8960
     shapes = {"model.embed_tokens.weight": [151936, hidden], "model.norm.weight": [hidden]}
     for layer in range(28):
@@ -394,8 +376,15 @@ def qwen_folder(folder: Path) -> Path:
         }
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
     shapes["lm_head.weight"] = [151936, hidden]  # some checkpoints store the tied matrix twice
-    header = json.dumps({"__metadata__": {}, **{name: {"shape": shape} for name, shape in shapes.items()}})
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    ends = np.cumsum([2 * math.prod(shape) for shape in shapes.values()]).tolist()
+    tensors = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        for (name, shape), start, end in zip(shapes.items(), [0, *ends], ends, strict=False)
+    }
+    header = json.dumps({"__metadata__": {}, **tensors})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header.encode())
+        file.truncate(file.tell() + ends[-1])
     (folder / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
     return folder
 
@@ -693,8 +682,15 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
         {**QWEN, "head_dim": 0},
     ):
         (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
-        with pytest.raises(UserError, match="cannot read the model's shape"):
+        with pytest.raises(UserError, match=r"config\.json.*(Llama or Mistral kind|no JSON object)"):
             forecast(hollow, vstar, gpus=1, gpu_gib=80)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"half a header")
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors.*download the model again"):
+        forecast(hollow, vstar, gpus=1, gpu_gib=80)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors weights"):
+        forecast(hollow, vstar, gpus=1, gpu_gib=80)
     rows, provenance = read_vstar(vstar)
     write_vstar(rows.with_columns(pl.lit(False).alias("keep")), provenance, vstar)
     with pytest.raises(UserError, match="no prompt is left to train on"):

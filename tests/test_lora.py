@@ -173,7 +173,7 @@ def test_an_offloaded_reference_gives_the_same_log_probs_and_is_in_main_memory_b
     resident = SeparateModel(Path(config.model.path), config, device)
     offloaded = SeparateModel(Path(config.model.path), changed(config, offload_reference=True), device)
     for _visit in range(2):
-        assert torch.equal(offloaded.logprobs([batch])[0], resident.logprobs([batch])[0])
+        assert torch.equal(offloaded.score([batch])[0], resident.score([batch])[0])
         assert {parameter.device.type for parameter in offloaded._module.parameters()} == {"cpu"}
 
 

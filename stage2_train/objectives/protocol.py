@@ -5,7 +5,7 @@ Shapes: _B sequence, _K completion token (all sequences', one after the other).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -88,4 +88,30 @@ class TrainsCritic(Protocol):
 
     def critic_loss(self, values_K: Tensor, batch: Batch) -> Loss:
         """A slice's share of the critic's loss; `batch.values_K` are the critic's before the iteration's first step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is remembered of a prompt: how much speaks for a reward of 1, and how much for one of 0."""
+
+    for_it: float
+    against: float
+
+    @property
+    def expected(self) -> float:
+        """The reward that it lets expect."""
+        return self.for_it / (self.for_it + self.against)
+
+
+@runtime_checkable
+class RemembersPrompts(Protocol):
+    """An objective whose baseline is what it remembers of a prompt, for rewards from 0 to 1."""
+
+    def first_memory(self, rewards: Sequence[float]) -> Memory:
+        """Of a prompt, from its rewards in stage 1."""
+        ...
+
+    def next_memory(self, memory: Memory, reward: float, drift: float) -> Memory:
+        """After a visit. `drift` is how far the policy has moved since the last one, in nats per token."""
         ...

@@ -75,6 +75,7 @@ def as_json(rollout: Rollout) -> dict[str, Any]:
         "text": completion.text,
         "truncated": completion.truncated,
         **grade.columns(),
+        **({"step_rewards": grade.step_rewards} if grade.step_rewards else {}),
     }
 
 
@@ -93,5 +94,10 @@ def from_json(document: dict[str, Any], prompts: Mapping[str, Prompt]) -> Rollou
             reward=document["reward"],
             extracted=document["extracted"],
             reason=document["reason"],
+            step_rewards=_pairs(document.get("step_rewards")),
         ),
     )
+
+
+def _pairs(values: list[list[Any]] | None) -> tuple[tuple[int, float], ...] | None:
+    return None if values is None else tuple((end, reward) for end, reward in values)
