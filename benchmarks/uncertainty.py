@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv, gammaln, xlog1py, xlogy
 
 from benchmarks.comparisons import bootstrap_interval, delta_interval, drop_probability
+from common.beta_binomial import BetaPrior, dropped_share, fit_prior
 from common.errors import UserError
 from common.runs import run_paths
 from common.value import estimate_vstar
 from common.vstar_file import read_vstar
-from stage1_vstar.beta_binomial import BetaPrior, dropped_share, fit_prior
 from stage1_vstar.estimator import ESTIMATORS, estimate
 from stage1_vstar.uncertainty import (
     Interval,

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.beta_binomial import fit_prior
 from common.errors import UserError
-from common.value import Floats, estimate_vstar
-from stage1_vstar.beta_binomial import fit_prior
-from stage1_vstar.uncertainty import interval, reward_range, two_valued_vstar
+from common.value import Floats, estimate_vstar, reward_range
+from stage1_vstar.uncertainty import interval, two_valued_vstar
 
 Counts = NDArray[np.int64]
 Places = NDArray[np.intp]

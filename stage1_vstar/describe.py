@@ -11,10 +11,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.beta_binomial import dropped_share, fit_prior
 from common.provenance import ACCEPTED
 from common.value import estimate_vstar
 from common.vstar_file import estimator_of, read_vstar
-from stage1_vstar.beta_binomial import dropped_share, fit_prior
 from stage1_vstar.table import success_groups
 from stage1_vstar.uncertainty import approximate_bias, interval, plugin_bias
 

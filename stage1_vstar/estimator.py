@@ -8,9 +8,9 @@ Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _R pro
 import numpy as np
 from numpy.typing import NDArray
 
+from common.beta_binomial import BetaPrior, fit_prior, posterior_vstar
 from common.errors import UserError
 from common.value import Estimate, Floats, estimate_vstar
-from stage1_vstar.beta_binomial import BetaPrior, fit_prior, posterior_vstar
 
 ESTIMATORS: tuple[str, ...] = ("plugin", "jackknife", "beta_binomial")
 
