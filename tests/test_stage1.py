@@ -376,7 +376,7 @@ def test_stage_one_with_vllm_gives_the_same_rows_whatever_else_is_in_the_batch(
 def test_stage_one_never_imports_the_trainer() -> None:
     script = (
         "import sys\n"
-        "import stage1_vstar.run, stage1_vstar.generate, common.engine\n"
+        "import stage1_vstar.run, common.sampling.generate, common.engines\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
         "print(sorted(loaded & {'deepspeed', 'stage2_train', 'vllm', 'torch'}))\n"
     )
