@@ -135,10 +135,11 @@ class Counted:
 
     def subsets(self, num_samples: int) -> Subsets:
         """Subset O holds O correct samples; there are num_samples + 1 such sorts."""
+        from scipy.stats import hypergeom
+
         correct_U1, correct_O = self.correct_U[:, None], np.arange(num_samples + 1)
-        wrong_U1, rest = self.size - correct_U1, self.size - num_samples
-        log_ways = _log_choose(correct_U1, correct_O) + _log_choose(wrong_U1, num_samples - correct_O)
-        probability_UO = np.exp(log_ways - _log_choose(np.array(self.size), np.array(num_samples)))
+        rest = self.size - num_samples
+        probability_UO = hypergeom.pmf(correct_O, self.size, correct_U1, num_samples)
         samples_ON = (np.arange(num_samples) < correct_O[:, None]).astype(np.float64)
         rest_mean_UO = (correct_U1 - correct_O) / rest if rest else np.full(probability_UO.shape, np.nan)
 
@@ -182,14 +183,6 @@ class Listed:
             rest_square_UO=np.full(shape, np.nan) if whole else (rest_UOR**2).mean(axis=2),
             vstar=lambda beta1: _vstar(samples_UON, beta1),
         )
-
-
-def _log_choose(n: NDArray[np.int64], k: NDArray[np.int64]) -> Floats:
-    """ln of the binomial coefficient, -inf where k is not between 0 and n."""
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n.max() + 1)))])
-    inside = (k >= 0) & (k <= n)
-    k = np.where(inside, k, 0)
-    return np.where(inside, log_factorial[n] - log_factorial[k] - log_factorial[n - k], -np.inf)
 
 
 def _vstar(samples_N: Floats, beta1: float) -> Floats:
