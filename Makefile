@@ -56,7 +56,10 @@ vstar: $(INSTALLED)-stage1 $(BASE_MODEL) ## Stage 1: sample, grade, estimate V̂
 $(FOLDER)/vstar.parquet: | $(INSTALLED)-stage1 $(BASE_MODEL)
 	@$(BIN)/python cli.py vstar $(OPTIONS)
 
-train: $(INSTALLED)-train $(FOLDER)/vstar.parquet ## Stage 2: train on vstar.parquet; continues where it stopped
+train: $(INSTALLED)-train $(BASE_MODEL) ## Stage 2: train, after stage 1 where the objective needs it; continues where it stopped
+	@if [ ! -e $(FOLDER)/vstar.parquet ] && $(BIN)/python cli.py needs-stage1 $(OPTIONS) 2>/dev/null; then \
+		$(MAKE) --no-print-directory $(FOLDER)/vstar.parquet; \
+	fi
 	@$(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC) --) cli.py train $(OPTIONS)
 
 evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on held-out prompts

@@ -123,7 +123,10 @@ def train(
     vstar_file: VstarFile = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
-    """Stage 2: on-policy regression on the optimal advantages. A re-run continues from the last checkpoint."""
+    """Stage 2: train on the objective's loss, by default A*-PO's. A re-run continues from the last checkpoint.
+
+    Objectives that need V̂* read --vstar; for the others its kept prompts take the place of [data].
+    """
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
@@ -131,6 +134,21 @@ def train(
 
     with _ending_cleanly("what is in the last checkpoint"):
         run_stage2(settings, console, vstar_file, allow_mismatch or ())
+
+
+@app.command("needs-stage1", hidden=True)
+def needs_stage1(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    vstar_file: VstarFile = None,
+    allow_mismatch: AllowMismatch = None,
+) -> None:
+    """For `make train`: exit status 0 if training will read artifacts/RUN/vstar.parquet, else 1. Options of `train`."""
+    from stage2_train.config import load_config
+
+    needed = vstar_file is None and load_config(config, overrides or (), run).train.reads_stage1
+    raise typer.Exit(0 if needed else 1)
 
 
 @app.command()
@@ -229,7 +247,7 @@ def evaluate(
     )
     if model is None:
         for name, result in zip(models, results, strict=True):
-            write_text(paths.evaluations / f"{name}.json", json.dumps(result, indent=2) + "\n")
+            write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps(results if model is None else results[0], indent=2))
     else:

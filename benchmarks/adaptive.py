@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.tables import markdown
 from common.beta_binomial import fit_prior_to_rewards
 from common.runs import run_paths
 from common.value import Floats, estimate_vstar
@@ -84,12 +85,7 @@ def _show(rewards_S: Floats, counts_P: Counts, beta1: float, num_samples: int) -
     """The tables of one population."""
     places_P = np.tile(np.arange(len(counts_P)), REPETITIONS)
     deviation_P = np.nan_to_num(estimate_vstar(rewards_S, counts_P, beta1).se_P) * np.sqrt(counts_P)
-    print(
-        "| target SE | budget a prompt | rounds | N, mean | N, most "
-        + "".join(f"| {way}: bias | RMSE " for way in WAYS)
-        + "| adaptive over fixed | least possible over fixed |"
-    )
-    print("|---" * (7 + 2 * len(WAYS)) + "|")
+    rows = []
     shown: Comparison | None = None
     for target, budget in RULES:
         random = np.random.default_rng(0)
@@ -101,12 +97,13 @@ def _show(rewards_S: Floats, counts_P: Counts, beta1: float, num_samples: int) -
         sizes_P = found.allocation.sizes_P
         rmse = {way: _rmse(errors_P) for way, errors_P in found.errors.items()}
         least = deviation_P.mean() / np.sqrt(sizes_P.mean())
-        print(
-            f"| {target:g} | {budget or '–'} | {len(found.allocation.rounds) - 1} | {sizes_P.mean():.1f} "
-            f"| {sizes_P.max()} "
-            + "".join(f"| {found.errors[way].mean():+.4f} | {rmse[way]:.4f} " for way in WAYS)
-            + f"| {rmse[WAYS[0]] / rmse[WAYS[2]]:.3f} | {least / rmse[WAYS[2]]:.3f} |"
-        )
+        sizes = [f"{len(found.allocation.rounds) - 1}", f"{sizes_P.mean():.1f}", f"{sizes_P.max()}"]
+        errors = [cell for way in WAYS for cell in (f"{found.errors[way].mean():+.4f}", f"{rmse[way]:.4f}")]
+        ratios = [f"{rmse[WAYS[0]] / rmse[WAYS[2]]:.3f}", f"{least / rmse[WAYS[2]]:.3f}"]
+        rows.append([f"{target:g}", str(budget or "–"), *sizes, *errors, *ratios])
+    ways = [name for way in WAYS for name in (f"{way}: bias", "RMSE")]
+    header = ["target SE", "budget a prompt", "rounds", "N, mean", "N, most", *ways, "adaptive over fixed"]
+    print(markdown([*header, "least possible over fixed"], rows))
     assert shown is not None, "RULES has BY_PASS_RATE"
     pass_rate_P = (np.add.reduceat(rewards_S, np.cumsum(counts_P) - counts_P) / counts_P)[places_P]
     _show_bins(pass_rate_P, shown)
@@ -115,10 +112,7 @@ def _show(rewards_S: Floats, counts_P: Counts, beta1: float, num_samples: int) -
 def _show_bins(pass_rate_P: Floats, found: Comparison) -> None:
     """Who gains and who loses: the errors by pass rate (the mean reward)."""
     print(f"\ntarget SE {BY_PASS_RATE:g}; beyond: |V̂* − V*| > {Z:g} × {BY_PASS_RATE:g}\n")
-    print(
-        "| pass rate | prompts | N, mean | adaptive: bias | RMSE | beyond | fixed N: bias | RMSE | beyond |"
-    )
-    print("|---" * 9 + "|")
+    rows = []
     bin_P = np.searchsorted(BINS, pass_rate_P, side="right") - 1
     inside = [
         (f"{low:g} to {high:g}", bin_P == place) for place, (low, high) in enumerate(pairwise([*BINS, 1]))
@@ -126,13 +120,15 @@ def _show_bins(pass_rate_P: Floats, found: Comparison) -> None:
     for label, inside_P in [*inside, ("all", bin_P >= 0)]:
         if not inside_P.any():
             continue
-        cells = ""
+        cells = []
         for way in (WAYS[0], WAYS[2]):
             errors_P = found.errors[way][inside_P]
             beyond = (abs(errors_P) > Z * BY_PASS_RATE).mean()
-            cells += f"| {errors_P.mean():+.4f} | {_rmse(errors_P):.4f} | {beyond:.1%} "
+            cells += [f"{errors_P.mean():+.4f}", f"{_rmse(errors_P):.4f}", f"{beyond:.1%}"]
         mean = found.allocation.sizes_P[inside_P].mean()
-        print(f"| {label} | {inside_P.sum() // REPETITIONS:,} | {mean:.1f} {cells}|")
+        rows.append([label, f"{inside_P.sum() // REPETITIONS:,}", f"{mean:.1f}", *cells])
+    ways = [name for way in ("adaptive", "fixed N") for name in (f"{way}: bias", "RMSE", "beyond")]
+    print(markdown(["pass rate", "prompts", "N, mean", *ways], rows))
 
 
 def bias_line(found: Comparison) -> str:

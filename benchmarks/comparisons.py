@@ -8,8 +8,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.value import Floats, estimate_vstar
-from stage1_vstar.uncertainty import Counts, Interval
+from common.value import Counts, Floats, estimate_vstar
+from stage1_vstar.uncertainty import Interval
 
 CHUNK = 4_000_000
 """Resampled rewards that the bootstrap holds at a time."""

@@ -36,14 +36,6 @@ def layer_products(shape: Shape) -> list[tuple[int, int]]:
     return [*attention, (hidden, wide), (hidden, wide), (wide, hidden)]
 
 
-def parameter_count(shape: Shape, *, tied: bool) -> int:
-    """The parameters of a Qwen2 of that shape; `tied` is one matrix for the embedding and the output layer."""
-    layer = sum(rows * columns for rows, columns in layer_products(shape))
-    biases, norms = shape.queries + 2 * shape.keys, 2 * shape.hidden
-    ends = (1 if tied else 2) * shape.vocabulary * shape.hidden + shape.hidden
-    return shape.layers * (layer + biases + norms) + ends
-
-
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of one large matrix product, the best of five."""
     size = 8192 if device.type == "cuda" else 2048

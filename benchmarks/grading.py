@@ -10,16 +10,15 @@ compared as well; math-verify reads whole completions, or, as `naive, box`, the 
 import json
 import logging
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import alone, rotations
+from benchmarks.tables import markdown, spread
 from common.grading import GraderConfig, GraderPool, GradingTask, Outcome
 from common.grading.graders import find_grader
 from common.grading.rule_math import last_box
@@ -92,20 +91,23 @@ def report(grader: str) -> None:
     pairs = pairs_of(grader)
     methods = METHODS[grader]
     measured: dict[str, list[Measurement]] = {method: [] for method in methods}
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        for _ in range(REPETITIONS):
-            for method in methods:
-                measured[method].append(processes.submit(measure, grader, method).result())
-    print(f"\n{grader}: {len(pairs):,} completions, {REPETITIONS} repetitions, min / median / max")
+    for _, method in rotations(methods, REPETITIONS):
+        measured[method].append(alone(measure, grader, method))
+    print(
+        f"\n{grader}: {len(pairs):,} completions, {REPETITIONS} repetitions, grades a second; median (range)\n"
+    )
+    rows = []
     for method in methods:
-        for state in ("cold", "warm"):
-            rates = [len(pairs) / getattr(each, state) for each in measured[method]]
-            print(f"  {method:12} {state}  {_spread(rates, ',.0f')} a second")
-    for method in methods:
-        if method.startswith("naive"):
-            for faster in ("ours", "pool"):
-                ratios = [b.cold / a.cold for a, b in zip(measured[faster], measured[method], strict=True)]
-                print(f"  {faster} against {method}, cold: {_spread(ratios, '.1f')} times as fast")
+        rates = [
+            [len(pairs) / getattr(each, state) for each in measured[method]] for state in ("cold", "warm")
+        ]
+        ratios = [
+            [b.cold / a.cold for a, b in zip(measured[faster], measured[method], strict=True)]
+            for faster in ("ours", "pool")
+        ]
+        rows.append([method, *(spread(each, 0) for each in rates), *(spread(each, 1) for each in ratios)])
+    print(markdown(["method", "cold", "warm", "times as fast, cold: ours", "pool"], rows))
+    print()
     reference = measured["ours"][0].verdicts
     for method in methods[1:]:
         verdicts = measured[method][0].verdicts
@@ -120,10 +122,6 @@ def _differences(pairs: Sequence[Pair], ours: Sequence[bool], theirs: Sequence[b
     ]
     shown = different[:10] + ["\n    …"] * (len(different) > 10)
     return f"{len(different)}{''.join(shown)}"
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    return " / ".join(format(value, form) for value in (min(values), statistics.median(values), max(values)))
 
 
 def _rows(path: str) -> list[dict[str, Any]]:

@@ -15,14 +15,10 @@ Then: how much of the micro-batches is padding, when completion lengths are log-
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,8 +26,10 @@ from torch import Tensor
 from torch.nn.functional import linear, linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.stage1_memory import resident_mib
-from stage2_train import batch, logprobs
+from benchmarks.processes import alone, forget_peak, peak_mib, resident_mib, rotations
+from benchmarks.tables import markdown
+from stage2_train import logprobs
+from stage2_train.batch import TokenSequence, token_batches
 
 WAYS = ("naive", "checkpointed", "torch", "ours", "ours 2^24", "ours 2^28")
 TEMPERATURE = 0.7
@@ -41,8 +39,10 @@ Logprobs = Callable[[Layer, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From the layer, hidden states and targets to log-probs and entropies (torch's way: zeros)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
+    """One forward and backward pass."""
+
     forward_seconds: float
     backward_seconds: float
     peak_mib: float
@@ -51,8 +51,10 @@ class Result:
     """Of the gradients, so that ways can be seen to agree."""
 
 
-def naive(layer: Layer, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
-    logits_KV = linear(hidden_KH, layer.weight).float() / TEMPERATURE
+def naive(
+    layer: Layer, hidden_KH: Tensor, target_K: Tensor, temperature: float = TEMPERATURE
+) -> tuple[Tensor, Tensor]:
+    logits_KV = linear(hidden_KH, layer.weight).float() / temperature
     normaliser_K = logits_KV.logsumexp(-1)
     logprobs_K = logits_KV.gather(-1, target_K[:, None])[:, 0] - normaliser_K
     with torch.no_grad():
@@ -102,8 +104,7 @@ def measure(way: str, dtype: str, tokens: int, hidden: int, vocabulary: int) -> 
     compute(small, hidden_KH[:8].detach().requires_grad_(), target_K[:8] % 1000)[0].sum().backward()
     # The peak so far is of drawing the weights; what matters is the one to come.
     held = resident_mib()
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")
+    forget_peak()
     began = time.process_time()
     logprobs_K, _ = compute(layer, hidden_KH, target_K)
     middle = time.process_time()
@@ -118,39 +119,49 @@ def measure(way: str, dtype: str, tokens: int, hidden: int, vocabulary: int) -> 
     )
 
 
-def peak_mib() -> float:
-    with open("/proc/self/status") as status:
-        (line,) = [line for line in status if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
-
-
-def padding(budgets: list[int], sequences: int) -> None:
-    """Print the share of padding in the micro-batches of one optimizer step."""
+def padding_table(budgets: Sequence[int], sequences: int) -> str:
+    """The share of padding in the micro-batches of one optimizer step."""
     rng = np.random.default_rng(0)
     completions = np.minimum(rng.lognormal(5.0, 1.0, sequences).astype(int) + 1, 1024)
     prompts = np.clip(rng.lognormal(4.6, 0.5, sequences).astype(int), 20, 512)
-    rows = [
-        batch.TokenSequence(
-            place=place, prompt_token_ids=(0,) * int(prompt), completion_token_ids=(0,) * int(answer)
-        )
-        for place, (prompt, answer) in enumerate(zip(prompts, completions, strict=True))
+    units = [
+        [TokenSequence(row=row, prompt_token_ids=(0,) * prompt, completion_token_ids=(0,) * completion)]
+        for row, (prompt, completion) in enumerate(zip(prompts.tolist(), completions.tolist(), strict=True))
     ]
-    real, longest = sum(map(len, rows)), max(map(len, rows))
-    print(
+    lengths = sorted((prompts + completions).tolist(), reverse=True)
+    real = sum(lengths)
+
+    def cell(padded: Sequence[int]) -> str:
+        return f"{len(padded)} micro-batches, {sum(padded) / real - 1:.1%} more tokens"
+
+    rows = [
+        [
+            f"{budget:,}",
+            cell(fewest_micro_batches(lengths, budget)),
+            cell([tokens.input_ids_BT.numel() for tokens in token_batches(units, budget, 0)]),
+        ]
+        for budget in budgets
+    ]
+    return (
         f"{sequences} sequences, prompts {np.median(prompts):.0f} and completions {np.median(completions):.0f} "
-        f"tokens in the median, {completions.max()} at most; {longest * sequences / real - 1:.0%} more tokens than "
-        "real ones in one padded batch"
+        f"tokens in the median, {completions.max()} at most; {lengths[0] * sequences / real - 1:.0%} more tokens than "
+        "real ones in one padded batch\n\n"
+        + markdown(["tokens_per_micro_batch", "fewest micro-batches", "as `token_batches` cuts"], rows)
     )
-    for budget, cost in product(budgets, (batch.TOKENS_A_BATCH, 10**6)):
-        vars(batch)["TOKENS_A_BATCH"] = cost
-        sizes = [micro_batch.input_ids_BT.numel() for micro_batch in batch.token_batches(rows, budget, 0)]
-        print(
-            f"  {budget:>6} tokens a micro-batch, {cost:>9,} for being one: {len(sizes):>3} micro-batches, "
-            f"{sum(sizes) / real - 1:5.1%} more tokens"
-        )
 
 
-def main() -> int:
+def fewest_micro_batches(lengths: Sequence[int], budget: int) -> list[int]:
+    """The padded tokens of each micro-batch where each takes as many of the longest sequences left as fit."""
+    padded = []
+    first = 0
+    while first < len(lengths):
+        count = min(max(1, budget // lengths[first]), len(lengths) - first)
+        padded.append(count * lengths[first])
+        first += count
+    return padded
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,36 +170,30 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    shape = (arguments.dtype, arguments.tokens, arguments.hidden, arguments.vocabulary)
-    if arguments.way:
-        print(json.dumps(asdict(measure(arguments.way, *shape))))
-        return 0
+    chosen = parser.parse_args()
+    shape = (chosen.dtype, chosen.tokens, chosen.hidden, chosen.vocabulary)
     results: dict[str, list[Result]] = {way: [] for way in WAYS}
-    for repetition in range(arguments.repetitions):
-        for way in WAYS if repetition % 2 else reversed(WAYS):
-            command = [sys.executable, "-m", "benchmarks.logprobs", *sys.argv[1:], "--way", way]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            results[way].append(Result(**json.loads(output)))
+    for _, way in rotations(WAYS, chosen.repetitions):
+        results[way].append(alone(measure, way, *shape))
     print(
-        f"{arguments.tokens:,} tokens, hidden {arguments.hidden:,}, vocabulary {arguments.vocabulary:,}, "
-        f"{arguments.dtype}; medians of {arguments.repetitions}; ratios of each repetition to its naive one"
+        f"{chosen.tokens:,} tokens, hidden {chosen.hidden:,}, vocabulary {chosen.vocabulary:,}, "
+        f"{chosen.dtype}; medians of {chosen.repetitions}; ratios of each repetition to its naive one\n"
     )
-    print("way             forward s  backward s   time ratio    peak MiB   gradient norm")
+    rows = []
     for way, found in results.items():
         ratio = statistics.median(
             (one.forward_seconds + one.backward_seconds) / (base.forward_seconds + base.backward_seconds)
             for one, base in zip(found, results["naive"], strict=True)
         )
-        print(
-            f"{way:<14} {statistics.median(one.forward_seconds for one in found):10.2f}"
-            f" {statistics.median(one.backward_seconds for one in found):11.2f} {ratio:12.2f}"
-            f" {statistics.median(one.peak_mib for one in found):11,.0f} {found[0].checksum:15.4f}"
+        forward, backward, peak = (
+            statistics.median(getattr(one, field) for one in found)
+            for field in ("forward_seconds", "backward_seconds", "peak_mib")
         )
-    padding([2048, 4096, 16384], 128)
-    return 0
+        cells = [f"{forward:.2f}", f"{backward:.2f}", f"{ratio:.2f}", f"{peak:,.0f}"]
+        rows.append([way, *cells, f"{found[0].checksum:.4f}"])
+    print(markdown(["way", "forward, s", "backward, s", "time ratio", "peak, MiB", "gradient norm"], rows))
+    print(f"\n{padding_table([2048, 4096, 16384], 128)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,20 +12,19 @@ where other jobs share the machine.
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from common.contract import polars_schema
+from benchmarks.processes import Finished, rotations, run
+from benchmarks.tables import markdown
+from common.contract import BATCH_ROWS, polars_schema
 from common.provenance import Provenance
 from common.runs import REPOSITORY
-from common.vstar_file import BATCH_ROWS, VSTAR, vstar_writer
+from common.vstar_file import VSTAR, vstar_writer
 from stage1_vstar.table import UNSOLVED, with_dropped, with_vstar
 
 NUM_SAMPLES = 8
@@ -49,15 +48,6 @@ DUCKDB = {
 WAYS = ("ours", "DuckDB", "floor", "pandas")
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a process took."""
-
-    wall_seconds: float
-    cpu_seconds: float
-    peak_mib: float
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=10_000_000)
@@ -67,42 +57,27 @@ def main() -> None:
         "--way", nargs=4, metavar=("WAY", "COMMAND", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS
     )
     parser.add_argument("--folder", type=Path, help="Keep the files there, and use those that are.")
-    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
         way, command, source, output = arguments.way
         {"DuckDB": by_duckdb, "floor": by_copying, "pandas": by_pandas}[way](command, source, output)
         return
-    if arguments.make:
-        write_source(arguments.make, arguments.prompts)
-        return
     with tempfile.TemporaryDirectory(dir=REPOSITORY / "artifacts", prefix=".benchmark-") as name:
         folder = arguments.folder or Path(name)
-        sources = {
-            prompts: folder / f"{prompts}.parquet"
-            for prompts in (arguments.prompts, arguments.pandas_prompts)
-        }
-        for (
-            prompts,
-            path,
-        ) in sources.items():  # elsewhere: a process inherits the peak of the one that starts it
-            make = ["--make", str(path), "--prompts", str(prompts)]
+        prompts = dict.fromkeys(WAYS, arguments.prompts) | {"pandas": arguments.pandas_prompts}
+        sources = {count: folder / f"{count}.parquet" for count in set(prompts.values())}
+        for count, path in sources.items():
             if not path.exists():
-                subprocess.run(
-                    [sys.executable, "-m", "benchmarks.rescore", *make], cwd=REPOSITORY, check=True
-                )
-        print(
-            f"{arguments.prompts:,} prompts × {NUM_SAMPLES}: {sources[arguments.prompts].stat().st_size >> 20:,} MiB"
-        )
+                write_source(path, count)
+        size = sources[arguments.prompts].stat().st_size >> 20
+        print(f"{arguments.prompts:,} prompts × {NUM_SAMPLES}: {size:,} MiB")
         for command in COMMANDS:
-            costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
-            for repetition in range(arguments.repetitions):
-                for way in WAYS[repetition % 4 :] + WAYS[: repetition % 4]:
-                    prompts = arguments.pandas_prompts if way == "pandas" else arguments.prompts
-                    costs[way].append(measure(way, command, sources[prompts], folder / f"{way}.parquet"))
+            costs: dict[str, list[Finished]] = {way: [] for way in WAYS}
+            for _, way in rotations(WAYS, arguments.repetitions):
+                costs[way].append(measure(way, command, sources[prompts[way]], folder / f"{way}.parquet"))
             if command == "rescore":
                 refuse_other_values(folder / "ours.parquet", folder / "DuckDB.parquet")
-            show(command, costs, arguments.prompts, arguments.pandas_prompts)
+            show(command, costs, prompts)
 
 
 def write_source(path: Path, prompts: int) -> None:
@@ -140,23 +115,16 @@ def write_source(path: Path, prompts: int) -> None:
             write(rows.cast(polars_schema(VSTAR)))
 
 
-def measure(way: str, command: str, source: Path, output: Path) -> Cost:
+def measure(way: str, command: str, source: Path, output: Path) -> Finished:
     """Run a way of doing a command in a process of its own."""
-    if way == "ours":
-        arguments = ["cli.py", *COMMANDS[command], "--vstar", str(source), "--output", str(output)]
-        if command == "filter":  # flags, like the others: a filter with --output writes the kept prompts only
-            output.unlink(missing_ok=True)
-            os.link(source, output)
-            arguments = ["cli.py", *COMMANDS[command], "--vstar", str(output)]
-    else:
-        arguments = ["-m", "benchmarks.rescore", "--way", way, command, str(source), str(output)]
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    if status:
-        raise SystemExit(f"{way} failed on {command}")
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    arguments: list[object] = ["-m", "benchmarks.rescore", "--way", way, command, source, output]
+    if way == "ours" and command == "rescore":
+        arguments = ["cli.py", *COMMANDS[command], "--vstar", source, "--output", output]
+    elif way == "ours":  # flags, like the others: a filter with --output writes the kept prompts only
+        output.unlink(missing_ok=True)
+        os.link(source, output)
+        arguments = ["cli.py", *COMMANDS[command], "--vstar", output]
+    return run([sys.executable, *arguments], output.with_suffix(".log"))
 
 
 def by_duckdb(command: str, source: str, output: str) -> None:
@@ -215,30 +183,23 @@ def refuse_other_values(ours: Path, theirs: Path) -> None:
     assert max(largest) < 1e-9, f"V̂* or its standard error differs from DuckDB's by {largest}"
 
 
-def show(command: str, costs: dict[str, list[Cost]], prompts: int, pandas_prompts: int) -> None:
-    """A row a way: medians of the repetitions, and how many times ours each takes; pandas is scaled up to PROMPTS."""
-    print(f"\n| {command} | wall s | CPU s | peak MiB | wall / ours | CPU / ours | peak / ours |")
-    print("|---|---|---|---|---|---|---|")
-    medians = {
-        way: [
-            statistics.median(getattr(cost, name) for cost in many)
-            for name in ("wall_seconds", "cpu_seconds", "peak_mib")
+def show(command: str, costs: dict[str, list[Finished]], prompts: dict[str, int]) -> None:
+    """One row per way: medians of the repetitions, and how many times ours each takes; pandas is scaled up to ours."""
+    rows = []
+    ours: list[float] = []
+    for way, many in costs.items():
+        scale = prompts["ours"] / prompts[way]
+        figures = [
+            scale * statistics.median(getattr(cost, name) for cost in many)
+            for name in ("seconds", "cpu_seconds", "peak_mib")
         ]
-        for way, many in costs.items()
-    }
-    for way, figures in medians.items():
-        label, scale = way, 1.0
-        if way == "pandas" and pandas_prompts != prompts:
-            scale = prompts / pandas_prompts
-            label = f"pandas, {pandas_prompts:,} prompts × {scale:g}"
-        scaled = [figure * scale for figure in figures]
-        ratios = [figure / ours for figure, ours in zip(scaled, medians["ours"], strict=True)]
-        cells = [
-            *(f"{figure:,.1f}" for figure in scaled[:2]),
-            f"{scaled[2]:,.0f}",
-            *(f"{r:.2f}" for r in ratios),
-        ]
-        print(f"| {label} | {' | '.join(cells)} |")
+        ours = ours or figures
+        label = way if scale == 1 else f"{way}, {prompts[way]:,} prompts × {scale:g}"
+        wall, cpu, peak = figures
+        ratios = [f"{figure / base:.2f}" for figure, base in zip(figures, ours, strict=True)]
+        rows.append([label, f"{wall:,.1f}", f"{cpu:,.1f}", f"{peak:,.0f}", *ratios])
+    header = [command, "wall s", "CPU s", "peak MiB", "wall / ours", "CPU / ours", "peak / ours"]
+    print(f"\n{markdown(header, rows)}")
 
 
 if __name__ == "__main__":

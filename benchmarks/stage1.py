@@ -8,18 +8,20 @@ request of n samples a prompt, and stage 1 as `vstar` runs it: graded in other p
 """
 
 import argparse
-import gc
 import io
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 import cli  # noqa: F401  the thread settings of the command line
+from benchmarks import bare_vllm
+from benchmarks.processes import rotations
+from benchmarks.tables import markdown
 from common.data.prompts import PromptRenderer, load_prompts
 from common.engines.vllm_engine import VllmEngine
 from common.grading import GraderPool
@@ -50,58 +52,28 @@ def main() -> None:
     tokens: dict[str, set[int]] = {way: set() for way in WAYS}
     with GraderPool(config.grader) as pool:
         engine = VllmEngine(config, folder, renderer, beside_trainer=False)
+        requests = list(missing.requests(config.seed))
+        samples = config.vstar.num_samples
+        plain = partial(bare_vllm.generate, engine, renderer, config.sampling)
         run = {
-            WAYS[0]: lambda: _plain(engine, missing, config, seeded=True),
-            WAYS[1]: lambda: _plain(engine, missing, config, seeded=False),
+            WAYS[0]: lambda: plain(requests, seeded=True),
+            WAYS[1]: lambda: plain(requests[::samples], seeded=False, samples=samples),
             WAYS[2]: lambda: _stage1(engine, missing, config, pool, provenance),
         }
-        for repetition in range(arguments.repetitions + 1):
-            first = repetition % len(WAYS)
-            for way in WAYS[first:] + WAYS[:first]:
-                _fresh(engine)
-                taken, count = run[way]()
-                tokens[way].add(count)
-                if repetition:  # the first warms up
-                    seconds[way].append(taken)
+        for repetition, way in rotations(WAYS, arguments.repetitions + 1):
+            bare_vllm.fresh(engine)
+            taken, count = run[way]()
+            tokens[way].add(count)
+            if repetition:  # the first warms up
+                seconds[way].append(taken)
     assert tokens[WAYS[0]] == tokens[WAYS[2]], f"the samples differ: {tokens}"
     rate = {way: [max(tokens[way]) / taken for taken in seconds[way]] for way in WAYS}
-    print(
-        f"{len(prompts):,} prompts × {config.vstar.num_samples}, {arguments.repetitions} repetitions; "
-        "quartiles"
-    )
+    rows = []
     for way in WAYS:
-        print(f"  {way:15} {_spread(rate[way], ',.0f')} tokens a second")
-    for way in WAYS[:2]:
-        ratios = [ours / plain for ours, plain in zip(rate[WAYS[2]], rate[way], strict=True)]
-        print(f"  stage 1 over {way}: {_spread(ratios, '.3f')}")
-
-
-def _plain(engine: VllmEngine, missing: Missing, config: Config, *, seeded: bool) -> tuple[float, int]:
-    """Seconds and tokens of `LLM.generate`, which gives text as stage 1 does."""
-    import vllm
-
-    llm: Any = engine.llm  # the same engine object
-
-    def parameters(**own: Any) -> vllm.SamplingParams:
-        return vllm.SamplingParams(
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            max_tokens=config.sampling.max_completion_tokens,
-            **own,
-        )
-
-    began = time.perf_counter()
-    if seeded:
-        requests = list(missing.requests(config.seed))
-        prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in requests]
-        chosen = [parameters(seed=request.seed) for request in requests]
-    else:
-        prompts = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in missing.prompts]
-        chosen = [parameters(n=config.vstar.num_samples)] * len(prompts)
-    outputs = llm.generate(prompts, chosen, use_tqdm=False)
-    return time.perf_counter() - began, sum(
-        len(sample.token_ids) for output in outputs for sample in output.outputs
-    )
+        ratios = [ours / other for ours, other in zip(rate[WAYS[2]], rate[way], strict=True)]
+        rows.append([way, _quartiles(rate[way], ",.0f"), _quartiles(ratios, ".3f")])
+    print(f"{len(prompts):,} prompts × {samples}, {arguments.repetitions} repetitions; quartiles\n")
+    print(markdown(["way", "tokens a second", "stage 1 over it"], rows))
 
 
 def _stage1(
@@ -116,13 +88,7 @@ def _stage1(
         return seconds, int(store.read()["completion_tokens"].sum())
 
 
-def _fresh(engine: VllmEngine) -> None:
-    assert engine.llm is not None
-    engine.llm.reset_prefix_cache()
-    gc.collect()
-
-
-def _spread(values: list[float], form: str) -> str:
+def _quartiles(values: list[float], form: str) -> str:
     return " / ".join(format(value, form) for value in statistics.quantiles(values, n=4))
 
 

@@ -10,16 +10,17 @@ import argparse
 import io
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
 
-from common.config import SamplingParams
+from benchmarks.processes import peak_mib, resident_mib
+from benchmarks.training import ScriptedEngine
 from common.rollout import Completion, SampleRequest
 from common.runs import run_paths
 from common.vstar_file import read_vstar
@@ -30,40 +31,23 @@ COMPLETION_TOKENS = 120
 TEXT = "First we add the numbers, then we divide. " * 12
 
 
-class SyntheticEngine:
-    """Yields completions of some 500 characters as fast as they are taken."""
+def writer(total: int) -> Callable[[SampleRequest], Completion]:
+    """Writes completions of some 500 characters; prints what this process holds at every tenth of them."""
+    began = time.monotonic()
+    numbers = count(1)
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def write(request: SampleRequest) -> Completion:
+        if (number := next(numbers)) % max(1, total // 10) == 0:
+            rate = number / (time.monotonic() - began)
+            print(f"  {number:>9,} samples  {resident_mib():6,.0f} MiB  {rate:7,.0f} a second", flush=True)
+        return Completion(
+            key=request.key,
+            token_ids=tuple(range(COMPLETION_TOKENS)),
+            text=f"{TEXT}{request.seed} #### {request.seed % 4}",
+            truncated=False,
+        )
 
-    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        began = time.monotonic()
-        for number, request in enumerate(requests, start=1):
-            yield Completion(
-                key=request.key,
-                token_ids=tuple(range(COMPLETION_TOKENS)),
-                text=f"{TEXT}{request.seed} #### {request.seed % 4}",
-                truncated=False,
-            )
-            if number % max(1, self._total // 10) == 0:
-                rate = number / (time.monotonic() - began)
-                print(
-                    f"  {number:>9,} samples  {resident_mib():6,.0f} MiB  {rate:7,.0f} a second", flush=True
-                )
-
-    def load_weights(self, _: object) -> None:
-        raise AssertionError("stage 1 never changes the weights")
-
-    def sleep(self) -> None:
-        raise AssertionError("stage 1 has nothing to make room for")
-
-    def close(self) -> None:
-        pass
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return write
 
 
 def stream(model: Path, samples: int, num_samples: int, folder: Path) -> float:
@@ -86,10 +70,11 @@ def stream(model: Path, samples: int, num_samples: int, folder: Path) -> float:
         }
     )
     os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
-    run_stage1(config, Console(file=io.StringIO()), build_engine=lambda *_, **__: SyntheticEngine(samples))
+    console = Console(file=io.StringIO())
+    run_stage1(config, console, build_engine=lambda *_, **__: ScriptedEngine(writer(samples)))
     rows = read_vstar(run_paths("memory").vstar)[0]
     assert rows["num_samples"].sum() == samples // num_samples * num_samples
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_mib()
 
 
 def main() -> int:

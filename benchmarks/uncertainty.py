@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv, gammaln, xlog1py, xlogy
 
 from benchmarks.comparisons import bootstrap_interval, delta_interval, drop_probability
+from benchmarks.tables import markdown
 from common.beta_binomial import BetaPrior, dropped_share, fit_prior
 from common.errors import UserError
 from common.runs import run_paths
 from common.value import estimate_vstar
-from common.vstar_file import read_vstar
-from stage1_vstar.estimator import ESTIMATORS, estimate
+from common.vstar_file import ESTIMATORS, read_vstar
+from stage1_vstar.estimator import estimate
 from stage1_vstar.uncertainty import (
     Interval,
     approximate_bias,
@@ -44,10 +45,7 @@ SAMPLES = (8, 32)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print("|", " | ".join(header), "|")
-    print("|", " | ".join(["---", *["---:"] * (len(header) - 1)]), "|")
-    for row in rows:
-        print("|", " | ".join(row), "|")
+    print(markdown(header, rows))
 
 
 # Intervals of p from k of N successes, for every k at once

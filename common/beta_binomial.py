@@ -8,12 +8,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.errors import UserError
-from common.value import Floats
-
-Counts = NDArray[np.int64]
+from common.value import Counts, Floats, Ragged
 
 PARAMETER_RANGE = (1e-3, 1e5)
 """Where a and b are sought: below, pass rates are 0 or 1; above, all prompts have the same."""
@@ -80,8 +77,7 @@ def fit_prior(successes_G: Counts, trials_G: Counts, weights_G: Counts) -> BetaP
 
 def fit_prior_to_rewards(rewards_S: Floats, counts_P: Counts) -> BetaPrior:
     """`fit_prior` to rewards of 0 and 1, of which `counts_P` belong to each prompt, in order."""
-    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
-    successes_P = np.add.reduceat(rewards_S, starts_P).astype(np.int64)
+    successes_P = Ragged(counts_P).sum(rewards_S).astype(np.int64)
     groups_G2, weights_G = np.unique(np.stack([successes_P, counts_P], axis=1), axis=0, return_counts=True)
     return fit_prior(groups_G2[:, 0], groups_G2[:, 1], weights_G)
 

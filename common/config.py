@@ -185,14 +185,26 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _known_keys(place: tuple[int | str, ...], kind: type[BaseModel]) -> list[str]:
-    """The keys of the section that a wrong key stands in."""
+def _section_of(
+    place: tuple[int | str, ...], kind: type[BaseModel]
+) -> tuple[list[str], list[type[BaseModel]]]:
+    """The keys that lead to a wrong key's section, and what that section may be; a union's tag is no key."""
+    keys: list[str] = []
     sections: list[type[BaseModel]] = [kind]
     for part in place[:-1]:
         fields = [section.model_fields[str(part)] for section in sections if part in section.model_fields]
-        # A part that is no field is the tag of a union's member: stay with the union's sections.
-        sections = [inner for field in fields for inner in _sections_in(field.annotation)] or sections
-    return list(dict.fromkeys(key for section in sections for key in section.model_fields))
+        if fields:
+            keys.append(str(part))
+            sections = [inner for field in fields for inner in _sections_in(field.annotation)] or sections
+        elif tagged := [section for section in sections if part in _tags(section)]:
+            sections = tagged
+        else:
+            keys.append(str(part))
+    return keys, sections
+
+
+def _tags(section: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(section.model_fields["name"].annotation) if "name" in section.model_fields else ()
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -204,9 +216,17 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
     problems = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"]) or "the file"
+        keys, sections = _section_of(item["loc"], kind)
+        last = [str(part) for part in item["loc"][-1:] if not any(part in _tags(each) for each in sections)]
+        place = ".".join([*keys, *last]) or "the file"
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key {place}; use one of {', '.join(_known_keys(item['loc'], kind))}")
+            known = dict.fromkeys(key for section in sections for key in section.model_fields)
+            tags = [tag for section in sections for tag in _tags(section)]
+            given = f' with name = "{tags[0]}"' if len(tags) == 1 else ""
+            problems.append(f"unknown key {place}{given}; use one of {', '.join(known)}")
+        elif item["type"] == "union_tag_invalid":
+            names = item["ctx"]["expected_tags"]
+            problems.append(f'{place}.name is "{item["ctx"]["tag"]}"; use one of {names}')
         elif item["type"] == "missing":
             problems.append(f"{place} is missing")
         elif item["type"] == "value_error":

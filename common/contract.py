@@ -1,75 +1,290 @@
-"""What a table promises: a schema and named invariants, checked by one writer and one reader."""
+"""What the tables of one kind promise, kept by one writer and one reader: a schema, named rules, a format version.
 
-from collections.abc import Callable
+Each kind of Parquet file of this project has one Contract. Nothing that breaks it is written or handed out: the error
+names the rule, how many rows break it and the first of them.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.files import atomic_path
-from common.provenance import Provenance
+from common.provenance import Migrations, Provenance, read_provenance
+
+BATCH_ROWS = 65_536
+"""Rows that are in memory at a time where a table is streamed, and in a row group that is written."""
+
+_READ_BYTES = 1 << 20
+"""Of each column's compressed data at a time; by default pyarrow keeps all that it has read of a file."""
+
+_VIEWS = pl.CompatLevel.newest()
+"""How polars hands over text without copying it."""
 
 
-def validate(frame: pl.DataFrame, schema: pa.Schema, invariants: dict[str, pl.Expr], path: Path) -> None:
-    """Raise UserError, naming the first broken row and rule, unless the frame is what the schema promises."""
-    refuse_other_table(frame.schema, frame.height, schema, path)
-    check = Check(schema, invariants, path)
-    check.add(frame)
-    check.conclude()
+@dataclass(frozen=True, slots=True)
+class Unique:
+    """The rule that no two rows of a table agree in all of these columns. They name a row in error messages."""
+
+    columns: Sequence[str]
+
+    @property
+    def key(self) -> pl.Expr:
+        return pl.col(self.columns[0]) if len(self.columns) == 1 else pl.struct(self.columns)
 
 
-def refuse_other_table(columns: pl.Schema, rows: int, schema: pa.Schema, path: Path) -> None:
-    if missing := [name for name in schema.names if name not in columns]:
-        raise UserError(
-            f"{path} lacks the columns {', '.join(missing)}; make it anew with `python cli.py vstar`"
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The rule that every row of a table has the same value in this column."""
+
+    column: str
+
+
+Rule = pl.Expr | Unique | Constant
+"""An expression is true of each row by itself; the other two are about the rows of a table together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """One kind of table. Columns that may be missing are missing values in files of versions that lack them."""
+
+    schema: pa.Schema
+    invariants: Mapping[str, Rule]
+    """By the claims that they make. The first broken one is reported."""
+    version: int
+    """Of the format: written into each file, and the newest that is read."""
+    migrations: Migrations
+    """From each older version to the next."""
+    remedy: str
+    """The command that makes such a file anew."""
+    may_be_empty: bool = False
+
+    def __post_init__(self) -> None:
+        assert sorted(self.migrations) == list(range(1, self.version)), "every older version can be read"
+
+    def validate(self, frame: pl.DataFrame, path: Path) -> None:
+        """Raise UserError, naming the first broken rule and row, unless the frame is what `path` should hold."""
+        self._refuse_other_table(frame.schema, frame.height, path)
+        check = _Check(self._rules(), self._key(), path)
+        check.add(frame)
+        check.conclude()
+
+    def write(self, frame: pl.DataFrame, provenance: Provenance, path: Path) -> None:
+        """Write a file atomically, once every row satisfies every rule."""
+        self.validate(frame, path)
+        table = frame.select(self.schema.names).to_arrow().cast(self.stamped(provenance))
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+    def read(self, path: Path) -> tuple[pl.DataFrame, Provenance]:
+        """Read a file of any format version and check every rule.
+
+        Raises DamagedFile if it cannot be read, UserError naming a broken rule and row.
+        """
+        provenance = self._provenance(path)
+        try:
+            frame = self._with_later_columns(pl.read_parquet(path, glob=False))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise self._damaged(path, error) from error
+        self.validate(frame, path)
+        return frame.select(self.schema.names), provenance
+
+    def scan(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[pl.DataFrame]:
+        """The rows of a file as `read` gives them, BATCH_ROWS at a time, in bounded memory.
+
+        With `columns`, the others are not read, and rules that speak of others are not checked. Rows that break a rule
+        are not yielded; the error comes in the end, when they are counted. Raises what `read` raises.
+        """
+        columns = self.schema.names if columns is None else columns
+        self._provenance(path)
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
+            table = self._with_later_columns(pl.DataFrame(file.schema_arrow.empty_table()))
+            self._refuse_other_table(table.schema, file.metadata.num_rows, path)
+            rules = {name: rule for name, rule in self._rules().items() if _columns(rule) <= set(columns)}
+            repeated = {
+                name: self._repeated(file, path, rule)
+                for name, rule in rules.items()
+                if isinstance(rule, Unique)
+            }
+            check = _Check(rules, self._key(), path, repeated)
+            for rows in self._parts(file, path, columns):
+                if check.add(rows):
+                    yield rows
+            check.conclude()
+
+    @contextmanager
+    def writer(
+        self, path: Path, provenance: Provenance, *, changed: Collection[str] | None = None
+    ) -> Iterator[Callable[[pl.DataFrame], None]]:
+        """Write a file a part at a time, atomically: it is there when the context ends without an error.
+
+        Yields the function that writes a part. With `changed`, parts are rows of `scan` that differ in these columns
+        only: the rules that speak of them are checked, all others have been. Whether rows are unique is checked within
+        each part. `path` may be the file that is being scanned.
+        """
+        about = set(self.schema.names if changed is None else changed)
+        rules = {name: rule for name, rule in self._rules().items() if _columns(rule) & about}
+        check = _Check(rules, self._key(), path)
+        schema = self.stamped(provenance)
+        behind: list[Future[None]] = []
+
+        with (
+            atomic_path(path) as temporary,
+            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+            ThreadPoolExecutor(1) as thread,
+        ):
+
+            def write(rows: pl.DataFrame) -> None:
+                if rows.is_empty():
+                    return
+                check.add(rows)
+                table = rows.select(self.schema.names).to_arrow(compat_level=_VIEWS).cast(schema)
+                while behind:
+                    behind.pop().result()
+                behind.append(thread.submit(writer.write_table, table))
+
+            yield write
+            while behind:
+                behind.pop().result()
+            check.conclude()
+
+    def stamped(self, provenance: Provenance) -> pa.Schema:
+        """The schema of a new file: it carries where the file comes from."""
+        return self.schema.with_metadata(provenance.metadata(self.version))
+
+    def _provenance(self, path: Path) -> Provenance:
+        return read_provenance(path, self.version, self.migrations, self.remedy)
+
+    def _rules(self) -> dict[str, Rule]:
+        present = {
+            f"{field.name} is present": pl.col(field.name).is_not_null()
+            for field in self.schema
+            if not field.nullable
+        }
+        return {**present, **self.invariants}
+
+    def _key(self) -> list[str]:
+        """The columns that tell rows apart."""
+        return [
+            name for rule in self.invariants.values() if isinstance(rule, Unique) for name in rule.columns
+        ]
+
+    def _refuse_other_table(self, columns: pl.Schema, rows: int, path: Path) -> None:
+        advice = f"make it anew with `{self.remedy}`"
+        if missing := [name for name in self.schema.names if name not in columns]:
+            raise UserError(f"{path} lacks the columns {', '.join(missing)}; {advice}")
+        for name, expected in polars_schema(self.schema).items():
+            if columns[name] != expected:
+                raise UserError(f"{path}: column {name} holds {columns[name]}, not {expected}; {advice}")
+        if not rows and not self.may_be_empty:
+            raise UserError(f"{path} has no rows; {advice}")
+
+    def _with_later_columns(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """The frame with missing values for the columns that its format version lacks."""
+        types = polars_schema(self.schema)
+        return frame.with_columns(
+            pl.lit(None, types[field.name]).alias(field.name)
+            for field in self.schema
+            if field.nullable and field.name not in frame.columns
         )
-    for name, expected in polars_schema(schema).items():
-        if columns[name] != expected:
-            raise UserError(
-                f"{path}: column {name} holds {columns[name]}, not {expected}; "
-                "make it anew with `python cli.py vstar`"
-            )
-    if not rows:
-        raise UserError(f"{path} has no rows; make it anew with `python cli.py vstar`")
+
+    def _damaged(self, path: Path, error: Exception) -> DamagedFile:
+        return DamagedFile(
+            f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it anew with `{self.remedy}`"
+        )
+
+    def _parts(self, file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """These columns of an open file, BATCH_ROWS at a time; while one part is being used, the next is read."""
+        stored = [name for name in columns if name in file.schema_arrow.names]
+        parts = map(pl.DataFrame, file.iter_batches(BATCH_ROWS, columns=stored))
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(next, parts, None)
+            while True:
+                try:
+                    part = ahead.result()
+                except (pa.ArrowException, OSError) as error:
+                    raise self._damaged(path, error) from error
+                if part is None:
+                    return
+                ahead = thread.submit(next, parts, None)
+                yield self._with_later_columns(part).select(columns)
+
+    def _repeated(self, file: pq.ParquetFile, path: Path, rule: Unique) -> pl.Series:
+        """The keys that appear more than once. Holds 8 bytes for each row: keys are compared where hashes agree."""
+
+        def keys() -> Iterator[pl.Series]:
+            return (part.select(rule.key).to_series() for part in self._parts(file, path, rule.columns))
+
+        hashes = np.empty(file.metadata.num_rows, dtype=np.uint64)
+        filled = 0
+        for part in keys():
+            hashes[filled : filled + len(part)] = part.hash().to_numpy()
+            filled += len(part)
+        hashes.sort()
+        twice = pl.Series(np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
+        if twice.is_empty():
+            return pl.DataFrame(schema=polars_schema(self.schema)).select(rule.key).to_series()
+        suspects = pl.concat([part.filter(part.hash().is_in(twice.implode())) for part in keys()])
+        return suspects.filter(suspects.is_duplicated()).unique()
 
 
-class Check:
+class _Check:
     """Which rows of a table break which rule; the table may come in parts, and `conclude` says what was found."""
 
     def __init__(
         self,
-        schema: pa.Schema,
-        invariants: dict[str, pl.Expr],
+        rules: Mapping[str, Rule],
+        key: Sequence[str],
         path: Path,
-        applies: Callable[[set[str]], bool] = lambda columns: True,
+        repeated: Mapping[str, pl.Series] | None = None,
     ) -> None:
-        """`applies` chooses rules by the columns that they speak of."""
-        present = {
-            f"{field.name} is present": pl.col(field.name).is_not_null()
-            for field in schema
-            if not field.nullable
-        }
-        self._rules = {
-            name: rule.fill_null(False).alias(name)
-            for name, rule in {**present, **invariants}.items()
-            if applies(set(rule.meta.root_names()))
-        }
+        """`repeated` has, by rule, the keys that appear more than once in the table; without it parts are judged."""
+        self._rules = rules
+        self._key = key
         self._path = path
+        self._repeated = repeated or {}
+        self._bound: dict[str, pl.Expr] = {}
         self._broken: dict[str, tuple[int, dict[str, Any]]] = {}
 
     def add(self, part: pl.DataFrame) -> bool:
         """Whether all these rows satisfy all rules; those that do not are counted."""
-        held = part.select(rule.all() for rule in self._rules.values()).row(0, named=True)
+        if part.is_empty():
+            return True
+        if not self._bound:
+            self._bound = {
+                name: self._expression(name, rule, part).fill_null(False).alias(name)
+                for name, rule in self._rules.items()
+            }
+        held = (
+            part.select(rule.all() for rule in self._bound.values()).row(0, named=True) if self._bound else {}
+        )
         for name in (name for name, holds in held.items() if not holds):
-            rule = self._rules[name]
+            rule = self._bound[name]
             broken = part.filter(~rule)
-            shown = ["prompt_id", *sorted(set(rule.meta.root_names()) - {"prompt_id"})]
+            key = [column for column in self._key if column in part.columns]
+            shown = [*key, *sorted(set(rule.meta.root_names()) - set(key))]
             count, first = self._broken.get(name, (0, broken.select(shown).row(0, named=True)))
             self._broken[name] = (count + broken.height, first)
         return all(held.values())
+
+    def _expression(self, name: str, rule: Rule, first_part: pl.DataFrame) -> pl.Expr:
+        match rule:
+            case Unique() if name in self._repeated:
+                return ~rule.key.is_in(self._repeated[name].implode())
+            case Unique():
+                return rule.key.is_unique()
+            case Constant(column):
+                return pl.col(column) == pl.lit(first_part[column][0], first_part.schema[column])
+            case _:
+                return rule
 
     def conclude(self) -> None:
         """Raise UserError with the first rule that was broken, how often, and the first row that broke it."""
@@ -79,13 +294,17 @@ class Check:
                 raise UserError(f"{self._path}: {count} rows break the rule “{name}”, the first is {row}")
 
 
+def _columns(rule: Rule) -> set[str]:
+    """The columns that a rule speaks of."""
+    match rule:
+        case Unique(columns):
+            return set(columns)
+        case Constant(column):
+            return {column}
+        case _:
+            return set(rule.meta.root_names())
+
+
 def polars_schema(schema: pa.Schema) -> pl.Schema:
     """The same columns as polars names them."""
     return pl.DataFrame(schema.empty_table()).schema
-
-
-def write_table(frame: pl.DataFrame, schema: pa.Schema, provenance: Provenance, path: Path) -> None:
-    """Write a frame's columns of this schema atomically, with its provenance."""
-    table = frame.select(schema.names).to_arrow().cast(schema)
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(provenance.metadata()), temporary, compression="zstd")

@@ -62,6 +62,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that others append to, with their ends; one that is still being written is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
 def sync(path: Path) -> None:
     """Have a file's content, or a folder's list of names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,6 +1,7 @@
 """A model's folder: where it is, what it says of itself, what makes it this model."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,53 @@ def model_identity(folder: Path) -> dict[str, Any]:
             folder, ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
         ),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNumbers:
+    """What a model's config.json says of its language model.
+
+    A number is checked when it is asked for, not before: some kinds of model have a list or nothing in its place.
+    """
+
+    path: Path
+    document: dict[str, Any]
+
+    def get(self, name: str) -> int | None:
+        """A number, or None where the file gives none. Raises UserError for anything but a whole number above 0."""
+        value = self.document.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(
+                f"{self.path}: {name} is {json.dumps(value)}, not a whole number above 0; use a model of the Qwen, "
+                "Llama or Mistral kind, or download it again"
+            )
+        return value
+
+    def need(self, name: str) -> int:
+        """A number. Raises UserError where the file gives none."""
+        if (value := self.get(name)) is None:
+            raise UserError(
+                f"{self.path} does not say {name}; use a model of the Qwen, Llama or Mistral kind, or download it again"
+            )
+        return value
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return bool(self.document.get("tie_word_embeddings", False))
+
+
+def model_numbers(folder: Path) -> ModelNumbers:
+    """Read a model's config.json; in that of a model that reads more than text, `text_config` is about the language.
+
+    Raises UserError if there is none.
+    """
+    path = folder / "config.json"
+    document = read_json(path)
+    nested = document.get("text_config", {})
+    if not isinstance(nested, dict):
+        raise UserError(f"{path}: text_config holds no JSON object; download the model again")
+    return ModelNumbers(path, document | nested)
 
 
 def read_json(path: Path) -> dict[str, Any]:

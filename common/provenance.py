@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from common.data.prompts import PromptRenderer
 
 SCHEMA_VERSION = 3
+"""Of the files of stage 1: samples, grades, vstar.parquet."""
+
+VSTAR_COMMAND = "python cli.py vstar"
+"""Which makes them."""
+
+Migrations = Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]
+"""By format version, how what a file says of itself is brought to the next version."""
 
 METADATA_KEY = b"astar_po"
 
@@ -111,9 +118,9 @@ class Provenance:
         """The names of the identity's fields, as differences name them."""
         return _field_names(self.identity)
 
-    def metadata(self) -> dict[bytes, bytes]:
-        """As Parquet metadata."""
-        document = {"schema_version": SCHEMA_VERSION, "identity": self.identity, "context": self.context}
+    def metadata(self, version: int) -> dict[bytes, bytes]:
+        """As Parquet metadata of a file of this format version."""
+        document = {"schema_version": version, "identity": self.identity, "context": self.context}
         return {METADATA_KEY: json.dumps(document).encode()}
 
 
@@ -123,28 +130,6 @@ def _field_names(document: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _field_names(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
-
-
-def read_provenance(path: Path) -> Provenance:
-    """The provenance of an artifact of any version, without reading its rows. Raises UserError if it has none."""
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}; make it with `python cli.py vstar`") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedFile(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    if METADATA_KEY not in metadata:
-        raise UserError(f"{path} carries no provenance; it was not written by `python cli.py vstar`")
-    document = json.loads(metadata[METADATA_KEY])
-    version = document["schema_version"]
-    if version > SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has format version {version}, made by a newer checkout; "
-            f"this one reads 1 to {SCHEMA_VERSION}: update it"
-        )
-    for step in range(version, SCHEMA_VERSION):
-        document = _MIGRATIONS[step](document)
-    return Provenance(identity=document["identity"], context=document["context"])
 
 
 def sampler_identity(backend: str, dtype: str, versions: Mapping[str, str | None]) -> dict[str, Any]:
@@ -170,8 +155,38 @@ def _from_2(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
-"""From each format version to the next. Columns that a version lacks are read as missing values."""
+MIGRATIONS: Migrations = {1: _from_1, 2: _from_2}
+"""Of the files of stage 1. Columns that a version lacks are read as missing values."""
+
+
+def read_provenance(
+    path: Path,
+    newest: int = SCHEMA_VERSION,
+    migrations: Migrations = MIGRATIONS,
+    made_by: str = VSTAR_COMMAND,
+) -> Provenance:
+    """The provenance of a file of any version up to the newest, without reading its rows; by default of stage 1's.
+
+    Raises UserError if it has none.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; make it with `{made_by}`") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DamagedFile(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    if METADATA_KEY not in metadata:
+        raise UserError(f"{path} carries no provenance; it was not written by `{made_by}`")
+    document = json.loads(metadata[METADATA_KEY])
+    version = document["schema_version"]
+    if version > newest:
+        raise UserError(
+            f"{path} has format version {version}, made by a newer checkout; "
+            f"this one reads 1 to {newest}: update it"
+        )
+    for step in range(version, newest):
+        document = migrations[step](document)
+    return Provenance(identity=document["identity"], context=document["context"])
 
 
 def context(config: RunConfig) -> dict[str, Any]:

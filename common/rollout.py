@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from common.grading import Grade
+from common.grading import Grade, Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,3 +58,7 @@ class Rollout:
     prompt: Prompt
     completion: Completion
     grade: Grade
+
+    @property
+    def is_solved(self) -> bool:
+        return self.grade.outcome == Outcome.CORRECT

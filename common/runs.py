@@ -1,15 +1,15 @@
 """A run's folder artifacts/<run>, laid out here and nowhere else; shards, and who may write to a run."""
 
-import fcntl
 import math
 import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
@@ -62,12 +62,67 @@ class RunPaths:
         return self.root / "model"
 
     @property
+    def trained_with(self) -> Path:
+        """What the trained policy was trained with; it is written last."""
+        return self.model / "astar_po.json"
+
+    @property
     def evaluations(self) -> Path:
         return self.root / "evaluations"
+
+    def evaluation(self, name: str) -> Path:
+        """The figures of one model."""
+        return self.evaluations / f"{name}.json"
+
+    @property
+    def regraded(self) -> Path:
+        return self.root / "regraded"
+
+    def regraded_by(self, grader: str) -> "Regraded":
+        """What `regrade` makes of the run with a grader."""
+        return Regraded(self.regraded / re.sub(r"[^A-Za-z0-9.]+", "-", grader))
+
+    @property
+    def regrades(self) -> "list[Regraded]":
+        """One for each grader, in a fixed order."""
+        return [Regraded(folder) for folder in sorted(self.regraded.glob("*"))]
 
     @property
     def report(self) -> Path:
         return self.root / "report"
+
+    @property
+    def page(self) -> Path:
+        return self.report / "report.html"
+
+    def curves(self, suffix: str) -> Path:
+        """The training curves, as png or svg."""
+        return self.report / f"training.{suffix}"
+
+    def sweep(self, table: Path, suffix: str) -> Path:
+        """The sweep of a table in this folder, as json, png or svg; that of the run's own is shown by `report`."""
+        name = "sweep" if table.name == self.vstar.name else f"sweep-{table.stem}"
+        return self.report / f"{name}.{suffix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Regraded:
+    """Where a run keeps what another grader's grades give."""
+
+    root: Path
+
+    @property
+    def vstar(self) -> Path:
+        return self.root / "vstar.parquet"
+
+    @property
+    def changes(self) -> Path:
+        """The prompts with other grades than the run's own table has."""
+        return self.root / "changes.parquet"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
 
 
 def run_paths(run: str) -> RunPaths:
@@ -121,35 +176,31 @@ def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[N
             "ASTAR_PO_ARTIFACTS"
         ) from error
     with ExitStack() as claim:
-        with (paths.root / f".{job}.lock").open("a") as one_at_a_time:
-            _lock(one_at_a_time, wait=True)
+        with _locked(paths.root / f".{job}.lock", job, wait=True):
             for path in paths.root.glob(f".{job}-*-of-*.lock"):
                 index, count = (int(number) for number in re.findall(r"-(\d+)-of-(\d+)\.lock$", path.name)[0])
                 if shard.overlaps(Shard(index, count)):
-                    with path.open("a+") as file:
-                        _lock(file, wait=False, job=job)
+                    with _locked(path, job):
+                        pass
             ours = paths.root / f".{job}-{shard.index}-of-{shard.count}.lock"
-            file = claim.enter_context(ours.open("a+"))
-            _lock(file, wait=False, job=job)
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {platform.node()}")
-            file.flush()
+            claim.enter_context(_locked(ours, job))
+            ours.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
 
 
-def _lock(file: IO[str], *, wait: bool, job: str = "") -> None:
-    """Lock an open file until it is closed. Raises UserError if another job holds it and this one shall not wait."""
-    folder = Path(file.name).parent
+def _locked(path: Path, job: str, *, wait: bool = False) -> AbstractContextManager[object]:
+    """Lock a file until the context ends. Raises UserError if another job holds it and this one shall not wait."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        file.seek(0)
+        # A lock without the kernel would outlive a process that is killed.
+        return FileLock(path, fallback_to_soft=False).acquire(blocking=wait)
+    except Timeout as error:
+        holder = path.read_text(encoding="utf-8").strip() or "unknown"
         raise UserError(
-            f"another {job} job (process {file.read().strip() or 'unknown'}) is writing to {folder}; "
+            f"another {job} job (process {holder}) is writing to {path.parent}; "
             "wait for it or choose another --run"
         ) from error
     except OSError as error:
         raise UserError(
-            f"cannot lock {file.name}: {error.strerror}; two jobs could write to one run. Choose a file system with "
+            f"cannot lock {path}: {error.strerror}; two jobs could write to one run. Choose a file system with "
             "locks for it, with ASTAR_PO_ARTIFACTS"
         ) from error

@@ -18,13 +18,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from common.contract import polars_schema, validate
+from common.contract import Contract, Unique, polars_schema
 from common.errors import UserError
 from common.files import atomic_path, file_digest, remove_leftovers
 from common.grading import OUTCOMES
-from common.provenance import STRICT, Allowance, Provenance, read_provenance
+from common.provenance import (
+    MIGRATIONS,
+    SCHEMA_VERSION,
+    STRICT,
+    VSTAR_COMMAND,
+    Allowance,
+    Provenance,
+    read_provenance,
+)
 
-SAMPLES = pa.schema(
+ADDRESS = ["prompt_id", "sample_index"]
+
+JUDGED = [*ADDRESS, "completion_hash"]
+"""What a later grade belongs to: a sample, and the text that it had."""
+
+_SAMPLES = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("sample_index", pa.int32(), nullable=False),
@@ -42,22 +55,30 @@ SAMPLES = pa.schema(
 )
 """`completion_raw` holds the completion, lone surrogates included, where `completion` (UTF-8) has no place for them."""
 
-GRADES = pa.schema(
+_GRADES = pa.schema(
     [
-        SAMPLES.field("prompt_id"),
-        SAMPLES.field("sample_index"),
+        _SAMPLES.field("prompt_id"),
+        _SAMPLES.field("sample_index"),
         pa.field("completion_hash", pa.string(), nullable=False),
-        *(SAMPLES.field(name) for name in ("outcome", "extracted", "reward", "reason")),
+        *(_SAMPLES.field(name) for name in ("outcome", "extracted", "reward", "reason")),
     ]
 )
-"""Another grader's verdicts on samples that are stored already; each holds for the text with that hash alone."""
 
-SAMPLES_INVARIANTS: dict[str, pl.Expr] = {
-    "a sample appears once": pl.struct("prompt_id", "sample_index").is_unique(),
-    "sample_index is not negative": pl.col("sample_index") >= 0,
-    "rewards are finite": pl.col("reward").is_finite(),
-    "outcomes are known": pl.col("outcome").is_in(OUTCOMES),
-}
+SAMPLES = Contract(
+    schema=_SAMPLES,
+    invariants={
+        "a sample appears once": Unique(ADDRESS),
+        "sample_index is not negative": pl.col("sample_index") >= 0,
+        "rewards are finite": pl.col("reward").is_finite(),
+        "outcomes are known": pl.col("outcome").is_in(OUTCOMES),
+    },
+    version=SCHEMA_VERSION,
+    migrations=MIGRATIONS,
+    remedy=VSTAR_COMMAND,
+)
+
+GRADES = replace(SAMPLES, schema=_GRADES, remedy="python cli.py regrade")
+"""Another grader's verdicts on samples that are stored already; each holds for the text with that hash alone."""
 
 SAMPLE_FILES = "part"
 
@@ -65,11 +86,6 @@ GRADE_FILES = "grades"
 
 DAMAGED = "damaged"
 """The folder within the store's that damaged files are moved to."""
-
-ADDRESS = ["prompt_id", "sample_index"]
-
-JUDGED = [*ADDRESS, "completion_hash"]
-"""What a later grade belongs to: a sample, and the text that it had."""
 
 SECONDS = "seconds"
 """In a file's context: how long its samples took, from the file before it or the opening of the store."""
@@ -186,9 +202,9 @@ class SampleStore:
             .join(prompts.lazy().select("prompt_id"), on="prompt_id", how="semi")
             .unique(ADDRESS, keep="first", maintain_order=True)
         )
-        schema = pa.schema([SAMPLES.field(name) for name in columns])
         if frame.height:
-            validate(frame, schema, SAMPLES_INVARIANTS, self.folder)
+            without_text = replace(SAMPLES, schema=pa.schema([_SAMPLES.field(name) for name in columns]))
+            without_text.validate(frame, self.folder)
         return frame
 
     def samples_of(self, prompt_ids: Collection[str], columns: Sequence[pl.Expr]) -> pl.DataFrame:
@@ -197,7 +213,7 @@ class SampleStore:
         A sample that this grader has not judged has the verdict that it was stored with.
         """
         chosen = pl.col("prompt_id").is_in(list(prompt_ids))
-        verdict = GRADES.names[len(JUDGED) :]
+        verdict = _GRADES.names[len(JUDGED) :]
         later = (
             _scan(self.grade_fragments(), GRADES)
             .filter(chosen)
@@ -238,7 +254,7 @@ class SampleStore:
     def read(self) -> pl.DataFrame:
         """Every sample with its text and the grade that it was stored with."""
         frame = _collect(_scan(self.fragments(), SAMPLES).unique(ADDRESS, keep="first", maintain_order=True))
-        validate(frame, SAMPLES, SAMPLES_INVARIANTS, self.folder)
+        SAMPLES.validate(frame, self.folder)
         return frame
 
     def append(self, rows: Sequence[dict[str, Any]]) -> Path:
@@ -272,10 +288,10 @@ def addresses(files: Sequence[Path]) -> pl.DataFrame:
 
 
 def add_fragment(
-    folder: Path, kind: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, provenance: Provenance
+    folder: Path, kind: str, rows: Sequence[dict[str, Any]], contract: Contract, provenance: Provenance
 ) -> Path:
     """Write rows as a new file of a store; it is there whole or not at all. Raises UserError on a full disk."""
-    table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(provenance.metadata()))
+    table = pa.Table.from_pylist(list(rows), schema=contract.stamped(provenance))
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     return add_bytes(folder, kind, buffer.getvalue())
@@ -356,9 +372,9 @@ def completion_hash(completion: str, raw: bytes | None) -> str:
     return hashlib.sha256(completion.encode() if raw is None else raw).hexdigest()[:32]
 
 
-def _scan(paths: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:
+def _scan(paths: Sequence[Path], contract: Contract) -> pl.LazyFrame:
     """Files of any format version; columns that a version lacks are missing values."""
-    columns = polars_schema(schema)
+    columns = polars_schema(contract.schema)
     if not paths:
         return pl.LazyFrame(schema=columns)
     return pl.scan_parquet(

@@ -4,11 +4,42 @@ Shapes: _P prompt, _S sample (all prompts' samples, one after the other).
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+T = TypeVar("T", bound=np.generic)
+
+
+class Ragged:
+    """How the samples of prompts lie in one array: so many of each prompt, at least 1, one prompt after the other."""
+
+    def __init__(self, counts_P: Counts) -> None:
+        self.counts_P = counts_P
+        self.starts_P = np.cumsum(counts_P) - counts_P
+
+    def sum(self, values_S: NDArray[T]) -> NDArray[T]:
+        """Each prompt's sum."""
+        return np.add.reduceat(values_S, self.starts_P)
+
+    def mean(self, values_S: Floats) -> Floats:
+        """Each prompt's mean."""
+        return self.sum(values_S) / self.counts_P
+
+    def max(self, values_S: NDArray[T]) -> NDArray[T]:
+        """Each prompt's greatest."""
+        return np.maximum.reduceat(values_S, self.starts_P)
+
+    def any(self, values_S: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whether any of a prompt's is true."""
+        return np.logical_or.reduceat(values_S, self.starts_P)
+
+    def repeat(self, values_P: NDArray[T]) -> NDArray[T]:
+        """Each prompt's value once for each of its samples."""
+        return np.repeat(values_P, self.counts_P)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +50,7 @@ class Estimate:
     se_P: Floats
 
 
-def estimate_vstar(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float) -> Estimate:
+def estimate_vstar(rewards_S: Floats, counts_P: Counts, beta1: float) -> Estimate:
     """Estimate V* of each prompt from the rewards of its samples.
 
     `counts_P` says how many of `rewards_S` belong to each prompt, in order; each at least 1. Rewards are any finite
@@ -30,25 +61,22 @@ def estimate_vstar(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float)
     The standard error is the delta method's, β1 · sd(w) / (mean(w) √N) with w = exp(r/β1); it is nan for N = 1 and for
     β1 = 0, where the method does not apply.
     """
-    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
-    best_P = np.maximum.reduceat(rewards_S, starts_P)
-
-    def mean(values_S: Floats) -> Floats:
-        return np.add.reduceat(values_S, starts_P) / counts_P
+    samples = Ragged(counts_P)
+    best_P = samples.max(rewards_S)
 
     def standard_error(values_S: Floats, mean_P: Floats) -> Floats:
-        squares_P = np.add.reduceat((values_S - np.repeat(mean_P, counts_P)) ** 2, starts_P)
+        squares_P = samples.sum((values_S - samples.repeat(mean_P)) ** 2)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(counts_P > 1, np.sqrt(squares_P / (counts_P - 1.0) / counts_P), np.nan)
 
     if beta1 == 0:
         return Estimate(vstar_P=best_P, se_P=np.full(len(best_P), np.nan))
     if np.isinf(beta1):
-        mean_P = mean(rewards_S)
+        mean_P = samples.mean(rewards_S)
         return Estimate(vstar_P=mean_P, se_P=standard_error(rewards_S, mean_P))
     with np.errstate(over="ignore"):
-        excess_S = np.expm1((rewards_S - np.repeat(best_P, counts_P)) / beta1)
-    excess_P = mean(excess_S)
+        excess_S = np.expm1((rewards_S - samples.repeat(best_P)) / beta1)
+    excess_P = samples.mean(excess_S)
     return Estimate(
         vstar_P=best_P + beta1 * np.log1p(excess_P),
         se_P=beta1 * standard_error(excess_S, excess_P) / (1.0 + excess_P),

@@ -1,20 +1,16 @@
 """vstar.parquet, the contract between the stages: one row per prompt, all that stage 2 needs of stage 1."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from common.contract import Check, polars_schema, refuse_other_table, validate, write_table
-from common.errors import DamagedFile
-from common.files import atomic_path
+from common.contract import Constant, Contract, Rule, Unique
+from common.errors import UserError
 from common.grading import OUTCOMES, Outcome
-from common.provenance import Provenance, read_provenance
+from common.provenance import MIGRATIONS, SCHEMA_VERSION, VSTAR_COMMAND, Provenance, read_provenance
 
 VSTAR = pa.schema(
     [
@@ -36,15 +32,6 @@ VSTAR = pa.schema(
     ]
 )
 """`dropped_by` names the first rule that dropped a prompt; missing where none did, and in files of versions 1 and 2."""
-
-BATCH_ROWS = 65_536
-"""Prompts that are in memory at a time where a table is streamed, and in a row group that is written."""
-
-_READ_BYTES = 1 << 20
-"""Of each column's compressed data at a time; by default pyarrow keeps all that it has read of a file."""
-
-_VIEWS = pl.CompatLevel.newest()
-"""How polars hands over text without copying it."""
 
 _TOLERANCE = 1e-9
 
@@ -68,23 +55,14 @@ VSTAR_RANGES: dict[str, tuple[str, pl.Expr]] = {
         pl.col("vstar").is_between(-_TOLERANCE, 1 + _TOLERANCE),
     ),
 }
-"""What each estimator of V* promises of its values."""
+"""The estimators of V*, and what each promises of its values."""
 
-_APPEARS_ONCE = pl.col("prompt_id").is_unique()
-
-_FIRST_BETA1 = pl.col("beta1").first()
+ESTIMATORS = tuple(VSTAR_RANGES)
 
 
-def vstar_invariants(
-    estimator: str, *, appears_once: pl.Expr = _APPEARS_ONCE, beta1: pl.Expr = _FIRST_BETA1
-) -> dict[str, pl.Expr]:
-    """What holds for every row of a table whose V̂* is of this estimator.
-
-    Of a part of a table one cannot tell whether a prompt appears once, and which `beta1` is the table's: say it then.
-    """
-    range_name, in_range = VSTAR_RANGES[estimator]
-    return {
-        "a prompt appears once": appears_once,
+def _contract(range_name: str, in_range: pl.Expr) -> Contract:
+    invariants: dict[str, Rule] = {
+        "a prompt appears once": Unique(["prompt_id"]),
         "num_samples counts the rewards": pl.col("rewards").list.len() == pl.col("num_samples"),
         "num_samples counts the outcomes": pl.col("outcomes").list.len() == pl.col("num_samples"),
         "num_samples counts the lengths": pl.col("completion_tokens").list.len() == pl.col("num_samples"),
@@ -100,97 +78,23 @@ def vstar_invariants(
         ),
         "pass_at_n says whether any sample is correct": pl.col("pass_at_n") == (_solved > 0),
         "beta1 is a number and not negative": (pl.col("beta1") >= 0) & pl.col("beta1").is_not_nan(),
-        "beta1 is the same for every prompt": pl.col("beta1") == beta1,
+        "beta1 is the same for every prompt": Constant("beta1"),
         range_name: in_range,
         "vstar_se is missing or not negative": (
             pl.col("vstar_se").is_null() | ((pl.col("vstar_se") >= 0) & pl.col("vstar_se").is_not_nan())
         ),
         "no rule dropped a prompt that is kept": ~pl.col("keep") | pl.col("dropped_by").is_null(),
     }
+    return Contract(
+        schema=VSTAR,
+        invariants=invariants,
+        version=SCHEMA_VERSION,
+        migrations=MIGRATIONS,
+        remedy=VSTAR_COMMAND,
+    )
 
 
-def write_vstar(frame: pl.DataFrame, provenance: Provenance, path: Path) -> None:
-    """Write vstar.parquet atomically, once every row satisfies every invariant."""
-    validate(frame, VSTAR, vstar_invariants(estimator_of(provenance)), path)
-    write_table(frame, VSTAR, provenance, path)
-
-
-def read_vstar(path: Path) -> tuple[pl.DataFrame, Provenance]:
-    """Read vstar.parquet of any format version and check every invariant.
-
-    Raises DamagedFile if it cannot be read, UserError naming a broken rule and row.
-    """
-    provenance = read_provenance(path)
-    try:
-        frame = _with_later_columns(pl.read_parquet(path, glob=False))
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise _damaged(path, error) from error
-    validate(frame, VSTAR, vstar_invariants(estimator_of(provenance)), path)
-    return frame.select(VSTAR.names), provenance
-
-
-def scan_vstar(path: Path, columns: Sequence[str] = VSTAR.names) -> Iterator[pl.DataFrame]:
-    """The rows of vstar.parquet as `read_vstar` gives them, BATCH_ROWS at a time, in bounded memory.
-
-    With `columns`, which contain prompt_id, the others are not read, and rules that speak of others are not checked.
-    Rows that break a rule are not yielded; the error comes in the end, when they are counted. Raises what `read_vstar`
-    raises.
-    """
-    estimator = estimator_of(read_provenance(path))
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
-        table = _with_later_columns(pl.DataFrame(file.schema_arrow.empty_table()))
-        refuse_other_table(table.schema, file.metadata.num_rows, VSTAR, path)
-        appears_once = ~pl.col("prompt_id").is_in(_repeated_prompts(file, path).implode())
-        check: Check | None = None
-        for part in _parts(file, path, [name for name in columns if name in file.schema_arrow.names]):
-            rows = _with_later_columns(part).select(columns)
-            if check is None:
-                beta1 = pl.lit(rows["beta1"][0]) if "beta1" in columns else pl.col("beta1")
-                invariants = vstar_invariants(estimator, appears_once=appears_once, beta1=beta1)
-                check = Check(VSTAR, invariants, path, set(columns).issuperset)
-            if check.add(rows):
-                yield rows
-        if check is not None:
-            check.conclude()
-
-
-@contextmanager
-def vstar_writer(
-    path: Path, provenance: Provenance, *, changed: Collection[str]
-) -> Iterator[Callable[[pl.DataFrame], None]]:
-    """Write vstar.parquet a part at a time, atomically: the file is there when the context ends without an error.
-
-    Yields the function that writes a part: rows of `scan_vstar` that differ in the columns `changed` only. The rules
-    that speak of these are checked, all others have been. `path` may be the file that is being scanned.
-    """
-    check: Check | None = None
-    schema = VSTAR.with_metadata(provenance.metadata())
-    behind: list[Future[None]] = []
-
-    with (
-        atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
-        ThreadPoolExecutor(1) as thread,
-    ):
-
-        def write(rows: pl.DataFrame) -> None:
-            nonlocal check
-            if rows.is_empty():
-                return
-            if check is None:
-                invariants = vstar_invariants(estimator_of(provenance), beta1=pl.lit(rows["beta1"][0]))
-                check = Check(VSTAR, invariants, path, lambda names: not names.isdisjoint(changed))
-            check.add(rows)
-            table = rows.select(VSTAR.names).to_arrow(compat_level=_VIEWS).cast(schema)
-            while behind:
-                behind.pop().result()
-            behind.append(thread.submit(writer.write_table, table))
-
-        yield write
-        while behind:
-            behind.pop().result()
-        if check is not None:
-            check.conclude()
+_CONTRACTS = {estimator: _contract(*promise) for estimator, promise in VSTAR_RANGES.items()}
 
 
 def estimator_of(provenance: Provenance) -> str:
@@ -198,52 +102,34 @@ def estimator_of(provenance: Provenance) -> str:
     return str(provenance.context.get("estimator", "plugin"))
 
 
-def _with_later_columns(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame with missing values for the columns that its format version lacks."""
-    types = polars_schema(VSTAR)
-    return frame.with_columns(
-        pl.lit(None, types[field.name]).alias(field.name)
-        for field in VSTAR
-        if field.nullable and field.name not in frame.columns
-    )
+def known_estimator(name: str) -> str:
+    """The name, if there is such an estimator; else UserError."""
+    if name not in ESTIMATORS:
+        raise UserError(f"there is no estimator {name}; choose one of {', '.join(ESTIMATORS)}")
+    return name
 
 
-def _damaged(path: Path, error: Exception) -> DamagedFile:
-    return DamagedFile(
-        f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it anew with `python cli.py vstar`"
-    )
+def _contract_of(provenance: Provenance) -> Contract:
+    return _CONTRACTS[known_estimator(estimator_of(provenance))]
 
 
-def _parts(file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """The rows of an open file, BATCH_ROWS at a time; while one part is being used, the next is read."""
-    parts = map(pl.DataFrame, file.iter_batches(BATCH_ROWS, columns=list(columns)))
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, parts, None)
-        while True:
-            try:
-                part = ahead.result()
-            except (pa.ArrowException, OSError) as error:
-                raise _damaged(path, error) from error
-            if part is None:
-                return
-            ahead = thread.submit(next, parts, None)
-            yield part
+def write_vstar(frame: pl.DataFrame, provenance: Provenance, path: Path) -> None:
+    """Write vstar.parquet, see `Contract.write`."""
+    _contract_of(provenance).write(frame, provenance, path)
 
 
-def _repeated_prompts(file: pq.ParquetFile, path: Path) -> pl.Series:
-    """The prompt ids that appear more than once. Holds 8 bytes a prompt: ids are compared where their hashes agree."""
-    hashes_P = np.empty(file.metadata.num_rows, dtype=np.uint64)
-    filled = 0
-    for part in _parts(file, path, ["prompt_id"]):
-        hashes_P[filled : filled + part.height] = part["prompt_id"].hash().to_numpy()
-        filled += part.height
-    hashes_P.sort()
-    twice = pl.Series(np.unique(hashes_P[1:][hashes_P[1:] == hashes_P[:-1]]))
-    if twice.is_empty():
-        return twice.cast(pl.String)
-    suspects = [
-        part["prompt_id"].filter(part["prompt_id"].hash().is_in(twice.implode()))
-        for part in _parts(file, path, ["prompt_id"])
-    ]
-    ids = pl.concat(suspects)
-    return ids.filter(ids.is_duplicated()).unique()
+def read_vstar(path: Path) -> tuple[pl.DataFrame, Provenance]:
+    """Read vstar.parquet of any format version, see `Contract.read`."""
+    return _contract_of(read_provenance(path)).read(path)
+
+
+def scan_vstar(path: Path, columns: Sequence[str] = VSTAR.names) -> Iterator[pl.DataFrame]:
+    """The rows of vstar.parquet as `read_vstar` gives them, in bounded memory, see `Contract.scan`."""
+    return _contract_of(read_provenance(path)).scan(path, columns)
+
+
+def vstar_writer(
+    path: Path, provenance: Provenance, *, changed: Collection[str]
+) -> AbstractContextManager[Callable[[pl.DataFrame], None]]:
+    """Write vstar.parquet a part at a time, see `Contract.writer`."""
+    return _contract_of(provenance).writer(path, provenance, changed=changed)

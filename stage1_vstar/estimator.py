@@ -6,18 +6,16 @@ Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _R pro
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.beta_binomial import BetaPrior, fit_prior, posterior_vstar
 from common.errors import UserError
-from common.value import Estimate, Floats, estimate_vstar
-
-ESTIMATORS: tuple[str, ...] = ("plugin", "jackknife", "beta_binomial")
+from common.value import Counts, Estimate, Floats, Ragged, estimate_vstar
+from common.vstar_file import known_estimator
 
 
 def estimate(
     rewards_S: Floats,
-    counts_P: NDArray[np.int64],
+    counts_P: Counts,
     beta1: float,
     *,
     estimator: str = "plugin",
@@ -30,16 +28,14 @@ def estimate(
     estimator is not for.
     """
     assert prior is None or estimator == "beta_binomial", f"{estimator} knows no prior"
-    if estimator == "plugin":
+    if known_estimator(estimator) == "plugin":
         return estimate_vstar(rewards_S, counts_P, beta1)
     if estimator == "jackknife":
         return _jackknife(rewards_S, counts_P, beta1)
-    if estimator == "beta_binomial":
-        return _beta_binomial(rewards_S, counts_P, beta1, prior)
-    raise UserError(f"there is no estimator {estimator}; choose one of {', '.join(ESTIMATORS)}")
+    return _beta_binomial(rewards_S, counts_P, beta1, prior)
 
 
-def _jackknife(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float) -> Estimate:
+def _jackknife(rewards_S: Floats, counts_P: Counts, beta1: float) -> Estimate:
     """N V̂* − (N − 1) · mean of the V̂* that leave one sample out (Quenouille), with Tukey's standard error.
 
     It takes the bias of order 1/N off the plug-in. Never below the plug-in, since the logarithm is concave; above
@@ -52,22 +48,22 @@ def _jackknife(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float) -> 
     if beta1 == 0 or np.isinf(beta1) or not several_P.any():
         return plugin
     rewards_S, counts_R = rewards_S[np.repeat(several_P, counts_P)], counts_P[several_P]
-    starts_R = np.concatenate([[0], np.cumsum(counts_R)[:-1]])
-    best_R = np.maximum.reduceat(rewards_S, starts_R)
-    gaps_S = rewards_S - np.repeat(best_R, counts_R)
+    samples = Ragged(counts_R)
+    best_R = samples.max(rewards_S)
+    gaps_S = rewards_S - samples.repeat(best_R)
     with np.errstate(over="ignore"):
         excess_S = np.expm1(gaps_S / beta1)
-    others_S = np.repeat(np.add.reduceat(excess_S, starts_R), counts_R) - excess_S
+    others_S = samples.repeat(samples.sum(excess_S)) - excess_S
     # Without the best sample the next best leads the sum: these terms are computed anew, the others by subtraction.
     leaders = np.flatnonzero(gaps_S == 0)
-    leader_R = leaders[np.searchsorted(leaders, starts_R)]
+    leader_R = leaders[np.searchsorted(leaders, samples.starts_P)]
     others_S[leader_R] = 0.0
-    left_out_S = beta1 * np.log1p(others_S / np.repeat(counts_R - 1.0, counts_R))
+    left_out_S = beta1 * np.log1p(others_S / samples.repeat(counts_R - 1.0))
     left_out_S[leader_R] = estimate_vstar(np.delete(gaps_S, leader_R), counts_R - 1, beta1).vstar_P
 
     whole_R = plugin.vstar_P[several_P]
-    mean_R = np.add.reduceat(left_out_S, starts_R) / counts_R
-    squares_R = np.add.reduceat((left_out_S - np.repeat(mean_R, counts_R)) ** 2, starts_R)
+    mean_R = samples.mean(left_out_S)
+    squares_R = samples.sum((left_out_S - samples.repeat(mean_R)) ** 2)
     corrected_R = whole_R + (counts_R - 1) * (whole_R - best_R - mean_R)
     vstar_P, se_P = plugin.vstar_P.copy(), plugin.se_P.copy()
     vstar_P[several_P] = np.clip(corrected_R, whole_R, best_R)
@@ -75,9 +71,7 @@ def _jackknife(rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float) -> 
     return Estimate(vstar_P=vstar_P, se_P=se_P)
 
 
-def _beta_binomial(
-    rewards_S: Floats, counts_P: NDArray[np.int64], beta1: float, prior: BetaPrior | None
-) -> Estimate:
+def _beta_binomial(rewards_S: Floats, counts_P: Counts, beta1: float, prior: BetaPrior | None) -> Estimate:
     """The posterior mean and standard deviation of V*, see `posterior_vstar`; strictly between 0 and 1."""
     graded_S = rewards_S[(rewards_S != 0) & (rewards_S != 1)]
     if len(graded_S):
@@ -85,8 +79,7 @@ def _beta_binomial(
             f"the beta_binomial estimator needs rewards of 0 and 1, found {graded_S[0]:g}; "
             "use the plugin or the jackknife estimator"
         )
-    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
-    successes_P = np.add.reduceat(rewards_S, starts_P).astype(np.int64)
+    successes_P = Ragged(counts_P).sum(rewards_S).astype(np.int64)
     base = int(counts_P.max()) + 1
     pairs_G, group_P, weights_G = np.unique(
         counts_P * base + successes_P, return_inverse=True, return_counts=True

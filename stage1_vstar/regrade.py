@@ -1,7 +1,6 @@
 """Another grader over cached completions: new grades beside the old ones, and what that changes."""
 
 import json
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig
-from common.contract import write_table
+from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
 from common.grading import GraderPool, Outcome, fingerprint
-from common.provenance import ACCEPTED, Allowance, Provenance, read_provenance
+from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.sampling.generate import write_graded
 from common.sampling.grader_check import GraderCheck
@@ -27,7 +26,7 @@ from common.vstar_file import VSTAR, read_vstar, write_vstar
 from stage1_vstar.table import vstar_rows
 
 SHOWN_PROMPTS = 5
-CHANGES = pa.schema(
+_CHANGES = pa.schema(
     [
         VSTAR.field("prompt_id"),
         VSTAR.field("prompt"),
@@ -40,7 +39,16 @@ CHANGES = pa.schema(
         pa.field("delta_vstar", pa.float64(), nullable=False),
     ]
 )
-"""changes.parquet: a row a prompt with any other outcome or reward, the largest |ΔV̂*| first."""
+
+CHANGES = Contract(
+    schema=_CHANGES,
+    invariants={"a prompt appears once": Unique(["prompt_id"])},
+    version=SCHEMA_VERSION,
+    migrations=MIGRATIONS,
+    remedy="python cli.py regrade",
+    may_be_empty=True,
+)
+"""changes.parquet: one row per prompt with any other outcome or reward, the largest |ΔV̂*| first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,15 +116,14 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
         changes = changed_prompts(old, new)
         before = "; ".join(accepted) or provenance.identity["grader"]
         summary = summarise(old, new, changes, before=before, after=grader)
-        folder = regraded_folder(paths, grader)
-        regraded = regraded_provenance(provenance, grader)
-        write_vstar(new, regraded, folder / "vstar.parquet")
-        write_table(changes, CHANGES, regraded, folder / "changes.parquet")
-        write_text(folder / "summary.json", summary.to_json() + "\n")
+        regraded, made_of = paths.regraded_by(grader), regraded_provenance(provenance, grader)
+        write_vstar(new, made_of, regraded.vstar)
+        CHANGES.write(changes, made_of, regraded.changes)
+        write_text(regraded.summary, summary.to_json() + "\n")
     if as_json:
         print(summary.to_json())
     else:
-        show(summary, changes, folder, console)
+        show(summary, changes, regraded.root, console)
 
 
 def open_store(paths: RunPaths, grader: str) -> SampleStore:
@@ -128,11 +135,6 @@ def open_store(paths: RunPaths, grader: str) -> SampleStore:
     found = read_provenance(files[0])
     ours = replace(found, identity={**found.identity, "grader": grader})
     return SampleStore(paths.samples, ours, Allowance([name for name in ours.identity if name != "grader"]))
-
-
-def regraded_folder(paths: RunPaths, grader: str) -> Path:
-    """artifacts/<run>/regraded/<grader>."""
-    return paths.root / "regraded" / re.sub(r"[^A-Za-z0-9.]+", "-", grader)
 
 
 def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
@@ -194,7 +196,7 @@ def changed_prompts(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
         both.filter(differs)
         .with_columns(delta)
         .sort(pl.col("delta_vstar").abs(), descending=True, maintain_order=True)
-        .select(CHANGES.names)
+        .select(_CHANGES.names)
     )
 
 

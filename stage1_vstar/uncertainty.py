@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from common.value import Floats, reward_range
-
-Counts = NDArray[np.int64]
+from common.value import Counts, Floats, Ragged, reward_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +59,17 @@ def interval(
     a solved prompt.
     """
     bottom, top = limits or reward_range(rewards_S)
-    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
+    samples = Ragged(counts_P)
     if beta1 == 0:
-        best_P = np.maximum.reduceat(rewards_S, starts_P)
+        best_P = samples.max(rewards_S)
         return Interval(low_P=best_P, high_P=np.full(len(best_P), top))
     at_top_S = rewards_S == top
-    successes_P = np.add.reduceat(at_top_S.astype(np.int64), starts_P)
+    successes_P = samples.sum(at_top_S.astype(np.int64))
     low_P, high_P = binomial_interval(successes_P, counts_P, level)
     low_P, high_P = (two_valued_vstar(rate_P, beta1, bottom, top) for rate_P in (low_P, high_P))
-    graded_P = np.logical_or.reduceat(~at_top_S & (rewards_S != bottom), starts_P)
+    graded_P = samples.any(~at_top_S & (rewards_S != bottom))
     if graded_P.any():
-        graded_S = np.repeat(graded_P, counts_P)
+        graded_S = samples.repeat(graded_P)
         low_P[graded_P], high_P[graded_P] = _bounded_interval(
             rewards_S[graded_S], counts_P[graded_P], beta1, level, bottom, top
         )
@@ -108,14 +106,14 @@ def _bounded_interval(
     """
     from scipy.special import betaincinv
 
-    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
-    best_P = np.maximum.reduceat(rewards_S, starts_P)
+    samples = Ragged(counts_P)
+    best_P = samples.max(rewards_S)
 
     def bound(top_P: Floats, half_at_top: float, quantile: float) -> Floats:
-        share_S = _share(rewards_S, np.repeat(top_P, counts_P), beta1, bottom)
+        share_S = _share(rewards_S, samples.repeat(top_P), beta1, bottom)
         weight_P = counts_P + 0.5
-        mean_P = (np.add.reduceat(share_S, starts_P) + half_at_top) / weight_P
-        square_P = (np.add.reduceat(share_S**2, starts_P) + half_at_top) / weight_P
+        mean_P = (samples.sum(share_S) + half_at_top) / weight_P
+        square_P = (samples.sum(share_S**2) + half_at_top) / weight_P
         with np.errstate(divide="ignore", invalid="ignore"):
             precision_P = mean_P * (1 - mean_P) * (weight_P + 1) / (square_P - mean_P**2) - 1
             rate_P = betaincinv(mean_P * precision_P, (1 - mean_P) * precision_P, quantile)

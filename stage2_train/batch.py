@@ -1,37 +1,41 @@
-"""Rollouts as tensors: sorted by length, cut into micro-batches under a token budget, padded on the right.
+"""Completions as tensors: the tokens, padded in micro-batches, and what is known of each completion and each token.
 
-Right padding needs no attention mask: a causal model's real tokens never see the padding that follows them.
+Tokens are sorted by length, cut into micro-batches under a token budget and padded on the right. Right padding needs no
+attention mask: a causal model's real tokens never see the padding that follows them.
 
-Shapes: _B sequence, _T position (prompt and completion, padded), _K completion token of the micro-batch.
+Shapes: _B sequence (a prompt with a completion), _G group (the completions of one prompt), _T position (prompt and
+completion, padded), _K completion token (all sequences', one after the other).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from common.rollout import Rollout
 
+ABSENT: Any = None
+"""A column that the objective did not ask for."""
 TOKENS_A_BATCH = 512
-"""What a forward and backward pass costs however small it is, in tokens: weights are read, gradients written."""
+"""What a forward and backward pass costs however few tokens it has, in tokens: weights are read, gradients written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSequence:
-    """A prompt with its completion, and where it stands in the step's rollouts."""
+    """A prompt with its completion; `row` is its place in the `Batch` that it belongs to."""
 
-    place: int
+    row: int
     prompt_token_ids: tuple[int, ...]
     completion_token_ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, place: int, rollout: Rollout) -> Self:
+    def of(cls, row: int, rollout: Rollout) -> Self:
         """The tokens of a rollout."""
         return cls(
-            place=place,
+            row=row,
             prompt_token_ids=tuple(rollout.prompt.token_ids),
             completion_token_ids=rollout.completion.token_ids,
         )
@@ -42,79 +46,196 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """The tokens of some sequences, and which of them are completion tokens."""
+    """A micro-batch: the tokens of some sequences, and which of them are completion tokens."""
 
-    places: tuple[int, ...]
+    rows: tuple[int, ...]
     input_ids_BT: Tensor
     is_completion_BT: Tensor
     """Marks the positions that hold a completion token."""
 
     @property
     def sequence_of_K(self) -> Tensor:
-        """The row of each completion token."""
+        """The sequence of each completion token, counted within this micro-batch."""
         return self.is_completion_BT.nonzero()[:, 0]
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """The same batch on another device."""
+        """The same micro-batch on another device."""
         return TokenBatch(
-            places=self.places,
+            rows=self.rows,
             input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
             is_completion_BT=self.is_completion_BT.to(device, non_blocking=True),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """What an objective needs of a slice of a step besides the policy's log-probs."""
+class Totals:
+    """What an optimizer step is made of, over all its slices and all ranks: what a slice's loss is divided by."""
 
-    sequence_of_K: Tensor
-    reference_logprobs_K: Tensor
-    advantages_B: Tensor
-    step_sequences: int
-    """The number of sequences in the whole optimizer step, over all slices and ranks."""
+    sequences: int
+    groups: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What an objective knows of some completions besides the policy's log-probs; the columns are those that it needs.
+
+    A prompt's completions stand together. All of them are judged: what the grader failed on is not here.
+    """
+
+    group_of_B: Tensor
+    """Which completions belong to one prompt: numbers from 0 on, in no particular order."""
+    lengths_B: Tensor
+    """Completion tokens."""
+    rewards_B: Tensor
+    totals: Totals
+    vstar_B: Tensor = ABSENT
+    """V̂* of the prompt, from stage 1."""
+    quantile_B: Tensor = ABSENT
+    """The share of the prompt's rewards in stage 1 that are no greater than the completion's."""
+    expected_B: Tensor = ABSENT
+    """The reward that the objective's memory of the prompt lets expect."""
+    rewards_K: Tensor = ABSENT
+    """The reward that falls to each token: that of a step at the step's last one, any other at the completion's."""
+    reference_K: Tensor = ABSENT
+    """ln π_ref."""
+    old_K: Tensor = ABSENT
+    """ln π before the iteration's first step."""
+    values_K: Tensor = ABSENT
+    """The critic's value of the state before each token."""
+    sampled_K: Tensor = ABSENT
+    """The engine's own log-probs, nan where it was not asked for them."""
+    advantages_B: Tensor = ABSENT
+    advantages_K: Tensor = ABSENT
+    returns_K: Tensor = ABSENT
+    """Credit: what an objective's `credit` adds."""
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values
+    """Adds up tensors of one shape; a collective operation, for `credit`."""
+
+    def __len__(self) -> int:
+        return len(self.lengths_B)
+
+    @property
+    def sequence_of_K(self) -> Tensor:
+        """The row of each token."""
+        rows_B = torch.arange(len(self), device=self.lengths_B.device)
+        return rows_B.repeat_interleave(self.lengths_B)
+
+    @property
+    def groups(self) -> int:
+        """The number of groups."""
+        return int(self.group_of_B.max()) + 1 if len(self) else 0
 
     def sum_by_sequence(self, values_K: Tensor) -> Tensor:
-        """Add up each sequence's completion tokens, shape (B,)."""
-        return sum_by_sequence(values_K, self.sequence_of_K, len(self.advantages_B))
+        """Add up each sequence's tokens, shape (B,)."""
+        return sum_by(values_K, self.sequence_of_K, len(self))
+
+    def mean_by_sequence(self, values_K: Tensor) -> Tensor:
+        """The mean over each sequence's tokens, shape (B,); 0 for a sequence without one."""
+        return self.sum_by_sequence(values_K) / self.lengths_B.clamp(min=1)
+
+    def sum_by_group(self, values_B: Tensor) -> Tensor:
+        """Add up each group's sequences, shape (G,)."""
+        return sum_by(values_B, self.group_of_B, self.groups)
+
+    @property
+    def sizes_G(self) -> Tensor:
+        """How many sequences each group has."""
+        return self.sum_by_group(torch.ones_like(self.rewards_B))
+
+    @property
+    def group_size_B(self) -> Tensor:
+        """How many sequences the group of each has."""
+        return self.sizes_G[self.group_of_B]
+
+    def mean_by_group(self, values_B: Tensor) -> Tensor:
+        """The mean over the group of each sequence, shape (B,)."""
+        return self.sum_by_group(values_B)[self.group_of_B] / self.group_size_B
+
+    def mean_of_others(self, values_B: Tensor) -> Tensor:
+        """The mean over the other sequences of the group, shape (B,), for groups of two or more."""
+        others_B = self.group_size_B - 1
+        return (self.sum_by_group(values_B)[self.group_of_B] - values_B) / others_B
+
+    def before_update(self, logprobs_K: Tensor) -> Tensor:
+        """ln π before the iteration's first step: the policy's own, where that is the only step."""
+        return logprobs_K.detach() if self.old_K is ABSENT else self.old_K
+
+    def with_columns(self, **columns: Tensor) -> "Batch":
+        """The same completions with these columns."""
+        return replace(self, **columns)  # type: ignore[arg-type]
+
+    def at(self, rows: Sequence[int], totals: Totals) -> "Batch":
+        """Some of the sequences in that order, with the totals of the step that they are a part of."""
+        rows_B = torch.tensor(rows, dtype=torch.long, device=self.lengths_B.device)
+        places_K = self.places_of(rows_B)
+        taken = {}
+        for field in fields(self):
+            column = getattr(self, field.name)
+            if isinstance(column, Tensor):
+                taken[field.name] = column[places_K if field.name.endswith("_K") else rows_B]
+        taken["group_of_B"] = taken["group_of_B"].unique(return_inverse=True)[1]
+        return replace(self, totals=totals, **taken)  # type: ignore[arg-type]
+
+    def places_of(self, rows_B: Tensor) -> Tensor:
+        """Where the tokens of these sequences stand among all tokens, sequence after sequence."""
+        starts_B = self.lengths_B.cumsum(0) - self.lengths_B
+        lengths_B = self.lengths_B[rows_B]
+        ends_B = lengths_B.cumsum(0)
+        places_K = torch.arange(int(ends_B[-1]) if len(ends_B) else 0, device=rows_B.device)
+        return places_K + (starts_B[rows_B] - ends_B + lengths_B).repeat_interleave(lengths_B)
 
 
-def sum_by_sequence(values_K: Tensor, sequence_of_K: Tensor, sequences: int) -> Tensor:
-    """Add up the values of each sequence, shape (B,)."""
-    return values_K.new_zeros(sequences).index_add(0, sequence_of_K, values_K)
+def sum_by(values: Tensor, part_of: Tensor, parts: int) -> Tensor:
+    """Add up the values of each part, one after the other, shape (parts,)."""
+    return values.new_zeros(parts).index_add(0, part_of, values)
 
 
 def token_batches(
-    sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_token_id: int
+    units: Sequence[Sequence[TokenSequence]], tokens_per_batch: int, pad_token_id: int
 ) -> Iterator[TokenBatch]:
-    """Cut sequences into batches of similar length, each at most `tokens_per_batch` padded tokens.
+    """Cut units of sequences into micro-batches of similar length, each at most `tokens_per_batch` padded tokens.
 
-    Of all such cuts of the sequences sorted by length, the one that costs least: a batch costs its padded tokens, and
-    as much as `TOKENS_A_BATCH` more for being one. A single sequence that is longer than allowed makes one alone.
+    A unit stays together: one sequence, or a group of them. Of all such cuts of the units sorted by their longest
+    sequence, the one that costs least: a micro-batch costs its padded tokens, and as much as `TOKENS_A_BATCH` more for
+    being one. A single unit that is larger than allowed makes one alone.
     """
-    rows = sorted(sequences, key=len, reverse=True)
-    costs, starts = [0], [0]  # of the best cut of the first so many rows, and where its last batch starts
-    for end in range(1, len(rows) + 1):
-        best = (costs[end - 1] + len(rows[end - 1]) + TOKENS_A_BATCH, end - 1)
+    ordered = sorted(units, key=_longest, reverse=True)
+    costs, starts = (
+        [0],
+        [0],
+    )  # of the best cut of the first so many units, and where its last micro-batch starts
+    for end in range(1, len(ordered) + 1):
+        rows = len(ordered[end - 1])
+        best = (costs[end - 1] + rows * _longest(ordered[end - 1]) + TOKENS_A_BATCH, end - 1)
         for start in range(end - 2, -1, -1):
-            padded = (end - start) * len(rows[start])
+            rows += len(ordered[start])
+            padded = rows * _longest(ordered[start])
             if padded > tokens_per_batch:
                 break
             best = min(best, (costs[start] + padded + TOKENS_A_BATCH, start))
         costs.append(best[0])
         starts.append(best[1])
-    ends = [len(rows)]
+    ends = [len(ordered)]
     while ends[-1] > 0:
         ends.append(starts[ends[-1]])
     for start, end in pairwise(reversed(ends)):
-        yield _pad(rows[start:end], pad_token_id)
+        yield _pad([sequence for unit in ordered[start:end] for sequence in unit], pad_token_id)
 
 
-def _pad(rows: Sequence[TokenSequence], pad_token_id: int) -> TokenBatch:
-    input_ids_BT = torch.full((len(rows), len(rows[0])), pad_token_id)
+def _longest(unit: Sequence[TokenSequence]) -> int:
+    return max(map(len, unit))
+
+
+def _pad(sequences: Sequence[TokenSequence], pad_token_id: int) -> TokenBatch:
+    input_ids_BT = torch.full((len(sequences), max(map(len, sequences))), pad_token_id)
     is_completion_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        input_ids_BT[number, : len(row)] = torch.tensor(row.prompt_token_ids + row.completion_token_ids)
-        is_completion_BT[number, len(row.prompt_token_ids) : len(row)] = True
+    for number, sequence in enumerate(sequences):
+        tokens = torch.tensor(sequence.prompt_token_ids + sequence.completion_token_ids)
+        input_ids_BT[number, : len(sequence)] = tokens
+        is_completion_BT[number, len(sequence.prompt_token_ids) : len(sequence)] = True
     return TokenBatch(
-        places=tuple(row.place for row in rows), input_ids_BT=input_ids_BT, is_completion_BT=is_completion_BT
+        rows=tuple(sequence.row for sequence in sequences),
+        input_ids_BT=input_ids_BT,
+        is_completion_BT=is_completion_BT,
     )

@@ -1,9 +1,11 @@
 """Checkpoints on disk: whole or absent, verified before they are used; the newest few and the best are kept.
 
     checkpoints/iteration-000050/
-      state/          what DeepSpeed saves: weights, optimizer and schedule
+      state/          what DeepSpeed saves of the policy: weights, optimizer and schedule
+      critic/         the same of the critic, where the objective trains one
       state.json      the iteration, what the run depends on, the number of processes, the held-out accuracy
       rollouts.json   the batches drawn ahead for the iterations to come, where train.staleness is not 0
+      memory.json     what the objective remembers of each prompt, where it does
       manifest.json   the SHA-256 of each of these files
     checkpoints/damaged/   those whose files were not what their manifest says
 
@@ -13,17 +15,30 @@ Data order, rollout seeds and random states are functions of the config's seed a
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
 from common.files import file_digest, sync
+from stage2_train.ranks import Ranks
 
+if TYPE_CHECKING:
+    from stage2_train.learner import Learner
+
+POLICY = "state"
+CRITIC = "critic"
+"""The names of the parts that are trained, and their folders in a checkpoint."""
 STATE = "state.json"
 ROLLOUTS = "rollouts.json"
+MEMORY = "memory.json"
 MANIFEST = "manifest.json"
 HASHING_THREADS = 8
+PROBE_BYTES = 2**20
+"""Written after a failure to write, to see whether the disk is full."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -46,27 +61,89 @@ def latest_state(folder: Path) -> dict[str, Any]:
     return read_state(found[-1]) if found else {}
 
 
-def unfinished(folder: Path, iteration: int) -> Path:
-    """An empty folder to write a checkpoint's files to; `finish` gives it its final name."""
+def write(
+    folder: Path,
+    state: dict[str, Any],
+    parts: "Mapping[str, Learner]",
+    ranks: Ranks,
+    *,
+    keep: int,
+    rollouts: Sequence[Sequence[dict[str, Any]]] = (),
+    memory: Any = None,
+) -> None:
+    """Write folder/iteration-<n>, whole or not at all, and drop all but the newest `keep` and the best.
+
+    A collective operation; `state`, `rollouts` and `memory` are the main rank's. Raises UserError for a full disk.
+    """
+    temporary = ranks.from_main(_unfinished(folder, state["iteration"]) if ranks.is_main else folder)
+    with writing_to(temporary, ranks):
+        for name, learner in parts.items():
+            learner.save(temporary, name)
+        ranks.wait()
+        if ranks.is_main:
+            for file, document in ((ROLLOUTS, rollouts), (MEMORY, memory)):
+                if document:
+                    (temporary / file).write_text(json.dumps(document), encoding="ascii")
+            _finish(temporary, state, keep)
+    ranks.wait()
+
+
+def load(checkpoint: Path, parts: "Mapping[str, Learner]") -> None:
+    """Take over what `write` was given of each part; a collective operation."""
+    for name, learner in parts.items():
+        learner.load(checkpoint, name)
+
+
+@contextmanager
+def writing_to(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Raise UserError where writing fails because nothing more can be written to the folder.
+
+    torch and safetensors report a full disk without its number: whether it was one shows in writing a little more.
+    """
+    try:
+        yield
+    except Exception as error:
+        probe = folder / "probe"
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        except OSError as cause:
+            message = (
+                f"cannot write {folder}: {cause.strerror}; the checkpoints made before are whole. Make room and "
+                "start the same command again: it continues from the last of them"
+            )
+            if not ranks.is_main:  # whose message nobody would see
+                print(f"rank {ranks.rank}: {message}", file=sys.stderr)
+            raise UserError(message) from error
+        finally:
+            probe.unlink(missing_ok=True)
+        raise
+
+
+def read_rollouts(checkpoint: Path) -> list[list[dict[str, Any]]]:
+    """The batches that were waiting for their iteration, each in order of its places."""
+    batches: list[list[dict[str, Any]]] = _read(checkpoint / ROLLOUTS) or []
+    return batches
+
+
+def read_memory(checkpoint: Path) -> Any:
+    """What the objective remembered of each prompt; None if it remembers nothing."""
+    return _read(checkpoint / MEMORY)
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_bytes()) if file.exists() else None
+
+
+def _unfinished(folder: Path, iteration: int) -> Path:
+    """An empty folder to write a checkpoint's files to; `_finish` gives it its final name."""
     temporary = folder / f".iteration-{iteration:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
 
 
-def read_rollouts(checkpoint: Path) -> list[list[dict[str, Any]]]:
-    """The batches that were waiting for their iteration, each in order of its places."""
-    file = checkpoint / ROLLOUTS
-    batches: list[list[dict[str, Any]]] = json.loads(file.read_bytes()) if file.exists() else []
-    return batches
-
-
-def finish(
-    temporary: Path, state: dict[str, Any], keep: int, rollouts: Sequence[Sequence[dict[str, Any]]] = ()
-) -> None:
+def _finish(temporary: Path, state: dict[str, Any], keep: int) -> None:
     """Seal what was written to `temporary` and give it its final name; drop all but `keep` and the best."""
-    if rollouts:
-        (temporary / ROLLOUTS).write_text(json.dumps(rollouts), encoding="ascii")
     (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=2), encoding="utf-8")
     for path in (*temporary.rglob("*"), temporary):

@@ -7,13 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from common.config import RunConfig, Section, read_config
-
-
-class AStarPOConfig(Section):
-    """A*-PO: the regression's temperature β2."""
-
-    name: Literal["astar_po"] = "astar_po"
-    beta2: Annotated[float, Field(gt=0)] = 1e-3
+from stage2_train.objectives import AStarPO, ObjectiveConfig
+from stage2_train.objectives.protocol import STAGE1_COLUMNS, Column
 
 
 class LoraConfig(Section):
@@ -29,12 +24,12 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """Stage 2. The defaults are the paper's (Appendix A.5)."""
 
-    objective: AStarPOConfig = AStarPOConfig()
+    objective: ObjectiveConfig = AStarPO()
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     batch_size: Annotated[int, Field(ge=1)] = 256
-    """Prompts an iteration, one completion each."""
+    """Prompts per iteration, each with `objective.group_size` completions."""
     mini_batch_size: Annotated[int, Field(ge=1)] = 128
-    """Completions an optimizer step."""
+    """Prompts per optimizer step, with all of their completions: a group is never split."""
     staleness: Annotated[int, Field(ge=0)] = 0
     """Iterations by which the weights behind completions may lag, which are then drawn during training."""
     epochs: Annotated[int, Field(ge=1)] = 25
@@ -71,6 +66,34 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _completions_are_of_the_weights_that_the_objective_is_for(self) -> "TrainConfig":
+        if self.staleness and not self.objective.allows_staleness:
+            raise ValueError(
+                f"staleness {self.staleness} draws completions from older weights, which the objective "
+                f"{self.objective.name} is not for; set it to 0"
+            )
+        return self
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps on one batch."""
+        return self.objective.passes * (self.batch_size // self.mini_batch_size)
+
+    def iterations_over(self, prompts: int) -> int:
+        """Batches until each of so many prompts has been seen `epochs` times, or the configured number."""
+        return self.iterations or max(1, self.epochs * prompts // self.batch_size)
+
+    @property
+    def columns(self) -> frozenset[Column]:
+        """What the objective needs to know of completions."""
+        return self.objective.needs(self.steps_per_iteration)
+
+    @property
+    def reads_stage1(self) -> bool:
+        """Whether the objective needs stage 1's file."""
+        return not self.columns.isdisjoint(STAGE1_COLUMNS)
+
+    @model_validator(mode="after")
     def _there_is_something_to_offload(self) -> "TrainConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError(
@@ -80,6 +103,11 @@ class TrainConfig(Section):
             raise ValueError(
                 "offload_reference has nothing to move under lora, whose reference is the policy without its "
                 "adapter; leave one of them out"
+            )
+        if self.offload_reference and "reference" not in self.columns:
+            raise ValueError(
+                f"offload_reference has nothing to move: the objective {self.objective.name} has no reference; "
+                "leave it out"
             )
         return self
 

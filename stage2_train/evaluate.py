@@ -21,10 +21,10 @@ from common.grading import GraderPool, Outcome
 from common.model_files import reference_model, resolve_model
 from common.rollout import Prompt, Rollout
 from common.seeds import derive_seed
-from stage2_train.batch import TokenSequence, sum_by_sequence, token_batches
+from stage2_train.batch import TokenSequence, sum_by, token_batches
 from stage2_train.config import Config
 from stage2_train.logprobs import load_model, token_logprobs
-from stage2_train.rollouts import collect_rollouts
+from stage2_train.sources.rollouts import collect_rollouts
 
 BOOTSTRAP_RESAMPLES = 2000
 
@@ -102,7 +102,7 @@ def sample_both_ways(
             sampled,
             seed=seed,
             places=places,
-            samples_per_prompt=config.evaluate.num_samples,
+            group_size=config.evaluate.num_samples,
         ),
     )
 
@@ -112,12 +112,12 @@ def summarise(
 ) -> tuple[dict[str, Any], list[Rollout]]:
     """The figures that need no model, and the sampled rollouts that KL is measured on."""
     count = config.evaluate.num_samples
-    solved_PN = np.array([_is_solved(rollout) for rollout in sampled]).reshape(-1, count)
+    solved_PN = np.array([rollout.is_solved for rollout in sampled]).reshape(-1, count)
     return {
         "model": str(folder),
         "prompts": len(solved_PN),
         "samples_per_prompt": count,
-        "greedy_accuracy": float(np.mean([_is_solved(rollout) for rollout in greedy])),
+        "greedy_accuracy": float(np.mean([rollout.is_solved for rollout in greedy])),
         "pass_at_1": float(solved_PN.mean()),
         "pass_at_1_interval_95": bootstrap_interval(solved_PN.mean(axis=1), seed=config.seed),
         "pass_at_k": {str(k): pass_at_k(solved_PN.sum(axis=1), count, k) for k in _powers_of_two(count)},
@@ -129,10 +129,6 @@ def summarise(
             if (number := sum(rollout.grade.outcome == outcome for rollout in sampled))
         },
     }, sampled
-
-
-def _is_solved(rollout: Rollout) -> bool:
-    return rollout.grade.outcome == Outcome.CORRECT
 
 
 def _powers_of_two(most: int) -> list[int]:
@@ -165,7 +161,7 @@ def kl_to_reference(
     rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config
 ) -> dict[str, float]:
     """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error (over prompts), a token's share."""
-    sequences = [TokenSequence.of(place, rollout) for place, rollout in enumerate(rollouts)]
+    sequences = [TokenSequence.of(row, rollout) for row, rollout in enumerate(rollouts)]
     ours = sequence_logprobs(sequences, model, config)
     theirs = sequence_logprobs(sequences, reference, config)
     log_ratio = ours - theirs
@@ -188,12 +184,12 @@ def sequence_logprobs(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = load_model(folder, config).to(device).eval()
     result = np.empty(len(sequences))
-    for batch in token_batches(sequences, config.train.tokens_per_micro_batch, pad_token_id=0):
+    for batch in token_batches(
+        [[sequence] for sequence in sequences], config.train.tokens_per_micro_batch, pad_token_id=0
+    ):
         tokens = batch.to(device)
         logprobs_K = token_logprobs(module, tokens).logprobs_K
-        result[list(batch.places)] = (
-            sum_by_sequence(logprobs_K, tokens.sequence_of_K, len(batch.places)).cpu().numpy()
-        )
+        result[list(batch.rows)] = sum_by(logprobs_K, tokens.sequence_of_K, len(batch.rows)).cpu().numpy()
     return result
 
 

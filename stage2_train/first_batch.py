@@ -22,10 +22,10 @@ from math import comb
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from common.beta_binomial import fit_prior_to_rewards
-from common.value import Floats, reward_range
+from common.value import Counts, Floats, Ragged, reward_range
+from stage2_train.config import TrainConfig
 
 LEVEL = 0.95
 """Of the intervals that are shown."""
@@ -105,6 +105,13 @@ class FirstBatch:
         )
 
 
+def expected_first_batch(rows: pl.DataFrame, train: TrainConfig) -> FirstBatch | None:
+    """`first_batch` of a run, where its loss is (r − V̂*)² at first and each completion is of another prompt."""
+    if "vstar" not in train.columns or train.objective.group_size > 1:
+        return None
+    return first_batch(rows, train.batch_size)
+
+
 def first_batch(rows: pl.DataFrame, batch_size: int) -> FirstBatch | None:
     """What the rows of vstar.parquet say of a batch of `batch_size` kept prompts with a fresh completion each.
 
@@ -132,7 +139,7 @@ def first_batch(rows: pl.DataFrame, batch_size: int) -> FirstBatch | None:
 def batch_mean(
     moments_KP: Floats,
     correlation_P: Floats,
-    counts_P: NDArray[np.int64],
+    counts_P: Counts,
     batch_size: int,
     lowest: float,
     highest: float,
@@ -179,15 +186,14 @@ def batch_mean(
     )
 
 
-def further_rewards(rewards_S: Floats, counts_P: NDArray[np.int64]) -> tuple[Floats, Floats]:
+def further_rewards(rewards_S: Floats, counts_P: Counts) -> tuple[Floats, Floats]:
     """What the rewards of all prompts tell of further ones of each: E[rᵏ], k = 0 … 6, and their correlation.
 
     Two further rewards of a prompt are drawn from the same unknown distribution, which correlates them. The loss has
     the same correlation where the reward is 0 or 1, and it is taken for any.
     """
-    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
-    powers_K = np.arange(7)[:, None]
-    own_KP = np.stack([np.add.reduceat(rewards_S**power, starts_P) for power in range(7)]) / counts_P
+    samples, powers_K = Ragged(counts_P), np.arange(7)[:, None]
+    own_KP = np.stack([samples.mean(rewards_S**power) for power in range(7)])
     if np.isin(rewards_S, (0.0, 1.0)).all():
         prior = fit_prior_to_rewards(rewards_S, counts_P)
         everyone_K, concentration = np.where(powers_K == 0, 1.0, prior.mean), prior.a + prior.b
@@ -197,8 +203,7 @@ def further_rewards(rewards_S: Floats, counts_P: NDArray[np.int64]) -> tuple[Flo
     weight_P = counts_P / (counts_P + concentration)
     moments_KP = weight_P * own_KP + (1 - weight_P) * everyone_K
     ends_K = np.mean(np.array(reward_range(rewards_S)) ** powers_K, axis=1, keepdims=True)
-    samples = len(rewards_S)
-    return (samples * moments_KP + ends_K) / (samples + 1), 1 / (counts_P + concentration + 1)
+    return (len(rewards_S) * moments_KP + ends_K) / (len(rewards_S) + 1), 1 / (counts_P + concentration + 1)
 
 
 def _moment_about(centre_P: Floats, moments_KP: Floats, power: int) -> Floats:
@@ -207,7 +212,7 @@ def _moment_about(centre_P: Floats, moments_KP: Floats, power: int) -> Floats:
     return np.asarray(np.sum(terms_P, axis=0), dtype=np.float64)
 
 
-def _concentration(rewards_S: Floats, own_P: Floats, counts_P: NDArray[np.int64]) -> float:
+def _concentration(rewards_S: Floats, own_P: Floats, counts_P: Counts) -> float:
     """The variance within prompts over that between them, both from the analysis of variance over all prompts."""
     samples, prompts = len(rewards_S), len(counts_P)
     within = float(((rewards_S - np.repeat(own_P, counts_P)) ** 2).sum()) / (samples - prompts)

@@ -21,8 +21,7 @@ from common.model_files import reference_model
 from common.value import Floats
 from common.vstar_file import read_vstar
 from stage2_train.config import Config
-from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, first_batch
-from stage2_train.inputs import iterations
+from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, expected_first_batch
 from stage2_train.memory import memory_per_gpu, read_shape
 
 TOKENIZED_PROMPTS = 2000
@@ -48,17 +47,18 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
             f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
         )
     folder = reference_model(config)
-    turns = iterations(config.train, kept.height)
-    completions = turns * config.train.batch_size
-    batch = first_batch(rows, config.train.batch_size)
+    turns = config.train.iterations_over(kept.height)
+    visits = turns * config.train.batch_size
+    completions = visits * config.train.objective.group_size
+    batch = expected_first_batch(rows, config.train)
     return {
         "path": str(vstar_file),
         "filters": provenance.context.get("filters", []),
         "iterations": turns,
-        "optimizer_steps": turns * (config.train.batch_size // config.train.mini_batch_size),
+        "optimizer_steps": turns * config.train.steps_per_iteration,
         "prompts": rows.height,
         "kept": kept.height,
-        "visits_a_prompt": {"least": completions // kept.height, "most": -(-completions // kept.height)},
+        "visits_a_prompt": {"least": visits // kept.height, "most": -(-visits // kept.height)},
         "tokens": _tokens(kept, completions, config, folder),
         "saved_by_filter": _saved(rows, kept),
         "first_iteration": None
@@ -175,7 +175,7 @@ def _tokens_line(total: dict[str, Any]) -> str:
 
 def _first_iteration_lines(first: dict[str, Any] | None) -> dict[str, str]:
     if first is None:
-        return {"first iteration": "cannot be told from one sample a prompt: raise vstar.num_samples"}
+        return {"first iteration": "cannot be told for this objective, or from one sample a prompt"}
     return {
         f"first iteration, {name}": "{:.4f} (95 %: {:.4f} to {:.4f}; `train` warns outside {:.4f} to {:.4f})".format(
             figure["mean"], *figure["interval_95"], *figure["warning_interval"]

@@ -8,6 +8,7 @@ Shapes: _B sequence, _T position, _K completion token of the batch, _R of a bloc
 _C of a slice of it, _S slice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """ln π(y_t | x, y_<t) of each completion token, and the entropy of π there (detached), both of shape (K,)."""
+    """ln π(y_t | x, y_<t) of each completion token, and the entropy of π there, both of shape (K,).
+
+    Either may be part of a loss. An entropy that is not costs nothing in the backward pass.
+    """
 
     logprobs_K: Tensor
     entropy_K: Tensor
@@ -60,10 +64,12 @@ class VocabularyHead(nn.Module):
 class LinearLogprobs(torch.autograd.Function):
     """ln softmax(hidden Wᵀ / temperature) at given tokens, and the softmax's entropy, by slices of the vocabulary.
 
-    Only the backward pass knows g, the loss's derivative by each log-prob. It computes a slice's logits again and
-    writes over them the loss's gradient with respect to them, g (onehot − softmax) / temperature. The last slice's
-    logits are still in the buffer from the forward pass, so that with a single slice nothing is computed twice. Each
-    slice of the weight gets its gradient in one piece, in its own dtype; the hidden states' is added up in float32.
+    Only the backward pass knows g and h, the loss's derivatives by each log-prob and each entropy H. It computes a
+    slice's logits again and writes over them the loss's gradient with respect to them,
+    [g (onehot − softmax) − h softmax (ln softmax + H)] / temperature; where no loss asks for the entropy, h is None and
+    its term is not computed. The last slice's logits are still in the buffer from the forward pass, so that with a
+    single slice nothing is computed twice. Each slice of the weight gets its gradient in one piece, in its own dtype;
+    the hidden states' is added up in float32.
 
     torch's `linear_cross_entropy` and Liger's `LigerFusedLinearPPO` recompute likewise, but give no entropy; the
     first also rounds log-probs to a bfloat16 model's dtype, the second holds a float32 gradient of the whole weight.
@@ -99,19 +105,26 @@ class LinearLogprobs(torch.autograd.Function):
         log_share_SK = normaliser_SK - normaliser_K
         entropy_K = (log_share_SK.exp() * (entropy_SK - log_share_SK)).sum(0)
         ctx.slices, ctx.temperature = slices, temperature
-        ctx.save_for_backward(hidden_KH, weight_VH, bias_V, target_K, normaliser_K, buffer)
-        ctx.mark_non_differentiable(entropy_K)
+        ctx.save_for_backward(hidden_KH, weight_VH, bias_V, target_K, normaliser_K, entropy_K, buffer)
+        ctx.set_materialize_grads(False)
         return target_logit_K - normaliser_K, entropy_K
 
     @staticmethod
-    def backward(ctx: Any, gradient_K: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_KH, weight_VH, bias_V, target_K, normaliser_K, buffer = ctx.saved_tensors
+    def backward(
+        ctx: Any, gradient_K: Tensor | None, entropy_gradient_K: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden_KH, weight_VH, bias_V, target_K, normaliser_K, entropy_K, buffer = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_constants = ctx.needs_input_grad
         sum_dtype = torch.promote_types(hidden_KH.dtype, torch.float32)
         hidden_gradient_KH = torch.zeros_like(hidden_KH, dtype=sum_dtype) if needs_hidden else None
         weight_gradient_VH = torch.empty_like(weight_VH) if needs_weight else None
         bias_gradient_V = torch.empty_like(bias_V) if needs_bias else None
-        scaled_K1 = (gradient_K / ctx.temperature)[:, None]
+        scaled_K1 = _scaled(
+            torch.zeros_like(entropy_K) if gradient_K is None else gradient_K, ctx.temperature
+        )
+        scaled_entropy_K1 = (
+            None if entropy_gradient_K is None else _scaled(entropy_gradient_K, ctx.temperature)
+        )
         *_earlier, last = ctx.slices
         for columns in reversed(ctx.slices):
             if columns is last:
@@ -121,8 +134,12 @@ class LinearLogprobs(torch.autograd.Function):
             target_K1, is_inside_K1 = _targets_inside(target_K, columns)
             for rows in _row_blocks(logits_KC):
                 logits_RC = _divided(logits_KC[rows], ctx.temperature)
-                softmax_RC = logits_RC.sub_(normaliser_K[rows, None]).exp_()
-                gradient_RC = softmax_RC.mul_(-scaled_K1[rows])
+                log_softmax_RC = logits_RC.sub_(normaliser_K[rows, None])
+                factor = scaled_K1[rows]
+                if scaled_entropy_K1 is not None:
+                    from_entropy_RC = (log_softmax_RC + entropy_K[rows, None]).mul_(scaled_entropy_K1[rows])
+                    factor = from_entropy_RC.add_(factor)
+                gradient_RC = log_softmax_RC.exp_().mul_(-factor)
                 logits_KC[rows] = gradient_RC.scatter_add_(
                     -1, target_K1[rows], scaled_K1[rows] * is_inside_K1[rows]
                 )
@@ -135,6 +152,10 @@ class LinearLogprobs(torch.autograd.Function):
         if hidden_gradient_KH is not None:
             hidden_gradient_KH = hidden_gradient_KH.to(hidden_KH.dtype)
         return hidden_gradient_KH, weight_gradient_VH, bias_gradient_V, None, None
+
+
+def _scaled(gradient_K: Tensor, temperature: float) -> Tensor:
+    return (gradient_K / temperature)[:, None]
 
 
 def _logits(
@@ -207,6 +228,6 @@ def load_model(folder: Path, config: Config) -> LogprobModel:
     return LogprobModel(model, config.sampling.temperature or 1.0)
 
 
-def token_logprobs(module: nn.Module, batch: TokenBatch) -> TokenLogprobs:
-    """The log-probs of a batch under a LogprobModel, or under an engine that wraps one."""
+def token_logprobs(module: Callable[..., Any], batch: TokenBatch) -> TokenLogprobs:
+    """The log-probs of a batch under a LogprobModel, or under a learner of one."""
     return TokenLogprobs(*module(batch.input_ids_BT, batch.is_completion_BT))

@@ -60,7 +60,7 @@ class Adapter:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=_targets(model, lora.target_modules),
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM" if hasattr(model, "lm_head") else None,
             revision=config.model.revision,
         )
         with torch.random.fork_rng(devices=[]):
@@ -106,9 +106,10 @@ class Adapter:
         self._settings.save_pretrained(str(folder))
 
 
-def keep_adapter_alone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+def keep_trained_weights(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     """A hook on a module's state_dict that leaves frozen weights out of it, whatever they are called."""
-    for name in [name for name in state if ".lora_" not in name]:
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name in [name for name in state if name.removeprefix(prefix) not in trained]:
         del state[name]
 
 

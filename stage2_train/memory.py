@@ -5,16 +5,18 @@ backward pass off torch's. Two moments can be the worst: the backward pass of th
 optimizer's step, when the activations are gone.
 """
 
-import json
 import math
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from common.data.prompts import longest_allowed_prompt
 from common.errors import UserError
+from common.model_files import model_numbers
 from stage2_train.config import Config, LoraConfig
+from stage2_train.objectives.protocol import TrainsCritic
 
 FLOAT32 = 4
 BUCKET = 500_000_000
@@ -50,51 +52,41 @@ class Shape:
     queries: int
     keys: int
     vocabulary: int
+    is_tied: bool = False
+    """Whether the output layer is the embedding."""
 
 
 def read_shape(folder: Path) -> Shape:
     """The shape of the model in `folder`, from config.json and the headers of its weights. Raises UserError."""
-    try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-        def whole(name: str, default: int | None = None) -> int:
-            value = default if document.get(name) is None else document[name]
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}")
-            return value
-
-        heads, hidden = whole("num_attention_heads"), whole("hidden_size")
-        width = whole("head_dim", hidden // heads)
-        tied = document.get("tie_word_embeddings", False)
-        return Shape(
-            parameters=_parameters(folder, tied=tied),
-            hidden=hidden,
-            layers=whole("num_hidden_layers"),
-            intermediate=whole("intermediate_size"),
-            heads=heads,
-            queries=heads * width,
-            keys=whole("num_key_value_heads", heads) * width,
-            vocabulary=whole("vocab_size"),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(
-            f"{folder}: cannot read the model's shape from config.json and *.safetensors "
-            f"({type(error).__name__}: {error}); use a whole model of the Qwen, Llama or Mistral kind"
-        ) from error
+    model = model_numbers(folder)
+    heads, hidden = model.need("num_attention_heads"), model.need("hidden_size")
+    width = model.get("head_dim") or hidden // heads
+    return Shape(
+        parameters=_parameters(folder, tied=model.is_tied),
+        hidden=hidden,
+        layers=model.need("num_hidden_layers"),
+        intermediate=model.need("intermediate_size"),
+        heads=heads,
+        queries=heads * width,
+        keys=(model.get("num_key_value_heads") or heads) * width,
+        vocabulary=model.need("vocab_size"),
+        is_tied=model.is_tied,
+    )
 
 
 def _parameters(folder: Path, *, tied: bool) -> int:
-    tensors: dict[str, list[int]] = {}
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        tensors |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    sizes: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {path}: {error}; download the model again") from error
     if tied:
-        tensors.pop("lm_head.weight", None)
-    if not tensors:
-        raise ValueError("no weights")
-    return sum(math.prod(shape) for shape in tensors.values())
+        sizes.pop("lm_head.weight", None)
+    if not sizes:
+        raise UserError(f"{folder} holds no *.safetensors weights; convert the model to safetensors first")
+    return sum(sizes.values())
 
 
 def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -> dict[str, Any]:
@@ -106,15 +98,17 @@ def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -
     """
     engine = _engine(shape, config, gpu_bytes)
     sleeps = config.engine.sleep_while_training
-    has_reference = config.train.lora is None and not config.train.offload_reference
+    is_offloaded = config.train.offload_reference
+    has_reference = "reference" in config.train.columns and config.train.lora is None
     held = {
         **model_states(shape, config, gpus),
-        **({"reference model": _weights(shape, config)} if has_reference else {}),
+        **_critic(shape, config, gpus),
+        **({"reference model": _weights(shape, config)} if has_reference and not is_offloaded else {}),
         **({} if sleeps else engine),
     }
     on_top = {
         "rollout": engine if sleeps else {},
-        "reference": {"reference model": _weights(shape, config)} if config.train.offload_reference else {},
+        "reference": {"reference model": _weights(shape, config)} if has_reference and is_offloaded else {},
         "backward": _backward(shape, config, gpus),
         "step": {} if config.train.offload_optimizer else _step(shape, config, gpus),
     }
@@ -184,6 +178,17 @@ def model_states(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
             **_optimizer_states(trained, config, gpus),
         }
     return {"parameters": parameters, **({"adapter": adapter} if train.lora else {}), **states}
+
+
+def _critic(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
+    """Model states and bucket of the critic, where the objective trains one: the policy less its output layer."""
+    if not isinstance(config.train.objective, TrainsCritic):
+        return {}
+    head = 0 if shape.is_tied else shape.vocabulary * shape.hidden
+    critic = replace(shape, parameters=shape.parameters - head + shape.hidden + 1)
+    states = sum(model_states(critic, config, gpus).values())
+    bucket = _size(config) * BUCKET if config.train.zero_stage else 0
+    return {"critic": states, **({"DeepSpeed's bucket for the critic": bucket} if bucket else {})}
 
 
 def _optimizer_states(trained: int, config: Config, gpus: int) -> dict[str, int]:

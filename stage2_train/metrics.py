@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from common.files import write_text
+from common.files import whole_lines, write_text
 from common.progress import progress_bar
 from common.runs import RunPaths
 from stage2_train.config import Config
@@ -64,7 +64,9 @@ class MetricsLog:
         self._last = last
         self._bar = progress_bar(console)
         self._task = self._bar.add_task("", total=last, completed=max(0, first_iteration - 1))
-        kept = [line for line in _lines(paths) if json.loads(line)["iteration"] < first_iteration]
+        kept = [
+            line for line in whole_lines(paths.metrics) if json.loads(line)["iteration"] < first_iteration
+        ]
         write_text(paths.metrics, "".join(kept))
         self._file = paths.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(paths.tensorboard), purge_step=first_iteration)
@@ -102,10 +104,11 @@ class MetricsLog:
     def _line(self, iteration: int, metrics: Metrics) -> str:
         parts = [f"{iteration:>5}/{self._last}"]
         if "reward/mean" in metrics:
+            losses = [value for name, value in metrics.items() if name.startswith("loss/")]
             parts += [
                 f"reward {metrics['reward/mean']:.3f}",
-                f"loss {metrics['loss/regression']:.4f}",
-                f"KL {metrics['kl/sequence']:.3f}",
+                *[f"loss {loss:.4f}" for loss in losses[:1]],
+                *[f"KL {kl:.3f}" for kl in [metrics.get("kl/sequence")] if kl is not None],
                 f"tokens {metrics['completion/tokens_mean']:.1f}",
                 f"{metrics['time/iteration']:.2f} s",
             ]
@@ -114,13 +117,3 @@ class MetricsLog:
         if "evaluate/pass_at_1" in metrics:
             parts.append(f"held-out {metrics['evaluate/pass_at_1']:.3f}")
         return "  ".join(parts)
-
-
-def _lines(paths: RunPaths) -> list[str]:
-    if not paths.metrics.exists():
-        return []
-    return [
-        line
-        for line in paths.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.endswith("\n")
-    ]

@@ -1,94 +1,89 @@
-"""What is logged of each sequence of a step, and its summary over a step.
-
-Shapes: _K completion token of the micro-batch.
-"""
+"""What is logged of each completion of an iteration, and its summary over all of them."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from common.grading import UNJUDGED, Outcome
 from common.rollout import Rollout
-from stage2_train.batch import MicroBatch, TokenBatch
-from stage2_train.logprobs import TokenLogprobs
+from stage2_train.batch import ABSENT, Batch
 from stage2_train.metrics import Metrics
+
+LOG_RATIO = "log_ratio"
+"""ln π/π_ref of a completion, where the objective has a reference."""
+ENTROPY = "entropy"
+"""Of π, summed over the completion's tokens."""
+LOGPROB_GAP = "logprob_gap"
+"""The largest difference between the engine's and the trainer's log-prob of a token; nan where it was not compared."""
 
 
 @dataclass(slots=True, kw_only=True)
 class SequenceRecord:
-    """What is logged of one sequence of a step."""
+    """What is logged of one completion."""
 
     reward: float
-    advantage: float
     completion_tokens: int
     truncated: bool
     solved: bool
     unjudged: bool
-    """The grader failed: the reward of 0 says nothing, and the sequence is left out of the regression."""
-    regressed: bool = False
-    """Whether it took part in an optimizer step that was not skipped; without that the figures below mean nothing."""
-    loss: float = 0.0
-    log_ratio: float = 0.0
-    entropy: float = 0.0
-    """Summed over the completion's tokens."""
-    logprob_gap: float | None = None
-    """The largest difference between the engine's and the trainer's log-prob of a token, where it was compared."""
+    """The grader failed: the reward of 0 says nothing, and the completion is left out of the training."""
+    advantage: float | None = None
+    trained: bool = False
+    """Whether it took part in an optimizer step that was not skipped; without that the figures mean nothing."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What a slice's loss said of it, by the name under which its mean is logged, or one of the names above."""
 
 
-def record_of(rollout: Rollout, advantage: float) -> SequenceRecord:
-    return SequenceRecord(
-        reward=rollout.grade.reward,
-        advantage=advantage,
-        completion_tokens=len(rollout.completion.token_ids),
-        truncated=rollout.completion.truncated,
-        solved=rollout.grade.outcome == Outcome.CORRECT,
-        unjudged=rollout.grade.outcome in UNJUDGED,
-    )
+class Records:
+    """The records of a rank's rollouts; `rows` are those that are in its batch, in the batch's order."""
 
+    def __init__(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> None:
+        self.all = [
+            SequenceRecord(
+                reward=rollout.grade.reward,
+                completion_tokens=len(rollout.completion.token_ids),
+                truncated=rollout.completion.truncated,
+                solved=rollout.grade.outcome == Outcome.CORRECT,
+                unjudged=rollout.grade.outcome in UNJUDGED,
+            )
+            for rollout in rollouts
+        ]
+        self._rows = rows
 
-def note_slice(
-    records: dict[int, SequenceRecord],
-    tokens: TokenBatch,
-    batch: MicroBatch,
-    policy: TokenLogprobs,
-    loss_B: Tensor,
-) -> None:
-    """Note the loss, log-ratio and entropy of a slice's sequences; `loss_B` is each sequence's own loss."""
-    columns = (
-        loss_B.tolist(),
-        batch.sum_by_sequence(policy.logprobs_K.detach() - batch.reference_logprobs_K).tolist(),
-        batch.sum_by_sequence(policy.entropy_K).tolist(),
-    )
-    for place, loss, log_ratio, entropy in zip(tokens.places, *columns, strict=True):
-        records[place].loss = loss
-        records[place].log_ratio = log_ratio
-        records[place].entropy = entropy
+    def note_credit(self, batch: Batch) -> None:
+        """Note the advantages, of a completion the mean over its tokens, where the objective has any."""
+        advantages_B = batch.advantages_B
+        if batch.advantages_K is not ABSENT:
+            advantages_B = batch.mean_by_sequence(batch.advantages_K)
+        if advantages_B is not ABSENT:
+            for row, advantage in zip(self._rows, advantages_B.tolist(), strict=True):
+                self.all[row].advantage = advantage
 
+    def note_slice(self, rows: Sequence[int], figures: Mapping[str, Tensor]) -> None:
+        """Note the figures of a slice, each of shape (B,); `rows` are those of the batch."""
+        for name, values_B in figures.items():
+            for row, value in zip(rows, values_B.tolist(), strict=True):
+                self.all[self._rows[row]].figures[name] = value
 
-def compare_logprobs(
-    records: dict[int, SequenceRecord],
-    tokens: TokenBatch,
-    policy: TokenLogprobs,
-    rollouts: dict[int, Rollout],
-) -> None:
-    """Note how far the engine's log-probs are from the trainer's; before the first step both have the same weights."""
-    for row, place in enumerate(tokens.places):
-        sampled = rollouts[place].completion.sampled_logprobs
-        if sampled is not None:
-            ours = policy.logprobs_K.detach()[tokens.sequence_of_K == row].cpu()
-            records[place].logprob_gap = float((ours - torch.tensor(sampled)).abs().max())
+    def note_step(self, rows: Sequence[int], gradient_norm: float) -> None:
+        """Note whether a step on these rows of the batch was taken."""
+        for row in rows:
+            self.all[self._rows[row]].trained = math.isfinite(gradient_norm)
 
 
 def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
-    """Rewards of the judged sequences, losses of the regressed ones, lengths of all; NaN where there are none."""
+    """Rewards of the judged completions, figures of those trained on, lengths of all; NaN where there are none."""
     judged = [record for record in records if not record.unjudged]
-    regressed = [record for record in records if record.regressed]
+    trained = [record for record in records if record.trained]
     tokens = sum(record.completion_tokens for record in records)
-    regressed_tokens = sum(record.completion_tokens for record in regressed)
-    gaps = [record.logprob_gap for record in records if record.logprob_gap is not None]
+    trained_tokens = sum(record.completion_tokens for record in trained)
+    names = list(dict.fromkeys(name for record in records for name in record.figures))
+    advantages = [record.advantage for record in trained if record.advantage is not None]
+
+    def total(name: str) -> float:
+        return sum(record.figures[name] for record in trained)
 
     def mean(name: str, over: Sequence[SequenceRecord]) -> float:
         return _ratio(sum(getattr(record, name) for record in over), len(over))
@@ -97,17 +92,29 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
         "reward/mean": mean("reward", judged),
         "reward/solved": mean("solved", judged),
         "reward/unjudged": mean("unjudged", records),
-        "advantage/mean": mean("advantage", regressed),
-        "loss/regression": mean("loss", regressed),
-        "kl/sequence": mean("log_ratio", regressed),
-        "kl/token": _ratio(sum(record.log_ratio for record in regressed), regressed_tokens),
+        **({"advantage/mean": _ratio(sum(advantages), len(advantages))} if advantages else {}),
+        **{name: _ratio(total(name), len(trained)) for name in names if name.startswith("loss/")},
+        **(
+            {
+                "kl/sequence": _ratio(total(LOG_RATIO), len(trained)),
+                "kl/token": _ratio(total(LOG_RATIO), trained_tokens),
+            }
+            if LOG_RATIO in names
+            else {}
+        ),
         "completion/tokens_mean": tokens / len(records),
         "completion/tokens_max": max(record.completion_tokens for record in records),
         "completion/truncated": mean("truncated", records),
-        "policy/entropy": _ratio(sum(record.entropy for record in regressed), regressed_tokens),
-        **({"engine/logprob_gap": max(gaps)} if gaps else {}),
+        **({"policy/entropy": _ratio(total(ENTROPY), trained_tokens)} if ENTROPY in names else {}),
+        **_largest_gap(records),
         "throughput/completion_tokens_per_second": tokens / seconds,
     }
+
+
+def _largest_gap(records: Sequence[SequenceRecord]) -> Metrics:
+    gaps = [record.figures.get(LOGPROB_GAP, math.nan) for record in records]
+    compared = [gap for gap in gaps if not math.isnan(gap)]
+    return {"engine/logprob_gap": max(compared)} if compared else {}
 
 
 def _ratio(total: float, count: int) -> float:

@@ -1,120 +1,163 @@
-"""Stage 2 whole: from a config and vstar.parquet to a trained model. A re-run continues or does nothing."""
+"""Stage 2 whole: from a config, and stage 1's file where the objective needs it, to a trained model.
+
+A re-run continues or does nothing.
+"""
 
 import importlib.util
 import json
 import os
 from collections.abc import Collection
-from contextlib import closing, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from common.data.prompts import usable_prompts
-from common.engines import build_engine
+from common.engines import EngineBuilder, build_engine
 from common.errors import UserError
 from common.files import write_text
 from common.grading import GraderPool
-from common.provenance import ACCEPTED, differences
 from common.runs import RunPaths, exclusive_run, run_paths
 from stage2_train.checkpoint import latest_state, newest_intact, read_state
-from stage2_train.config import Config, TrainConfig
-from stage2_train.inputs import MAY_DIFFER, Inputs, origin, prepare
-from stage2_train.policy import Ranks, join_ranks
-from stage2_train.sampler import Sampler
-from stage2_train.train import Trainer, train
-
-TRAINED_WITH = "astar_po.json"
-"""In the exported model's folder: what it was trained with."""
+from stage2_train.completions import forget_completions
+from stage2_train.config import Config
+from stage2_train.data import TrainingData, prepare
+from stage2_train.metrics import MetricsLog
+from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
+from stage2_train.sources.sampler import Sampler
+from stage2_train.train import Trainer, held_out_draw, train
+from stage2_train.watchers import (
+    Checkpoints,
+    Divergence,
+    Evaluation,
+    FirstBatchCheck,
+    Log,
+    Remembering,
+    Watcher,
+)
 
 
 def run_stage2(
-    config: Config, console: Console, vstar_file: Path | None = None, allow_mismatch: Collection[str] = ()
+    config: Config,
+    console: Console,
+    vstar_file: Path | None = None,
+    allow_mismatch: Collection[str] = (),
+    build_engine: EngineBuilder = build_engine,
+    observers: Collection[Watcher] = (),
 ) -> None:
-    """Train on a run's vstar.parquet and export the policy to artifacts/<run>/model; a re-run continues.
+    """Train and export the policy to artifacts/<run>/model; a re-run continues.
 
-    Everything a user can get wrong is checked before a model loads. Raises UserError.
+    Everything a user can get wrong is checked before a model loads. `observers` watch each iteration before all
+    others. Raises UserError.
     """
     if os.environ.get("RANK", "0") != "0":
         console = Console(quiet=True)
     _refuse_uneven_split(config, int(os.environ.get("WORLD_SIZE", "1")))
-    paths = run_paths(config.run)
-    inputs = prepare(config, vstar_file or paths.vstar, allow_mismatch)
     _refuse_missing_wandb(config)
-    total = inputs.iterations(config)
-    ours = origin(config, inputs)
-    made_with = {"iterations": total, "origin": ours, ACCEPTED: list(inputs.accepted_mismatches)}
-    if _is_finished(paths, made_with):
-        console.print(
-            f"nothing to do: {paths.model} has been trained for {total} iterations with this config"
-        )
-        return
-    _refuse_other_origin(paths, ours, latest_state(paths.checkpoints), total)
+    paths = run_paths(config.run)
+    if vstar_file is None and config.train.reads_stage1:
+        vstar_file = paths.vstar
     ranks = join_ranks(config.seed)
-    with exclusive_run(paths, "train") if ranks.is_main else nullcontext():
+    data = prepare(config, vstar_file, allow_mismatch, ranks)
+    with ExitStack() as job:
+        pool = job.enter_context(GraderPool(config.grader))
+        data = data.usable(config, pool)
+        trained_with = record(config, data)
+        total = data.iterations(config)
+        if is_finished(paths, trained_with):
+            console.print(
+                f"nothing to do: {paths.model} has been trained for {total} iterations with this config"
+            )
+            return
+        refuse_other_origin(paths, trained_with["origin"], latest_state(paths.checkpoints), total)
+        if ranks.is_main:
+            job.enter_context(exclusive_run(paths, "train"))
         checkpoint = ranks.from_main(
             newest_intact(paths.checkpoints, partial(console.print, soft_wrap=True))
             if ranks.is_main
             else None
         )
-        _train(config, paths, inputs, ranks, total, console, checkpoint)
+        refuse_other_world(paths, ranks, read_state(checkpoint) if checkpoint else {})
+        engine = partial(build_engine, config, data.folder, data.renderer, beside_trainer=True)
+        sampler = Sampler(engine, pool, config.sampling, ranks)
+        trainer = Trainer(config, data, sampler, ranks)
+        _train(trainer, paths, checkpoint, console, observers)
+        trainer.policy.export(paths.model)
+        sampler.close()
         if ranks.is_main:
-            write_text(paths.model / TRAINED_WITH, json.dumps(made_with, indent=2))
+            write_text(paths.trained_with, json.dumps(trained_with, indent=2))
     console.print(f"{paths.model}: the trained policy in Hugging Face format")
 
 
 def _train(
-    config: Config,
+    trainer: Trainer,
     paths: RunPaths,
-    inputs: Inputs,
-    ranks: Ranks,
-    total: int,
-    console: Console,
     checkpoint: Path | None,
+    console: Console,
+    observers: Collection[Watcher],
 ) -> None:
-    state = read_state(checkpoint) if checkpoint else {}
-    _refuse_other_world(paths, ranks, state)
-    with GraderPool(config.grader) as pool:
-        if config.evaluate.data is not None:
-            held_out = usable_prompts(inputs.held_out, config.evaluate.data, pool)
-            inputs = replace(inputs, held_out=held_out)
-        engine = partial(build_engine, config, inputs.folder, inputs.renderer, beside_trainer=True)
-        sampler = Sampler(engine, pool, config.sampling, ranks)
-        trainer = Trainer(config, inputs, sampler, ranks)
-        done = trainer.resume(checkpoint) if checkpoint else 0
-        if done:
-            console.print(f"continuing after iteration {done}")
+    config, ranks = trainer.config, trainer.ranks
+    done = trainer.resume(checkpoint) if checkpoint else 0
+    if done:
+        console.print(f"continuing after iteration {done}")
+    if ranks.is_main:
+        write_text(paths.config, config.to_json())
+    for line in _describe(config, trainer.data, ranks):
+        console.print(line)
+    last = trainer.data.iterations(config)
+    with ExitStack() as ending:
+        ending.enter_context(closing(trainer.source))
+        log = None
         if ranks.is_main:
-            write_text(paths.config, config.to_json())
-        console.print(
-            f"V̂* of {len(inputs.prompts):,} prompts from N = {inputs.num_samples} samples under β1 = {inputs.beta1:g}"
-            f"{'' if inputs.beta1 == config.vstar.beta1 else f' (the config says {config.vstar.beta1:g})'}"
+            begin = done + 1 if done else 0
+            forget_completions(paths.completions, begin)
+            log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
+            ending.enter_context(closing(log))
+        watchers = [*observers, *_watchers(trainer, paths, console, log)]
+        train(trainer, watchers, first=done + 1, last=last)
+
+
+def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsLog | None) -> list[Watcher]:
+    """In the order in which they see an iteration: the log has what others add, a checkpoint is of a sound policy."""
+    config, data, ranks = trainer.config, trainer.data, trainer.ranks
+    watchers: list[Watcher] = [Remembering(trainer.memory)] if trainer.memory else []
+    if data.held_out:
+        draw = held_out_draw(data.held_out, config, ranks)
+        watchers.append(
+            Evaluation(
+                trainer.source,
+                draw,
+                ranks,
+                every=config.train.evaluate_every,
+                completions=paths.completions,
+                stage1=data.stage1,
+            )
         )
-        console.print(
-            f"{total} iterations of {config.train.batch_size} completions, "
-            f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
-        )
-        with closing(trainer.pipeline):
-            train(trainer, config, paths, console, first=done + 1, last=total)
-        trainer.policy.export(paths.model)
-        sampler.close()
+    if data.stage1 and data.stage1.first_batch:
+        watchers.append(FirstBatchCheck(data.stage1.first_batch, console))
+    if log:
+        watchers.append(Log(log))
+    save = partial(trainer.save, paths.checkpoints)
+    return [*watchers, Divergence(), Checkpoints(save, every=config.train.checkpoint_every)]
 
 
-def _is_finished(paths: RunPaths, made_with: dict[str, Any]) -> bool:
-    marker = paths.model / TRAINED_WITH
-    if not marker.is_file():
-        return False
-    found = json.loads(marker.read_text(encoding="utf-8"))
-    return bool(found | {"origin": with_defaults(found["origin"])} == made_with)
-
-
-def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
-    """What an older version of this program wrote, with the settings of [train] that it did not know yet."""
-    defaults = TrainConfig().model_dump(mode="json", exclude=set(MAY_DIFFER["train"]))
-    config = origin["config"]
-    return origin | {"config": config | {"train": defaults | config["train"]}}
+def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
+    """What is about to be trained, in two lines."""
+    train, stage1 = config.train, data.stage1
+    lines = [f"{len(data.prompts):,} prompts of [data]"]
+    if stage1 is not None:
+        rescored = "" if stage1.beta1 == config.vstar.beta1 else f" (the config says {config.vstar.beta1:g})"
+        lines = [
+            f"V̂* of {len(data.prompts):,} prompts from N = {stage1.num_samples} samples under "
+            f"β1 = {stage1.beta1:g}{rescored}"
+        ]
+    completions = train.batch_size * train.objective.group_size
+    return [
+        *lines,
+        f"{data.iterations(config)} iterations of {completions} completions, "
+        f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}",
+    ]
 
 
 def _refuse_missing_wandb(config: Config) -> None:
@@ -122,32 +165,9 @@ def _refuse_missing_wandb(config: Config) -> None:
         raise UserError("train.wandb_project is set but wandb is not installed: .venv/bin/pip install wandb")
 
 
-def _refuse_other_origin(paths: RunPaths, ours: dict[str, Any], state: dict[str, Any], total: int) -> None:
-    if not state:
-        return
-    if lines := differences(ours, with_defaults(state["origin"])):
-        raise UserError(
-            f"{paths.checkpoints} was made with another config or V̂*: {'; '.join(lines.values())}; "
-            "choose another --run, or delete that folder"
-        )
-    if state["iteration"] > total:
-        raise UserError(
-            f"{paths.checkpoints} is at iteration {state['iteration']} already, beyond the {total} asked for; "
-            "choose another --run, or delete that folder"
-        )
-
-
 def _refuse_uneven_split(config: Config, processes: int) -> None:
     if config.train.mini_batch_size % processes:
         raise UserError(
             f"train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over {processes} processes; "
             "choose a multiple"
-        )
-
-
-def _refuse_other_world(paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> None:
-    if state and state["world_size"] != ranks.world_size:
-        raise UserError(
-            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by as many, "
-            f"found {ranks.world_size}; start {state['world_size']}, or delete that folder"
         )

@@ -54,15 +54,19 @@ class StopRequest:
 
 
 def refuse_divergence(number: int, metrics: Metrics) -> None:
-    """Raise UserError once training has gone wrong beyond repair, before it is written to a checkpoint."""
-    if metrics["completion/truncated"] >= ENDLESS and metrics["kl/sequence"] > COLLAPSED_KL:
+    """Raise UserError once training has gone wrong beyond repair, before it is written to a checkpoint.
+
+    An objective without a reference measures no KL, and is not judged by it.
+    """
+    sequence_kl, token_kl = metrics.get("kl/sequence", 0.0), metrics.get("kl/token", 0.0)
+    if metrics["completion/truncated"] >= ENDLESS and sequence_kl > COLLAPSED_KL:
         raise UserError(
             f"iteration {number}: the policy has collapsed: {metrics['completion/truncated']:.0%} of the completions "
-            f"do not end, KL to the reference is {metrics['kl/sequence']:.0f} nats; {GENTLER}"
+            f"do not end, KL to the reference is {sequence_kl:.0f} nats; {GENTLER}"
         )
-    if metrics["kl/token"] > COLLAPSED_TOKEN_KL:
+    if token_kl > COLLAPSED_TOKEN_KL:
         raise UserError(
-            f"iteration {number}: the policy has collapsed: KL to the reference is {metrics['kl/token']:.1f} nats a "
+            f"iteration {number}: the policy has collapsed: KL to the reference is {token_kl:.1f} nats a "
             f"token; {GENTLER}"
         )
 

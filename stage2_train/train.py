@@ -1,278 +1,231 @@
-"""Stage 2's algorithm: on-policy regression on the optimal advantages that V̂* gives (Algorithm 1, lines 8 to 11).
+"""Stage 2's algorithm: rollouts → score → credit → update, then whoever watches (Algorithm 1, lines 8 to 11).
 
-`train` is the loop, `Trainer.iteration` one turn of it, `Trainer.optimizer_step` one step of SGD.
-
-Shapes: _B sequence, _K completion token of the micro-batch.
+It has no branch for an objective: what one needs is chosen in `Trainer.__init__`.
 """
 
 import math
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from torch import Tensor
 
 from common.grading import UNJUDGED
-from common.rollout import Rollout
-from common.runs import RunPaths
+from common.rollout import Prompt, Rollout
 from common.seeds import derive_seed
-from stage2_train.batch import MicroBatch, TokenBatch, TokenSequence, token_batches
-from stage2_train.checkpoint import read_rollouts, read_state
-from stage2_train.completions import forget_completions, write_completions
+from stage2_train import checkpoint
+from stage2_train.batch import ABSENT, Batch
+from stage2_train.checkpoint import CRITIC, POLICY
+from stage2_train.collate import Collated, Collator, Cutter, known_values
 from stage2_train.config import Config
-from stage2_train.inputs import Inputs, origin, prompt_batch
-from stage2_train.logprobs import token_logprobs
-from stage2_train.metrics import Metrics, MetricsLog, peak_memory_bytes, timed
-from stage2_train.objectives import Objective, build_objective
-from stage2_train.pipeline import RolloutPipeline
-from stage2_train.policy import Policy, Ranks
-from stage2_train.records import SequenceRecord, compare_logprobs, note_slice, record_of, summarise
-from stage2_train.reference import build_reference
-from stage2_train.rollouts import LOGPROB_CHECKS, as_json, from_json
-from stage2_train.safeguards import StopRequest, refuse_divergence, refuse_unjudged
-from stage2_train.sampler import Draw, Sampler
+from stage2_train.critic import Critic
+from stage2_train.data import TrainingData, prompt_batch
+from stage2_train.metrics import Metrics, peak_memory_bytes, timed
+from stage2_train.objectives.protocol import RemembersPrompts, TrainsCritic
+from stage2_train.policy import Policy
+from stage2_train.prompt_memory import PromptMemory
+from stage2_train.ranks import Ranks
+from stage2_train.records import Records, summarise
+from stage2_train.resume import origin
+from stage2_train.safeguards import StopRequest, refuse_unjudged
+from stage2_train.scorers import PolicyScorer, build_scorers
+from stage2_train.sources.pipeline import RolloutPipeline
+from stage2_train.sources.rollouts import LOGPROB_CHECKS, as_json, from_json
+from stage2_train.sources.sampler import Draw, Sampler
+from stage2_train.update import Update, trained_parts
+from stage2_train.watchers import Turn, Watcher
+
+
+def train(trainer: "Trainer", watchers: Sequence[Watcher], *, first: int, last: int) -> None:
+    """Run iterations `first` to `last`, each of which the watchers see in their order; before the first one, number 0.
+
+    Raises KeyboardInterrupt where SIGTERM or Ctrl-C asked for it, after the watchers' turn.
+    """
+    with StopRequest() as stop:
+        if first == 1:
+            start = Turn(number=0, metrics={}, rollouts=[], is_last=False)
+            for watcher in watchers:
+                watcher.after(start)
+        for number in range(first, last + 1):
+            turn = trainer.iteration(number, last)
+            turn.is_stopping = bool(trainer.ranks.largest(stop.is_made)) and not turn.is_last
+            for watcher in watchers:
+                watcher.after(turn)
+            if turn.is_stopping:
+                raise KeyboardInterrupt
 
 
 class Trainer:
-    """The parts that an iteration needs, and the iteration itself."""
+    """One iteration of training, and the parts that it needs."""
 
-    def __init__(self, config: Config, inputs: Inputs, sampler: Sampler, ranks: Ranks) -> None:
-        """Load the policy and the reference model."""
+    def __init__(self, config: Config, data: TrainingData, sampler: Sampler, ranks: Ranks) -> None:
+        """Load the policy, and what else the objective needs."""
+        train = config.train
         self.config = config
-        self.origin = origin(config, inputs)
+        self.data = data
         self.ranks = ranks
-        self.prompts = inputs.prompts
-        self.vstar = inputs.vstar
-        self.pass_rate = inputs.pass_rate
-        self.first_batch = inputs.first_batch
-        self.held_out = inputs.held_out
-        self.last = inputs.iterations(config)
-        self.objective: Objective = build_objective(config.train.objective)
-        self.policy = Policy(inputs.folder, config, ranks)
-        self.reference = build_reference(inputs.folder, config, self.policy, ranks)
-        tokenizer = inputs.renderer.tokenizer
-        self.pad_token_id = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
-        self.pipeline = RolloutPipeline(
-            sampler, config.train.staleness, self.draw_of, self.policy.named_weights
-        )
+        self.objective = train.objective
+        columns = train.columns
+        self.policy = Policy(data.folder, config, ranks)
+        critic = None
+        if isinstance(self.objective, TrainsCritic):
+            rate = self.objective.critic_learning_rate
+            critic = Critic(data.folder, config, ranks, learning_rate=rate)
+        self.scorers = build_scorers(columns, data.folder, config, self.policy, critic, ranks)
+        self.update = Update(trained_parts(self.objective, self.policy, critic), ranks)
+        cut = Cutter(train, data.renderer, ranks)
+        self.memory = None
+        if isinstance(self.objective, RemembersPrompts):
+            assert data.stage1 is not None, "a memory begins with stage 1"
+            scorer = PolicyScorer(self.policy, ranks)
+            self.memory = PromptMemory(self.objective, data.stage1.rewards, scorer, cut, ranks)
+        values = known_values(columns, data.stage1, self.memory)
+        self.collate = Collator(train, values, data.renderer, cut, ranks)
+        self.source = RolloutPipeline(sampler, train.staleness, self.draw_of, self.policy.named_weights)
 
-    def iteration(self, number: int) -> tuple[Metrics, list[Rollout]]:
-        """Algorithm 1, lines 9 and 10: a batch of rollouts from π_t, then SGD on the regression loss.
+    def iteration(self, number: int, last: int) -> Turn:
+        """Algorithm 1, lines 9 and 10: a batch of rollouts from π_t, then SGD on the objective's loss.
 
-        Returns the figures of the whole batch and this rank's rollouts.
+        The figures are those of the whole batch, the rollouts this rank's.
         """
         metrics: Metrics = {}
+        norms = []
         with timed("iteration", metrics):
-            rollouts = self.rollouts(number, metrics)
+            rollouts = self.source.rollouts(number, last, metrics)
+            self.refuse_unjudged(number, rollouts)
             # What is random in the network, such as dropout, is the same after a restart.
             torch.manual_seed(derive_seed(self.config.seed, "update", number, self.ranks.rank))
-            mini_batches = self.mini_batches(rollouts)
-            with timed("reference", metrics):
-                steps = self.with_reference(mini_batches)
-            records: dict[int, SequenceRecord] = {}
-            gradient_norms = []
-            for mini_batch, slices in zip(mini_batches, steps, strict=True):
-                metrics["train/learning_rate"] = self.policy.learning_rate
-                with timed("update", metrics):
-                    step_records, norm = self.optimizer_step(mini_batch, slices)
-                records |= step_records
-                gradient_norms.append(norm)
-        gathered = self.ranks.gather(list(records.values()))
-        taken = [norm for norm in gradient_norms if math.isfinite(norm)]
-        metrics |= summarise(gathered, metrics["time/iteration"])
-        metrics |= {
-            "train/gradient_norm": sum(taken) / len(taken) if taken else math.nan,
-            "train/skipped_steps": float(len(gradient_norms) - len(taken)),
-            "train/processes": float(self.ranks.world_size),
-            "memory/peak_gib": peak_memory_bytes() / 2**30,
-        }
-        return metrics, rollouts
+            collated = self.collate(rollouts, self.places)
+            records = Records(rollouts, collated.rows)
+            batch = self.objective.credit(self.score(collated, metrics))
+            records.note_credit(batch)
+            for _ in range(self.objective.passes):
+                for step in collated.steps:
+                    metrics["train/learning_rate"] = self.policy.learner.learning_rate
+                    with timed("update", metrics):
+                        norms.append(self.update(step, batch, records))
+                    batch = batch.with_columns(
+                        sampled_K=ABSENT
+                    )  # the engine's weights are no longer the policy's
+        metrics |= summarise(self.ranks.gather(records.all), metrics["time/iteration"])
+        metrics |= step_figures(norms)
+        metrics["train/processes"] = float(self.ranks.world_size)
+        metrics["memory/peak_gib"] = peak_memory_bytes() / 2**30
+        return Turn(number=number, metrics=metrics, rollouts=rollouts, is_last=number == last)
 
     @property
     def places(self) -> range:
-        """Which of a batch's completions are this rank's."""
+        """Which of a batch's prompts are this rank's."""
         return range(self.ranks.rank, self.config.train.batch_size, self.ranks.world_size)
-
-    def rollouts(self, number: int, metrics: Metrics) -> list[Rollout]:
-        """Line 9: x from the training prompts, one y ~ π_t(·|x) each, r(x, y); this rank's share of them."""
-        rollouts = self.pipeline.rollouts(number, self.last, metrics)
-        judged = self.ranks.total(sum(rollout.grade.outcome not in UNJUDGED for rollout in rollouts))
-        refuse_unjudged(number, judged, self.config.train.batch_size, rollouts)
-        return rollouts
 
     def draw_of(self, number: int) -> Draw:
         """What this rank draws for an iteration."""
         train = self.config.train
-        batch = prompt_batch(len(self.prompts), train.batch_size, self.config.seed, number)
+        batch = prompt_batch(len(self.data.prompts), train.batch_size, self.config.seed, number)
         return Draw(
-            prompts=[self.prompts[batch[place]] for place in self.places],
+            prompts=[self.data.prompts[batch[place]] for place in self.places],
             places=self.places,
             seed=derive_seed(self.config.seed, "train", number),
+            group_size=self.objective.group_size,
             # The trainer's log-probs are those of the same weights where none lag behind, and only there.
             logprob_checks=min(LOGPROB_CHECKS, train.mini_batch_size) if train.staleness == 0 else 0,
         )
 
-    def mini_batches(self, rollouts: list[Rollout]) -> list[dict[int, Rollout]]:
-        """This rank's rollouts of each optimizer step, by their place in the batch."""
-        size = self.config.train.mini_batch_size
-        placed = list(zip(self.places, rollouts, strict=True))
-        return [
-            {place: rollout for place, rollout in placed if place // size == step}
-            for step in range(self.config.train.batch_size // size)
-        ]
+    def refuse_unjudged(self, number: int, rollouts: Sequence[Rollout]) -> None:
+        """Raise UserError where the grader could judge too few of the batch's rollouts."""
+        judged = self.ranks.total(sum(rollout.grade.outcome not in UNJUDGED for rollout in rollouts))
+        refuse_unjudged(number, judged, self.ranks.total(len(rollouts)), rollouts)
 
-    def with_reference(self, mini_batches: list[dict[int, Rollout]]) -> list[list[tuple[TokenBatch, Tensor]]]:
-        """Each step's micro-batches with ln π_ref of their completion tokens, all at one visit to the reference.
+    def score(self, collated: Collated, metrics: Metrics) -> Batch:
+        """The batch with the columns that models fill: each sees all of the iteration's micro-batches at one visit.
 
-        The policy will see the same micro-batches, so that rounding cancels in ln π/π_ref.
+        The policy will see the same ones, so that rounding cancels in ratios of probabilities.
         """
-        steps = [self.token_batches(mini_batch) for mini_batch in mini_batches]
-        found = iter(self.reference.logprobs([tokens for slices in steps for tokens in slices]))
-        return [[(tokens, next(found)) for tokens in slices] for slices in steps]
+        batch = collated.batch
+        slices = [tokens for step in collated.steps for tokens in step.slices]
+        for name, scorer in self.scorers.items():
+            with timed(name, metrics):
+                found = scorer.score(slices or [collated.steps[0].filler])
+                column_K = torch.zeros(int(batch.lengths_B.sum()), device=self.ranks.device)
+                for tokens, values_K in zip(slices, found, strict=False):
+                    rows_B = torch.tensor(tokens.rows, device=self.ranks.device)
+                    column_K[batch.places_of(rows_B)] = values_K
+            batch = batch.with_columns(**{f"{name}_K": column_K})
+        return batch
 
-    def optimizer_step(
-        self, mini_batch: dict[int, Rollout], slices: list[tuple[TokenBatch, Tensor]]
-    ) -> tuple[dict[int, SequenceRecord], float]:
-        """Line 10: one step of SGD on (β2 ln π/π_ref − (r − V̂*))², slice by slice; NaN for a step that was skipped.
-
-        A rollout that the grader could not judge has no reward to regress on and is left out.
-        """
-        rewards_B = torch.tensor([rollout.grade.reward for rollout in mini_batch.values()])
-        vstar_B = torch.tensor([self.vstar[rollout.prompt.id] for rollout in mini_batch.values()])
-        advantage = dict(zip(mini_batch, self.objective.advantages(rewards_B, vstar_B).tolist(), strict=True))
-        records = {place: record_of(rollout, advantage[place]) for place, rollout in mini_batch.items()}
-        judged = _judged(mini_batch)
-        step_sequences = self.ranks.total(len(judged))
-        if step_sequences == 0:
-            return records, math.nan
-        own_turns = len(slices) if judged else 0
-        rounds = self.ranks.largest(own_turns)
-        for turn in range(rounds):
-            is_filler = turn >= own_turns  # other ranks have more: join their collective operations
-            tokens, reference_logprobs_K = slices[turn % len(slices)]
-            batch = MicroBatch(
-                sequence_of_K=tokens.sequence_of_K,
-                reference_logprobs_K=reference_logprobs_K,
-                advantages_B=torch.tensor(
-                    [advantage[place] for place in tokens.places], device=self.ranks.device
-                ),
-                step_sequences=step_sequences,
-            )
-            policy = token_logprobs(self.policy.engine, tokens)
-            loss_share, loss_B = self.objective.loss(policy.logprobs_K, batch)
-            self.policy.backward(loss_share * (0.0 if is_filler else 1.0), last=turn == rounds - 1)
-            if not is_filler:
-                note_slice(records, tokens, batch, policy, loss_B)
-                compare_logprobs(records, tokens, policy, mini_batch)
-        gradient_norm = self.policy.step()
-        for place in judged:
-            records[place].regressed = math.isfinite(gradient_norm)
-        return records, gradient_norm
-
-    def token_batches(self, mini_batch: dict[int, Rollout]) -> list[TokenBatch]:
-        """The step's judged sequences on the device, cut into micro-batches; all of them if none was judged."""
-        taken = _judged(mini_batch) or mini_batch
-        sequences = [TokenSequence.of(place, rollout) for place, rollout in taken.items()]
-        batches = token_batches(sequences, self.config.train.tokens_per_micro_batch, self.pad_token_id)
-        return [batch.to(self.ranks.device) for batch in batches]
-
-    def evaluate(self, number: int) -> tuple[Metrics, list[Rollout]]:
-        """Sampled accuracy after iteration `number` on the held-out prompts, from the same random streams every time.
-
-        One completion each.
-        """
-        metrics: Metrics = {}
-        places = range(self.ranks.rank, len(self.held_out), self.ranks.world_size)
-        draw = Draw(
-            prompts=[self.held_out[place] for place in places],
-            places=places,
-            seed=derive_seed(self.config.seed, "evaluate"),
-        )
-        with timed("evaluate", metrics):
-            rollouts = self.pipeline.now(draw, number)
-        solved = self.ranks.gather([record_of(rollout, 0.0) for rollout in rollouts])
-        metrics["evaluate/pass_at_1"] = sum(record.solved for record in solved) / len(solved)
-        return metrics, rollouts
-
-    def save(self, paths: RunPaths, number: int, held_out_accuracy: float | None) -> None:
+    def save(self, folder: Path, number: int, held_out_accuracy: float | None) -> None:
         """Write a checkpoint from which iteration number + 1 continues."""
         state = {
             "iteration": number,
-            "origin": self.origin,
+            "origin": origin(self.config, self.data),
             "world_size": self.ranks.world_size,
             "held_out_accuracy": held_out_accuracy,
         }
-        rollouts = []
-        for batch in self.pipeline.waiting(number):
-            ours = list(zip(self.places, map(as_json, batch), strict=True))
-            rollouts.append([rollout for _, rollout in sorted(self.ranks.gather(ours), key=itemgetter(0))])
-        keep = self.config.train.keep_checkpoints
-        self.policy.save_checkpoint(paths.checkpoints, state, keep=keep, rollouts=rollouts)
+        checkpoint.write(
+            folder,
+            state,
+            self.learners,
+            self.ranks,
+            keep=self.config.train.keep_checkpoints,
+            rollouts=self._waiting(number),
+            memory=self.memory.document() if self.memory else None,
+        )
 
-    def resume(self, checkpoint: Path) -> int:
+    @property
+    def learners(self) -> dict[str, Any]:
+        """The networks that are trained, by their names in a checkpoint."""
+        return {name: part.learner for name, part in self.update.parts.items()}
+
+    def _waiting(self, number: int) -> list[list[dict[str, Any]]]:
+        """The batches that were drawn ahead, of all ranks in order of their places."""
+        size = self.objective.group_size
+        batches = []
+        for batch in self.source.waiting(number):
+            groups = [batch[start : start + size] for start in range(0, len(batch), size)]
+            ours = [
+                (place, list(map(as_json, group))) for place, group in zip(self.places, groups, strict=True)
+            ]
+            everyone = sorted(self.ranks.gather(ours), key=itemgetter(0))
+            batches.append([rollout for _, group in everyone for rollout in group])
+        return batches
+
+    def resume(self, folder: Path) -> int:
         """Continue from a checkpoint; returns the number of its iteration."""
-        self.policy.load_checkpoint(checkpoint)
-        number: int = read_state(checkpoint)["iteration"]
-        prompts = {prompt.id: prompt for prompt in self.prompts}
+        checkpoint.load(folder, self.learners)
+        if self.memory:
+            self.memory.resume(checkpoint.read_memory(folder))
+        number: int = checkpoint.read_state(folder)["iteration"]
+        prompts = {prompt.id: prompt for prompt in self.data.prompts}
+        size = self.objective.group_size
         batches = [
-            [from_json(batch[place], prompts) for place in self.places] for batch in read_rollouts(checkpoint)
+            [
+                from_json(rollout, prompts)
+                for place in self.places
+                for rollout in batch[place * size : (place + 1) * size]
+            ]
+            for batch in checkpoint.read_rollouts(folder)
         ]
-        self.pipeline.resume(number, batches)
+        self.source.resume(number, batches)
         return number
 
 
-def _judged(mini_batch: dict[int, Rollout]) -> dict[int, Rollout]:
-    return {place: rollout for place, rollout in mini_batch.items() if rollout.grade.outcome not in UNJUDGED}
+def step_figures(norms: Sequence[dict[str, float]]) -> Metrics:
+    """Of an iteration's steps: the mean gradient norm of each part, and how many were skipped."""
+    figures: Metrics = {}
+    for part, name in ((POLICY, "gradient_norm"), (CRITIC, "critic_gradient_norm")):
+        if part in norms[0]:
+            taken = [norm[part] for norm in norms if math.isfinite(norm[part])]
+            figures[f"train/{name}"] = sum(taken) / len(taken) if taken else math.nan
+    figures["train/skipped_steps"] = float(sum(not math.isfinite(norm[POLICY]) for norm in norms))
+    return figures
 
 
-def train(
-    trainer: Trainer, config: Config, paths: RunPaths, console: Console, *, first: int, last: int
-) -> None:
-    """Run iterations `first` to `last`, with evaluations, logs and checkpoints.
-
-    Raises KeyboardInterrupt where SIGTERM or Ctrl-C asked for it, after writing a checkpoint.
-    """
-    log = None
-    if trainer.ranks.is_main:
-        begin = 0 if first == 1 else first
-        forget_completions(paths.completions, begin)
-        log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
-
-    def evaluate(number: int, training: list[Rollout]) -> Metrics:
-        metrics, held_out = trainer.evaluate(number)
-        if log:
-            stage1 = {"pass_rate": trainer.pass_rate, "vstar": trainer.vstar}
-            write_completions(paths.completions, number, training=training, held_out=held_out, **stage1)
-        return metrics
-
-    try:
-        with StopRequest() as stop:
-            if first == 1 and trainer.held_out:
-                before = evaluate(0, [])
-                if log:
-                    log.write(0, before)
-            for number in range(first, last + 1):
-                metrics, rollouts = trainer.iteration(number)
-                if trainer.held_out and (number % config.train.evaluate_every == 0 or number == last):
-                    metrics |= evaluate(number, rollouts)
-                expected = trainer.first_batch if number == 1 else None
-                if expected:
-                    metrics |= expected.bounds()
-                if log:
-                    log.write(number, metrics)
-                if expected and (
-                    warning := expected.warning(metrics["loss/regression"], metrics["reward/mean"])
-                ):
-                    console.print(warning, soft_wrap=True)
-                refuse_divergence(number, metrics)
-                stopping = trainer.ranks.largest(stop.is_made) and number < last
-                if number % config.train.checkpoint_every == 0 or number == last or stopping:
-                    trainer.save(paths, number, metrics.get("evaluate/pass_at_1"))
-                if stopping:
-                    raise KeyboardInterrupt
-    finally:
-        if log:
-            log.close()
+def held_out_draw(prompts: Sequence[Prompt], config: Config, ranks: Ranks) -> Draw:
+    """One completion of each held-out prompt, from the same random streams every time; this rank's share."""
+    places = range(ranks.rank, len(prompts), ranks.world_size)
+    return Draw(
+        prompts=[prompts[place] for place in places],
+        places=places,
+        seed=derive_seed(config.seed, "evaluate"),
+    )

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from stage2_train.batch import TokenBatch
+from stage2_train.checkpoint import POLICY, load, write
 from stage2_train.config import Config, LoraConfig
-from stage2_train.policy import DEEPSPEED_TAG, Policy, Ranks, join_ranks
-from stage2_train.reference import SeparateModel, build_reference
+from stage2_train.policy import Policy
+from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.scorers import SeparateModel, build_reference
 
 Weights = dict[str, torch.Tensor]
 LORA = LoraConfig(rank=4, alpha=8)
@@ -32,7 +34,7 @@ SMALL_STEP, SMALL_STEPS = 2e-5, 12
 def tokens(number: int) -> TokenBatch:
     rng = torch.Generator().manual_seed(number)
     return TokenBatch(
-        places=(0, 1),
+        rows=(0, 1),
         input_ids_BT=torch.randint(1, 100, (2, 9), generator=rng),
         is_completion_BT=torch.arange(9).expand(2, 9) > 4,
     )
@@ -54,21 +56,20 @@ class Run:
     def steps(self, first: int, last: int) -> None:
         for number in range(first, last + 1):
             slices = own_slices(number, self.ranks)
-            reference = self.reference.logprobs(slices)
+            reference = self.reference.score(slices)
             rounds = self.ranks.largest(len(slices))
             for turn in range(rounds):
                 batch = slices[turn % len(slices)]
-                logprobs_K, _ = self.policy.engine(batch.input_ids_BT, batch.is_completion_BT)
+                logprobs_K = self.policy.logprobs(batch).logprobs_K
                 loss = (logprobs_K - reference[turn % len(slices)] + 1).square().sum()
-                self.policy.backward(loss * float(turn < len(slices)), last=turn == rounds - 1)
-            self.policy.step()
+                self.policy.learner.backward(loss * float(turn < len(slices)), last=turn == rounds - 1)
+            self.policy.learner.step()
 
     def logprobs(self) -> torch.Tensor:
         """Of the policy as it is, for tokens that all ranks share."""
         batch = tokens(1000)
         with torch.no_grad():
-            logprobs_K: torch.Tensor = self.policy.engine(batch.input_ids_BT, batch.is_completion_BT)[0]
-        return logprobs_K
+            return self.policy.logprobs(batch).logprobs_K
 
 
 def weights_of(policy: Policy) -> Weights:
@@ -90,13 +91,13 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
     run = Run(config, ranks)
     at_start = weights_of(run.policy)
     run.steps(1, 3)
-    reference = run.reference.logprobs(own_slices(9, ranks))
-    separate = SeparateModel(run.folder, config, ranks.device).logprobs(own_slices(9, ranks))
+    reference = run.reference.score(own_slices(9, ranks))
+    separate = SeparateModel(run.folder, config, ranks.device).score(own_slices(9, ranks))
     checkpoints = Path(f"{output}-checkpoints-{stage}")
-    run.policy.save_checkpoint(checkpoints, {"iteration": 3}, keep=1)
+    write(checkpoints, {"iteration": 3}, {POLICY: run.policy.learner}, ranks, keep=1)
     run.steps(4, 4)
     again = Run(config, ranks)
-    again.policy.load_checkpoint(checkpoints / "iteration-000003")
+    load(checkpoints / "iteration-000003", {POLICY: again.policy.learner})
     again.steps(4, 4)
     run.policy.export(Path(f"{output}-model-{stage}"))
     return {
@@ -106,12 +107,12 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
         "logprobs": run.logprobs(),
         "reference": (reference, separate),
         "optimized": sum(parameter.numel() for parameter in optimized(run.policy)),
-        "kept": sorted(kept_names(checkpoints / "iteration-000003" / DEEPSPEED_TAG)),
+        "kept": sorted(kept_names(checkpoints / "iteration-000003" / POLICY)),
     }
 
 
 def optimized(policy: Policy) -> Iterator[torch.Tensor]:
-    return (parameter for parameter in policy.engine.module.parameters() if parameter.requires_grad)
+    return (parameter for parameter in policy.learner.module.parameters() if parameter.requires_grad)
 
 
 def kept_names(folder: Path) -> set[str]:
@@ -125,8 +126,8 @@ def with_dropout(config: Config, ranks: Ranks) -> dict[str, Any]:
     run = Run(config, ranks)
     run.steps(1, 1)
     return {
-        "reference": run.reference.logprobs([tokens(0)]),
-        "separate": SeparateModel(run.folder, config, ranks.device).logprobs([tokens(0)]),
+        "reference": run.reference.score([tokens(0)]),
+        "separate": SeparateModel(run.folder, config, ranks.device).score([tokens(0)]),
         "policy": (run.logprobs(), run.logprobs()),
     }
 
@@ -148,8 +149,8 @@ def small_updates(config: Config, stage: int, offload: bool, ranks: Ranks) -> li
     policy = Policy(Path(config.model.path), config, ranks)
     found = [weights_of(policy)]
     for number in range(SMALL_STEPS):
-        policy.backward(policy.engine(tokens(0).input_ids_BT, tokens(0).is_completion_BT)[0].sum(), last=True)
-        policy.step()
+        policy.learner.backward(policy.logprobs(tokens(0)).logprobs_K.sum(), last=True)
+        policy.learner.step()
         if number in (0, SMALL_STEPS - 1):
             found.append(weights_of(policy))
     return found

@@ -13,9 +13,12 @@ from common.errors import UserError
 from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Rollout
 from stage2_train.config import Config
-from stage2_train.inputs import Inputs, prepare
-from stage2_train.policy import MAX_SKIPPED_STEPS, Policy, Ranks, join_ranks
-from stage2_train.sampler import Draw, Sampler
+from stage2_train.data import TrainingData, prepare
+from stage2_train.learner import MAX_SKIPPED_STEPS
+from stage2_train.policy import Policy
+from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.records import Records
+from stage2_train.sources.sampler import Draw, Sampler
 from stage2_train.train import Trainer
 from tests.train_steps import ScriptedEngine, changed
 
@@ -27,43 +30,52 @@ def weights_of(policy: Policy) -> Weights:
     return {name: weight.clone() for name, weight in policy.named_weights()}
 
 
-def steps(config: Config, inputs: Inputs, ranks: Ranks, scales: list[float]) -> dict[str, Any]:
+def steps(config: Config, data: TrainingData, ranks: Ranks, scales: list[float]) -> dict[str, Any]:
     """Steps whose loss is multiplied by these, on the last rank alone."""
-    policy = Policy(inputs.folder, config, ranks)
+    policy = Policy(data.folder, config, ranks)
+    learner = policy.learner
     norms: list[float] = []
     rates: list[float] = []
     error = None
     for number, scale in enumerate(scales):
         tokens = torch.arange(1, 13).reshape(2, 6) + ranks.rank
-        logprobs_K, _ = policy.engine(tokens, tokens > 3)
-        policy.backward(logprobs_K.sum() * (scale if ranks.rank == ranks.world_size - 1 else 1.0), last=True)
+        logprobs_K, _ = learner(tokens, tokens > 3)
+        learner.backward(logprobs_K.sum() * (scale if ranks.rank == ranks.world_size - 1 else 1.0), last=True)
         try:
-            norms.append(policy.step())
+            norms.append(learner.step())
         except UserError as stop:
             error = (number, str(stop))
             break
-        rates.append(policy.learning_rate)
+        rates.append(learner.learning_rate)
     return {"weights": weights_of(policy), "norms": norms, "rates": rates, "error": error}
 
 
-def regressed(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool, *, leave_out: bool) -> Weights:
+def regressed(
+    config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool, *, leave_out: bool
+) -> Weights:
     """Weights after two steps; places 1, 3, 5 and 7, all of a second rank's, could not be judged, or are not there."""
-    engine = ScriptedEngine(inputs.renderer)
+    engine = ScriptedEngine(data.renderer)
     sampler = Sampler(lambda: engine, pool, config.sampling, ranks)
-    trainer = Trainer(config, inputs, sampler, ranks)
+    config = changed(config, {"train": {"batch_size": 8}})
+    trainer = Trainer(config, data, sampler, ranks)
     for number in (1, 2):
-        places = range(ranks.rank, 8, ranks.world_size)
-        draw = Draw(prompts=[inputs.prompts[place] for place in places], places=places, seed=number)
+        draw = Draw(
+            prompts=[data.prompts[place] for place in trainer.places], places=trainer.places, seed=number
+        )
         rollouts = sampler.attempt(draw)
         assert rollouts is not None
-        mini_batch = {
-            place: unjudged(rollout) if place % 2 else rollout
-            for place, rollout in zip(places, rollouts, strict=True)
+        drawn = [
+            (place, unjudged(rollout) if place % 2 else rollout)
+            for place, rollout in zip(trainer.places, rollouts, strict=True)
             if not (leave_out and place % 2)
-        }
-        (slices,) = trainer.with_reference([mini_batch])
-        records, _ = trainer.optimizer_step(mini_batch, slices)
-        assert [record.regressed for record in records.values()] == [place % 2 == 0 for place in mini_batch]
+        ]
+        places, rollouts = [place for place, _ in drawn], [rollout for _, rollout in drawn]
+        collated = trainer.collate(rollouts, places)
+        records = Records(rollouts, collated.rows)
+        batch = trainer.objective.credit(trainer.score(collated, {}))
+        for step in collated.steps:
+            trainer.update(step, batch, records)
+        assert [record.trained for record in records.all] == [place % 2 == 0 for place in places]
     return weights_of(trainer.policy)
 
 
@@ -74,21 +86,21 @@ def unjudged(rollout: Rollout) -> Rollout:
 def main(order: dict[str, Any]) -> None:
     config = Config.model_validate(order["config"])
     ranks = join_ranks(seed=0)
-    inputs = prepare(config, Path(order["vstar"]))
+    data = prepare(config, Path(order["vstar"]))
     found: dict[str, Any] = {}
     for name, change in order["cases"].items():
         case = changed(config, change)
         found[name] = {
-            "disturbed": steps(case, inputs, ranks, [GOOD, BAD, BAD, GOOD, GOOD]),
-            "undisturbed": steps(case, inputs, ranks, [GOOD, GOOD, GOOD]),
+            "disturbed": steps(case, data, ranks, [GOOD, BAD, BAD, GOOD, GOOD]),
+            "undisturbed": steps(case, data, ranks, [GOOD, GOOD, GOOD]),
         }
-    found["hopeless"] = steps(config, inputs, ranks, [GOOD] + [BAD] * (MAX_SKIPPED_STEPS + 1))
+    found["hopeless"] = steps(config, data, ranks, [GOOD] + [BAD] * (MAX_SKIPPED_STEPS + 1))
     with GraderPool(config.grader) as pool:
         for stage in (2, 3):
             case = changed(config, {"train": {"zero_stage": stage}})
-            found[f"unjudged, ZeRO-{stage}"] = regressed(case, inputs, ranks, pool, leave_out=False)
+            found[f"unjudged, ZeRO-{stage}"] = regressed(case, data, ranks, pool, leave_out=False)
         if ranks.world_size == 1:
-            found["judged only"] = regressed(config, inputs, ranks, pool, leave_out=True)
+            found["judged only"] = regressed(config, data, ranks, pool, leave_out=True)
     torch.save(found, f"{order['output']}.{ranks.rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

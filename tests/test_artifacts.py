@@ -1,5 +1,6 @@
 """Run folders, whole-or-absent writes, the run's lock, and the hashes that tie an artifact to its model."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def test_a_full_disk_leaves_no_file_under_the_final_name(tmp_path: Path) -> None
     script = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from common.artifacts import write_text\n"
+        "from common.files import write_text\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "write_text(Path(sys.argv[1]), 'x' * 5000)\n"
@@ -73,7 +74,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from common.artifacts import atomic_path\n"
+        "from common.files import atomic_path\n"
         "with atomic_path(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    os.kill(os.getpid(), 9)\n"
@@ -107,7 +108,7 @@ def test_other_runs_and_other_kinds_of_job_do_not_wait_for_each_other(artifacts:
 def test_a_killed_job_frees_its_run(artifacts: Path) -> None:
     script = (
         "import os\n"
-        "from common.artifacts import exclusive_run, run_paths\n"
+        "from common.runs import exclusive_run, run_paths\n"
         "with exclusive_run(run_paths('one'), 'vstar'):\n"
         "    os.kill(os.getpid(), 9)\n"
     )
@@ -115,6 +116,23 @@ def test_a_killed_job_frees_its_run(artifacts: Path) -> None:
     assert (artifacts / "one" / ".vstar.lock").exists()
     with exclusive_run(run_paths("one"), "vstar"):
         pass
+
+
+@pytest.mark.parametrize("problem", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused_with_advice(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch, problem: int
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(problem, os.strerror(problem))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with (
+        pytest.raises(
+            UserError, match=rf"cannot lock {artifacts}/one/.*{os.strerror(problem)}; two jobs could"
+        ),
+        exclusive_run(run_paths("one"), "vstar"),
+    ):
+        raise AssertionError("a run is held without a lock")
 
 
 def test_differences_name_each_field_with_both_values() -> None:

@@ -8,8 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from stage2_train.batch import TOKENS_A_BATCH, MicroBatch, TokenSequence, sum_by_sequence, token_batches
-from stage2_train.inputs import prompt_batch
+from stage2_train.batch import TOKENS_A_BATCH, TokenSequence, Totals, sum_by, token_batches
+from stage2_train.data import prompt_batch
+from tests.batches import batch_of, tensor
 
 PAD = 99
 
@@ -19,7 +20,7 @@ def ragged(count: int, *, seed: int = 0) -> list[TokenSequence]:
     rng = random.Random(seed)
     return [
         TokenSequence(
-            place=place,
+            row=place,
             prompt_token_ids=tuple(1000 * place + index for index in range(rng.randint(1, 9))),
             completion_token_ids=tuple(1000 * place + 500 + index for index in range(rng.randint(1, 9))),
         )
@@ -27,12 +28,16 @@ def ragged(count: int, *, seed: int = 0) -> list[TokenSequence]:
     ]
 
 
+def alone(sequences: Sequence[TokenSequence]) -> list[list[TokenSequence]]:
+    return [[sequence] for sequence in sequences]
+
+
 @pytest.mark.parametrize("budget", [1, 18, 40, 64, 100_000])
 def test_every_sequence_comes_once_and_whole_whatever_the_budget(budget: int) -> None:
     sequences = ragged(23)
     found: Counter[int] = Counter()
-    for batch in token_batches(sequences, budget, PAD):
-        for row, place in enumerate(batch.places):
+    for batch in token_batches(alone(sequences), budget, PAD):
+        for row, place in enumerate(batch.rows):
             found[place] += 1
             sequence = sequences[place]
             tokens = batch.input_ids_BT[row].tolist()
@@ -45,17 +50,17 @@ def test_every_sequence_comes_once_and_whole_whatever_the_budget(budget: int) ->
 
 @pytest.mark.parametrize("budget", [1, 18, 40, 64])
 def test_no_batch_is_over_the_budget_unless_one_sequence_is(budget: int) -> None:
-    for batch in token_batches(ragged(23), budget, PAD):
-        assert batch.input_ids_BT.numel() <= budget or len(batch.places) == 1
+    for batch in token_batches(alone(ragged(23)), budget, PAD):
+        assert batch.input_ids_BT.numel() <= budget or len(batch.rows) == 1
 
 
 def test_batches_are_few_and_hold_similar_lengths() -> None:
     sequences = ragged(40)
-    batches = list(token_batches(sequences, 60, PAD))
+    batches = list(token_batches(alone(sequences), 60, PAD))
     padded = sum(batch.input_ids_BT.numel() for batch in batches)
     assert padded < 1.15 * sum(map(len, sequences))
     for batch, following in pairwise(batches):
-        assert min(len(sequences[place]) for place in batch.places) >= following.input_ids_BT.shape[1]
+        assert min(len(sequences[place]) for place in batch.rows) >= following.input_ids_BT.shape[1]
 
 
 def cost(lengths: Sequence[int]) -> int:
@@ -77,15 +82,13 @@ def cheapest(lengths: tuple[int, ...], budget: int) -> int:
 def test_no_cut_costs_less(budget: int) -> None:
     lengths = (1000, 900, 880, 300, 290, 280, 270, 260, 30, 20, 10)
     sequences = [
-        TokenSequence(place=place, prompt_token_ids=(1,), completion_token_ids=(1,) * (length - 1))
+        TokenSequence(row=place, prompt_token_ids=(1,), completion_token_ids=(1,) * (length - 1))
         for place, length in enumerate(lengths)
     ]
-    found = list(token_batches(sequences, budget, PAD))
-    assert sum(cost([lengths[place] for place in batch.places]) for batch in found) == cheapest(
-        lengths, budget
-    )
+    found = list(token_batches(alone(sequences), budget, PAD))
+    assert sum(cost([lengths[place] for place in batch.rows]) for batch in found) == cheapest(lengths, budget)
     if budget == 100_000:
-        assert [len(batch.places) for batch in found] == [3, 5, 3]
+        assert [len(batch.rows) for batch in found] == [3, 5, 3]
 
 
 def test_no_sequences_make_no_batches() -> None:
@@ -93,21 +96,54 @@ def test_no_sequences_make_no_batches() -> None:
 
 
 def test_each_completion_token_knows_its_row() -> None:
-    (batch,) = token_batches(ragged(5), 10_000, PAD)
-    lengths = [len(ragged(5)[place].completion_token_ids) for place in batch.places]
+    (batch,) = token_batches(alone(ragged(5)), 10_000, PAD)
+    lengths = [len(ragged(5)[place].completion_token_ids) for place in batch.rows]
     assert batch.sequence_of_K.tolist() == [row for row, length in enumerate(lengths) for _ in range(length)]
 
 
-def test_values_are_added_up_by_sequence() -> None:
+@pytest.mark.parametrize("budget", [1, 40, 64, 100_000])
+def test_a_group_stays_in_one_batch_and_counts_as_a_whole(budget: int) -> None:
+    sequences = ragged(24)
+    groups = [sequences[start : start + 3] for start in range(0, 24, 3)]
+    batches = list(token_batches(groups, budget, PAD))
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(24))
+    for batch in batches:
+        for start in range(0, len(batch.rows), 3):
+            first, *others = batch.rows[start : start + 3]
+            assert others == [first + 1, first + 2]
+            assert first % 3 == 0
+        assert batch.input_ids_BT.numel() <= budget or len(batch.rows) == 3
+
+
+def test_values_are_added_up_by_part() -> None:
     values_K, sequence_of_K = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([2, 0, 2, 0])
-    assert sum_by_sequence(values_K, sequence_of_K, 3).tolist() == [10.0, 0.0, 5.0]
-    batch = MicroBatch(
-        sequence_of_K=sequence_of_K,
-        reference_logprobs_K=torch.zeros(4),
-        advantages_B=torch.zeros(3),
-        step_sequences=3,
-    )
-    assert batch.sum_by_sequence(values_K).tolist() == [10.0, 0.0, 5.0]
+    assert sum_by(values_K, sequence_of_K, 3).tolist() == [10.0, 0.0, 5.0]
+
+
+def test_a_batch_knows_its_sequences_and_groups() -> None:
+    batch = batch_of([2, 0, 1, 3], [1.0, 0.0, 4.0, 2.0], group_size=2)
+    values_K = tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    assert batch.sequence_of_K.tolist() == [0, 0, 2, 3, 3, 3]
+    assert batch.sum_by_sequence(values_K).tolist() == [3.0, 0.0, 4.0, 56.0]
+    assert batch.mean_by_sequence(values_K).tolist() == [1.5, 0.0, 4.0, pytest.approx(56 / 3)]
+    assert batch.group_size_B.tolist() == [2.0] * 4
+    assert batch.mean_by_group(batch.rewards_B).tolist() == [0.5, 0.5, 3.0, 3.0]
+    assert batch.mean_of_others(batch.rewards_B).tolist() == [0.0, 1.0, 2.0, 4.0]
+
+
+def test_a_slice_of_a_batch_has_the_columns_of_its_rows_in_their_order() -> None:
+    values_K = tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    batch = batch_of([2, 0, 1, 3], [1.0, 0.0, 4.0, 2.0], group_size=2, reference_K=values_K)
+    totals = Totals(sequences=7, groups=3, tokens=20)
+    part = batch.at([3, 0, 2], totals)
+    assert part.lengths_B.tolist() == [3, 2, 1]
+    assert part.rewards_B.tolist() == [2.0, 1.0, 4.0]
+    assert part.reference_K.tolist() == [8.0, 16.0, 32.0, 1.0, 2.0, 4.0]
+    assert part.group_of_B.tolist() == [1, 0, 1]
+    assert part.mean_by_group(part.rewards_B).tolist() == [3.0, 1.0, 3.0]
+    assert part.totals == totals
+    assert part.vstar_B is None
+    assert len(batch.at([], totals)) == 0
 
 
 @pytest.mark.parametrize(("prompts", "batch_size"), [(10, 4), (7, 7), (5, 13), (12, 1)])

@@ -89,17 +89,17 @@ def trainer_gap(
     """The largest difference between the engine's and the trainer's log-prob of any token."""
     sequences = [
         TokenSequence(
-            place=place,
+            row=place,
             prompt_token_ids=request.prompt_token_ids,
             completion_token_ids=completions[request.key].token_ids,
         )
         for place, request in enumerate(batch)
     ]
     worst = 0.0
-    for slice_ in token_batches(sequences, 400, pad_token_id=0):
+    for slice_ in token_batches([[sequence] for sequence in sequences], 400, pad_token_id=0):
         with torch.no_grad():
             ours_K = token_logprobs(module, slice_).logprobs_K
-        theirs = [completions[batch[place].key].sampled_logprobs for place in slice_.places]
+        theirs = [completions[batch[place].key].sampled_logprobs for place in slice_.rows]
         theirs_K = torch.tensor([value for values in theirs for value in values or ()])
         assert theirs_K.shape == ours_K.shape
         worst = max(worst, float((ours_K - theirs_K).abs().max()))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.value import Estimate, estimate_vstar
-from stage1_vstar.estimator import ESTIMATORS
+from common.value import Estimate, Ragged, estimate_vstar
+from common.vstar_file import ESTIMATORS
 from stage1_vstar.estimator import estimate as estimate_by
 
 BETAS = [1e-6, 1e-4, 0.0014, 0.03, 0.5, 1.0, 7.0, 1e3, 1e6]
@@ -229,3 +229,14 @@ def test_what_an_estimator_is_not_for_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         estimate_by(np.array(rewards), np.array([2]), beta1, estimator=estimator)
+
+
+def test_figures_of_ragged_samples_are_those_of_each_prompt_alone() -> None:
+    parts = [np.array([0.25]), np.array([1.0, -2.0, 4.0]), np.array([0.5, 0.5])]
+    ragged, values_S = Ragged(np.array([1, 3, 2])), np.concatenate(parts)
+    assert ragged.starts_P.tolist() == [0, 1, 4]
+    assert ragged.sum(values_S).tolist() == [part.sum() for part in parts]
+    assert ragged.mean(values_S).tolist() == [part.mean() for part in parts]
+    assert ragged.max(values_S).tolist() == [part.max() for part in parts]
+    assert ragged.any(values_S < 0).tolist() == [False, True, False]
+    assert ragged.repeat(np.array([7, 8, 9])).tolist() == [7, 8, 8, 8, 9, 9]

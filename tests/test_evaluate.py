@@ -163,7 +163,7 @@ def test_another_models_distance_is_the_mean_log_ratio_of_its_completions(
     bodies = [[int(row["answer"]) + (index == 2) for index in range(4)] for row in questions]
     sequences = [
         TokenSequence(
-            place=4 * number + index,
+            row=4 * number + index,
             prompt_token_ids=renderer.render(questions[number]["prompt"]),
             completion_token_ids=(
                 *renderer.tokenizer.encode(f"7 #### {answer}"),

@@ -27,7 +27,7 @@ OUTCOMES = {
 @pytest.fixture(params=[65_536, 3, 1], ids="{} at a time".format)
 def artifact(request: pytest.FixtureRequest, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The artifact of the run named demo; what a filter does must not depend on how many prompts it reads at a time."""
-    monkeypatch.setattr("common.vstar_file.BATCH_ROWS", request.param)
+    monkeypatch.setattr("common.contract.BATCH_ROWS", request.param)
     return write_artifact(artifacts / "demo" / "vstar.parquet", OUTCOMES)
 
 
@@ -156,7 +156,7 @@ def test_the_intervals_of_all_parts_of_a_file_refer_to_the_same_range_of_rewards
     rewards = {"low": [0.0, 0.5, 1.0], "high": [0.0, 3.0, 3.0], "equal": [1.0, 1.0, 0.0]}
     files = []
     for at_a_time in (1, 3):
-        monkeypatch.setattr("common.vstar_file.BATCH_ROWS", at_a_time)
+        monkeypatch.setattr("common.contract.BATCH_ROWS", at_a_time)
         path = tmp_path / f"{at_a_time}.parquet"
         write_artifact(path, {name: ["wrong"] * 3 for name in rewards}, rewards=rewards)
         filter_prompts(path, None, rules(max_interval_width=2.1))

@@ -4,18 +4,21 @@ Shapes: _P prompt, _N stage-1 sample, _B visit of the batch, _K power, _A possib
 """
 
 import json
+import math
 import os
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from rich.console import Console
 
 from common.demo.base_model import build_tokenizer
 from common.errors import UserError
@@ -41,6 +44,7 @@ from stage2_train.memory import (
     model_states,
     read_shape,
 )
+from stage2_train.watchers import FirstBatchCheck, Turn
 from tests.conftest import RunCli
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -259,14 +263,26 @@ def test_a_first_batch_that_stage_1_does_not_explain_is_warned_of(
             "loss": float(((reward_B - rows["vstar"].to_numpy()[kept]) ** 2).mean()),
             "reward": float(reward_B.mean()),
         }
-        expected = forecast_of(rows, BATCH)
-        warning, bounds = expected.warning(**found), expected.bounds()
+        printed = StringIO()
+        check = FirstBatchCheck(forecast_of(rows, BATCH), Console(file=printed, width=80))
+        first, second = (
+            Turn(
+                number=number,
+                metrics={"loss/regression": found["loss"], "reward/mean": found["reward"]},
+                rollouts=[],
+                is_last=number == 2,
+            )
+            for number in (1, 2)
+        )
+        check.after(first)
+        check.after(second)
+        assert not any(name.startswith("forecast/") for name in second.metrics)
         for name, value in found.items():
-            low, high = bounds[f"forecast/{name}_low"], bounds[f"forecast/{name}_high"]
+            low, high = first.metrics[f"forecast/{name}_low"], first.metrics[f"forecast/{name}_high"]
             told = f"{name} {value:.4g} is outside {low:.4g} to {high:.4g}"
-            assert (told in (warning or "")) == (not low <= value <= high)
-        assert (warned_of is None) == (warning is None)
-        assert warned_of is None or f"{warned_of} {found[warned_of]:.4g} is outside" in str(warning)
+            assert (told in printed.getvalue()) == (not low <= value <= high)
+            assert told in printed.getvalue() or name != warned_of
+        assert printed.getvalue().count("warning:") == len(printed.getvalue().splitlines()) == bool(warned_of)
 
 
 def test_one_sample_a_prompt_tells_nothing_of_the_first_batch() -> None:
@@ -282,7 +298,7 @@ def test_tokens_are_those_of_the_kept_prompts_completions() -> None:
 
 
 def qwen_folder(folder: Path) -> Path:
-    """Qwen2.5-1.5B without its weights: the config, and a weight file that ends after its header."""
+    """Qwen2.5-1.5B without its weights: the config, and a weight file that has a hole after its header."""
     hidden, keys, wide = 1536, 256, 8960
     shapes = {"model.embed_tokens.weight": [151936, hidden], "model.norm.weight": [hidden]}
     for layer in range(28):
@@ -302,8 +318,15 @@ def qwen_folder(folder: Path) -> Path:
         }
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
     shapes["lm_head.weight"] = [151936, hidden]  # some checkpoints store the tied matrix twice
-    header = json.dumps({"__metadata__": {}, **{name: {"shape": shape} for name, shape in shapes.items()}})
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    ends = np.cumsum([2 * math.prod(shape) for shape in shapes.values()]).tolist()
+    tensors = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        for (name, shape), start, end in zip(shapes.items(), [0, *ends], ends, strict=False)
+    }
+    header = json.dumps({"__metadata__": {}, **tensors})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header.encode())
+        file.truncate(file.tell() + ends[-1])
     (folder / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
     return folder
 
@@ -601,8 +624,15 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
         {**QWEN, "head_dim": 0},
     ):
         (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
-        with pytest.raises(UserError, match="cannot read the model's shape"):
+        with pytest.raises(UserError, match=r"config\.json.*(Llama or Mistral kind|no JSON object)"):
             forecast(hollow, vstar, gpus=1, gpu_gib=80)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"half a header")
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors.*download the model again"):
+        forecast(hollow, vstar, gpus=1, gpu_gib=80)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors weights"):
+        forecast(hollow, vstar, gpus=1, gpu_gib=80)
     rows, provenance = read_vstar(vstar)
     write_vstar(rows.with_columns(pl.lit(False).alias("keep")), provenance, vstar)
     with pytest.raises(UserError, match="no prompt is left to train on"):

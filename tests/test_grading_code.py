@@ -26,7 +26,7 @@ from common.grading.rule_code import (
     validate_gold,
     warm_up,
 )
-from common.grading.seccomp import MACHINES, filter_program
+from common.grading.sandbox.seccomp import MACHINES, filter_program
 from tests.fakes import tiny_config
 
 # Tests, a program that passes them and one that does not.
@@ -108,7 +108,7 @@ def sandboxes() -> list[int]:
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            if b"sandbox_child.py" in command:
+            if b"sandbox/child.py" in command:
                 found.append(int(folder.name))
     return [pid for pid in found if os.getpid() in (parents[pid], parents.get(parents[pid]))]
 

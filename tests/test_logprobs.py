@@ -30,7 +30,7 @@ def ragged(vocabulary: int, count: int = 6) -> list[TokenSequence]:
         return tuple(rng.randrange(PAD + 1, vocabulary) for _ in range(rng.randint(1, most)))
 
     return [
-        TokenSequence(place=place, prompt_token_ids=tokens(9), completion_token_ids=tokens(12))
+        TokenSequence(row=place, prompt_token_ids=tokens(9), completion_token_ids=tokens(12))
         for place in range(count)
     ]
 
@@ -47,7 +47,7 @@ def naive(model: PreTrainedModel, sequence: TokenSequence, temperature: float) -
 
 
 def one_batch(sequences: list[TokenSequence]) -> TokenBatch:
-    (batch,) = token_batches(sequences, 10**6, PAD)
+    (batch,) = token_batches([sequences], 10**6, PAD)
     return batch
 
 
@@ -65,7 +65,7 @@ def test_values_and_entropies_are_the_textbook_ones(
     batch = one_batch(sequences)
     with torch.no_grad():
         found = token_logprobs(LogprobModel(model, temperature), batch)
-        expected = [naive(model, sequences[place], temperature) for place in batch.places]
+        expected = [naive(model, sequences[place], temperature) for place in batch.rows]
     torch.testing.assert_close(
         found.logprobs_K, torch.cat([value for value, _ in expected]), rtol=0, atol=2e-6
     )
@@ -89,7 +89,7 @@ def test_gradients_are_the_textbook_ones(
         (weights_K * token_logprobs(LogprobModel(model, temperature), batch).logprobs_K).sum(),
         list(parameters.values()),
     )
-    values_K = torch.cat([naive(model, sequences[place], temperature)[0] for place in batch.places])
+    values_K = torch.cat([naive(model, sequences[place], temperature)[0] for place in batch.rows])
     expected = torch.autograd.grad((weights_K * values_K).sum(), list(parameters.values()))
     for name, ours, theirs in zip(parameters, found, expected, strict=True):
         assert float((ours - theirs).abs().max()) < 1e-5 * float(theirs.abs().max()), name
@@ -208,13 +208,13 @@ def test_padding_and_neighbours_change_nothing(model: PreTrainedModel) -> None:
     together = one_batch(sequences)
     with torch.no_grad():
         found = token_logprobs(module, together)
-        for row, place in enumerate(together.places):
-            alone = token_logprobs(module, one_batch([replace(sequences[place], place=0)]))
+        for row, of in enumerate(together.rows):
+            alone = token_logprobs(module, one_batch([replace(sequences[of], row=0)]))
             torch.testing.assert_close(
                 found.logprobs_K[together.sequence_of_K == row], alone.logprobs_K, rtol=0, atol=2e-6
             )
         other_padding = TokenBatch(
-            places=together.places,
+            rows=together.rows,
             input_ids_BT=torch.nn.functional.pad(
                 torch.where(together.input_ids_BT == PAD, 7, together.input_ids_BT), (0, 5), value=7
             ),

@@ -166,14 +166,14 @@ def test_steps_too_small_for_bfloat16_add_up(
 def test_an_offloaded_reference_gives_the_same_log_probs_and_is_in_main_memory_between_visits(
     config: Config,
 ) -> None:
-    from stage2_train.reference import SeparateModel
+    from stage2_train.scorers import SeparateModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = tokens(0).to(device)
     resident = SeparateModel(Path(config.model.path), config, device)
     offloaded = SeparateModel(Path(config.model.path), changed(config, offload_reference=True), device)
     for _visit in range(2):
-        assert torch.equal(offloaded.logprobs([batch])[0], resident.logprobs([batch])[0])
+        assert torch.equal(offloaded.score([batch])[0], resident.score([batch])[0])
         assert {parameter.device.type for parameter in offloaded._module.parameters()} == {"cpu"}
 
 

@@ -76,6 +76,13 @@ def test_training_makes_the_artifact_that_is_missing_and_uses_as_many_processes_
     assert launcher.training_script_args[:2] == ["train", "--config"]
 
 
+def test_an_objective_without_vstar_is_trained_without_stage_1() -> None:
+    commands = make("-n", "train", "ARGS=--set train.objective.name=grpo")
+    assert "cli.py train" in commands
+    assert "cli.py vstar" not in commands
+    assert "cli.py base-model" in commands
+
+
 def test_only_a_config_that_uses_the_demo_model_builds_it() -> None:
     assert "cli.py base-model" in make("-n", "vstar")
     assert "cli.py base-model" not in make("-n", "vstar", "CONFIG=configs/math-qwen2.5-7b.toml")

@@ -14,8 +14,8 @@ import pytest
 
 from common.errors import UserError
 from common.provenance import (
-    _MIGRATIONS,
     METADATA_KEY,
+    MIGRATIONS,
     SCHEMA_VERSION,
     read_provenance,
     sampler_identity,
@@ -49,7 +49,7 @@ def document_of(path: Path) -> dict[str, Any]:
 
 
 def test_there_is_a_migration_and_a_genuine_run_for_every_old_version() -> None:
-    assert sorted(_MIGRATIONS) == list(OLD_VERSIONS)
+    assert sorted(MIGRATIONS) == list(OLD_VERSIONS)
     assert sorted(folder.name for folder in FORMATS.iterdir()) == [f"v{version}" for version in OLD_VERSIONS]
 
 
@@ -62,7 +62,7 @@ def test_a_run_of_every_old_version_is_read_whole(version: int) -> None:
     rows, provenance = read_vstar(folder / "vstar.parquet")
     assert rows.columns == VSTAR.names
     samples = SampleStore(folder / "samples", provenance).read()
-    assert samples.columns == SAMPLES.names
+    assert samples.columns == SAMPLES.schema.names
     rewards = samples.sort("sample_index").group_by("prompt_id").agg("reward")
     assert dict(rewards.iter_rows()) == dict(rows.select("prompt_id", "rewards").iter_rows())
     assert describe(folder / "vstar.parquet").samples == samples.height

@@ -14,9 +14,9 @@ import pytest
 from common.errors import UserError
 from common.provenance import read_provenance
 from common.runs import REPOSITORY, exclusive_run, run_paths
-from common.vstar_file import read_vstar
+from common.vstar_file import ESTIMATORS, read_vstar
 from stage1_vstar.describe import Extent, describe, to_json
-from stage1_vstar.estimator import ESTIMATORS, estimate
+from stage1_vstar.estimator import estimate
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
 from tests.conftest import RunCli
@@ -112,7 +112,7 @@ def test_a_file_rescored_in_parts_is_the_file_rescored_whole(
         beta1,
         estimator=estimator,
     )
-    monkeypatch.setattr("common.vstar_file.BATCH_ROWS", at_a_time)
+    monkeypatch.setattr("common.contract.BATCH_ROWS", at_a_time)
     line = rescore(uneven, uneven, beta1, estimator)
     rescored, provenance = read_vstar(uneven)
     tolerance = 1e-7 if estimator == "beta_binomial" else 0  # of the search for the prior

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.processes import run
-from benchmarks.peers.table import Values, markdown, seconds_to
+from benchmarks.peers.demo import seconds_to
 from benchmarks.peers.vocabulary import BATCH_SIZE, LONGEST, completion_lengths
+from benchmarks.processes import run
+from benchmarks.tables import Column, Values, comparison
 
 
 def test_the_time_to_an_accuracy_lies_on_the_line_between_two_evaluations() -> None:
@@ -23,8 +24,8 @@ def test_the_time_to_an_accuracy_lies_on_the_line_between_two_evaluations() -> N
 
 
 def test_ratios_are_taken_repetition_by_repetition_and_a_run_that_never_got_there_is_counted() -> None:
-    columns: dict[str, Values] = {"seconds": {"ours": [10.0, 20.0, 40.0], "peer": [30.0, 40.0, None]}}
-    rows = markdown(columns, ["ours", "peer"], {"seconds": 0}).splitlines()
+    values: Values = {"ours": [10.0, 20.0, 40.0], "peer": [30.0, 40.0, None]}
+    rows = comparison("trainer", [Column(name="seconds", digits=0, values=values)]).splitlines()
     assert rows[2] == "| ours | 20 (10–40) | 1 |"
     assert rows[3] == "| peer | 35 (30–40) in 2 of 3 | 2.50 (2.00–3.00) in 2 of 3 |"
 
@@ -39,10 +40,10 @@ def test_forced_lengths_are_long_tailed_and_reach_the_longest() -> None:
 def test_the_memory_of_a_process_counts_its_children_and_a_failure_shows_its_output(tmp_path: Path) -> None:
     child = "import time; held = b'x' * (100 << 20); time.sleep(0.5)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    finished = run([sys.executable, "-c", parent], tmp_path / "log", {})
+    finished = run([sys.executable, "-c", parent], tmp_path / "log")
     assert 100 < finished.peak_mib < 250
     with pytest.raises(RuntimeError, match="a reason to fail"):
-        run([sys.executable, "-c", "raise SystemExit('a reason to fail')"], tmp_path / "log", {})
+        run([sys.executable, "-c", "raise SystemExit('a reason to fail')"], tmp_path / "log")
 
 
 def test_what_runs_in_trls_environment_needs_nothing_else_of_this_project() -> None:
@@ -51,7 +52,7 @@ def test_what_runs_in_trls_environment_needs_nothing_else_of_this_project() -> N
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({json.dumps(missing)}))
-import benchmarks.peers.job, benchmarks.peers.processes
+import benchmarks.peers.job, benchmarks.processes
 from common.grading import rule_gsm8k
 assert rule_gsm8k.grade("", "so #### 3", "3").reward == 1.0
 """

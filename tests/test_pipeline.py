@@ -14,10 +14,10 @@ from common.config import SamplingParams
 from common.grading import Grade, Outcome
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
 from stage2_train.metrics import Metrics
-from stage2_train.pipeline import RolloutPipeline
-from stage2_train.policy import Ranks
-from stage2_train.rollouts import as_json, from_json
-from stage2_train.sampler import Draw, Sampler
+from stage2_train.ranks import Ranks
+from stage2_train.sources.pipeline import RolloutPipeline
+from stage2_train.sources.rollouts import as_json, from_json
+from stage2_train.sources.sampler import Draw, Sampler
 
 LAST = 8
 """Iterations."""

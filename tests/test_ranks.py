@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from stage2_train.config import Config
+from stage2_train.objectives import AStarPO
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 from tests.train_steps import IN_CHUNKS
 from tests.training_jobs import ranks_found
@@ -103,6 +104,7 @@ def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
 def reference(outcome: Outcome, tiny_model: Path) -> Reference:
     """Algorithm 1's line 10 as it is written: all logits of one sequence after the other, plain AdamW."""
     train = outcome.config.train
+    assert isinstance(train.objective, AStarPO)
     policy, initial = (
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2)
     )

@@ -24,7 +24,7 @@ from stage1_vstar.describe import describe, to_json
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.regrade import run_regrade
 from stage2_train.config import Config
-from stage2_train.inputs import prepare
+from stage2_train.data import prepare
 from tests.conftest import RunCli
 from tests.fakes import ScriptedEngine, tiny_config
 from tests.stage1_runs import (
@@ -408,11 +408,12 @@ def test_a_regraded_table_trains_with_its_grader_and_not_with_the_old_one(graded
     run(graded_by("regrade_a"))
     regrade(config := graded_by("regrade_b"))
     file = folder_of(config) / "vstar.parquet"
-    inputs = prepare(config, file)
+    data = prepare(config, file)
+    assert data.stage1 is not None
     rows = read_vstar(file)[0]
-    assert inputs.vstar == dict(zip(rows["prompt_id"], rows["vstar"], strict=True))
-    assert len(inputs.prompts) == QUESTIONS
-    assert inputs.accepted_mismatches == ()
+    assert data.stage1.vstar == dict(zip(rows["prompt_id"], rows["vstar"], strict=True))
+    assert len(data.prompts) == QUESTIONS
+    assert data.stage1.accepted_mismatches == ()
     with pytest.raises(
         UserError, match=r'grader is "regrade_b:reward@\w+" there and "regrade_a:reward@\w+" here'
     ):

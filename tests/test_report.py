@@ -100,7 +100,7 @@ def test_a_folder_with_training_alone_has_a_page(trained: RunPaths) -> None:
 def test_the_report_needs_no_torch(trained: RunPaths) -> None:
     program = (
         "import sys; from pathlib import Path; from rich.console import Console; "
-        "from common.artifacts import RunPaths; from common.report import write_report; "
+        "from common.runs import RunPaths; from common.report import write_report; "
         f"write_report(RunPaths(Path({str(trained.root)!r})), Console(quiet=True)); "
         "sys.exit('torch' in sys.modules)"
     )

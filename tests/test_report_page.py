@@ -285,7 +285,7 @@ def test_a_table_read_in_parts_is_summed_up_as_one_read_whole(
     hostile: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read_stage1(hostile.vstar)
-    monkeypatch.setattr("common.vstar_file.BATCH_ROWS", 2)
+    monkeypatch.setattr("common.contract.BATCH_ROWS", 2)
     parts = read_stage1(hostile.vstar)
     assert parts.prompts.equals(whole.prompts)
     assert parts.outcomes.equals(whole.outcomes)

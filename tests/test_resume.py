@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from common.runs import RunPaths, run_paths
-from stage2_train.checkpoint import checkpoints, damage, finish, latest_state, newest_intact, unfinished
+from stage2_train.checkpoint import checkpoints, damage, latest_state, newest_intact, write
 from stage2_train.config import Config
+from stage2_train.ranks import ALONE
 from tests.conftest import ROOT, save_tiny_model
 from tests.killing import JobServer
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
@@ -217,13 +218,22 @@ def test_a_disk_too_full_for_a_checkpoint_ends_training_with_one_line(
 # Checkpoints as files, without a model.
 
 
+class FileLearner:
+    """Saves two files."""
+
+    def __init__(self, iteration: int) -> None:
+        self._iteration = iteration
+
+    def save(self, folder: Path, name: str) -> None:
+        (folder / name).mkdir()
+        for file in ("weights", "optimizer"):
+            (folder / name / file).write_bytes(f"{file} {self._iteration}".encode() * 100)
+
+
 def save(folder: Path, iteration: int, *, accuracy: float | None = None, keep: int = 2) -> None:
-    temporary = unfinished(folder, iteration)
-    (temporary / "state").mkdir()
-    for name in ("weights", "optimizer"):
-        (temporary / "state" / name).write_bytes(f"{name} {iteration}".encode() * 100)
     state = {"iteration": iteration, "held_out_accuracy": accuracy}
-    finish(temporary, state, keep, rollouts=[[{"prompt_id": "a"}]])
+    parts: Any = {"state": FileLearner(iteration)}
+    write(folder, state, parts, ALONE, keep=keep, rollouts=[[{"prompt_id": "a"}]])
 
 
 def iterations(folder: Path) -> list[int]:

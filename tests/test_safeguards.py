@@ -18,9 +18,10 @@ from common.rollout import Completion, Prompt, Rollout, SampleRequest
 from common.runs import run_paths
 from stage2_train.checkpoint import latest_state
 from stage2_train.config import Config
-from stage2_train.policy import MAX_SKIPPED_STEPS, Ranks
+from stage2_train.learner import MAX_SKIPPED_STEPS
+from stage2_train.ranks import Ranks
 from stage2_train.safeguards import refuse_divergence, refuse_unjudged
-from stage2_train.sampler import Draw, Sampler
+from stage2_train.sources.sampler import Draw, Sampler
 from tests.conftest import RunCli
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 from tests.train_steps import ScriptedEngine

@@ -306,7 +306,7 @@ def test_a_claim_ends_with_its_process_even_where_its_grader_processes_live_on(t
     script = """
 import sys, time
 from pathlib import Path
-from common.artifacts import RunPaths, Shard, exclusive_run
+from common.runs import RunPaths, Shard, exclusive_run
 from common.grading import GraderConfig, GraderPool
 with exclusive_run(RunPaths(Path(sys.argv[1])), "vstar", Shard(1, 2)), GraderPool(GraderConfig(name="gsm8k")):
     print("held", flush=True)

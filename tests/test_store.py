@@ -62,7 +62,7 @@ def test_the_store_knows_what_is_there_and_reads_it_back(tmp_path: Path) -> None
     assert store.present(PROMPTS, 3).all()
     assert store.present(PROMPTS.head(1), 2).shape == (1, 2)
     again = SampleStore(tmp_path / "samples", PROVENANCE)
-    assert again.read().sort("prompt_id", "sample_index").equals(rows.select(SAMPLES.names))
+    assert again.read().sort("prompt_id", "sample_index").equals(rows.select(SAMPLES.schema.names))
     assert again.grades(PROMPTS, 2).height == 6
     assert set(again.grades(PROMPTS.head(2), 3)["prompt_id"]) == {"p1", "p2"}
     made_by = [read_provenance(fragment) for fragment in again.fragments()]
@@ -201,7 +201,7 @@ def test_a_damaged_file_is_set_aside_and_its_samples_are_missing(
     store = SampleStore(tmp_path, PROVENANCE)
     assert addresses(store) == {("p2", 1), ("p2", 2), ("p3", 0), ("p3", 1), ("p3", 2)}
     store.append(rows.head(4).to_dicts())
-    assert store.read().sort("prompt_id", "sample_index").equals(rows.select(SAMPLES.names))
+    assert store.read().sort("prompt_id", "sample_index").equals(rows.select(SAMPLES.schema.names))
     assert set_aside_damaged(tmp_path) == []
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_train.batch import MicroBatch
+from stage2_train.batch import Batch
 from stage2_train.objectives import AStarPO
+from tests.batches import batch_of, loss_of
 
 PROMPTS = 3
 # The tree's nodes are the prefixes "", "a" and "b"; its tokens are end, a and b. A completion is its (node, token)s.
@@ -74,23 +75,19 @@ class Problem:
         """ln π*(y|x)."""
         return (sequence_logprobs(self.reference) + self.rewards_PY / BETA).log_softmax(-1)
 
-    def micro_batch(
-        self, objective: AStarPO, pairs: list[tuple[int, int]], step_sequences: int
-    ) -> MicroBatch:
+    def batch(self, pairs: list[tuple[int, int]]) -> Batch:
         """The (prompt, completion) pairs as the trainer would hand them to the objective."""
         at = tuple(torch.tensor(pairs).T)
-        lengths = torch.tensor([len(COMPLETIONS[completion]) for _, completion in pairs])
-        return MicroBatch(
-            sequence_of_K=torch.arange(len(pairs)).repeat_interleave(lengths),
-            reference_logprobs_K=torch.cat([token_logprobs(self.reference, *pair) for pair in pairs]),
-            advantages_B=objective.advantages(self.rewards_PY[at], self.vstar_P[at[0]]),
-            step_sequences=step_sequences,
+        return batch_of(
+            [len(COMPLETIONS[completion]) for _, completion in pairs],
+            self.rewards_PY[at],
+            vstar_B=self.vstar_P[at[0]],
+            reference_K=torch.cat([token_logprobs(self.reference, *pair) for pair in pairs]),
         )
 
     def loss(self, logits: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
-        objective = AStarPO(beta2=BETA)
-        batch = self.micro_batch(objective, pairs, len(pairs))
-        return objective.loss(torch.cat([token_logprobs(logits, *pair) for pair in pairs]), batch)[0]
+        logprobs_K = torch.cat([token_logprobs(logits, *pair) for pair in pairs])
+        return loss_of(AStarPO(beta2=BETA), logprobs_K, self.batch(pairs)).share
 
 
 @pytest.fixture
@@ -191,14 +188,9 @@ def test_a_log_linear_policy_learns_the_optimal_one_on_its_own_samples() -> None
         distances.append(kl(policy_PY.detach(), optimal_PY))
         drawn_P = torch.multinomial(policy_PY.detach().exp(), 1, generator=generator)[:, 0]
         at = (torch.arange(PROMPTS), drawn_P)
-        batch = MicroBatch(
-            sequence_of_K=torch.arange(PROMPTS),
-            reference_logprobs_K=reference_PY[at],
-            advantages_B=objective.advantages(rewards_PY[at], vstar_P),
-            step_sequences=PROMPTS,
-        )
+        batch = batch_of([1] * PROMPTS, rewards_PY[at], vstar_B=vstar_P, reference_K=reference_PY[at])
         optimizer.zero_grad()
-        objective.loss(policy_PY[at], batch)[0].backward()
+        loss_of(objective, policy_PY[at], batch).share.backward()
         optimizer.step()
     assert distances[0] > 0.25
     assert distances[400] < distances[0] / 10

@@ -25,11 +25,12 @@ from common.runs import RunPaths, run_paths
 from common.vstar_file import read_vstar, write_vstar
 from stage2_train.completions import SHOWN
 from stage2_train.config import Config, LoraConfig
-from stage2_train.inputs import origin, prepare
+from stage2_train.data import prepare
 from stage2_train.metrics import MetricsLog
-from stage2_train.records import SequenceRecord
+from stage2_train.records import ENTROPY, LOG_RATIO, LOGPROB_GAP, SequenceRecord
 from stage2_train.records import summarise as summarise_records
-from stage2_train.run import run_stage2, with_defaults
+from stage2_train.resume import origin, with_defaults
+from stage2_train.run import run_stage2
 from tests.conftest import save_tiny_model
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -397,13 +398,14 @@ def changed(config: Config, section: str, **values: Any) -> Config:
 
 def test_the_artifact_of_the_same_config_is_accepted(setting: tuple[Config, Path]) -> None:
     config, vstar = setting
-    inputs = prepare(config, vstar)
+    data = prepare(config, vstar)
+    assert data.stage1 is not None
     rows, _ = read_vstar(vstar)
-    assert [prompt.id for prompt in inputs.prompts] == rows["prompt_id"].to_list()
-    assert inputs.vstar == dict(zip(rows["prompt_id"], rows["vstar"], strict=True))
-    assert len(inputs.held_out) == 5
-    assert inputs.iterations(config) == 3
-    assert inputs.iterations(changed(config, "train", iterations=None, epochs=25)) == 50
+    assert [prompt.id for prompt in data.prompts] == rows["prompt_id"].to_list()
+    assert data.stage1.vstar == dict(zip(rows["prompt_id"], rows["vstar"], strict=True))
+    assert len(data.held_out) == 5
+    assert data.iterations(config) == 3
+    assert data.iterations(changed(config, "train", iterations=None, epochs=25)) == 50
 
 
 @pytest.mark.parametrize(
@@ -461,6 +463,7 @@ def test_a_run_of_an_earlier_version_is_continued(setting: tuple[Config, Path]) 
     config, vstar = setting
     ours = origin(config, prepare(config, vstar))
     train = {name: value for name, value in ours["config"]["train"].items() if name != "staleness"}
+    train["objective"] = {"name": "astar_po", "beta2": train["objective"]["beta2"]}
     theirs = ours | {"config": ours["config"] | {"train": train}}
     assert theirs != ours
     assert with_defaults(theirs) == ours
@@ -472,9 +475,10 @@ def test_only_prompts_marked_keep_are_trained_on(setting: tuple[Config, Path]) -
     config, vstar = setting
     rows, provenance = read_vstar(vstar)
     write_vstar(rows.with_columns(pl.col("pass_at_n").alias("keep")), provenance, vstar)
-    inputs = prepare(config, vstar)
+    data = prepare(config, vstar)
+    assert data.stage1 is not None
     kept = set(rows.filter("pass_at_n")["prompt_id"])
-    assert {prompt.id for prompt in inputs.prompts} == inputs.vstar.keys() == kept
+    assert {prompt.id for prompt in data.prompts} == data.stage1.vstar.keys() == kept
     assert len(kept) == 24
 
 
@@ -505,31 +509,28 @@ def test_the_log_forgets_what_came_after_the_checkpoint_and_a_line_cut_in_half(
 
 
 def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
-    well: dict[str, Any] = {"truncated": False, "solved": False, "unjudged": False, "regressed": True}
+    well: dict[str, Any] = {"truncated": False, "solved": False, "unjudged": False, "trained": True}
     long = SequenceRecord(
         **well | {"solved": True},
         reward=1.0,
         advantage=0.5,
         completion_tokens=6,
-        loss=0.25,
-        log_ratio=0.8,
-        entropy=3.0,
-        logprob_gap=1e-6,
+        figures={"loss/regression": 0.25, LOG_RATIO: 0.8, ENTROPY: 3.0, LOGPROB_GAP: 1e-6},
     )
     short = SequenceRecord(
         **well | {"truncated": True},
         reward=0.0,
         advantage=-0.3,
         completion_tokens=2,
-        loss=0.05,
-        log_ratio=-0.4,
-        entropy=1.0,
+        figures={"loss/regression": 0.05, LOG_RATIO: -0.4, ENTROPY: 1.0, LOGPROB_GAP: math.nan},
     )
-    unjudged = SequenceRecord(
-        **well | {"unjudged": True, "regressed": False}, reward=0.0, advantage=-0.9, completion_tokens=4
-    )
+    unjudged = SequenceRecord(**well | {"unjudged": True, "trained": False}, reward=0.0, completion_tokens=4)
     skipped = SequenceRecord(
-        **well | {"regressed": False}, reward=0.25, advantage=9.0, completion_tokens=8, loss=math.nan
+        **well | {"trained": False},
+        reward=0.25,
+        advantage=9.0,
+        completion_tokens=8,
+        figures={"loss/regression": math.nan, LOG_RATIO: math.nan, ENTROPY: math.nan},
     )
     assert summarise_records([long, short, unjudged, skipped], seconds=2.0) == pytest.approx(
         {
@@ -548,8 +549,9 @@ def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
             "throughput/completion_tokens_per_second": 10.0,
         }
     )
-    nothing = summarise_records([unjudged], seconds=1.0)
-    assert all(math.isnan(nothing[name]) for name in ("reward/mean", "loss/regression", "kl/token"))
+    nothing = summarise_records([unjudged, skipped], seconds=1.0)
+    assert all(math.isnan(nothing[name]) for name in ("loss/regression", "kl/token"))
+    assert math.isnan(summarise_records([unjudged], seconds=1.0)["reward/mean"])
 
 
 def test_a_log_file_gets_lines_and_a_terminal_a_bar_with_the_time_left(

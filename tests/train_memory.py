@@ -16,7 +16,8 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from stage2_train import logprobs
-from stage2_train.policy import Policy, join_ranks
+from stage2_train.policy import Policy
+from stage2_train.ranks import join_ranks
 from tests.stage2_runs import tiny_config
 
 
@@ -39,9 +40,9 @@ def held_after_backward(model: Path, dtype: str, change: dict[str, Any]) -> int:
     input_ids = torch.randint(0, 100, (2, 10))
     is_completion = torch.arange(10).expand(2, 10) > 4
     for is_step in (True, False):
-        policy.backward(policy.engine(input_ids, is_completion)[0].sum(), last=is_step)
+        policy.learner.backward(policy.learner(input_ids, is_completion)[0].sum(), last=is_step)
         if is_step:
-            policy.step()
+            policy.learner.step()
     buckets = DeepSpeedZeroConfig().reduce_bucket_size
     return sum(size for place, size in storages().items() if place and place not in before and size < buckets)
 

@@ -5,8 +5,10 @@ drawn from their seeds, not from a model, so that every process count trains on 
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,16 @@ from common.config import SamplingParams
 from common.data.prompts import PromptRenderer
 from common.grading import GraderPool
 from common.rollout import Completion, Rollout, SampleRequest
-from stage2_train import logprobs, policy
-from stage2_train.batch import TokenBatch
+from stage2_train import learner, logprobs
+from stage2_train.batch import Batch
+from stage2_train.checkpoint import POLICY
 from stage2_train.config import Config
-from stage2_train.inputs import Inputs, prepare
-from stage2_train.policy import Ranks, join_ranks
-from stage2_train.records import SequenceRecord
-from stage2_train.sampler import Sampler
-from stage2_train.train import Trainer
+from stage2_train.data import TrainingData, prepare
+from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.records import LOG_RATIO, Records, SequenceRecord
+from stage2_train.sources.sampler import Sampler
+from stage2_train.train import Trainer, held_out_draw
+from stage2_train.update import Step, Update
 
 IN_CHUNKS = "ZeRO-3, logits in chunks"
 FIGURES = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")
@@ -61,50 +65,75 @@ class ScriptedEngine:
         pass
 
 
-def train(config: Config, inputs: Inputs, ranks: Ranks, pool: GraderPool) -> dict[str, Any]:
+def train(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool) -> dict[str, Any]:
     """The figures of each iteration, what this rank did in each optimizer step, and the weights after the last."""
-    engine = ScriptedEngine(inputs.renderer)
-    trainer = Trainer(config, inputs, Sampler(lambda: engine, pool, config.sampling, ranks), ranks)
-    assert config.train.iterations is not None
-    before = trainer.evaluate(0)[0]
-    steps = watch(trainer)
-    metrics = [trainer.iteration(number)[0] for number in range(1, config.train.iterations + 1)]
-    trainer.evaluate(config.train.iterations)  # gives the engine the last weights
-    figures = {name: [row[name] for row in metrics] for name in FIGURES}
+    engine = ScriptedEngine(data.renderer)
+    trainer = Trainer(config, data, Sampler(lambda: engine, pool, config.sampling, ranks), ranks)
+    last = data.iterations(config)
+    watched = WatchedUpdate(trainer)
+    before = held_out_accuracy(trainer, 0)
+    turns = [trainer.iteration(number, last) for number in range(1, last + 1)]
+    held_out_accuracy(trainer, last)  # gives the engine the last weights
+    figures = {name: [turn.metrics[name] for turn in turns] for name in FIGURES}
+    steps_per_turn = len(watched.steps) // last
     return {
-        "before": before["evaluate/pass_at_1"],
+        "before": before,
         "figures": figures,
-        "steps": steps,
+        "steps": [
+            step.of(trainer, turns[number // steps_per_turn].rollouts)
+            for number, step in enumerate(watched.steps)
+        ],
         "weights": engine.weights,
     }
 
 
-def watch(trainer: Trainer) -> list[dict[str, Any]]:
-    """Of each optimizer step to come: this rank's number of slices, its sequences by place, and the gradient norm."""
-    optimizer_step = trainer.optimizer_step
-    steps: list[dict[str, Any]] = []
+def held_out_accuracy(trainer: Trainer, number: int) -> float:
+    draw = held_out_draw(trainer.data.held_out, trainer.config, trainer.ranks)
+    rollouts = trainer.source.now(draw, number)
+    solved = trainer.ranks.gather([rollout.is_solved for rollout in rollouts])
+    return sum(solved) / len(solved)
 
-    def watched_optimizer_step(
-        mini_batch: dict[int, Rollout], slices: list[tuple[TokenBatch, torch.Tensor]]
-    ) -> tuple[dict[int, SequenceRecord], float]:
-        steps.append({"slices": len(slices)})
-        records, norm = optimizer_step(mini_batch, slices)
-        steps[-1]["norm"] = norm
-        steps[-1]["sequences"] = {
-            place: {
-                "prompt": list(rollout.prompt.token_ids),
-                "completion": list(rollout.completion.token_ids),
-                "reward": rollout.grade.reward,
-                "vstar": trainer.vstar[rollout.prompt.id],
-                "loss": records[place].loss,
-                "log_ratio": records[place].log_ratio,
-            }
-            for place, rollout in mini_batch.items()
+
+@dataclass(frozen=True)
+class TakenStep:
+    """An optimizer step that was taken, and its records as they were after it."""
+
+    step: Step
+    norm: float
+    records: list[SequenceRecord]
+
+    def of(self, trainer: Trainer, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        """This rank's number of slices, its sequences by place, and the gradient norm."""
+        assert trainer.data.stage1 is not None
+        return {
+            "slices": len(self.step.slices),
+            "norm": self.norm,
+            "sequences": {
+                trainer.places[row]: {
+                    "prompt": list(rollouts[row].prompt.token_ids),
+                    "completion": list(rollouts[row].completion.token_ids),
+                    "reward": rollouts[row].grade.reward,
+                    "vstar": trainer.data.stage1.vstar[rollouts[row].prompt.id],
+                    "loss": self.records[row].figures["loss/regression"],
+                    "log_ratio": self.records[row].figures[LOG_RATIO],
+                }
+                for row in sorted(self.step.rows)
+            },
         }
-        return records, norm
 
-    trainer.optimizer_step = watched_optimizer_step  # type: ignore[method-assign]
-    return steps
+
+class WatchedUpdate(Update):
+    """A trainer's update, and what it was given. Of judged completions only: their rows are those of the rollouts."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer.update.parts, trainer.ranks)
+        self.steps: list[TakenStep] = []
+        trainer.update = self
+
+    def __call__(self, step: Step, batch: Batch, records: Records) -> dict[str, float]:
+        norms = super().__call__(step, batch, records)
+        self.steps.append(TakenStep(step, norms[POLICY], deepcopy(records.all)))
+        return norms
 
 
 def changed(config: Config, change: dict[str, dict[str, Any]]) -> Config:
@@ -116,29 +145,29 @@ def changed(config: Config, change: dict[str, dict[str, Any]]) -> Config:
 @contextmanager
 def as_with_a_large_vocabulary() -> Iterator[None]:
     """Several chunks of logits a slice, not as many on each rank; under ZeRO-3 no parameter is kept whole."""
-    size, configure = logprobs.LOGITS_PER_CHUNK, policy._deepspeed_config
+    size, configure = logprobs.LOGITS_PER_CHUNK, learner._deepspeed_config
 
     def partition_everything(config: Config) -> dict[str, Any]:
-        document = configure(config)
+        document: dict[str, Any] = configure(config)
         document["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return document
 
-    logprobs.LOGITS_PER_CHUNK, policy._deepspeed_config = 3000, partition_everything
+    logprobs.LOGITS_PER_CHUNK, learner._deepspeed_config = 3000, partition_everything
     try:
         yield
     finally:
-        logprobs.LOGITS_PER_CHUNK, policy._deepspeed_config = size, configure
+        logprobs.LOGITS_PER_CHUNK, learner._deepspeed_config = size, configure
 
 
 def main(order: dict[str, Any]) -> None:
     config = Config.model_validate(order["config"])
     ranks = join_ranks(seed=0)
-    inputs = prepare(config, Path(order["vstar"]))
+    data = prepare(config, Path(order["vstar"]))
     found = {}
     with GraderPool(config.grader) as pool:
         for name, change in order["cases"].items():
             with as_with_a_large_vocabulary() if name == IN_CHUNKS else nullcontext():
-                found[name] = train(changed(config, change), inputs, ranks, pool)
+                found[name] = train(changed(config, change), data, ranks, pool)
     torch.save(found, f"{order['output']}.{ranks.rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

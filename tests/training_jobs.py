@@ -24,10 +24,10 @@ import common.engines.transformers_engine  # noqa: F401
 from stage2_train.config import Config
 from stage2_train.metrics import Metrics, MetricsLog
 from stage2_train.run import run_stage2
-from tests import policy_steps, train_steps
+from tests import objective_steps, policy_steps, train_steps
 from tests.killing import JobServer, serve
 
-HANGS_AFTER_SECONDS = 300
+HANGS_AFTER_SECONDS = 600
 
 
 def train(order: dict[str, Any]) -> None:
@@ -53,6 +53,7 @@ PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "train": train,
     "train_steps": train_steps.main,
     "policy_steps": policy_steps.main,
+    "objective_steps": objective_steps.main,
 }
 
 

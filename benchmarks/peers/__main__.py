@@ -29,7 +29,7 @@ def main() -> int:
     folder.mkdir(parents=True)
     before = os.getloadavg()[0]
     if arguments.workload == "demo":
-        table = demo.compare(arguments.repetitions or 3, arguments.iterations or 40, [0.7, 0.8, 0.9], folder)
+        table = demo.compare(arguments.repetitions or 3, arguments.iterations or 40, folder)
     else:
         table = vocabulary.compare(arguments.repetitions or 2, arguments.iterations or 1, folder)
     print(f"\nload average before: {before:.1f}; median (range), ratio to ours by repetition\n\n{table}")

@@ -1,4 +1,4 @@
-"""What a peer is told to do and what it reports, as JSON: this module loads in TRL's environment and in ours."""
+"""What a trainer is told to do and what it reports, as JSON: this module loads in TRL's environment and in ours."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -62,7 +62,10 @@ class Job(JsonFile):
     @classmethod
     def like(cls, config: "Config", **own: Any) -> Self:
         """A job with the settings of one of our configs; the rest is its `own`."""
+        from stage2_train.objectives import AStarPO
+
         train = config.train
+        assert isinstance(train.objective, AStarPO), "A2PO is TRL's name of A*-PO"
         return cls(
             batch_size=train.batch_size,
             mini_batch_size=train.mini_batch_size,
@@ -83,13 +86,13 @@ class Job(JsonFile):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report(JsonFile):
-    """What a run of TRL's tells of itself. Times are seconds since the epoch, less those spent on saving weights."""
+    """What a run tells of itself. Times are seconds since the epoch, less those spent on saving weights."""
 
     imported: float
     began: float
     """Stage 1 done, training about to begin."""
     updates: list[float]
-    """The end of each update."""
+    """The end of each update; of ours, of each iteration."""
     generate_seconds: float
     """Spent in `generate` while training."""
     imports_mib: float

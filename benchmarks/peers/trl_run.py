@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 from trl.experimental.a2po import A2POConfig, A2POTrainer  # type: ignore[import-not-found]
 
 from benchmarks.peers.job import Job, Report
-from benchmarks.peers.processes import resident_mib
+from benchmarks.processes import resident_mib
 from common.grading import rule_gsm8k
 
 IMPORTED = time.time()

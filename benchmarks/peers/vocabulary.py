@@ -11,21 +11,23 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Self
 
 from rich.console import Console
 
-from benchmarks.peers.demo import THREADS, TRAINERS, run_trl
+from benchmarks.peers.demo import OURS, THREADS, TRAINERS, run_job, run_trl
 from benchmarks.peers.environment import trl_python
 from benchmarks.peers.job import Job, Report
-from benchmarks.peers.processes import Finished, run
-from benchmarks.peers.table import OURS, Values, markdown
-from common.config import SamplingParams
+from benchmarks.peers.our_run import OurJob
+from benchmarks.processes import Finished, rotations
+from benchmarks.tables import Column, comparison
+from benchmarks.training import ScriptedEngine, save_random_model
 from common.demo.word_problems import stream
 from common.rollout import Completion, SampleRequest
 from stage2_train.config import Config
@@ -36,6 +38,20 @@ TRL_MICRO_BATCH_SIZE = 4
 """Sequences that TRL takes at a time: the logits of 4 × 1,024 positions are 2.5 GB, and it holds several such."""
 MEDIAN_LENGTH, LENGTH_SIGMA, LONGEST = 164, 1.2, 1024
 PROMPT_TOKENS = (20, 200)
+MODEL = {
+    "model_type": "qwen3",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "dtype": "float32",
+}
+"""A Qwen3 of random weights; the demo's tokenizer knows the first few thousand of its tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,70 +63,45 @@ class Run:
     peak_mib: float
     imports_mib: float
 
+    @classmethod
+    def of(cls, finished: Finished, told: Report) -> Self:
+        """What a process took and told."""
+        return cls(
+            seconds=(told.updates[-1] - told.began) / len(told.updates),
+            rollout_seconds=told.generate_seconds / len(told.updates),
+            peak_mib=finished.peak_mib,
+            imports_mib=told.imports_mib,
+        )
+
 
 def compare(repetitions: int, iterations: int, folder: Path) -> str:
     """Run every trainer `repetitions` times, in a changing order; returns the table."""
     trl_python()
     model = folder / "model"
-    build_model(model)
+    save_random_model(model, MODEL)
     prompts, lengths = build_prompts(iterations, model)
     config = settings(model, folder / "prompts.jsonl", iterations)
-    (folder / "config.json").write_text(config.to_json())
-    (folder / "lengths.json").write_text(json.dumps(dict(zip(prompts, lengths, strict=True))))
     (folder / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": prompt, "answer": "1"}) + "\n" for prompt in prompts)
     )
     vstar = write_vstar(config, folder)
     runs: dict[str, list[Run]] = {trainer: [] for trainer in TRAINERS}
-    for repetition in range(repetitions):
-        first = repetition % len(TRAINERS)
-        names = list(TRAINERS)
-        for trainer in names[first:] + names[:first]:
-            place = folder / f"{trainer.replace(' ', '-').lower()}-{repetition}"
-            place.mkdir()
-            if trainer == OURS:
-                done = ours(config, folder, place)
-            else:
-                done = peer(TRAINERS[trainer], config, prompts, lengths, vstar, repetition, place)
-            runs[trainer].append(done)
-            print(
-                f"{trainer}, repetition {repetition}: {done.seconds:.0f} s an iteration, rollouts "
-                f"{done.rollout_seconds:.0f} s of it, peak {done.peak_mib:,.0f} MiB",
-                flush=True,
-            )
+    for repetition, trainer in rotations(list(TRAINERS), repetitions):
+        place = folder / f"{trainer.replace(' ', '-').lower()}-{repetition}"
+        place.mkdir()
+        if trainer == OURS:
+            done = ours(config, dict(zip(prompts, lengths, strict=True)), folder, place)
+        else:
+            done = peer(TRAINERS[trainer], config, prompts, lengths, vstar, repetition, place)
+        runs[trainer].append(done)
+        print(
+            f"{trainer}, repetition {repetition}: {done.seconds:.0f} s an iteration, rollouts "
+            f"{done.rollout_seconds:.0f} s of it, peak {done.peak_mib:,.0f} MiB",
+            flush=True,
+        )
     document = {trainer: [asdict(one) for one in found] for trainer, found in runs.items()}
     (folder / "runs.json").write_text(json.dumps(document))
     return report(runs)
-
-
-def build_model(folder: Path) -> None:
-    """A Qwen3 of random weights; the demo's tokenizer, which knows the first few thousand of its tokens."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils import logging
-
-    from common.demo.base_model import build_tokenizer
-
-    logging.disable_progress_bar()
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def completion_lengths(count: int) -> list[int]:
@@ -158,52 +149,30 @@ def settings(model: Path, data: Path, iterations: int) -> Config:
     )
 
 
-class ScriptedEngine:
-    """In place of stage 1's engine: a right completion and a wrong one of each prompt."""
-
-    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        for number, request in enumerate(requests):
-            yield Completion(key=request.key, token_ids=(1,), text=f"#### {number % 2}", truncated=False)
-
-    def load_weights(self, _: object) -> None:
-        raise AssertionError("stage 1 never changes the weights")
-
-    def sleep(self) -> None:
-        raise AssertionError("stage 1 has nothing to make room for")
-
-    def close(self) -> None:
-        pass
-
-
 def write_vstar(config: Config, folder: Path) -> float:
-    """Stage 1 with a scripted engine; returns V̂*, the same for every prompt."""
+    """Stage 1 with a right completion and a wrong one of each prompt; returns V̂*, the same for every prompt."""
     from common.runs import run_paths
     from common.vstar_file import read_vstar
     from stage1_vstar.run import run_stage1
 
+    numbers = count()
+
+    def write(request: SampleRequest) -> Completion:
+        text = f"#### {next(numbers) % 2}"
+        return Completion(key=request.key, token_ids=(1,), text=text, truncated=False)
+
     os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
-    run_stage1(config, Console(file=StringIO()), build_engine=lambda *_, **__: ScriptedEngine())
+    run_stage1(config, Console(file=StringIO()), build_engine=lambda *_, **__: ScriptedEngine(write))
     (vstar,) = set(read_vstar(run_paths(config.run).vstar)[0]["vstar"])
     return float(vstar)
 
 
-def ours(config: Config, folder: Path, place: Path) -> Run:
+def ours(config: Config, lengths: dict[str, int], folder: Path, place: Path) -> Run:
     """Stage 2, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.peers.forced_run", folder, place / "imports.json"]
+    vstar = folder / config.run / "vstar.parquet"
+    job = OurJob(config=config.model_dump(mode="json"), vstar=str(vstar), completion_lengths=lengths)
     environment = {**THREADS, "ASTAR_PO_ARTIFACTS": str(place)}
-    finished = run([str(part) for part in command], place / "train.log", environment)
-    lines = (place / config.run / "metrics.jsonl").read_text().splitlines()
-    iterations: list[dict[str, float]] = [json.loads(line) for line in lines]
-    lengths = completion_lengths(BATCH_SIZE // 2)
-    expected = sum(lengths) / len(lengths)
-    found = [metrics["completion/tokens_mean"] for metrics in iterations]
-    assert math.isclose(sum(found) / len(found), expected), f"completions of {found} tokens, not {expected}"
-    return Run(
-        seconds=sum(metrics["time/iteration"] for metrics in iterations) / len(iterations),
-        rollout_seconds=sum(metrics["time/rollout"] for metrics in iterations) / len(iterations),
-        peak_mib=finished.peak_mib,
-        imports_mib=json.loads((place / "imports.json").read_text()),
-    )
+    return Run.of(*run_job(job, [sys.executable, "-m", "benchmarks.peers.our_run"], place, environment))
 
 
 def peer(
@@ -218,7 +187,7 @@ def peer(
     """One of TRL's trainers."""
     step = 2 if trainer == "grpo" else 1
     assert config.train.iterations is not None
-    Job.like(
+    job = Job.like(
         config,
         trainer=trainer,
         model=config.model.path,
@@ -230,33 +199,26 @@ def peer(
         micro_batch_size=TRL_MICRO_BATCH_SIZE,
         vstar=vstar,
         completion_lengths=lengths[::step],
-    ).write(place / "job.json")
-    finished, told = run_trl(place)
-    return _summary(finished, told)
-
-
-def _summary(finished: Finished, told: Report) -> Run:
-    return Run(
-        seconds=(told.updates[-1] - told.began) / len(told.updates),
-        rollout_seconds=told.generate_seconds / len(told.updates),
-        peak_mib=finished.peak_mib,
-        imports_mib=told.imports_mib,
     )
+    return Run.of(*run_trl(job, place))
 
 
 def report(runs: dict[str, list[Run]]) -> str:
     """The table of the runs."""
 
-    def column(value: Any) -> Values:
-        return {trainer: [value(one) for one in found] for trainer, found in runs.items()}
+    def column(name: str, digits: int, value: Callable[[Run], float]) -> Column:
+        values: dict[str, list[float | None]] = {
+            trainer: [value(one) for one in found] for trainer, found in runs.items()
+        }
+        return Column(name=name, digits=digits, values=values)
 
-    columns = {
-        "s an iteration": column(lambda one: one.seconds),
-        "rollouts": column(lambda one: one.rollout_seconds),
-        "training": column(lambda one: one.seconds - one.rollout_seconds),
-        "peak MiB": column(lambda one: one.peak_mib),
-        "peak MiB above imports": column(lambda one: one.peak_mib - one.imports_mib),
-    }
-    return markdown(
-        columns, list(runs), dict.fromkeys(columns, 1) | {"peak MiB": 0, "peak MiB above imports": 0}
+    return comparison(
+        "trainer",
+        [
+            column("s an iteration", 1, lambda one: one.seconds),
+            column("rollouts", 1, lambda one: one.rollout_seconds),
+            column("training", 1, lambda one: one.seconds - one.rollout_seconds),
+            column("peak MiB", 0, lambda one: one.peak_mib),
+            column("peak MiB above imports", 0, lambda one: one.peak_mib - one.imports_mib),
+        ],
     )

@@ -11,7 +11,7 @@ from common.config import DataConfig, RunConfig
 from common.data.datasets import FORMATS, read_pairs, refuse_bad_golds
 from common.errors import UserError
 from common.grading import GraderPool
-from common.model_files import read_json
+from common.model_files import model_numbers, read_json
 from common.rollout import Prompt
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def check_context(prompts: Sequence[Prompt], config: RunConfig, folder: Path) ->
     """Raise UserError unless every prompt and its completion fit the model's context."""
     completion = config.sampling.max_completion_tokens
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    length = read_json(folder / "config.json").get("max_position_embeddings")
+    length = model_numbers(folder).get("max_position_embeddings")
     if length is not None and longest + completion > length:
         raise UserError(
             f"the longest prompt ({longest} tokens) and sampling.max_completion_tokens ({completion}) need "

@@ -1,6 +1,5 @@
 """Ranks of a training job that share one rollout engine, for models that do not fit one GPU."""
 
-import json
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +9,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.model_files import model_numbers
 from common.rollout import SampleRequest
 
 T = TypeVar("T")
@@ -59,16 +59,11 @@ def refuse_wrong_size(size: int, processes: int, folder: Path) -> None:
             f"{option} cannot group the job's processes, found {processes}; start a multiple of {size} (NPROC), or "
             "choose a divisor of their number"
         )
-    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model: dict[str, int] = document.get("text_config", document)
-    heads = model.get("num_attention_heads", size)
-    key_value_heads = model.get("num_key_value_heads") or heads
-    wrong = [
-        f"{name} {model[name]}"
-        for name in ("num_attention_heads", "intermediate_size")
-        if model.get(name, size) % size
-    ]
+    model = model_numbers(folder)
+    numbers = {name: model.get(name) for name in ("num_attention_heads", "intermediate_size")}
+    wrong = [f"{name} {number}" for name, number in numbers.items() if number is not None and number % size]
     # Fewer key-value heads than ranks are repeated.
+    key_value_heads = model.get("num_key_value_heads") or numbers["num_attention_heads"] or size
     if max(key_value_heads, size) % min(key_value_heads, size):
         wrong.append(f"num_key_value_heads {key_value_heads}")
     if wrong:

@@ -1,7 +1,6 @@
 """vLLM as the rollout engine, in this process. The only importer of vllm."""
 
 import gc
-import json
 import logging
 import os
 import warnings
@@ -18,6 +17,7 @@ from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer, longest_allowed_prompt
 from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.errors import UserError
+from common.model_files import model_numbers
 from common.rollout import Completion, SampleRequest
 
 if TYPE_CHECKING:
@@ -276,13 +276,12 @@ def _repack_output_layer(model: torch.nn.Module) -> None:
 
 
 def context_length(config: RunConfig, folder: Path) -> int:
-    """Room for the longest allowed prompt and a completion, within the model's own context.
+    """Room for the longest allowed prompt and a completion, within the model's own context. Raises UserError.
 
     That context may be shorter than what the config allows: the prompts themselves have been checked to fit.
     """
-    document: dict[str, int] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     needed = longest_allowed_prompt(config) + config.sampling.max_completion_tokens
-    return min(needed, document.get("max_position_embeddings", needed))
+    return min(needed, model_numbers(folder).get("max_position_embeddings") or needed)
 
 
 def _set_environment() -> None:

@@ -36,6 +36,11 @@ class Grade:
     reward: float
     extracted: str | None = None
     reason: str | None = None
+    step_rewards: tuple[tuple[int, float], ...] | None = None
+    """Where the reward function gave one to each step: the step's end, in characters of the completion, and its reward.
+
+    The reward is their sum.
+    """
 
     def columns(self) -> dict[str, str | float | None]:
         """As the artifacts store it."""

@@ -172,8 +172,16 @@ class WorkerProcess:
         return finished, rest
 
 
-def _grade(outcome: str, reward: float, extracted: str | None, reason: str | None) -> Grade:
-    return Grade(outcome=Outcome(outcome), reward=reward, extracted=extracted, reason=reason)
+def _grade(
+    outcome: str,
+    reward: float,
+    extracted: str | None,
+    reason: str | None,
+    step_rewards: tuple[tuple[int, float], ...] | None,
+) -> Grade:
+    return Grade(
+        outcome=Outcome(outcome), reward=reward, extracted=extracted, reason=reason, step_rewards=step_rewards
+    )
 
 
 def _death(status: int, *, killed: bool) -> str:

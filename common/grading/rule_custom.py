@@ -1,15 +1,17 @@
 """A user's own reward: `"package.module:function"`, called as function(prompt, completion, answer) -> float.
 
-It runs where the built-in rules run, so it may loop, crash or exhaust memory without harm to the run.
+It may also give a reward to each step, as a list of (end of the step in characters of the completion, reward): the
+completion's reward is their sum. It runs where the built-in rules run, so it may loop, crash or exhaust memory without
+harm to the run.
 """
 
 import hashlib
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +45,45 @@ def load(name: str) -> Callable[[str, str, str], Any]:
 
 def grade(name: str, prompt: str, completion: str, answer: str) -> Grade:
     """Keeps the function's reward; `correct` means a reward of at least 1."""
-    reward = load(name)(prompt, completion, answer)
+    found = load(name)(prompt, completion, answer)
+    try:
+        if isinstance(found, list | tuple):
+            steps = _steps(found, len(completion))
+            return _judged(math.fsum(reward for _, reward in steps), steps)
+        return _judged(_number(found))
+    except (TypeError, ValueError) as error:
+        return graded(Outcome.VERIFIER_CRASH, reason=str(error))
+
+
+def _judged(reward: float, steps: tuple[tuple[int, float], ...] | None = None) -> Grade:
+    outcome = Outcome.CORRECT if reward >= 1 else Outcome.WRONG
+    return Grade(outcome=outcome, reward=reward, step_rewards=steps)
+
+
+def _steps(found: Sequence[Any], length: int) -> tuple[tuple[int, float], ...]:
+    """The ends of steps and their rewards. Raises ValueError unless steps follow each other within the completion."""
+    steps: list[tuple[int, float]] = []
+    for step in found:
+        if not (isinstance(step, list | tuple) and len(step) == 2 and isinstance(step[0], Integral)):
+            raise TypeError(f"a step's reward is {step!r}, not (end of the step in characters, reward)")
+        end = int(step[0])
+        if not (steps[-1][0] if steps else 0) < end <= length:
+            raise ValueError(
+                f"a step ends at character {end} of {length}, after one that ends at {steps[-1][0] if steps else 0}"
+            )
+        steps.append((end, _number(step[1])))
+    if not steps:
+        raise ValueError("the reward is a list without a step")
+    return tuple(steps)
+
+
+def _number(reward: Any) -> float:
     if not isinstance(reward, Real):
-        return graded(
-            Outcome.VERIFIER_CRASH,
-            reason=f"the reward is a {type(reward).__name__}, not a number",
-        )
-    reward = float(reward)
-    if not math.isfinite(reward):
-        return graded(Outcome.VERIFIER_CRASH, reason=f"the reward is {reward}")
-    return Grade(outcome=Outcome.CORRECT if reward >= 1 else Outcome.WRONG, reward=reward)
+        raise TypeError(f"the reward is a {type(reward).__name__}, not a number")
+    number = float(reward)
+    if not math.isfinite(number):
+        raise ValueError(f"the reward is {number}")
+    return number
 
 
 def extract_gold(raw: str) -> str:

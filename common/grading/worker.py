@@ -14,6 +14,7 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from types import FrameType
+from typing import Any
 
 from common.grading.graders import Grader, find_grader
 from common.grading.outcome import Grade, Outcome, graded
@@ -55,12 +56,14 @@ class Worker:
             self._grade_batch(batch)
 
     def _grade_batch(self, batch: list[Task]) -> None:
-        grades: list[tuple[str, float, str | None, str | None]] = []
+        grades: list[tuple[Any, ...]] = []
         flushed = time.monotonic()
         for index, task in enumerate(batch):
             self.page.start(index)
             grade = self._grade(*task)
-            grades.append((grade.outcome.value, grade.reward, grade.extracted, grade.reason))
+            grades.append(
+                (grade.outcome.value, grade.reward, grade.extracted, grade.reason, grade.step_rewards)
+            )
             if self.exhausted:
                 break
             if (now := time.monotonic()) - flushed > FLUSH_SECONDS:

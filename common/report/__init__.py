@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import UserError
-from common.files import atomic_path
+from common.files import atomic_path, whole_lines
 from common.report.curves import draw_training
 from common.report.evaluations import evaluation_rows
 from common.report.page import write_page
@@ -20,7 +20,7 @@ from common.runs import RunPaths
 
 def write_report(paths: RunPaths, console: Console) -> None:
     """Print the table, draw the curves, write the page. Raises UserError if there is nothing to report."""
-    metrics = _metrics(paths)
+    metrics = [json.loads(line) for line in whole_lines(paths.metrics)]
     if not metrics and not paths.vstar.exists():
         raise UserError(
             f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run `python cli.py vstar` first"
@@ -28,26 +28,18 @@ def write_report(paths: RunPaths, console: Console) -> None:
     evaluations: dict[str, dict[str, Any]] = {
         name: json.loads(file.read_text(encoding="utf-8"))
         for name in ("reference", "trained")
-        if (file := paths.evaluations / f"{name}.json").exists()
+        if (file := paths.evaluation(name)).exists()
     }
     if evaluations:
         console.print(_table(evaluations))
     if metrics:
         for suffix in ("png", "svg"):
-            with atomic_path(paths.report / f"training.{suffix}") as temporary:
+            with atomic_path(paths.curves(suffix)) as temporary:
                 draw_training(metrics, temporary, suffix)
-        console.print(f"{paths.report}/training.png and .svg: the training curves", soft_wrap=True)
+        console.print(f"{paths.curves('png')} and .svg: the training curves", soft_wrap=True)
     stage1 = read_stage1(paths.vstar) if paths.vstar.exists() else None
     page = write_page(paths, stage1, metrics, evaluations)
     console.print(f"{page}: everything on a page; open it in a browser", soft_wrap=True)
-
-
-def _metrics(paths: RunPaths) -> list[dict[str, float]]:
-    """The whole lines: a running job may be in the middle of one."""
-    if not paths.metrics.exists():
-        return []
-    lines = paths.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _table(evaluations: dict[str, dict[str, Any]]) -> Table:

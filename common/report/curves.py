@@ -18,13 +18,13 @@ Metrics = Sequence[dict[str, float]]
 
 
 def draw_training(metrics: Metrics, path: Path, suffix: str) -> None:
-    """Reward and held-out accuracy, KL, regression loss and completion length over the iterations, on one sheet."""
+    """Reward and held-out accuracy, KL, loss and completion length over the iterations, on one sheet."""
     from matplotlib.figure import Figure
 
     with figure_style():
         figure = Figure(figsize=(8, 5), layout="constrained")
         panels = figure.subplots(2, 2, sharex=True)
-        for axes, draw in zip(panels.flat, PANELS.values(), strict=True):
+        for axes, draw in zip(panels.flat, _panels(metrics).values(), strict=True):
             draw(axes, metrics)
         for axes in panels[1]:
             axes.set_xlabel("iteration")
@@ -37,7 +37,7 @@ def training_pictures(metrics: Metrics) -> list[Picture]:
 
     pictures = []
     with figure_style():
-        for name, draw in PANELS.items():
+        for name, draw in _panels(metrics).items():
             figure = Figure(figsize=PANEL_INCHES, layout="constrained")
             axes = figure.subplots()
             draw(axes, metrics)
@@ -67,9 +67,19 @@ def _divergence(axes: "Axes", metrics: Metrics) -> None:
     axes.set(title="KL(π‖π_ref), nats a completion")
 
 
-def _loss(axes: "Axes", metrics: Metrics) -> None:
+def _entropy(axes: "Axes", metrics: Metrics) -> None:
+    _curve(axes, metrics, "policy/entropy")
+    axes.set(title="entropy, nats a token", ylim=(0, None))
+
+
+def _regression(axes: "Axes", metrics: Metrics) -> None:
     _curve(axes, metrics, "loss/regression")
     axes.set(title="regression loss", ylim=(0, None))
+
+
+def _surrogate(axes: "Axes", metrics: Metrics) -> None:
+    _curve(axes, metrics, "loss/surrogate")
+    axes.set(title="surrogate loss")
 
 
 def _length(axes: "Axes", metrics: Metrics) -> None:
@@ -80,18 +90,26 @@ def _length(axes: "Axes", metrics: Metrics) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-PANELS: dict[str, Callable[["Axes", Metrics], None]] = {
-    "reward/solved": _accuracy,
-    "kl/sequence": _divergence,
-    "loss/regression": _loss,
-    "completion/tokens_mean": _length,
-}
-"""What each panel is mainly about, and how it is drawn."""
+def _panels(metrics: Metrics) -> dict[str, Callable[["Axes", Metrics], None]]:
+    """What each panel is mainly about, and how it is drawn; objectives differ in their loss and measure KL or not."""
+    logged = {name for point in metrics for name in point}
+    has_kl = "kl/sequence" in logged or "policy/entropy" not in logged
+    return {
+        "reward/solved": _accuracy,
+        **({"kl/sequence": _divergence} if has_kl else {"policy/entropy": _entropy}),
+        **(
+            {"loss/surrogate": _surrogate} if "loss/surrogate" in logged else {"loss/regression": _regression}
+        ),
+        "completion/tokens_mean": _length,
+    }
+
 
 _WORDS = {
     "reward/solved": "share of correct training completions",
     "kl/sequence": "KL to the reference in nats a completion",
+    "policy/entropy": "entropy in nats a token",
     "loss/regression": "regression loss",
+    "loss/surrogate": "surrogate loss",
     "completion/tokens_mean": "tokens a completion",
 }
 

@@ -28,7 +28,6 @@ from common.report.distributions import pass_rate_picture, vstar_picture
 from common.report.evaluations import evaluation_rows
 from common.report.picture import Picture
 from common.report.stage1 import PROMPTS_SHOWN, Stage1
-from common.report.sweep_files import sweep_file
 from common.report.text import visible
 from common.runs import RunPaths
 
@@ -84,9 +83,8 @@ def write_page(
         documents=_documents(paths),
         **sections,
     )
-    path = paths.report / "report.html"
-    write_text(path, html)
-    return path
+    write_text(paths.page, html)
+    return paths.page
 
 
 def _environment() -> Environment:
@@ -165,7 +163,7 @@ def outcome_rows(outcomes: pl.DataFrame) -> list[OutcomeRow]:
 
 def _sweep(paths: RunPaths, stage1: Stage1) -> dict[str, Any] | None:
     """What `sweep` has drawn, and its figures by N; without both where they are not of these samples."""
-    drawing, document = (sweep_file(paths.vstar, suffix) for suffix in ("svg", "json"))
+    drawing, document = (paths.sweep(paths.vstar, suffix) for suffix in ("svg", "json"))
     if not document.exists():
         return None
     figures = json.loads(document.read_text(encoding="utf-8"))
@@ -184,13 +182,13 @@ def _sweep(paths: RunPaths, stage1: Stage1) -> dict[str, Any] | None:
 
 def _regrades(paths: RunPaths) -> list[dict[str, Any]]:
     """What `regrade` found out, a summary a grader."""
-    files = sorted((paths.root / "regraded").glob("*/summary.json"))
+    files = [regraded.summary for regraded in paths.regrades if regraded.summary.exists()]
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def _documents(paths: RunPaths) -> list[tuple[str, str]]:
     """Files that say how the run was made, whole."""
-    files = [paths.config, paths.model / "astar_po.json"]
+    files = [paths.config, paths.trained_with]
     return [
         (str(file.relative_to(paths.root)), file.read_text(encoding="utf-8"))
         for file in files

@@ -6,12 +6,12 @@ from pathlib import Path
 import polars as pl
 
 from common.grading import Outcome
+from common.runs import RunPaths
 
 
 def sweep_file(source: Path, suffix: str) -> Path:
-    """Where the sweep of a table lies, as json, png or svg. Only the run's own is called sweep: `report` shows that."""
-    name = "sweep" if source.name == "vstar.parquet" else f"sweep-{source.stem}"
-    return source.parent / "report" / f"{name}.{suffix}"
+    """Where the sweep of a table lies, which need not be a run's."""
+    return RunPaths(source.parent).sweep(source, suffix)
 
 
 class SamplesDigest:

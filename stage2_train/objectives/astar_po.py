@@ -1,30 +1,94 @@
 """A*-PO: least-squares regression of the log-ratio on the optimal advantage (Algorithm 1, line 10).
 
-    ℓ(π) = Σ over (x, y) of ( β2 ln π(y|x)/π_ref(y|x) − (r(x, y) − V̂*(x)) )²
+    ℓ(π) = mean over (x, y) of ( β2 ln π(y|x)/π_ref(y|x) − (r(x, y) − V̂*(x)) )²
 
-divided by the number of completions in the step. No critic, no group, no old policy, no clipping; the minimiser is
-π* ∝ π_ref exp(r/β2) whatever distribution the completions come from.
+No critic, no group, no old policy, no clipping; the minimiser is π* ∝ π_ref exp(r/β2) whatever distribution the
+completions come from. (Brantley et al., 2025, arXiv:2505.20686)
+
+The ablation that the paper's reviewers asked for, `vstar = "group"`, does without stage 1: V̂* of a completion is
+β1 ln mean exp(r/β1) over the other completions of its prompt, which come from the current policy and not from π_ref.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from stage2_train.batch import MicroBatch
+from pydantic import Field, model_validator
+
+from common.config import Beta1, Section
+from stage2_train.objectives.protocol import Column, Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stage2_train.batch import Batch
+    from stage2_train.logprobs import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AStarPO:
-    """The objective of A*-PO. Shapes: _B sequence, _K completion token of the micro-batch."""
+class AStarPO(Section):
+    """A*-PO: the regression's temperature β2, and where V̂* comes from."""
 
-    beta2: float
+    name: Literal["astar_po"] = "astar_po"
+    beta2: Annotated[float, Field(gt=0)] = 1e-3
+    group_size: Annotated[int, Field(ge=1)] = 1
+    """Completions of each prompt in an iteration; the paper draws one."""
+    vstar: Literal["stage1", "group"] = "stage1"
+    beta1: Beta1 | None = None
+    """Of the group's V̂*, 0.5 by default; stage 1 has its own."""
 
-    def advantages(self, rewards_B: Tensor, vstar_B: Tensor) -> Tensor:
+    passes: ClassVar[int] = 1
+    unit: ClassVar[Literal["sequence"]] = "sequence"
+
+    @model_validator(mode="after")
+    def _vstar_has_what_it_needs(self) -> AStarPO:
+        if self.vstar == "group" and self.group_size == 1:
+            raise ValueError(
+                'vstar = "group" estimates V̂* from the other completions of the prompt, found group_size 1; '
+                "choose 2 or more"
+            )
+        if self.vstar == "stage1" and self.beta1 is not None:
+            raise ValueError(
+                'beta1 is for vstar = "group"; set vstar.beta1, or rescore, for the V̂* of stage 1'
+            )
+        return self
+
+    @property
+    def least_judged(self) -> int:
+        """A completion has others, where V̂* comes from them."""
+        return 2 if self.vstar == "group" else 1
+
+    @property
+    def allows_staleness(self) -> bool:
+        """Not where completions also give V̂*."""
+        return self.vstar == "stage1"
+
+    def needs(self, steps: int) -> frozenset[Column]:
+        """V̂* and ln π_ref."""
+        return frozenset({"vstar", "reference"} if self.vstar == "stage1" else {"reference"})
+
+    def credit(self, batch: Batch) -> Batch:
         """The optimal advantage A*(x, y) = r(x, y) − V̂*(x)."""
-        return rewards_B - vstar_B
+        vstar_B = batch.vstar_B if self.vstar == "stage1" else self._vstar_of_others(batch)
+        return batch.with_columns(advantages_B=batch.rewards_B - vstar_B)
 
-    def loss(self, logprobs_K: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _vstar_of_others(self, batch: Batch) -> Tensor:
+        from common.value import estimate_vstar
+
+        beta1 = 0.5 if self.beta1 is None else self.beta1
+        is_other_BB = batch.group_of_B[:, None] == batch.group_of_B
+        is_other_BB.fill_diagonal_(False)
+        others_S = is_other_BB.nonzero()[:, 1]
+        counts_B = is_other_BB.sum(1)
+        if not len(counts_B):
+            return batch.rewards_B
+        rewards_S = batch.rewards_B[others_S].double().cpu().numpy()
+        estimate = estimate_vstar(rewards_S, counts_B.cpu().numpy(), beta1)
+        return batch.rewards_B.new_tensor(estimate.vstar_P)
+
+    def loss(self, policy: TokenLogprobs, batch: Batch) -> Loss:
         """The squared residual of each sequence, averaged over the step."""
-        log_ratio_B = batch.sum_by_sequence(logprobs_K - batch.reference_logprobs_K)
+        log_ratio_B = batch.sum_by_sequence(policy.logprobs_K - batch.reference_K)
         squared_residual_B = (self.beta2 * log_ratio_B - batch.advantages_B) ** 2
-        return squared_residual_B.sum() / batch.step_sequences, squared_residual_B.detach()
+        return Loss(
+            squared_residual_B.sum() / batch.totals.sequences, {"regression": squared_residual_B.detach()}
+        )

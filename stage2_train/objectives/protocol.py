@@ -1,25 +1,117 @@
-"""What an objective is: one function that assigns credit over a step, one that gives a slice's share of the loss."""
+"""What an objective is. Each is its own section of the config, `[train.objective]`, with the behaviour beside it.
 
-from typing import Protocol
+Shapes: _B sequence, _K completion token (all sequences', one after the other).
+"""
 
-from torch import Tensor
+from __future__ import annotations
 
-from stage2_train.batch import MicroBatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stage2_train.batch import Batch
+    from stage2_train.logprobs import TokenLogprobs
+
+Column = Literal["vstar", "quantile", "expected", "rewards", "reference", "old", "values"]
+"""A column of Batch that not every objective pays for."""
+STAGE1_COLUMNS: frozenset[Column] = frozenset({"vstar", "quantile", "expected"})
+"""Those that only stage 1's file can give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A slice's share of a step's loss: a scalar, divided by the step's totals, so that shares add up.
+
+    `figures` are logged as loss/<name>, each the mean over the batch of a number per sequence, shape (B,), detached;
+    the first is the loss itself.
+    """
+
+    share: Tensor
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
-    """An objective, with its own hyper-parameters.
+    """An objective: frozen, and free of torch until it is used."""
 
-    Shapes: _B sequence, _K completion token of the micro-batch (all its sequences', one after the other).
-    """
-
-    def advantages(self, rewards_B: Tensor, vstar_B: Tensor) -> Tensor:
-        """Credit for each sequence, shape (B,), from its reward and its prompt's V̂*."""
+    @property
+    def name(self) -> str:
+        """By which `train.objective.name` chooses it."""
         ...
 
-    def loss(self, logprobs_K: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """This slice's share of the step's loss (a scalar), and each sequence's own loss (detached, shape (B,)).
+    @property
+    def group_size(self) -> int:
+        """Completions of each prompt, which stay together on one rank and in one optimizer step."""
+        ...
 
-        Shares are divided by the step's totals, carried in the batch, so that they add up over slices and ranks.
-        """
+    @property
+    def passes(self) -> int:
+        """How often an iteration goes over its batch."""
+        ...
+
+    @property
+    def unit(self) -> Literal["sequence", "group"]:
+        """What a micro-batch must not split."""
+        ...
+
+    @property
+    def least_judged(self) -> int:
+        """A group with fewer completions that the grader could judge is left out."""
+        ...
+
+    @property
+    def allows_staleness(self) -> bool:
+        """Whether completions may come from older weights."""
+        ...
+
+    def needs(self, steps: int) -> frozenset[Column]:
+        """The columns that it reads, where an iteration takes that many optimizer steps."""
+        ...
+
+    def credit(self, batch: Batch) -> Batch:
+        """The rank's completions of a whole iteration with their advantages, per sequence or per token."""
+        ...
+
+    def loss(self, policy: TokenLogprobs, batch: Batch) -> Loss:
+        """A slice's share of the policy's loss."""
+        ...
+
+
+@runtime_checkable
+class TrainsCritic(Protocol):
+    """An objective that also trains a critic, whose values it reads."""
+
+    @property
+    def critic_learning_rate(self) -> float: ...
+
+    def critic_loss(self, values_K: Tensor, batch: Batch) -> Loss:
+        """A slice's share of the critic's loss; `batch.values_K` are the critic's before the iteration's first step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is remembered of a prompt: how much speaks for a reward of 1, and how much for one of 0."""
+
+    for_it: float
+    against: float
+
+    @property
+    def expected(self) -> float:
+        """The reward that it lets expect."""
+        return self.for_it / (self.for_it + self.against)
+
+
+@runtime_checkable
+class RemembersPrompts(Protocol):
+    """An objective whose baseline is what it remembers of a prompt, for rewards from 0 to 1."""
+
+    def first_memory(self, rewards: Sequence[float]) -> Memory:
+        """Of a prompt, from its rewards in stage 1."""
+        ...
+
+    def next_memory(self, memory: Memory, reward: float, drift: float) -> Memory:
+        """After a visit. `drift` is how far the policy has moved since the last one, in nats per token."""
         ...

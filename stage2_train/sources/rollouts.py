@@ -1,4 +1,4 @@
-"""On-policy rollouts: one completion a prompt from the current policy, graded (Algorithm 1, line 9)."""
+"""Rollouts: completions of prompts from the weights that an engine holds, graded (Algorithm 1, line 9)."""
 
 from collections.abc import Mapping, Sequence
 from threading import Event
@@ -22,11 +22,11 @@ def collect_rollouts(
     *,
     seed: int,
     places: Sequence[int],
-    samples_per_prompt: int = 1,
+    group_size: int = 1,
     logprob_checks: int = 0,
     is_ending: Event | None = None,
 ) -> list[Rollout]:
-    """Sample and grade, in order of the prompts, each prompt's samples together.
+    """Sample and grade, in order of the prompts, each prompt's group of completions together.
 
     `places` number the prompts within the whole job, so that a sample is the same however the job is split over ranks.
     Raises RuntimeError once another thread sets `is_ending`.
@@ -39,7 +39,7 @@ def collect_rollouts(
             with_logprobs=place < logprob_checks,
         )
         for number, (place, prompt) in enumerate(zip(places, prompts, strict=True))
-        for index in range(samples_per_prompt)
+        for index in range(group_size)
     ]
     completions: dict[object, Completion] = {}
     for completion in engine.generate(requests, sampling):
@@ -62,7 +62,7 @@ def collect_rollouts(
             completion=completions[key],
             grade=grades[key],
         )
-        for key in ((number, index) for number in range(len(prompts)) for index in range(samples_per_prompt))
+        for key in ((number, index) for number in range(len(prompts)) for index in range(group_size))
     ]
 
 
@@ -75,6 +75,7 @@ def as_json(rollout: Rollout) -> dict[str, Any]:
         "text": completion.text,
         "truncated": completion.truncated,
         **grade.columns(),
+        **({"step_rewards": grade.step_rewards} if grade.step_rewards else {}),
     }
 
 
@@ -93,5 +94,10 @@ def from_json(document: dict[str, Any], prompts: Mapping[str, Prompt]) -> Rollou
             reward=document["reward"],
             extracted=document["extracted"],
             reason=document["reason"],
+            step_rewards=_pairs(document.get("step_rewards")),
         ),
     )
+
+
+def _pairs(values: list[list[Any]] | None) -> tuple[tuple[int, float], ...] | None:
+    return None if values is None else tuple((end, reward) for end, reward in values)

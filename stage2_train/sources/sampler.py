@@ -11,8 +11,8 @@ from common.engines import RolloutEngine
 from common.errors import UserError
 from common.grading import GraderPool
 from common.rollout import Prompt, Rollout
-from stage2_train.policy import Ranks
-from stage2_train.rollouts import collect_rollouts
+from stage2_train.ranks import Ranks
+from stage2_train.sources.rollouts import collect_rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """What a rank draws at a time: a completion of each prompt, from the random streams of `seed` and `places`.
+    """What a rank draws at a time: completions of each prompt, from the random streams of `seed` and `places`.
 
     `places` number the prompts within the whole job. Of the first `logprob_checks` the engine reports log-probs.
     """
@@ -30,6 +30,7 @@ class Draw:
     prompts: Sequence[Prompt]
     places: Sequence[int]
     seed: int
+    group_size: int = 1
     logprob_checks: int = 0
 
 
@@ -48,7 +49,7 @@ class Sampler:
         self._is_ending = Event()
 
     def attempt(self, draw: Draw, weights: "list[tuple[str, Tensor]] | None" = None) -> list[Rollout] | None:
-        """One graded completion a prompt, or None if the engine died of them.
+        """The graded completions, or None if the engine died of them.
 
         `weights`, if any, are loaded first and then let go. This is what may run in another thread.
         """
@@ -98,6 +99,7 @@ class Sampler:
             self._sampling,
             seed=draw.seed,
             places=draw.places,
+            group_size=draw.group_size,
             logprob_checks=draw.logprob_checks,
             is_ending=self._is_ending,
         )
@@ -111,7 +113,7 @@ class Sampler:
         self._engine.sleep()
 
     def end(self) -> None:
-        """Have a draw that is under way in another thread come to nothing."""
+        """Stop a draw that is under way in another thread; it gives nothing."""
         self._is_ending.set()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Rollouts ahead of their iteration: while one batch is trained on, the engine draws later ones.
 
 With staleness k the completions of iteration n come from the weights after iteration n − 1 − k, those of the first k
-iterations from the reference. They need no importance correction: A*-PO's squared loss has the same minimiser
-whatever distribution they come from. With k = 0 they come from the policy itself, and nothing happens at a time.
+iterations from the reference. Only objectives that say so (`allows_staleness`) take such completions. With k = 0 they
+come from the policy itself, and nothing overlaps.
 """
 
 from collections import deque
@@ -15,12 +15,12 @@ import torch
 
 from common.rollout import Rollout
 from stage2_train.metrics import Metrics, timed
-from stage2_train.sampler import Draw, Sampler
+from stage2_train.sources.sampler import Draw, Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stage2_train.sampler import NamedWeights
+    from stage2_train.sources.sampler import NamedWeights
 
     Attempt = list[Rollout] | None
 

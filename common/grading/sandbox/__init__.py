@@ -1,7 +1,7 @@
 """Runs a program and its tests in a fresh interpreter that can do nothing but compute.
 
 No network, no other processes, no file but Python's own to read and none to write, bounded time and memory: see
-`seccomp.py` for the calls and `sandbox_child.py` for the limits. Nothing is left behind, not even a folder.
+`seccomp.py` for the calls and `child.py` for the limits. Nothing is left behind, not even a folder.
 """
 
 import marshal
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from common.grading.sandbox_child import COMPILED, MAX_REPORT_BYTES, SET_UP
-from common.grading.seccomp import MACHINES, filter_program
+from common.grading.sandbox.child import COMPILED, MAX_REPORT_BYTES, SET_UP
+from common.grading.sandbox.seccomp import MACHINES, filter_program
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = Path(__file__).with_name("child.py")
 _LONGEST_REPORT = len(SET_UP + COMPILED) + MAX_REPORT_BYTES
 
 

@@ -1,0 +1,110 @@
+"""Stage 2 as `cli.py train` runs it, in a process that says when each iteration ended, as TRL's does of its updates.
+
+python -m benchmarks.peers.our_run JOB REPORT. A job may force completions to the lengths of their prompts.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+import cli  # noqa: F401  the thread settings of the command line
+from benchmarks.peers.job import JsonFile, Report
+from benchmarks.processes import resident_mib
+from common.config import RunConfig, SamplingParams
+from common.data.prompts import PromptRenderer
+from common.engines import EngineBuilder, build_engine
+from common.engines.vllm_engine import VllmEngine
+from common.rollout import Completion, SampleRequest
+from stage2_train.config import Config
+from stage2_train.run import run_stage2
+from stage2_train.watchers import Turn
+
+if TYPE_CHECKING:
+    import vllm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OurJob(JsonFile):
+    """A training run of ours."""
+
+    config: dict[str, Any]
+    vstar: str
+    completion_lengths: dict[str, int] | None = None
+    """By the prompt's text, in place of the model's own end."""
+
+
+class ForcedEngine(VllmEngine):
+    """vLLM that ends a completion at its length, neither before nor after; its last token becomes the end token."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, renderer: PromptRenderer, lengths: Mapping[str, int]
+    ) -> None:
+        super().__init__(config, folder, renderer, beside_trainer=True)
+        self._lengths = {renderer.render(text): length for text, length in lengths.items()}
+        self._end = renderer.eos_token_ids[0]
+
+    def _sampling_params(self, request: SampleRequest, sampling: SamplingParams) -> "vllm.SamplingParams":
+        parameters = super()._sampling_params(request, sampling)
+        parameters.min_tokens = parameters.max_tokens = self._lengths[request.prompt_token_ids]
+        return parameters
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        """As VllmEngine.generate, without log-probs."""
+        without_logprobs = (replace(request, with_logprobs=False) for request in requests)
+        for completion in super().generate(without_logprobs, sampling):
+            token_ids = (*completion.token_ids[:-1], self._end)
+            yield replace(completion, token_ids=token_ids, truncated=False)
+
+
+@dataclass(slots=True)
+class Clock:
+    """A watcher that notes when each iteration has ended, before anyone else looks at it."""
+
+    ends: list[float] = field(default_factory=list)
+    """The first is that of iteration 0, when training is about to begin."""
+    rollout_seconds: float = 0.0
+    completion_tokens: list[int] = field(default_factory=list)
+
+    def after(self, turn: Turn) -> None:
+        """Note the time."""
+        self.ends.append(time.time())
+        self.rollout_seconds += turn.metrics.get("time/rollout", 0.0)
+        self.completion_tokens += [len(rollout.completion.token_ids) for rollout in turn.rollouts]
+
+
+def main() -> None:
+    from vllm import LLM  # noqa: F401  its memory is the libraries', not ours
+
+    imported, imports_mib = time.time(), resident_mib()
+    job = OurJob.read(Path(sys.argv[1]))
+    config, lengths, clock = Config.model_validate(job.config), job.completion_lengths, Clock()
+
+    def build_forced(
+        config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+    ) -> VllmEngine:
+        assert lengths is not None
+        assert beside_trainer
+        return ForcedEngine(config, folder, renderer, lengths)
+
+    builder: EngineBuilder = build_forced if lengths else build_engine
+    run_stage2(config, Console(), Path(job.vstar), build_engine=builder, observers=[clock])
+    if lengths:
+        expected, found = sorted(lengths.values()), sorted(clock.completion_tokens)
+        assert found == expected, f"completions of {found} tokens, not of {expected}"
+    began, *ends = clock.ends
+    Report(
+        imported=imported,
+        began=began,
+        updates=ends,
+        generate_seconds=clock.rollout_seconds,
+        imports_mib=imports_mib,
+    ).write(Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""A rank's rollouts of an iteration to the batch that its objective sees, and to the optimizer steps on it.
+
+Shapes: _B sequence, _K completion token.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.data.prompts import PromptRenderer
+from common.grading import UNJUDGED
+from common.rollout import Rollout
+from stage2_train.batch import Batch, TokenBatch, TokenSequence, Totals, token_batches
+from stage2_train.config import TrainConfig
+from stage2_train.data import Stage1
+from stage2_train.objectives.protocol import Column
+from stage2_train.prompt_memory import PromptMemory
+from stage2_train.ranks import Ranks
+from stage2_train.update import Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collated:
+    """What an iteration trains on; `rows` says which of the rollouts each of the batch's rows is."""
+
+    batch: Batch
+    steps: Sequence[Step]
+    rows: Sequence[int]
+
+
+class Cutter:
+    """Cuts units of sequences, which stay together, into micro-batches on this rank's device."""
+
+    def __init__(self, train: TrainConfig, renderer: PromptRenderer, ranks: Ranks) -> None:
+        tokenizer = renderer.tokenizer
+        pad = tokenizer.pad_token_id
+        self._pad_token_id: int = tokenizer.eos_token_id if pad is None else pad
+        self._budget = train.tokens_per_micro_batch
+        self._device = ranks.device
+
+    def __call__(self, units: Sequence[Sequence[TokenSequence]]) -> list[TokenBatch]:
+        return [batch.to(self._device) for batch in token_batches(units, self._budget, self._pad_token_id)]
+
+
+Value = Callable[[Rollout], float]
+"""What is known of a completion by its prompt."""
+
+
+def known_values(
+    columns: frozenset[Column], stage1: Stage1 | None, memory: PromptMemory | None
+) -> dict[str, Value]:
+    """The columns of one number per completion that come from stage 1, or from what has been remembered since."""
+    values: dict[str, Value] = {}
+    if "vstar" in columns and stage1:
+        values["vstar_B"] = lambda rollout: stage1.vstar[rollout.prompt.id]
+    if "quantile" in columns and stage1:
+        values["quantile_B"] = lambda rollout: quantile(
+            rollout.grade.reward, stage1.rewards[rollout.prompt.id]
+        )
+    if "expected" in columns and memory:
+        values["expected_B"] = lambda rollout: memory.expected(rollout.prompt.id)
+    return values
+
+
+def quantile(reward: float, rewards: Sequence[float]) -> float:
+    """The share of the rewards that are no greater."""
+    return sum(other <= reward for other in rewards) / len(rewards)
+
+
+class Collator:
+    """Puts rollouts into tensors: a prompt's completions, its group, one after the other and in one step."""
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        values: Mapping[str, Value],
+        renderer: PromptRenderer,
+        cut: Cutter,
+        ranks: Ranks,
+    ) -> None:
+        """`values` are columns by name, the renderer knows which text a token ends."""
+        self._train = train
+        self._objective = train.objective
+        self._values = values
+        self._renderer = renderer
+        self._cut = cut
+        self._ranks = ranks
+
+    def __call__(self, rollouts: Sequence[Rollout], places: Sequence[int]) -> Collated:
+        """The batch and the steps of these rollouts, group after group; `places` number the groups in the whole job.
+
+        A collective operation. What the grader could not judge is left out, and with it a group of which too little is
+        left for the objective.
+        """
+        size = self._objective.group_size
+        rows: list[int] = []
+        groups: list[list[int]] = []  # of rows of the batch; one for each place
+        for start in range(0, len(rollouts), size):
+            members = [row for row in range(start, start + size) if _is_judged(rollouts[row])]
+            if len(members) < self._objective.least_judged:
+                members = []
+            groups.append(list(range(len(rows), len(rows) + len(members))))
+            rows += members
+        chosen = [rollouts[row] for row in rows]
+        batch = self._batch(chosen, [number for number, group in enumerate(groups) for _ in group])
+        return Collated(batch=batch, steps=self._steps(rollouts, chosen, groups, places), rows=rows)
+
+    def _batch(self, rollouts: Sequence[Rollout], group_of: Sequence[int]) -> Batch:
+        rewards_B = self._per_sequence([rollout.grade.reward for rollout in rollouts])
+        groups_B = torch.tensor(group_of, dtype=torch.long, device=self._ranks.device)
+        lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+        columns: dict[str, Tensor] = {}
+        for name, value in self._values.items():
+            columns[name] = self._per_sequence([value(rollout) for rollout in rollouts])
+        if "rewards" in self._train.columns:
+            columns["rewards_K"] = self._rewards_by_token(rollouts)
+        if any(rollout.completion.sampled_logprobs is not None for rollout in rollouts):
+            columns["sampled_K"] = self._sampled_logprobs(rollouts)
+        return Batch(
+            group_of_B=groups_B.unique(return_inverse=True)[1],
+            lengths_B=torch.tensor(lengths, dtype=torch.long, device=self._ranks.device),
+            rewards_B=rewards_B,
+            totals=Totals(sequences=len(rollouts), groups=len(set(group_of)), tokens=sum(lengths)),
+            sum_over_ranks=self._ranks.sum,
+            **columns,
+        )
+
+    def _per_sequence(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._ranks.device)
+
+    def _rewards_by_token(self, rollouts: Sequence[Rollout]) -> Tensor:
+        values: list[float] = []
+        for rollout in rollouts:
+            values += rewards_by_token(rollout, self._renderer.decode)
+        return self._per_sequence(values)
+
+    def _sampled_logprobs(self, rollouts: Sequence[Rollout]) -> Tensor:
+        values: list[float] = []
+        for rollout in rollouts:
+            sampled = rollout.completion.sampled_logprobs
+            values += [math.nan] * len(rollout.completion.token_ids) if sampled is None else sampled
+        return self._per_sequence(values)
+
+    def _steps(
+        self,
+        rollouts: Sequence[Rollout],
+        chosen: Sequence[Rollout],
+        groups: Sequence[Sequence[int]],
+        places: Sequence[int],
+    ) -> list[Step]:
+        train, size = self._train, self._objective.group_size
+        work: list[tuple[list[TokenBatch], TokenBatch]] = []
+        counts: list[list[int]] = []
+        for number in range(train.batch_size // train.mini_batch_size):
+            ours = [at for at, place in enumerate(places) if place // train.mini_batch_size == number]
+            units = [[TokenSequence.of(row, chosen[row]) for row in groups[at]] for at in ours if groups[at]]
+            sequences = [sequence for unit in units for sequence in unit]
+            if self._objective.unit == "sequence":
+                units = [[sequence] for sequence in sequences]
+            slices = self._cut(units)
+            idle = [TokenSequence.of(-1, rollouts[at * size]) for at in ours[:1]]
+            work.append((slices, slices[-1] if slices else self._cut([idle])[0]))
+            tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
+            counts.append([len(sequences), sum(bool(groups[at]) for at in ours), tokens])
+        everywhere = self._ranks.sum(torch.tensor(counts, device=self._ranks.device)).tolist()
+        return [
+            Step(
+                slices=slices,
+                filler=filler,
+                totals=Totals(sequences=sequences, groups=groups_there, tokens=tokens),
+            )
+            for (slices, filler), (sequences, groups_there, tokens) in zip(work, everywhere, strict=True)
+        ]
+
+
+def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> list[float]:
+    """The reward that falls to each token: a step's to the token that ends it, or the whole to the last one."""
+    token_ids = rollout.completion.token_ids
+    rewards = [0.0] * len(token_ids)
+    steps = rollout.grade.step_rewards or ((len(rollout.completion.text), rollout.grade.reward),)
+    for end, reward in steps:
+        # The first token with which the text reaches the end of the step; the last one, where none does.
+        reached = bisect_left(
+            range(len(token_ids)), end, key=lambda place: len(decode(token_ids[: place + 1]))
+        )
+        rewards[min(reached, len(token_ids) - 1)] += reward
+    return rewards
+
+
+def _is_judged(rollout: Rollout) -> bool:
+    return rollout.grade.outcome not in UNJUDGED

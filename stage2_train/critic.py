@@ -1,0 +1,72 @@
+"""The critic: the reference model's network with a scalar head, which learns the value of each state.
+
+The state before a completion's token is the prompt with the tokens before it. In the field's terms this is a model for
+token classification with one label, and it is one: whatever reads those reads a critic.
+
+Shapes: _B sequence, _T position, _H hidden, _K completion token of the micro-batch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification
+from transformers.utils import logging
+
+from stage2_train.batch import TokenBatch
+from stage2_train.config import Config
+from stage2_train.learner import Learner
+from stage2_train.lora import Adapter, keep_trained_weights
+from stage2_train.ranks import Ranks
+
+
+class ValueModel(nn.Module):
+    """A model for token classification whose forward pass gives the values of a batch's states."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids_BT: Tensor, is_completion_BT: Tensor) -> Tensor:
+        """The value of the state before each completion token, in row order, shape (K,), in float32."""
+        hidden_BTH = self.model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        values: Tensor = self.model.score(hidden_BTH[:, :-1][is_completion_BT[:, 1:]])
+        return values.squeeze(-1).float()
+
+
+class Critic:
+    """V: values of states, and the learner behind them. At the start it says 0 of every state."""
+
+    def __init__(self, folder: Path, config: Config, ranks: Ranks, *, learning_rate: float) -> None:
+        """Start from the reference model in `folder`."""
+        module = ValueModel(_load(folder, config))
+        if config.train.lora is not None:
+            Adapter(module.model, config)
+            module.model.score.requires_grad_(True)
+            module.register_state_dict_post_hook(keep_trained_weights)  # type: ignore[no-untyped-call]
+        if config.train.gradient_checkpointing:
+            module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.learner = Learner(module, config, ranks, learning_rate=learning_rate)
+
+    def values(self, tokens: TokenBatch) -> Tensor:
+        """V of the state before each completion token, with gradients."""
+        values: Tensor = self.learner(tokens.input_ids_BT, tokens.is_completion_BT)
+        return values
+
+
+def _load(folder: Path, config: Config) -> Any:
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is new is meant
+    try:
+        model: Any = AutoModelForTokenClassification.from_pretrained(
+            folder, num_labels=1, dtype=getattr(torch, config.model.dtype)
+        )
+    finally:
+        logging.set_verbosity(level)
+    with torch.no_grad():
+        model.score.weight.zero_()
+        if model.score.bias is not None:
+            model.score.bias.zero_()
+    return model

@@ -1,0 +1,220 @@
+"""What training starts from, read and checked before any model loads: prompts, held-out prompts, and stage 1's word.
+
+Prompts are those that stage 1's file keeps; an objective that needs nothing of stage 1 may take them from [data].
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from common.data.prompts import (
+    PromptRenderer,
+    check_context,
+    load_prompts,
+    prompts_from_pairs,
+    usable_prompts,
+)
+from common.errors import UserError
+from common.grading import GraderPool, fingerprint
+from common.model_files import model_identity, reference_model
+from common.provenance import Allowance, Provenance, sampling_identity
+from common.rollout import Prompt
+from common.seeds import derive_seed
+from common.vstar_file import read_vstar
+from stage2_train.config import Config, TrainConfig
+from stage2_train.first_batch import FirstBatch, expected_first_batch
+from stage2_train.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage1:
+    """What vstar.parquet says of the prompts that are trained on; its columns by prompt id."""
+
+    file: Path
+    vstar: Mapping[str, float]
+    pass_rate: Mapping[str, float]
+    rewards: Mapping[str, Sequence[float]]
+    beta1: float
+    """Of the artifact, which may have been re-scored since the config was written."""
+    num_samples: str
+    """N of the artifact, or its range over prompts."""
+    first_batch: FirstBatch | None
+    """What stage 1's samples say of the first iteration."""
+    accepted_mismatches: tuple[str, ...] = ()
+    """In which the artifact's identity differs from this run's, as the user allowed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """What training starts from."""
+
+    folder: Path
+    """The reference model's."""
+    renderer: PromptRenderer
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    stage1: Stage1 | None
+
+    def iterations(self, config: Config) -> int:
+        """How many iterations this run has."""
+        return config.train.iterations_over(len(self.prompts))
+
+    def usable(self, config: Config, pool: GraderPool) -> "TrainingData":
+        """Less the prompts whose reference answer the grader cannot use, where nobody has looked yet."""
+        prompts, held_out = self.prompts, self.held_out
+        if self.stage1 is None:
+            prompts = usable_prompts(prompts, config.data, pool)
+        if config.evaluate.data is not None:
+            held_out = usable_prompts(held_out, config.evaluate.data, pool)
+        return replace(self, prompts=prompts, held_out=held_out)
+
+    def digest(self) -> dict[str, str]:
+        """What tells whether a run goes on with the same data."""
+        if self.stage1 is None:
+            return {"prompts": _digest([prompt.id for prompt in self.prompts])}
+        return {"vstar": _digest(sorted(self.stage1.vstar.items()))}
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:32]
+
+
+def prepare(
+    config: Config,
+    vstar_file: Path | None,
+    allow_mismatch: Collection[str] = (),
+    ranks: Ranks = ALONE,
+) -> TrainingData:
+    """Read and check everything that needs no model; without a file the prompts are those of [data]. Raises UserError.
+
+    A collective operation: a node's main rank hashes the model for all of its ranks.
+    """
+    if config.sampling.temperature == 0:
+        raise UserError("sampling.temperature is 0: training needs a policy that samples; set it above 0")
+    if config.sampling.top_p < 1:
+        raise UserError(
+            f"sampling.top_p is {config.sampling.top_p:g}: completions would not come from the policy whose "
+            "log-probs are trained on; set it to 1 to train"
+        )
+    table = None if vstar_file is None else (vstar_file, *read_vstar(vstar_file))
+    folder = reference_model(config)
+    renderer = PromptRenderer(folder, config.data)
+    if config.train.lora is not None:
+        from stage2_train.lora import refuse_unknown_layers
+
+        refuse_unknown_layers(folder, config.train.lora)
+    if table is None:
+        if allow_mismatch:
+            raise UserError(
+                f"--allow-mismatch {' '.join(allow_mismatch)}: there is nothing to mismatch without --vstar"
+            )
+        prompts, stage1 = load_prompts(config.data, config, renderer), None
+    else:
+        model = ranks.once_a_node(lambda: model_identity(folder))
+        prompts, stage1 = _from_stage1(config, renderer, model, *table, Allowance(allow_mismatch))
+    held_out = []
+    if config.evaluate.data is not None:
+        held_out = load_prompts(config.evaluate.data, config, PromptRenderer(folder, config.evaluate.data))
+        held_out = held_out[: config.evaluate.training_prompts]
+    check_context([*prompts, *held_out], config, folder)
+    return TrainingData(folder=folder, renderer=renderer, prompts=prompts, held_out=held_out, stage1=stage1)
+
+
+def _from_stage1(
+    config: Config,
+    renderer: PromptRenderer,
+    model: dict[str, Any],
+    file: Path,
+    rows: pl.DataFrame,
+    provenance: Provenance,
+    allowance: Allowance,
+) -> tuple[list[Prompt], Stage1]:
+    """The prompts that a table keeps. Raises UserError unless it was made as this run's config says."""
+    ours = sampling_identity(config, renderer, model, fingerprint(config.grader))
+    theirs = {key: value for key, value in provenance.identity.items() if key in ours}
+    expected = Provenance(identity=ours, context={})
+    allowance.refuse_unknown([*expected.fields(), "prompt.tokens"])
+    expected.refuse_unless_same(
+        Provenance(identity=theirs, context={}),
+        what=str(file),
+        advice="V̂* holds for its own model, template, sampling and grader only: use those, make it anew "
+        "with another --run",
+        allowance=allowance,
+    )
+    kept = rows.filter("keep")
+    if kept.is_empty():
+        raise UserError(
+            f"{file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
+        )
+    _refuse_unfit_rewards(kept["rewards"].explode(), config.train, file)
+    prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
+    _refuse_other_tokens(prompts, kept, file, allowance)
+    return prompts, Stage1(
+        file=file,
+        vstar=_by_prompt(kept, "vstar"),
+        pass_rate=_by_prompt(kept, "pass_rate"),
+        rewards=_by_prompt(kept, "rewards"),
+        beta1=rows["beta1"][0],
+        num_samples=_range(rows["num_samples"]),
+        first_batch=expected_first_batch(rows, config.train),
+        accepted_mismatches=tuple(allowance.used),
+    )
+
+
+def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) -> None:
+    """Raise UserError where an objective cannot make anything of stage 1's rewards."""
+    name = train.objective.name
+    if "quantile" in train.columns and rewards.is_in([0.0, 1.0]).all():
+        raise UserError(
+            f"{file}: all rewards are 0 or 1, whose quantiles tie, so {name} would push wrong completions up too; "
+            "give it a graded reward, or train with astar_po"
+        )
+    if "expected" in train.columns and not rewards.is_between(0, 1).all():
+        raise UserError(
+            f"{file}: rewards go from {rewards.min()!s} to {rewards.max()!s}, {name} remembers rewards from 0 to 1; "
+            "scale them, or train with another objective"
+        )
+
+
+def _by_prompt(rows: pl.DataFrame, column: str) -> dict[str, Any]:
+    return dict(zip(rows["prompt_id"], rows[column].to_list(), strict=True))
+
+
+def _range(numbers: pl.Series) -> str:
+    low, high = str(numbers.min()), str(numbers.max())
+    return low if low == high else f"{low} to {high}"
+
+
+def _refuse_other_tokens(prompts: list[Prompt], kept: pl.DataFrame, file: Path, allowance: Allowance) -> None:
+    stage1 = dict(zip(kept["prompt_id"], kept["prompt_token_hash"], strict=True))
+    different = [prompt.id for prompt in prompts if stage1[prompt.id] not in (None, prompt.token_hash)]
+    if not different:
+        return
+    line = f"prompt.tokens differ for {len(different):,} prompts, such as {different[0]}"
+    if not allowance.permits("prompt.tokens", line):
+        raise UserError(
+            f"{file}: stage 1 rendered its prompts to other token ids: {line}; use the library versions that "
+            "it names (`python cli.py inspect`), make it anew with another --run, "
+            "or accept it with --allow-mismatch prompt.tokens"
+        )
+
+
+def prompt_batch(prompts: int, batch_size: int, seed: int, iteration: int) -> list[int]:
+    """The prompts of an iteration (from 1 on): an endless row of shuffled epochs, cut into batches.
+
+    A function of its arguments alone, so that a resumed run sees the data in the same order.
+    """
+    start = (iteration - 1) * batch_size
+    batch: list[int] = []
+    while len(batch) < batch_size:
+        epoch, offset = divmod(start + len(batch), prompts)
+        order = list(range(prompts))
+        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+        batch += order[offset : offset + batch_size - len(batch)]
+    return batch

@@ -1,0 +1,165 @@
+"""A network under training: DeepSpeed around a module and its AdamW. The only importer of deepspeed.
+
+The policy is one learner, a critic another. Loss shares of all slices and ranks add up to a step's loss.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from stage2_train.config import Config
+from stage2_train.ranks import Ranks
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed
+
+# On a CPU it would compile collectives of its own for a minute, under a lock file that outlives a killed process:
+# every later start would wait for it for ever.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+MAX_SKIPPED_STEPS = 5
+"""Steps in a row that a non-finite gradient may cost."""
+
+
+class Learner:
+    """Forward, backward, step. Called like its module, with the weights as they are."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        ranks: Ranks,
+        *,
+        learning_rate: float,
+        whole: Sequence[type[nn.Module]] = (),
+    ) -> None:
+        """Take over a module; under ZeRO-3 the weights of each of its `whole` parts are gathered together."""
+        train = config.train
+        self._ranks = ranks
+        self._zero_stage = train.zero_stage
+        self._skipped_in_a_row = 0
+        module.train()
+        if whole and train.zero_stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(module, list(whole))
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
+            lr=learning_rate,
+            betas=train.adam_betas,
+            weight_decay=train.weight_decay,
+            fused=True,  # the other implementations hold temporaries as large as the parameters
+        )
+        warmup = max(train.warmup_steps, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=schedule, config=_deepspeed_config(config)
+        )
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The module's output. Under ZeRO-3 a collective operation, as is all that follows."""
+        return self._engine(*inputs)
+
+    @property
+    def module(self) -> Any:
+        """The module itself, whose parameters ZeRO-3 has partitioned."""
+        return self._engine.module
+
+    def backward(self, loss_share: Tensor, *, last: bool) -> None:
+        """Accumulate the gradients of a slice; `last` closes the step.
+
+        DeepSpeed averages gradients over ranks where shares of one loss have to be summed, hence the factor.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss_share * self._ranks.world_size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule; returns the gradient norm before clipping.
+
+        Where it is not finite, so on every rank, the step is skipped: weights, optimizer and schedule stay as they
+        are and NaN is returned. Raises UserError after MAX_SKIPPED_STEPS of these in a row.
+        """
+        norm = self._take_step()
+        if math.isfinite(norm):
+            self._skipped_in_a_row = 0
+            return norm
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == MAX_SKIPPED_STEPS:
+            raise UserError(
+                f"{MAX_SKIPPED_STEPS} optimizer steps in a row had a loss or gradient that is not finite; "
+                'lower train.learning_rate, or set model.dtype = "float32" for both stages, and start again under '
+                "another --run"
+            )
+        return math.nan
+
+    def _take_step(self) -> float:
+        if self._zero_stage > 0:
+            self._engine.step()  # skips on its own
+            return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
+        # Without ZeRO, DeepSpeed neither checks float32 gradients nor tells the norm that it clips by.
+        gradients = [parameter.grad for parameter in self.module.parameters()]
+        norm = float(torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None]))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._engine.get_lr()[0])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Meanwhile nothing in the network is random, as dropout is."""
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether each rank holds a part of the weights only."""
+        return self._zero_stage == 3
+
+    @contextmanager
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Meanwhile these parameters are whole on every rank."""
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.is_partitioned):
+            yield
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write weights, optimizer and schedule to folder/name; frozen weights are left out."""
+        is_whole = all(parameter.requires_grad for parameter in self.module.parameters())
+        self._engine.save_checkpoint(
+            str(folder), tag=name, save_latest=False, exclude_frozen_parameters=not is_whole
+        )
+
+    def load(self, folder: Path, name: str) -> None:
+        """Take over what `save` wrote."""
+        is_whole = all(parameter.requires_grad for parameter in self.module.parameters())
+        path, _ = self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=is_whole)
+        assert path is not None, f"{folder} was found intact"
+
+
+def _deepspeed_config(config: Config) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.train.zero_stage}
+    if config.train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would have to be compiled on the user's machine
+        "steps_per_print": 10**9,
+    }

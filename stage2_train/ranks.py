@@ -1,0 +1,126 @@
+"""The processes of a training job: who they are, and what they tell each other."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.errors import UserError
+
+PATIENCE = timedelta(minutes=30)
+"""With a rank that has more to do, such as the main one with a large checkpoint, before the job is given up."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def largest(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        if self.world_size == 1:
+            return count
+        most = torch.tensor(count, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most.item())
+
+    def total(self, count: int) -> int:
+        """The sum of the ranks' counts."""
+        if self.world_size == 1:
+            return count
+        everywhere = torch.tensor(count, device=self.device)
+        dist.all_reduce(everywhere, dist.ReduceOp.SUM)
+        return int(everywhere.item())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of the ranks' tensors, which have one shape."""
+        if self.world_size == 1:
+            return values
+        everywhere = values.clone()
+        dist.all_reduce(everywhere, dist.ReduceOp.SUM)
+        return everywhere
+
+    def from_main(self, item: T) -> T:
+        """The main rank's item."""
+        if self.world_size == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0)
+        return items[0]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """All ranks' items."""
+        if self.world_size == 1:
+            return items
+        parts: list[list[T]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def once_a_node(self, work: Callable[[], T]) -> T:
+        """What the work gives, which one rank of each node does for all of them. Raises its UserError on every rank."""
+        if self.world_size == 1:
+            return work()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        result: T | UserError | None = None
+        if local_rank == 0:
+            try:
+                result = work()
+            except UserError as error:
+                result = error
+        found: list[T | UserError | None] = self.gather([result])
+        ours = found[self.rank - local_rank]
+        if isinstance(ours, UserError):
+            raise ours
+        return ours  # type: ignore[return-value]
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""A process without others, for work that needs no device."""
+
+
+def join_ranks(seed: int) -> Ranks:
+    """Initialise torch.distributed, before any vLLM engine: one that came first would be taken for the job's group.
+
+    Under torchrun the launcher's environment says who we are; without it the job is this process alone.
+    """
+    launcher = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    for name, value in launcher.items():
+        os.environ.setdefault(name, value)
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    expected = int(os.environ["WORLD_SIZE"])
+    assert dist.get_world_size() == expected, (
+        f"{dist.get_world_size()} ranks joined, the launcher started {expected}"
+    )
+    torch.manual_seed(seed)
+    return Ranks(dist.get_rank(), expected, device)

@@ -1,0 +1,83 @@
+"""Whether a run is finished, or goes on from a checkpoint: what the two must share, and the refusal of all else."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from common.errors import UserError
+from common.provenance import ACCEPTED, differences
+from common.runs import RunPaths
+from stage2_train.config import Config, TrainConfig
+from stage2_train.data import TrainingData
+from stage2_train.objectives import ObjectiveConfig
+from stage2_train.ranks import Ranks
+
+MAY_DIFFER: Mapping[str, Any] = {
+    "run": True,
+    "vstar": True,
+    "evaluate": True,
+    "engine": True,
+    "grader": {"workers", "timeout_seconds", "memory_gib"},
+    "train": {
+        *("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "wandb_project"),
+        *("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"),
+    },
+}
+"""What may differ between a run and its continuation: its length, how it is watched, the resources it takes."""
+
+
+def origin(config: Config, data: TrainingData) -> dict[str, Any]:
+    """What two runs must share for one to continue the other: all that shapes the trajectory, data and V̂* included."""
+    return {"config": config.model_dump(mode="json", exclude=MAY_DIFFER), **data.digest()}
+
+
+def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
+    """What an older version of this program wrote, with the settings of [train] that it did not know yet."""
+    config = origin["config"]
+    train = TrainConfig().model_dump(mode="json", exclude=set(MAY_DIFFER["train"])) | config["train"]
+    objective = TypeAdapter(ObjectiveConfig).validate_python(train["objective"])
+    train["objective"] = objective.model_dump(mode="json")
+    return origin | {"config": config | {"train": train}}
+
+
+def record(config: Config, data: TrainingData) -> dict[str, Any]:
+    """What is written beside a trained model."""
+    accepted = [] if data.stage1 is None else list(data.stage1.accepted_mismatches)
+    return {"iterations": data.iterations(config), "origin": origin(config, data), ACCEPTED: accepted}
+
+
+def is_finished(paths: RunPaths, trained_with: dict[str, Any]) -> bool:
+    """Whether the exported model is what this run would give."""
+    if not paths.trained_with.is_file():
+        return False
+    found = json.loads(paths.trained_with.read_text(encoding="utf-8"))
+    return bool(found | {"origin": with_defaults(found["origin"])} == trained_with)
+
+
+def refuse_other_origin(
+    paths: RunPaths, ours: dict[str, Any], state: dict[str, Any], iterations: int
+) -> None:
+    """Raise UserError unless the newest checkpoint, whose state this is, belongs to this run; {} is none."""
+    if not state:
+        return
+    if lines := differences(ours, with_defaults(state["origin"])):
+        raise UserError(
+            f"{paths.checkpoints} was made with another config or V̂*: {'; '.join(lines.values())}; "
+            "choose another --run, or delete that folder"
+        )
+    if state["iteration"] > iterations:
+        raise UserError(
+            f"{paths.checkpoints} is at iteration {state['iteration']} already, beyond the {iterations} asked for; "
+            "choose another --run, or delete that folder"
+        )
+
+
+def refuse_other_world(paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> None:
+    """Raise UserError unless the checkpoint, whose state this is, was made by as many processes; {} is none."""
+    if state and state["world_size"] != ranks.world_size:
+        raise UserError(
+            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by as many, "
+            f"found {ranks.world_size}; start {state['world_size']}, or delete that folder"
+        )

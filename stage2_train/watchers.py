@@ -1,0 +1,148 @@
+"""Who sees each iteration after it is over: evaluation, the first batch's check, the log, divergence, checkpoints."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+
+from common.rollout import Rollout
+from stage2_train.completions import write_completions
+from stage2_train.data import Stage1
+from stage2_train.first_batch import FirstBatch
+from stage2_train.metrics import Metrics, MetricsLog, timed
+from stage2_train.prompt_memory import PromptMemory
+from stage2_train.ranks import Ranks
+from stage2_train.safeguards import refuse_divergence
+from stage2_train.sources.pipeline import RolloutPipeline
+from stage2_train.sources.sampler import Draw
+
+ACCURACY = "evaluate/pass_at_1"
+
+
+@dataclass(slots=True, kw_only=True)
+class Turn:
+    """An iteration that is over. Number 0 stands for the policy before the first one: it has no figures."""
+
+    number: int
+    metrics: Metrics
+    """Of the whole batch; watchers add theirs."""
+    rollouts: Sequence[Rollout]
+    """This rank's."""
+    is_last: bool
+    is_stopping: bool = False
+    """Whether the job ends after it, before its last iteration."""
+
+
+class Watcher(Protocol):
+    """Sees each iteration after it is over, on every rank."""
+
+    def after(self, turn: Turn) -> None:
+        """Raises UserError where the job must not go on."""
+        ...
+
+
+class Evaluation:
+    """Sampled accuracy on the held-out prompts, one completion each, and a few completions for the eye."""
+
+    def __init__(
+        self,
+        source: RolloutPipeline,
+        draw: Draw,
+        ranks: Ranks,
+        *,
+        every: int,
+        completions: Path,
+        stage1: Stage1 | None,
+    ) -> None:
+        """`draw` is this rank's share of the held-out prompts."""
+        self._source = source
+        self._draw = draw
+        self._ranks = ranks
+        self._every = every
+        self._completions = completions
+        self._stage1 = stage1
+
+    def after(self, turn: Turn) -> None:
+        """Evaluate every so many iterations and after the last one."""
+        if turn.number % self._every and not turn.is_last:
+            return
+        with timed("evaluate", turn.metrics):
+            held_out = self._source.now(self._draw, turn.number)
+        solved = self._ranks.gather([rollout.is_solved for rollout in held_out])
+        turn.metrics[ACCURACY] = sum(solved) / len(solved)
+        if self._ranks.is_main:
+            write_completions(
+                self._completions,
+                turn.number,
+                training=turn.rollouts,
+                held_out=held_out,
+                pass_rate=self._stage1.pass_rate if self._stage1 else {},
+                vstar=self._stage1.vstar if self._stage1 else {},
+            )
+
+
+class Remembering:
+    """Has the objective's memory of prompts take notice of each iteration."""
+
+    def __init__(self, memory: PromptMemory) -> None:
+        self._memory = memory
+
+    def after(self, turn: Turn) -> None:
+        """A collective operation."""
+        if turn.number:
+            with timed("memory", turn.metrics):
+                self._memory.visit(turn.rollouts)
+
+
+class FirstBatchCheck:
+    """Compares the first iteration with what stage 1's samples let expect of it."""
+
+    def __init__(self, expected: FirstBatch, console: Console) -> None:
+        self._expected = expected
+        self._console = console
+
+    def after(self, turn: Turn) -> None:
+        """Log what was expected, and warn where the first iteration is not like it."""
+        if turn.number != 1:
+            return
+        turn.metrics |= self._expected.bounds()
+        loss, reward = turn.metrics["loss/regression"], turn.metrics["reward/mean"]
+        if warning := self._expected.warning(loss, reward):
+            self._console.print(warning, soft_wrap=True)
+
+
+class Log:
+    """Writes each iteration's figures everywhere they go; for the main rank alone."""
+
+    def __init__(self, log: MetricsLog) -> None:
+        self._log = log
+
+    def after(self, turn: Turn) -> None:
+        """Write what there is."""
+        if turn.metrics:
+            self._log.write(turn.number, turn.metrics)
+
+
+class Divergence:
+    """Ends training that has gone wrong beyond repair, before it is written to a checkpoint."""
+
+    def after(self, turn: Turn) -> None:
+        """Raises UserError for a collapsed policy."""
+        if turn.number:
+            refuse_divergence(turn.number, turn.metrics)
+
+
+class Checkpoints:
+    """Has a checkpoint written every so many iterations, after the last one, and where the job ends early."""
+
+    def __init__(self, save: Callable[[int, float | None], None], *, every: int) -> None:
+        """`save` is given the iteration and the held-out accuracy, where it was measured."""
+        self._save = save
+        self._every = every
+
+    def after(self, turn: Turn) -> None:
+        """A collective operation where it is time for one."""
+        if turn.number and (turn.number % self._every == 0 or turn.is_last or turn.is_stopping):
+            self._save(turn.number, turn.metrics.get(ACCURACY))

@@ -1,0 +1,6 @@
+"""The reward of the run in tests/formats/v3, which is kept as commit 31beced wrote it. Do not change this file."""
+
+
+def reward(prompt: str, completion: str, answer: str) -> float:
+    """A number from 0 to 1 that most completions differ in."""
+    return sum(map(ord, completion)) % 7 / 6

@@ -1,0 +1,80 @@
+"""A model's config.json has one reader: whoever asks it for a number gets the same answer, or the same refusal."""
+
+import json
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.data.prompts import check_context
+from common.engines.shared_engine import refuse_wrong_size
+from common.engines.vllm_engine import context_length
+from common.errors import UserError
+from common.model_files import model_numbers
+from common.rollout import Prompt
+from stage2_train.memory import read_shape
+from tests.fakes import tiny_config
+
+PROMPT = Prompt(id="p", text="q", answer="1", token_ids=array("i", [1, 2, 3]), token_hash="h")
+
+
+def write_config(folder: Path, document: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def test_a_number_is_given_missing_or_refused(tmp_path: Path) -> None:
+    write_config(tmp_path, {"vocab_size": 7, "head_dim": None, "hidden_size": 0, "intermediate_size": [1]})
+    numbers = model_numbers(tmp_path)
+    assert (numbers.get("vocab_size"), numbers.get("head_dim"), numbers.get("layers")) == (7, None, None)
+    assert numbers.need("vocab_size") == 7
+    assert not numbers.is_tied
+    with pytest.raises(UserError, match=r"config\.json: hidden_size is 0, not a whole number above 0; use a"):
+        numbers.get("hidden_size")
+    with pytest.raises(UserError, match=r"intermediate_size is \[1\], not a whole number"):
+        numbers.get("intermediate_size")
+    with pytest.raises(UserError, match=r"config\.json does not say head_dim; use a model of the Qwen"):
+        numbers.need("head_dim")
+
+
+def test_the_language_model_of_a_model_that_reads_more_than_text_is_meant(tmp_path: Path) -> None:
+    nested = {"hidden_size": 64, "tie_word_embeddings": True}
+    write_config(tmp_path, {"hidden_size": 32, "vocab_size": 7, "text_config": nested})
+    numbers = model_numbers(tmp_path)
+    assert (numbers.get("hidden_size"), numbers.get("vocab_size"), numbers.is_tied) == (64, 7, True)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "check_context": lambda folder: check_context([PROMPT], tiny_config(folder, folder), folder),
+    "context_length": lambda folder: context_length(tiny_config(folder, folder), folder),
+    "refuse_wrong_size": lambda folder: refuse_wrong_size(2, 2, folder),
+    "read_shape": read_shape,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_names_a_config_that_is_none_with_what_to_do(tmp_path: Path, reader: str) -> None:
+    read = READERS[reader]
+    with pytest.raises(UserError, match=r"cannot read .*config\.json.*download the model again"):
+        read(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot read .*config\.json.*download the model again"):
+        read(tmp_path)
+    write_config(tmp_path, [])
+    with pytest.raises(UserError, match=r"config\.json holds no JSON object; download the model again"):
+        read(tmp_path)
+    write_config(tmp_path, {"text_config": "qwen"})
+    with pytest.raises(UserError, match="text_config holds no JSON object"):
+        read(tmp_path)
+
+
+def test_the_context_of_a_nested_language_model_bounds_prompts_and_engine(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path)
+    write_config(tmp_path, {"text_config": {"max_position_embeddings": 5}})
+    assert context_length(config, tmp_path) == 5
+    with pytest.raises(UserError, match="more than the model's context of 5"):
+        check_context([PROMPT], config, tmp_path)
+    write_config(tmp_path, {"max_position_embeddings": None})
+    assert context_length(config, tmp_path) > 5
+    check_context([PROMPT], config, tmp_path)
