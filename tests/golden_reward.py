@@ -1,4 +1,4 @@
-"""The reward of the run in tests/formats/v3, which is kept as commit 31beced wrote it. Do not change this file."""
+"""The reward of the run in tests/golden/31beced, which is kept as commit 31beced wrote it. Do not change this file."""
 
 
 def reward(prompt: str, completion: str, answer: str) -> float:

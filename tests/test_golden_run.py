@@ -1,6 +1,6 @@
 """A run of commit 31beced, the last one before stage 2 was redesigned: read, and continued to the same result.
 
-tests/formats/v3 holds it as that commit left it after two iterations (`run`, less the scripts that DeepSpeed adds to a
+tests/golden/31beced holds it as that commit left it after two iterations (`run`, less the scripts that DeepSpeed adds to a
 checkpoint), and what that commit made of it in a third one (`continued`). It is never written again.
 """
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from common.vstar_file import read_vstar
 from tests.conftest import ROOT, RunCli
 
-FORMAT = ROOT / "tests" / "formats" / "v3"
+FORMAT = ROOT / "tests" / "golden" / "31beced"
 CONFIG = FORMAT / "run.toml"
 VARIES = ("time/", "throughput/", "memory/")
 
