@@ -344,15 +344,15 @@ def sweep(
 ) -> None:
     """Which N, which β1: what smaller N and other β1 would have given, as a table, JSON and plots in report/."""
     from common.report.sweep_files import sweep_file
-    from stage1_vstar.sweep import run_sweep, to_json
+    from stage1_vstar.sweep import run_sweep
     from stage1_vstar.sweep_view import show
 
     source = _vstar_path(run, vstar_file)
-    figures = run_sweep(source, beta1=beta1 or (), num_samples=num_samples or ())
+    swept = run_sweep(source, beta1=beta1 or (), num_samples=num_samples or ())
     if as_json:
-        print(to_json(figures))
+        print(swept.to_json())
     else:
-        show(figures, console)
+        show(swept, console)
         console.print(
             f"{sweep_file(source, 'png')}, .svg and .json: the same as plots, and more figures",
             soft_wrap=True,

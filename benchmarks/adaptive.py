@@ -1,24 +1,33 @@
-"""Adaptive N against a fixed N of equal budget, on a run with many samples a prompt: how far V̂* is from V*.
+"""Adaptive N against a fixed N of equal budget: how far V̂* is from V*, on a run's own rule or on several.
 
+    .venv/bin/python -m benchmarks.adaptive --run mine
     .venv/bin/python -m benchmarks.adaptive --run demo-n128
 
-A prompt's cached rewards stand for its distribution, V̂* of all of them for its V*. A simulated run draws from them with
-replacement: without it a prompt that gets them all would have no error. Every prompt is simulated REPETITIONS times.
-`least possible` is the RMSE of a fixed allocation that knows every prompt's distribution (Neyman: N in proportion to
-the standard deviation of exp(r/β1) over its mean), to the order of 1/N.
+On a run that was drawn with --adaptive: what its rule did to V̂*, by simulating the whole run on prompts like its own.
+
+On any other, which should have many samples a prompt, several rules: a prompt's cached rewards stand for its
+distribution, V̂* of all of them for its V*. A simulated run draws from them with replacement: without it a prompt that
+gets them all would have no error. Every prompt is simulated REPETITIONS times. `least possible` is the RMSE of a fixed
+allocation that knows every prompt's distribution (Neyman: N in proportion to the standard deviation of exp(r/β1) over
+its mean), to the order of 1/N.
+
+Shapes: _P prompt, _W wide prompt, _S sample (all prompts' samples, one after the other).
 """
 
 import argparse
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.tables import markdown
+from common.beta_binomial import fit_prior_to_rewards
 from common.runs import run_paths
 from common.value import Floats, estimate_vstar
 from common.vstar_file import read_vstar
-from stage1_vstar.adaptive import WAYS, Comparison, Counts, Rule, Z, compare, from_rewards
+from stage1_vstar.adaptive import ADAPTIVE, Allocation, Counts, Draw, Places, Rule, Z, allocate
+from stage1_vstar.uncertainty import two_valued_vstar
 
 REPETITIONS = 20
 UNLIMITED = 10**12
@@ -26,7 +35,19 @@ RULES = [(0.15, None), (0.10, None), (0.07, None), (0.05, None), (0.03, 16), (0.
 """Targets, and budgets in samples a prompt."""
 BY_PASS_RATE = 0.1
 """The target whose errors are shown by pass rate."""
+SIMULATED_PROMPTS = 20_000
+SIMULATED_SAMPLES = 4_000_000
+WAYS = ("adaptive", "same sizes, fresh samples", "fixed N")
+"""Adaptive N, and what it is compared with: its sizes without its choice of samples, and its budget spread evenly."""
 BINS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """V̂* − V* of each prompt under each of WAYS."""
+
+    allocation: Allocation
+    errors: dict[str, Floats]
 
 
 def main() -> None:
@@ -36,8 +57,13 @@ def main() -> None:
     parser.add_argument("--beta1", type=float, default=0.5)
     parser.add_argument("--num-samples", type=int, default=8, help="of each prompt in the first round")
     arguments = parser.parse_args()
-    rows, _ = read_vstar(arguments.vstar or run_paths(arguments.run).vstar)
+    rows, provenance = read_vstar(arguments.vstar or run_paths(arguments.run).vstar)
     cached = (rows["rewards"].explode().to_numpy(), rows["num_samples"].to_numpy().astype(np.int64))
+    if found := provenance.context.get(ADAPTIVE):
+        rule = Rule(target_se=found["target_se"], budget=found["budget"])
+        first = found["rounds"][0]["samples"] // found["rounds"][0]["prompts"]
+        print(bias_line(stopping_bias(rule, first, rows["beta1"][0], *cached)))
+        return
     print(f"β1 = {arguments.beta1:g}, first round {arguments.num_samples}")
     for title, (rewards_S, counts_P) in (
         (arguments.run, cached),
@@ -105,8 +131,108 @@ def _show_bins(pass_rate_P: Floats, found: Comparison) -> None:
     print(markdown(["pass rate", "prompts", "N, mean", *ways], rows))
 
 
+def bias_line(found: Comparison) -> str:
+    """What a rule does to V̂*, in a line."""
+    ways = (
+        f"{way} {errors_P.mean():+.4f} ± {Z * errors_P.std() / len(errors_P) ** 0.5:.4f} (RMSE {_rmse(errors_P):.4f})"
+        for way, errors_P in found.errors.items()
+    )
+    return f"bias of V̂* by simulation: {', '.join(ways)}"
+
+
 def _rmse(errors_P: Floats) -> float:
     return float(np.sqrt((errors_P**2).mean()))
+
+
+def prompts_like(
+    rewards_S: Floats, counts_P: Counts, beta1: float, many: int, random: np.random.Generator
+) -> tuple[Draw, Floats]:
+    """So many simulated prompts like those of a run, and their V*.
+
+    0/1 rewards: each has a pass rate from the posterior of a prompt of the run, under a prior fitted to all of them
+    (that a prompt's N depends on its rewards does not alter its likelihood). Other rewards: it draws from a prompt's
+    own rewards with replacement.
+    """
+    # In random order, since rows may be sorted: each prompt about as often as any other, or some of all of them.
+    places_P = np.resize(random.permutation(len(counts_P)), many)
+    source = _from_posterior if np.isin(rewards_S, (0.0, 1.0)).all() else from_rewards
+    return source(rewards_S, counts_P, places_P, beta1, random)
+
+
+def stopping_bias(
+    rule: Rule, num_samples: int, beta1: float, rewards_S: Floats, counts_P: Counts
+) -> Comparison:
+    """What stopping on the width does to V̂*, by simulating the whole run on prompts like these."""
+    many = max(1, min(SIMULATED_PROMPTS, int(SIMULATED_SAMPLES / counts_P.mean())))
+    fresh, truth_P = prompts_like(rewards_S, counts_P, beta1, many, np.random.default_rng(0))
+    scaled = Rule(target_se=rule.target_se, budget=round(rule.budget * many / len(counts_P)))
+    return compare(scaled, num_samples, beta1, fresh, truth_P)
+
+
+def compare(rule: Rule, num_samples: int, beta1: float, fresh: Draw, truth_P: Floats) -> Comparison:
+    """Follow the rule on prompts whose V* is known; `fresh` draws new samples each time."""
+    prompts = len(truth_P)
+    everyone = np.arange(prompts)
+    samples = _Samples(fresh, prompts)
+    allocation = allocate(rule, num_samples, beta1, samples.first, prompts)
+    sizes_P = allocation.sizes_P
+    even_P = np.diff(np.linspace(0, sizes_P.sum(), prompts + 1).round().astype(np.int64))
+    drawn = {
+        WAYS[0]: (samples.first(everyone, sizes_P), sizes_P),
+        WAYS[1]: (fresh(everyone, sizes_P), sizes_P),
+        WAYS[2]: (fresh(everyone, even_P), even_P),
+    }
+    errors = {
+        way: estimate_vstar(rewards_S, counts_P, beta1).vstar_P - truth_P
+        for way, (rewards_S, counts_P) in drawn.items()
+    }
+    return Comparison(allocation=allocation, errors=errors)
+
+
+class _Samples:
+    """A simulated run's samples: once drawn, a prompt's first samples stay the same."""
+
+    def __init__(self, fresh: Draw, num_prompts: int) -> None:
+        self._fresh = fresh
+        self._drawn: list[Floats] = [np.empty(0)] * num_prompts
+
+    def first(self, places_W: Places, sizes_W: Counts) -> Floats:
+        held_W = np.array([len(self._drawn[place]) for place in places_W], dtype=np.int64)
+        missing_W = sizes_W - held_W
+        parts = np.split(self._fresh(places_W, missing_W), np.cumsum(missing_W)[:-1])
+        for place, part in zip(places_W.tolist(), parts, strict=True):
+            self._drawn[place] = np.concatenate([self._drawn[place], part])
+        return np.concatenate([self._drawn[place] for place in places_W.tolist()])
+
+
+def from_rewards(
+    rewards_S: Floats, counts_P: Counts, places_P: Places, beta1: float, random: np.random.Generator
+) -> tuple[Draw, Floats]:
+    """Simulated prompts that draw, with replacement, from the rewards of the prompts at `places_P`; and their V*."""
+    starts_P = (np.cumsum(counts_P) - counts_P)[places_P]
+    many_P = counts_P[places_P]
+
+    def fresh(places_W: Places, sizes_W: Counts) -> Floats:
+        which_S = np.repeat(places_W, sizes_W)
+        drawn_S: Floats = rewards_S[starts_P[which_S] + random.integers(many_P[which_S])]
+        return drawn_S
+
+    return fresh, estimate_vstar(rewards_S, counts_P, beta1).vstar_P[places_P]
+
+
+def _from_posterior(
+    rewards_S: Floats, counts_P: Counts, places_P: Places, beta1: float, random: np.random.Generator
+) -> tuple[Draw, Floats]:
+    """Simulated prompts whose pass rates come from the posteriors of the prompts at `places_P`; and their V*."""
+    successes_P = np.add.reduceat(rewards_S, np.cumsum(counts_P) - counts_P)
+    prior = fit_prior_to_rewards(rewards_S, counts_P)
+    pass_rate_P = random.beta(prior.a + successes_P[places_P], prior.b + (counts_P - successes_P)[places_P])
+
+    def fresh(places_W: Places, sizes_W: Counts) -> Floats:
+        rates_S = np.repeat(pass_rate_P[places_W], sizes_W)
+        return (random.random(len(rates_S)) < rates_S).astype(np.float64)
+
+    return fresh, two_valued_vstar(pass_rate_P, beta1)
 
 
 if __name__ == "__main__":

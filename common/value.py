@@ -81,3 +81,8 @@ def estimate_vstar(rewards_S: Floats, counts_P: Counts, beta1: float) -> Estimat
         vstar_P=best_P + beta1 * np.log1p(excess_P),
         se_P=beta1 * standard_error(excess_S, excess_P) / (1.0 + excess_P),
     )
+
+
+def reward_range(rewards_S: Floats) -> tuple[float, float]:
+    """What rewards can be, judging by these: from 0 or the least of them to 1 or the greatest."""
+    return min(0.0, float(rewards_S.min())), max(1.0, float(rewards_S.max()))

@@ -2,8 +2,8 @@
 
 Which samples are drawn follows from the rewards of each prompt's first samples alone: a run replays its rounds from
 the first one, and what a killed round had drawn is simply there. It stops on an interval's width, never on a success;
-even so the samples that stop a prompt are the ones that V̂* is made of, which biases it. `stopping_bias` says by how
-much. Where a budget is best spent on average is not asked here: the aim is the same precision for every prompt.
+even so the samples that stop a prompt are the ones that V̂* is made of, which biases it: benchmarks/adaptive.py says by
+how much. Where a budget is best spent on average is not asked here: the aim is the same precision for every prompt.
 
 Shapes: _P prompt, _W wide prompt, _S sample (all prompts' samples, one after the other).
 """
@@ -17,28 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from common.value import Floats, estimate_vstar
-from stage1_vstar.beta_binomial import fit_prior
-from stage1_vstar.uncertainty import interval, reward_range, two_valued_vstar
+from common.value import Floats, reward_range
+from stage1_vstar.uncertainty import interval
 
 Counts = NDArray[np.int64]
 Places = NDArray[np.intp]
 Draw = Callable[[Places, Counts], Floats]
-"""The rewards of the first samples_W samples of the prompts at places_W, prompt after prompt."""
+"""The rewards of the first sizes_W samples of the prompts at places_W, prompt after prompt."""
 
 ADAPTIVE = "adaptive"
-ADAPTIVE_BIAS = "adaptive_bias"
-"""In the context of vstar.parquet: the rule with what it drew, and what that does to V̂*."""
+"""In the context of vstar.parquet: the rule with what it drew."""
 Z = 1.96
 """The half width of a 95 % interval in standard errors."""
 SMALLEST_STEP = 1 / 4
 LARGEST_STEP = 1
 WIDTH_DIGITS = 9
 """Widths are compared to so many digits: their last bits differ between machines."""
-SIMULATED_PROMPTS = 20_000
-SIMULATED_SAMPLES = 4_000_000
-WAYS = ("adaptive", "same sizes, fresh samples", "fixed N")
-"""Adaptive N, and what it is compared with: its sizes without its choice of samples, and its budget spread evenly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,113 +157,3 @@ def allocate(
 def _steps(sizes_W: Counts, excess_W: Floats) -> Counts:
     called_for_W = sizes_W * (excess_W**2 - 1)
     return np.ceil(np.clip(called_for_W, SMALLEST_STEP * sizes_W, LARGEST_STEP * sizes_W)).astype(np.int64)
-
-
-def stopping_bias(
-    rule: Rule, num_samples: int, beta1: float, rewards_S: Floats, counts_P: Counts
-) -> dict[str, Any]:
-    """What stopping on the width does to V̂*, by simulating the whole run on prompts like these: for its context.
-
-    0/1 rewards: each simulated prompt has a pass rate from the posterior of a prompt of the run, under a prior fitted
-    to all of them (that a prompt's N depends on its rewards does not alter its likelihood). Other rewards: it draws
-    from a prompt's own rewards with replacement. Per way of WAYS: mean and root mean square of V̂* − V*, and the
-    standard error of that mean.
-    """
-    many = max(1, min(SIMULATED_PROMPTS, int(SIMULATED_SAMPLES / counts_P.mean())))
-    random = np.random.default_rng(0)
-    # In random order, since rows may be sorted: each prompt about as often as any other, or some of all of them.
-    places_P = np.resize(random.permutation(len(counts_P)), many)
-    if np.isin(rewards_S, (0.0, 1.0)).all():
-        fresh, truth_P = _from_posterior(rewards_S, counts_P, places_P, beta1, random)
-    else:
-        fresh, truth_P = from_rewards(rewards_S, counts_P, places_P, beta1, random)
-    scaled = Rule(target_se=rule.target_se, budget=round(rule.budget * many / len(counts_P)))
-    comparison = compare(scaled, num_samples, beta1, fresh, truth_P)
-    return {
-        "simulated_prompts": many,
-        "samples_a_prompt": float(comparison.allocation.sizes_P.mean()),
-        "beta1": str(beta1),
-        **{
-            way: {
-                "bias": float(errors_P.mean()),
-                "bias_se": float(errors_P.std() / math.sqrt(len(errors_P))),
-                "rmse": float(np.sqrt((errors_P**2).mean())),
-            }
-            for way, errors_P in comparison.errors.items()
-        },
-    }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """V̂* − V* of each prompt under each of WAYS."""
-
-    allocation: Allocation
-    errors: dict[str, Floats]
-
-
-def compare(rule: Rule, num_samples: int, beta1: float, fresh: Draw, truth_P: Floats) -> Comparison:
-    """Follow the rule on prompts whose V* is known; `fresh` draws new samples each time."""
-    prompts = len(truth_P)
-    everyone = np.arange(prompts)
-    samples = _Samples(fresh, prompts)
-    allocation = allocate(rule, num_samples, beta1, samples.first, prompts)
-    sizes_P = allocation.sizes_P
-    even_P = np.diff(np.linspace(0, sizes_P.sum(), prompts + 1).round().astype(np.int64))
-    drawn = {
-        WAYS[0]: (samples.first(everyone, sizes_P), sizes_P),
-        WAYS[1]: (fresh(everyone, sizes_P), sizes_P),
-        WAYS[2]: (fresh(everyone, even_P), even_P),
-    }
-    errors = {
-        way: estimate_vstar(rewards_S, counts_P, beta1).vstar_P - truth_P
-        for way, (rewards_S, counts_P) in drawn.items()
-    }
-    return Comparison(allocation=allocation, errors=errors)
-
-
-class _Samples:
-    """A simulated run's samples: once drawn, a prompt's first samples stay the same."""
-
-    def __init__(self, fresh: Draw, num_prompts: int) -> None:
-        self._fresh = fresh
-        self._drawn: list[Floats] = [np.empty(0)] * num_prompts
-
-    def first(self, places_W: Places, sizes_W: Counts) -> Floats:
-        held_W = np.array([len(self._drawn[place]) for place in places_W], dtype=np.int64)
-        missing_W = sizes_W - held_W
-        parts = np.split(self._fresh(places_W, missing_W), np.cumsum(missing_W)[:-1])
-        for place, part in zip(places_W.tolist(), parts, strict=True):
-            self._drawn[place] = np.concatenate([self._drawn[place], part])
-        return np.concatenate([self._drawn[place] for place in places_W.tolist()])
-
-
-def from_rewards(
-    rewards_S: Floats, counts_P: Counts, places_P: Places, beta1: float, random: np.random.Generator
-) -> tuple[Draw, Floats]:
-    """Simulated prompts that draw, with replacement, from the rewards of the prompts at `places_P`; and their V*."""
-    starts_P = (np.cumsum(counts_P) - counts_P)[places_P]
-    many_P = counts_P[places_P]
-
-    def fresh(places_W: Places, sizes_W: Counts) -> Floats:
-        which_S = np.repeat(places_W, sizes_W)
-        drawn_S: Floats = rewards_S[starts_P[which_S] + random.integers(many_P[which_S])]
-        return drawn_S
-
-    return fresh, estimate_vstar(rewards_S, counts_P, beta1).vstar_P[places_P]
-
-
-def _from_posterior(
-    rewards_S: Floats, counts_P: Counts, places_P: Places, beta1: float, random: np.random.Generator
-) -> tuple[Draw, Floats]:
-    """Simulated prompts whose pass rates come from the posteriors of the prompts at `places_P`; and their V*."""
-    successes_P = np.add.reduceat(rewards_S, np.cumsum(counts_P) - counts_P).astype(np.int64)
-    pairs_G2, weights_G = np.unique(np.stack([successes_P, counts_P], axis=1), axis=0, return_counts=True)
-    prior = fit_prior(pairs_G2[:, 0], pairs_G2[:, 1], weights_G)
-    pass_rate_P = random.beta(prior.a + successes_P[places_P], prior.b + (counts_P - successes_P)[places_P])
-
-    def fresh(places_W: Places, sizes_W: Counts) -> Floats:
-        rates_S = np.repeat(pass_rate_P[places_W], sizes_W)
-        return (random.random(len(rates_S)) < rates_S).astype(np.float64)
-
-    return fresh, two_valued_vstar(pass_rate_P, beta1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +12,93 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.beta_binomial import dropped_share, fit_prior
 from common.provenance import ACCEPTED
 from common.value import estimate_vstar
 from common.vstar_file import estimator_of, read_vstar
-from stage1_vstar.beta_binomial import dropped_share, fit_prior
 from stage1_vstar.table import success_groups
 from stage1_vstar.uncertainty import approximate_bias, interval, plugin_bias
 
 BINS = 10
 
 
-def describe(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """The least and the greatest of some numbers."""
+
+    min: int
+    max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VstarFigures:
+    """V̂* over the prompts."""
+
+    mean: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What is in an artifact, in the order of its JSON; means are over prompts, that of tokens over samples."""
+
+    path: str
+    prompts: int
+    kept: int
+    samples: int
+    num_samples: Extent
+    dropped_by: dict[str, int]
+    beta1: float
+    estimator: str
+    pass_rate: float
+    pass_at_n: float
+    vstar: VstarFigures
+    mean_vstar_se: float | None
+    mean_interval_width: float
+    mean_bias: float | None
+    solvable_dropped: float | None
+    mean_completion_tokens: float
+    outcomes: dict[str, int]
+    pass_rate_histogram: list[int]
+    identity: dict[str, Any]
+    context: dict[str, Any]
+
+
+def describe(path: Path) -> Description:
     """The figures that `show` prints. Raises UserError if the file breaks the contract."""
     rows, provenance = read_vstar(path)
-    outcomes = rows["outcomes"].explode().value_counts(sort=True)
-    rate = rows["pass_rate"]
-    return {
-        "path": str(path),
-        "prompts": rows.height,
-        "kept": int(rows["keep"].sum()),
-        "samples": int(rows["num_samples"].sum()),
-        "num_samples": {"min": rows["num_samples"].min(), "max": rows["num_samples"].max()},
-        "dropped_by": dict(rows["dropped_by"].drop_nulls().value_counts(sort=True).iter_rows()),
-        "beta1": rows["beta1"][0],
-        "estimator": estimator_of(provenance),
-        "pass_rate": rate.mean(),
-        "pass_at_n": rows["pass_at_n"].mean(),
-        "vstar": {"mean": rows["vstar"].mean(), "min": rows["vstar"].min(), "max": rows["vstar"].max()},
-        "mean_vstar_se": rows["vstar_se"].mean(),
-        **_uncertainty(rows),
-        "mean_completion_tokens": rows["completion_tokens"].explode().mean(),
-        "outcomes": dict(outcomes.iter_rows()),
-        "pass_rate_histogram": _histogram(rate),
-        "identity": provenance.identity,
-        "context": provenance.context,
-    }
+    pass_rate, pass_at_n, vstar_se, beta1 = rows.select(
+        pl.col("pass_rate", "pass_at_n", "vstar_se").mean(), pl.col("beta1").first()
+    ).row(0)
+    vstar, sizes = pl.col("vstar"), pl.col("num_samples")
+    mean, least, greatest = rows.select(vstar.mean(), vstar.min().alias("min"), vstar.max().alias("max")).row(
+        0
+    )
+    few, many, samples = rows.select(sizes.min(), sizes.max().alias("max"), sizes.sum().alias("sum")).row(0)
+    width, bias, solvable_dropped = _uncertainty(rows)
+    return Description(
+        path=str(path),
+        prompts=rows.height,
+        kept=int(rows["keep"].sum()),
+        samples=samples,
+        num_samples=Extent(min=few, max=many),
+        dropped_by=dict(rows["dropped_by"].drop_nulls().value_counts(sort=True).iter_rows()),
+        beta1=beta1,
+        estimator=estimator_of(provenance),
+        pass_rate=pass_rate,
+        pass_at_n=pass_at_n,
+        vstar=VstarFigures(mean=mean, min=least, max=greatest),
+        mean_vstar_se=vstar_se,
+        mean_interval_width=width,
+        mean_bias=bias,
+        solvable_dropped=solvable_dropped,
+        mean_completion_tokens=rows.select(pl.col("completion_tokens").explode().mean()).item(),
+        outcomes=dict(rows["outcomes"].explode().value_counts(sort=True).iter_rows()),
+        pass_rate_histogram=_histogram(rows["pass_rate"]),
+        identity=provenance.identity,
+        context=provenance.context,
+    )
 
 
 SOLVABLE = 0.05
@@ -53,12 +106,12 @@ SOLVABLE = 0.05
 PRIOR_POINTS = 400
 
 
-def _uncertainty(rows: pl.DataFrame) -> dict[str, float | None]:
+def _uncertainty(rows: pl.DataFrame) -> tuple[float, float | None, float | None]:
     """How far V̂* may be off: the width of its interval, the plug-in's bias, and whom pass@N = 0 drops wrongly.
 
     For rewards of 0 and 1 the last two are averages over the Beta distribution of pass rates that fits these counts:
-    `solvable_dropped` is the share of the prompts of pass rate SOLVABLE or more that have no correct sample. For other
-    rewards, or N = 1, it is None and the bias is `approximate_bias`.
+    the last is the share of the prompts of pass rate SOLVABLE or more that have no correct sample. For other rewards,
+    or N = 1, it is None and the bias is `approximate_bias`.
     """
     rewards_S = rows["rewards"].explode().to_numpy()
     counts_P = rows["num_samples"].to_numpy().astype(np.int64)
@@ -68,16 +121,13 @@ def _uncertainty(rows: pl.DataFrame) -> dict[str, float | None]:
     if counts_P.max() == 1 or not np.isin(rewards_S, (0.0, 1.0)).all():
         bias_P = approximate_bias(estimate_vstar(rewards_S, counts_P, beta1).se_P, beta1)
         bias = None if np.isnan(bias_P).all() else float(np.nanmean(bias_P))
-        return {"mean_interval_width": width, "mean_bias": bias, "solvable_dropped": None}
+        return width, bias, None
     prior = fit_prior(*success_groups(rows).to_numpy().T)
     sizes_N, prompts_N = np.unique(counts_P, return_counts=True)
     biases_N = [plugin_bias(prior.quantiles(PRIOR_POINTS), size, beta1).mean() for size in sizes_N.tolist()]
     dropped_N = [dropped_share(prior, size, solvable_from=SOLVABLE) for size in sizes_N.tolist()]
-    return {
-        "mean_interval_width": width,
-        "mean_bias": float(np.average(biases_N, weights=prompts_N)),
-        "solvable_dropped": float(np.average(dropped_N, weights=prompts_N)),
-    }
+    bias, dropped = (float(np.average(each_N, weights=prompts_N)) for each_N in (biases_N, dropped_N))
+    return width, bias, dropped
 
 
 def _histogram(rate: pl.Series) -> list[int]:
@@ -91,54 +141,48 @@ def _histogram(rate: pl.Series) -> list[int]:
     ]
 
 
-def to_json(figures: dict[str, Any]) -> str:
+def to_json(figures: Description) -> str:
     """The figures as JSON, which has no infinity: an infinite β1 becomes the text "inf"."""
-    beta1 = figures["beta1"]
-    document = {**figures, "beta1": beta1 if math.isfinite(beta1) else "inf"}
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    beta1 = figures.beta1 if math.isfinite(figures.beta1) else "inf"
+    return json.dumps({**asdict(figures), "beta1": beta1}, indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def show(figures: dict[str, Any], console: Console) -> None:
+def show(figures: Description, console: Console) -> None:
     """Print the figures: provenance, summary, histogram of pass rates."""
     console.print(
-        Group(_summary(figures), Text(), Text("pass rate, prompts"), _bars(figures["pass_rate_histogram"]))
+        Group(_summary(figures), Text(), Text("pass rate, prompts"), _bars(figures.pass_rate_histogram))
     )
 
 
-def _summary(figures: dict[str, Any]) -> RenderableType:
+def _summary(figures: Description) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    samples = figures["num_samples"]
-    count = (
-        f"{samples['min']}" if samples["min"] == samples["max"] else f"{samples['min']} to {samples['max']}"
-    )
-    vstar, identity, context = figures["vstar"], figures["identity"], figures["context"]
-    error = figures["mean_vstar_se"]
+    samples = figures.num_samples
+    count = f"{samples.min}" if samples.min == samples.max else f"{samples.min} to {samples.max}"
+    vstar, identity, context = figures.vstar, figures.identity, figures.context
+    error = figures.mean_vstar_se
     rows = {
-        "file": figures["path"],
-        "prompts": f"{figures['prompts']:,}, of which {figures['kept']:,} kept for training",
+        "file": figures.path,
+        "prompts": f"{figures.prompts:,}, of which {figures.kept:,} kept for training",
         "filters": ", ".join(context.get("filters", [])) or "none",
-        "dropped by": ", ".join(f"{name} {count:,}" for name, count in figures["dropped_by"].items())
-        or "none",
+        "dropped by": ", ".join(f"{name} {count:,}" for name, count in figures.dropped_by.items()) or "none",
         "accepted mismatches": "; ".join(context.get(ACCEPTED, [])) or "none",
         "samples a prompt (N)": count,
         "adaptive N": _adaptive(context.get("adaptive")),
-        "β1": f"{figures['beta1']:g}",
-        "pass rate": f"{figures['pass_rate']:.4f}",
-        "pass@N": f"{figures['pass_at_n']:.4f}",
-        "V̂*": f"mean {vstar['mean']:.4f}, from {vstar['min']:.4f} to {vstar['max']:.4f}"
-        + ("" if figures["estimator"] == "plugin" else f", {figures['estimator']}"),
+        "β1": f"{figures.beta1:g}",
+        "pass rate": f"{figures.pass_rate:.4f}",
+        "pass@N": f"{figures.pass_at_n:.4f}",
+        "V̂*": f"mean {vstar.mean:.4f}, from {vstar.min:.4f} to {vstar.max:.4f}"
+        + ("" if figures.estimator == "plugin" else f", {figures.estimator}"),
         "standard error of V̂*": "–" if error is None else f"{error:.4f} on average",
-        "95 % interval of V*": f"{figures['mean_interval_width']:.4f} wide on average",
-        "bias of V̂*": "–"
-        if figures["mean_bias"] is None
-        else f"about {figures['mean_bias']:.4f} for the plug-in",
+        "95 % interval of V*": f"{figures.mean_interval_width:.4f} wide on average",
+        "bias of V̂*": "–" if figures.mean_bias is None else f"about {figures.mean_bias:.4f} for the plug-in",
         "pass@N = 0 would drop": "–"
-        if figures["solvable_dropped"] is None
-        else f"{figures['solvable_dropped']:.2%} of the prompts of pass rate {SOLVABLE:g} or more (estimated)",
-        "tokens a completion": f"{figures['mean_completion_tokens']:.1f}",
-        "outcomes": ", ".join(f"{name} {count:,}" for name, count in figures["outcomes"].items()),
+        if figures.solvable_dropped is None
+        else f"{figures.solvable_dropped:.2%} of the prompts of pass rate {SOLVABLE:g} or more (estimated)",
+        "tokens a completion": f"{figures.mean_completion_tokens:.1f}",
+        "outcomes": ", ".join(f"{name} {count:,}" for name, count in figures.outcomes.items()),
         "model": f"{context['model_path']} (weights {identity['model']['weights'][:12]})",
         "prompt template": repr(identity["prompt"]["template"]),
         "sampling": ", ".join(f"{name} {value}" for name, value in identity["sampling"].items()),

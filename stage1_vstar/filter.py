@@ -14,6 +14,7 @@ from common.contract import polars_schema
 from common.errors import UserError
 from common.grading import Outcome
 from common.provenance import read_provenance
+from common.value import reward_range
 from common.vstar_file import VSTAR, scan_vstar, vstar_writer
 from stage1_vstar.table import UNSOLVED, with_dropped
 
@@ -165,8 +166,6 @@ def filter_prompts(source: Path, output: Path | None, rules: list[Rule]) -> Filt
 
 def _reward_limits(source: Path) -> tuple[float, float]:
     """What rewards can be, judging by all of the file's: the intervals of all its parts refer to it."""
-    from stage1_vstar.uncertainty import reward_range
-
     parts = scan_vstar(source, ["prompt_id", "rewards"])
     ranges = [reward_range(rows["rewards"].explode().to_numpy()) for rows in parts]
     return min(low for low, _ in ranges), max(high for _, high in ranges)

@@ -2,10 +2,9 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -52,6 +51,34 @@ CHANGES = Contract(
 """changes.parquet: one row per prompt with any other outcome or reward, the largest |ΔV̂*| first."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeforeAfter:
+    """A figure under the old grades and under the new ones."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How far two graders agree, in the order of summary.json."""
+
+    before: str
+    after: str
+    beta1: str
+    prompts: int
+    samples: int
+    changed_prompts: int
+    changed_outcomes: dict[str, int]
+    pass_rate: BeforeAfter
+    mean_vstar: BeforeAfter
+    mean_absolute_delta_vstar: float
+    largest_delta_vstar: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+
 def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -> None:
     """Grade every cached completion with the config's grader, and compare with the grades of vstar.parquet.
 
@@ -92,9 +119,9 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
         regraded, made_of = paths.regraded_by(grader), regraded_provenance(provenance, grader)
         write_vstar(new, made_of, regraded.vstar)
         CHANGES.write(changes, made_of, regraded.changes)
-        write_text(regraded.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_text(regraded.summary, summary.to_json() + "\n")
     if as_json:
-        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        print(summary.to_json())
     else:
         show(summary, changes, regraded.root, console)
 
@@ -175,36 +202,39 @@ def changed_prompts(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
 
 def summarise(
     old: pl.DataFrame, new: pl.DataFrame, changes: pl.DataFrame, *, before: str, after: str
-) -> dict[str, Any]:
+) -> Summary:
     """How far two graders agree."""
     pairs = changes.select("outcomes_before", "outcomes_after").explode("outcomes_before", "outcomes_after")
     moved = Counter(pairs.filter(pl.col("outcomes_before") != pl.col("outcomes_after")).iter_rows())
     delta = changes["delta_vstar"]
-    return {
-        "before": before,
-        "after": after,
-        "beta1": str(old["beta1"][0]),
-        "prompts": new.height,
-        "samples": int(new["num_samples"].sum()),
-        "changed_prompts": changes.height,
-        "changed_outcomes": {f"{was} → {becomes}": count for (was, becomes), count in moved.most_common()},
-        "pass_rate": {"before": old["pass_rate"].mean(), "after": new["pass_rate"].mean()},
-        "mean_vstar": {"before": old["vstar"].mean(), "after": new["vstar"].mean()},
-        "mean_absolute_delta_vstar": float(delta.abs().sum()) / new.height,
-        "largest_delta_vstar": float(delta[0]) if changes.height else 0.0,
-    }
+    (old_rate, old_vstar), (new_rate, new_vstar) = (
+        table.select(pl.col("pass_rate", "vstar").mean()).row(0) for table in (old, new)
+    )
+    return Summary(
+        before=before,
+        after=after,
+        beta1=str(old["beta1"][0]),
+        prompts=new.height,
+        samples=int(new["num_samples"].sum()),
+        changed_prompts=changes.height,
+        changed_outcomes={f"{was} → {becomes}": count for (was, becomes), count in moved.most_common()},
+        pass_rate=BeforeAfter(before=old_rate, after=new_rate),
+        mean_vstar=BeforeAfter(before=old_vstar, after=new_vstar),
+        mean_absolute_delta_vstar=float(delta.abs().sum()) / new.height,
+        largest_delta_vstar=float(delta[0]) if changes.height else 0.0,
+    )
 
 
-def show(summary: dict[str, Any], changes: pl.DataFrame, folder: Path, console: Console) -> None:
+def show(summary: Summary, changes: pl.DataFrame, folder: Path, console: Console) -> None:
     """The summary, and the prompts that change most."""
-    rate, vstar = summary["pass_rate"], summary["mean_vstar"]
+    rate, vstar = summary.pass_rate, summary.mean_vstar
     console.print(
-        f"{summary['before']} → {summary['after']}: {summary['changed_prompts']:,} of {summary['prompts']:,} prompts "
-        f"change, pass rate {rate['before']:.4f} → {rate['after']:.4f}, mean V̂* {vstar['before']:.4f} → "
-        f"{vstar['after']:.4f}, mean |ΔV̂*| {summary['mean_absolute_delta_vstar']:.4f}",
+        f"{summary.before} → {summary.after}: {summary.changed_prompts:,} of {summary.prompts:,} prompts "
+        f"change, pass rate {rate.before:.4f} → {rate.after:.4f}, mean V̂* {vstar.before:.4f} → {vstar.after:.4f}, "
+        f"mean |ΔV̂*| {summary.mean_absolute_delta_vstar:.4f}",
         soft_wrap=True,
     )
-    for move, count in summary["changed_outcomes"].items():
+    for move, count in summary.changed_outcomes.items():
         console.print(f"  {move}: {count:,} samples")
     if changes.height:
         table = Table(box=None, pad_edge=False)

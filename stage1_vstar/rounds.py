@@ -1,8 +1,11 @@
-"""An adaptive run's rounds on its store: follows the rule of adaptive.py, and draws the samples that it calls for."""
+"""An adaptive run's rounds on its store: follows the rule of adaptive.py, and draws the samples that it calls for.
+
+Shapes: _P prompt, _W wide prompt, _N sample.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,8 +18,40 @@ from common.rollout import Prompt
 from common.sampling.missing import Missing
 from common.store import SampleStore
 from common.value import Floats
-from stage1_vstar.adaptive import ADAPTIVE, WAYS, Allocation, Counts, Places, Round, Rule, Z, allocate
+from stage1_vstar.adaptive import ADAPTIVE, Allocation, Counts, Places, Round, Rule, allocate
 from stage1_vstar.table import prompt_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstSamples:
+    """Each prompt's first samples: those in the store, and for the others what draws them."""
+
+    prompts: Sequence[Prompt]
+    table: pl.DataFrame
+    """`prompt_table` of the prompts."""
+    store: SampleStore
+    draw: Callable[[Missing], None]
+
+    def rewards(self, places_W: Places, sizes_W: Counts) -> Floats:
+        """The rewards of the first sizes_W samples of the prompts at places_W, prompt after prompt."""
+        wanted, most = self.sized(sizes_W, places_W), int(sizes_W.max())
+        missing_WN = ~self.store.present(wanted, most) & (np.arange(most) < sizes_W[:, None])
+        self.draw(Missing([self.prompts[place] for place in places_W], missing_WN))
+        rewards = first_grades(self.store, wanted)["reward"]
+        if len(rewards) != sizes_W.sum():
+            raise UserError(
+                f"{sizes_W.sum() - len(rewards):,} samples cannot be drawn: the grader of this run cannot use the "
+                "reference answers of prompts that another grader has graded; leave out --adaptive or choose another "
+                "--run"
+            )
+        return rewards.to_numpy()
+
+    def grades(self, sizes_P: Counts) -> pl.DataFrame:
+        """The grades of the first sizes_P samples of all prompts."""
+        return first_grades(self.store, self.sized(sizes_P, np.arange(len(self.prompts))))
+
+    def sized(self, sizes_W: Counts, places_W: Places) -> pl.DataFrame:
+        return self.table[places_W].with_columns(size=pl.Series(sizes_W))
 
 
 def draw_adaptively(
@@ -38,46 +73,35 @@ def draw_adaptively(
     by_id = {prompt.id: prompt for prompt in prompts}
     # Equally wide prompts come in the order of their content hash, whatever order the data has.
     chosen = [by_id[name] for name in sorted(complete)]
-    table = prompt_table(chosen)
-
-    def first(places_W: Places, sizes_W: Counts) -> Floats:
-        wanted = table[places_W].with_columns(size=pl.Series(sizes_W))
-        most = int(sizes_W.max())
-        missing_WN = ~store.present(wanted, most) & (np.arange(most) < sizes_W[:, None])
-        draw(Missing([chosen[place] for place in places_W], missing_WN))
-        rewards = first_grades(store, wanted)["reward"]
-        if len(rewards) != sizes_W.sum():
-            raise UserError(
-                f"{sizes_W.sum() - len(rewards):,} samples cannot be drawn: the grader of this run cannot use the "
-                "reference answers of prompts that another grader has graded; leave out --adaptive or choose another "
-                "--run"
-            )
-        return rewards.to_numpy()
+    samples = FirstSamples(prompts=chosen, table=prompt_table(chosen), store=store, draw=draw)
 
     def announce(number: int, each: Round) -> None:
-        which = (
-            f"{each.prompts:,} prompts"
-            if number == 0
-            else f"{each.wide:,} of {len(chosen):,} intervals of V* wider than ±{rule.half_width:.3g}; "
-            f"{each.prompts:,} prompts"
-        )
-        console.print(
-            f"round {number}: {which} get {each.samples:,} samples, budget left {each.left:,}", soft_wrap=True
-        )
+        console.print(round_line(number, each, rule, len(chosen)), soft_wrap=True)
 
-    allocation = allocate(rule, num_samples, config.vstar.beta1, first, len(chosen), announce)
-    console.print(
-        f"{allocation.sizes_P.sum():,} samples, {allocation.sizes_P.min()} to {allocation.sizes_P.max()} a prompt; "
-        + (
-            f"the budget is used up, {allocation.still_wide:,} intervals are still wide"
-            if allocation.still_wide
-            else "no interval is wide"
-        ),
-        soft_wrap=True,
-    )
+    allocation = allocate(rule, num_samples, config.vstar.beta1, samples.rewards, len(chosen), announce)
+    console.print(end_line(allocation), soft_wrap=True)
     others = grades.filter(~pl.col("prompt_id").is_in(complete.implode()))
-    counted = first_grades(store, table.with_columns(size=pl.Series(allocation.sizes_P)))
-    return pl.concat([counted, others]), allocation
+    return pl.concat([samples.grades(allocation.sizes_P), others]), allocation
+
+
+def round_line(number: int, each: Round, rule: Rule, num_prompts: int) -> str:
+    """What a round will draw, in a line."""
+    which = (
+        ""
+        if number == 0
+        else f"{each.wide:,} of {num_prompts:,} intervals of V* wider than ±{rule.half_width:.3g}; "
+    )
+    return f"round {number}: {which}{each.prompts:,} prompts get {each.samples:,} samples, budget left {each.left:,}"
+
+
+def end_line(allocation: Allocation) -> str:
+    """What all rounds have drawn, in a line."""
+    sizes_P = allocation.sizes_P
+    return f"{sizes_P.sum():,} samples, {sizes_P.min()} to {sizes_P.max()} a prompt; " + (
+        f"the budget is used up, {allocation.still_wide:,} intervals are still wide"
+        if allocation.still_wide
+        else "no interval is wide"
+    )
 
 
 def first_grades(store: SampleStore, table: pl.DataFrame) -> pl.DataFrame:
@@ -102,12 +126,3 @@ def recorded_rule(old: Provenance, path: Path, config: RunConfig, console: Conso
         soft_wrap=True,
     )
     return rule
-
-
-def bias_line(bias: dict[str, Any]) -> str:
-    """What adaptive stopping does to V̂*, in a line."""
-    ways = (
-        f"{way} {bias[way]['bias']:+.4f} ± {Z * bias[way]['bias_se']:.4f} (RMSE {bias[way]['rmse']:.4f})"
-        for way in WAYS
-    )
-    return f"bias of V̂* by simulation: {', '.join(ways)}"

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 from rich.console import Console
 
@@ -25,9 +24,40 @@ from common.sampling.executor import LocalExecutor
 from common.sampling.missing import Missing
 from common.store import SampleStore, set_aside_damaged
 from common.vstar_file import estimator_of, read_vstar, write_vstar
-from stage1_vstar.adaptive import ADAPTIVE, ADAPTIVE_BIAS, Rule, stopping_bias
-from stage1_vstar.rounds import bias_line, draw_adaptively, recorded_rule
+from stage1_vstar.adaptive import ADAPTIVE, Allocation, Rule
+from stage1_vstar.rounds import draw_adaptively, recorded_rule
 from stage1_vstar.table import prompt_table, vstar_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """The vstar.parquet that an earlier run has written."""
+
+    rows: pl.DataFrame
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """An opened run: what is there, what is missing, and the rule for more where `--adaptive` is in force."""
+
+    prompts: list[Prompt]
+    table: pl.DataFrame
+    """`prompt_table` of the prompts."""
+    store: SampleStore
+    missing: Missing
+    provenance: Provenance
+    old: Written | None
+    rule: Rule | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """The grades of the samples that V̂* is made of, at most `num_samples` of a prompt."""
+
+    grades: pl.DataFrame
+    num_samples: int
+    allocation: Allocation | None = None
 
 
 def run_stage1(
@@ -50,94 +80,129 @@ def run_stage1(
             f"--adaptive with --shard {shard}: the budget and the widest intervals are those of all prompts together; "
             f"draw the first {config.vstar.num_samples} samples of each with --shard, then run --adaptive without it"
         )
-    paths = run_paths(config.run)
-    folder = reference_model(config)
+    paths, folder = run_paths(config.run), reference_model(config)
     prompts, renderer = read_prompts(config, folder, shard, console)
     if renderer is None:
         console.print(f"shard {shard} holds no prompt: nothing to do")
         return
     with exclusive_run(paths, "vstar", shard):
         provenance = stage1_provenance(config, renderer, model_identity(folder))
-        old = read_old(paths.vstar, console)
-        accepted_before = old[1].context.get(ACCEPTED, []) if old else []
-        allowance = Allowance(allow_mismatch, accepted_before)
-        allowance.refuse_unknown([*provenance.fields(), "prompt.tokens"])
-        if old:
-            provenance.refuse_unless_same(
-                old[1],
-                what=str(paths.vstar),
-                advice="remove it or choose another --run (to grade its samples anew: `python cli.py regrade`)",
-                allowance=allowance,
-            )
-        for line in set_aside_damaged(paths.samples):
-            console.print(f"{line}; its samples will be drawn anew", soft_wrap=True)
-        if old and adaptive is None and shard == WHOLE:
-            adaptive = recorded_rule(old[1], paths.vstar, config, console)
-        if adaptive is not None:
-            adaptive.refuse_impossible(len(prompts), config.vstar.num_samples, config.vstar.beta1)
-        store = SampleStore(paths.samples, provenance, allowance)
-        if surplus := store.surplus():
-            console.print(
-                f"{surplus:,} samples in {paths.samples} are there more than once; the first of each counts"
-            )
-        if (ungraded := store.ungraded_count()) and not store.accept_other_grades():
-            raise UserError(
-                f"{ungraded:,} samples in {paths.samples} were graded by another grader than this run's "
-                f"({provenance.identity['grader']}); "
-                "grade them anew with `python cli.py regrade`, choose another --run, or accept their grades with "
-                "--allow-mismatch grader"
-            )
-        table = prompt_table(prompts)
-        missing = Missing(prompts, ~store.present(table, config.vstar.num_samples))
-        store.provenance = provenance = provenance.accepting(allowance)
-        write_text(paths.config, config.to_json())
-        with LocalExecutor(config, folder, renderer, store, shard, console, build_engine) as executor:
-            executor.draw(missing)
+        work = open_work(config, prompts, provenance, shard, adaptive, allow_mismatch, console)
+        with LocalExecutor(config, folder, renderer, work.store, shard, console, build_engine) as executor:
+            executor.draw(work.missing)
             if shard != WHOLE:
                 console.print(
                     f"shard {shard} of {paths.samples} is complete; "
                     f"when all are, `vstar` without --shard writes {paths.vstar}"
                 )
                 return
-            num_samples = config.vstar.num_samples
-            if adaptive is None:
-                grades = store.grades(table, num_samples)
-            else:
-                draw = partial(executor.draw, grader_proven=True)
-                grades, allocation = draw_adaptively(adaptive, prompts, store, draw, config, console)
-                num_samples = int(allocation.sizes_P.max())
-                record = {"target_se": adaptive.target_se, "budget": adaptive.budget, **allocation.record()}
-                provenance = replace(provenance, context={**provenance.context, ADAPTIVE: record})
-        rows = vstar_rows(
-            table,
-            grades,
-            num_samples=num_samples,
-            beta1=config.vstar.beta1,
-            drop_unsolved=config.vstar.drop_unsolved,
+            drawn = draw_the_rest(work, executor, config, console)
+        rows, provenance = estimate(work, drawn, config)
+        record(rows, provenance, work.old, config, console)
+
+
+def open_work(
+    config: RunConfig,
+    prompts: list[Prompt],
+    provenance: Provenance,
+    shard: Shard,
+    rule: Rule | None,
+    allow_mismatch: Collection[str],
+    console: Console,
+) -> Work:
+    """Open the run's samples and its old file, refuse what does not belong to it, and find what is missing."""
+    paths = run_paths(config.run)
+    old = read_old(paths.vstar, console)
+    allowance = Allowance(allow_mismatch, old.provenance.context.get(ACCEPTED, []) if old else [])
+    allowance.refuse_unknown([*provenance.fields(), "prompt.tokens"])
+    if old:
+        provenance.refuse_unless_same(
+            old.provenance,
+            what=str(paths.vstar),
+            advice="remove it or choose another --run (to grade its samples anew: `python cli.py regrade`)",
+            allowance=allowance,
         )
-        cost = {"seconds": store.seconds(), "devices": config.engine.tensor_parallel_size}
-        provenance = replace(provenance, context={**provenance.context, "cost": cost})
-        if old:
-            rows, provenance = carry_over_filter(rows, provenance, *old)
-            if is_same(rows, provenance, *old):
-                console.print(f"nothing to do: {paths.vstar} is complete ({rows.height:,} prompts)")
-                return
-            if (before := old[0]["beta1"][0]) != config.vstar.beta1:
-                console.print(f"re-scored as the config says: β1 {before:g} → {config.vstar.beta1:g}")
-            if (estimator := estimator_of(old[1])) != "plugin":
-                console.print(f"re-scored by the plugin estimator: V̂* was by {estimator}, see `rescore`")
-        if adaptive is not None:
-            bias = stopping_bias(
-                adaptive,
-                config.vstar.num_samples,
-                config.vstar.beta1,
-                rows["rewards"].explode().to_numpy(),
-                rows["num_samples"].to_numpy().astype(np.int64),
-            )
-            console.print(bias_line(bias))
-            provenance = replace(provenance, context={**provenance.context, ADAPTIVE_BIAS: bias})
-        write_vstar(rows, provenance, paths.vstar)
-    console.print(f"{paths.vstar}: {summary(rows)}")
+    for line in set_aside_damaged(paths.samples):
+        console.print(f"{line}; its samples will be drawn anew", soft_wrap=True)
+    if old and rule is None and shard == WHOLE:
+        rule = recorded_rule(old.provenance, paths.vstar, config, console)
+    if rule is not None:
+        rule.refuse_impossible(len(prompts), config.vstar.num_samples, config.vstar.beta1)
+    store = checked_store(paths.samples, provenance, allowance, console)
+    table = prompt_table(prompts)
+    missing = Missing(prompts, ~store.present(table, config.vstar.num_samples))
+    store.provenance = provenance = provenance.accepting(allowance)
+    write_text(paths.config, config.to_json())
+    return Work(
+        prompts=prompts,
+        table=table,
+        store=store,
+        missing=missing,
+        provenance=provenance,
+        old=old,
+        rule=rule,
+    )
+
+
+def checked_store(
+    samples: Path, provenance: Provenance, allowance: Allowance, console: Console
+) -> SampleStore:
+    """The run's samples. Raises UserError for grades of another grader that are not accepted."""
+    store = SampleStore(samples, provenance, allowance)
+    if surplus := store.surplus():
+        console.print(f"{surplus:,} samples in {samples} are there more than once; the first of each counts")
+    if (ungraded := store.ungraded_count()) and not store.accept_other_grades():
+        raise UserError(
+            f"{ungraded:,} samples in {samples} were graded by another grader than this run's "
+            f"({provenance.identity['grader']}); "
+            "grade them anew with `python cli.py regrade`, choose another --run, or accept their grades with "
+            "--allow-mismatch grader"
+        )
+    return store
+
+
+def draw_the_rest(work: Work, executor: LocalExecutor, config: RunConfig, console: Console) -> Drawn:
+    """The grades of all prompts' samples, after the rule, where there is one, has had more of them drawn."""
+    num_samples = config.vstar.num_samples
+    if work.rule is None:
+        return Drawn(grades=work.store.grades(work.table, num_samples), num_samples=num_samples)
+    draw = partial(executor.draw, grader_proven=True)
+    grades, allocation = draw_adaptively(work.rule, work.prompts, work.store, draw, config, console)
+    return Drawn(grades=grades, num_samples=int(allocation.sizes_P.max()), allocation=allocation)
+
+
+def estimate(work: Work, drawn: Drawn, config: RunConfig) -> tuple[pl.DataFrame, Provenance]:
+    """The rows of vstar.parquet and what they were made from, with the flags that `filter` has set before."""
+    rows = vstar_rows(
+        work.table,
+        drawn.grades,
+        num_samples=drawn.num_samples,
+        beta1=config.vstar.beta1,
+        drop_unsolved=config.vstar.drop_unsolved,
+    )
+    context = dict(work.provenance.context)
+    if work.rule and drawn.allocation:
+        context[ADAPTIVE] = {**asdict(work.rule), **drawn.allocation.record()}
+    context["cost"] = {"seconds": work.store.seconds(), "devices": config.engine.tensor_parallel_size}
+    provenance = replace(work.provenance, context=context)
+    return carry_over_filter(rows, provenance, work.old) if work.old else (rows, provenance)
+
+
+def record(
+    rows: pl.DataFrame, provenance: Provenance, old: Written | None, config: RunConfig, console: Console
+) -> None:
+    """Write vstar.parquet, unless the old one says the same; tell what becomes of the old one."""
+    path = run_paths(config.run).vstar
+    if old:
+        if is_same(rows, provenance, old):
+            console.print(f"nothing to do: {path} is complete ({rows.height:,} prompts)")
+            return
+        if (before := old.rows["beta1"][0]) != config.vstar.beta1:
+            console.print(f"re-scored as the config says: β1 {before:g} → {config.vstar.beta1:g}")
+        if (estimator := estimator_of(old.provenance)) != "plugin":
+            console.print(f"re-scored by the plugin estimator: V̂* was by {estimator}, see `rescore`")
+    write_vstar(rows, provenance, path)
+    console.print(f"{path}: {summary(rows)}")
 
 
 def read_prompts(
@@ -158,12 +223,12 @@ def read_prompts(
     return prompts, renderer
 
 
-def read_old(path: Path, console: Console) -> tuple[pl.DataFrame, Provenance] | None:
+def read_old(path: Path, console: Console) -> Written | None:
     """The file that an earlier run has written; a damaged one is set aside, since it can be computed anew."""
     if not path.exists():
         return None
     try:
-        return read_vstar(path)
+        rows, provenance = read_vstar(path)
     except DamagedFile as error:
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)
@@ -172,6 +237,7 @@ def read_old(path: Path, console: Console) -> tuple[pl.DataFrame, Provenance] | 
             soft_wrap=True,
         )
         return None
+    return Written(rows=rows, provenance=provenance)
 
 
 def summary(rows: pl.DataFrame) -> str:
@@ -184,32 +250,30 @@ def summary(rows: pl.DataFrame) -> str:
 
 
 def carry_over_filter(
-    rows: pl.DataFrame, provenance: Provenance, old_rows: pl.DataFrame, old_provenance: Provenance
+    rows: pl.DataFrame, provenance: Provenance, old: Written
 ) -> tuple[pl.DataFrame, Provenance]:
     """Keep the flags that `filter` has set on the file that these rows will replace."""
-    if not (filters := old_provenance.context.get("filters")):
+    if not (filters := old.provenance.context.get("filters")):
         return rows, provenance
     flags = [
         pl.col("prompt_id")
-        .replace_strict(old_rows["prompt_id"], old_rows[name], default=pl.col(name))
+        .replace_strict(old.rows["prompt_id"], old.rows[name], default=pl.col(name))
         .alias(name)
         for name in ("keep", "dropped_by")
     ]
     return rows.with_columns(flags), replace(provenance, context={**provenance.context, "filters": filters})
 
 
-def is_same(
-    rows: pl.DataFrame, provenance: Provenance, old_rows: pl.DataFrame, old_provenance: Provenance
-) -> bool:
+def is_same(rows: pl.DataFrame, provenance: Provenance, old: Written) -> bool:
     """Whether a file already says what would be written."""
     said = (
         {name: each.context.get(name) for name in (ACCEPTED, ADAPTIVE)}
-        for each in (provenance, old_provenance)
+        for each in (provenance, old.provenance)
     )
     return (
-        provenance.identity == old_provenance.identity
+        provenance.identity == old.provenance.identity
         and len({json.dumps(lines) for lines in said}) == 1
-        and rows.select(old_rows.columns).equals(old_rows)
+        and rows.select(old.rows.columns).equals(old.rows)
     )
 
 

@@ -13,9 +13,8 @@ _M all samples of a prompt, _H bins.
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -40,7 +39,97 @@ _CHUNK = 2**22
 """Numbers in an array of subsets."""
 
 
-def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[str] = ()) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanAndSd:
+    """A mean over prompts, and its standard deviation over subsets."""
+
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """The loss that stage 2 starts from; no mean where no sample is left that V̂* was not made of."""
+
+    mean: float | None
+    sd: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """What depends on N only."""
+
+    num_samples: int
+    left_out: int
+    dropped: MeanAndSd
+    dropped_solvable: MeanAndSd
+    time_saved: MeanAndSd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """What depends on N and β1."""
+
+    beta1: float
+    num_samples: int
+    vstar: MeanAndSd
+    spread: float
+    quantiles: dict[str, float]
+    histogram: list[float]
+    bias: float
+    prompt_sd: float
+    rmse: float
+    loss: Loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """Every figure of a sweep."""
+
+    prompts: int
+    max_num_samples: int
+    by_num_samples: list[Column]
+    histogram_edges: list[float]
+    cells: list[Cell]
+
+    @property
+    def betas(self) -> list[float]:
+        """From large to small."""
+        return list(dict.fromkeys(cell.beta1 for cell in self.cells))
+
+    @property
+    def sizes(self) -> list[int]:
+        """From small to large."""
+        return [column.num_samples for column in self.by_num_samples]
+
+    def column(self, num_samples: int) -> Column:
+        (found,) = (column for column in self.by_num_samples if column.num_samples == num_samples)
+        return found
+
+    def cell(self, beta1: float, num_samples: int) -> Cell:
+        (found,) = (cell for cell in self.cells if (cell.beta1, cell.num_samples) == (beta1, num_samples))
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepFile:
+    """sweep.json: the figures, the artifact, and the digests of its samples and of the drawings."""
+
+    path: str
+    samples: str
+    drawings: dict[str, str]
+    figures: Sweep
+
+    def to_json(self) -> str:
+        """The document, one level flat. JSON has no infinity: an infinite β1 becomes the text "inf"."""
+        document = asdict(self)
+        document |= document.pop("figures")
+        for cell in document["cells"]:
+            cell["beta1"] = cell["beta1"] if math.isfinite(cell["beta1"]) else "inf"
+        return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[str] = ()) -> SweepFile:
     """Sweep an artifact over β1 and N and write report/sweep.json, .png and .svg beside it; returns the figures.
 
     The JSON names the samples and the drawings that it belongs to by their digests, and is written last: one that a
@@ -53,23 +142,20 @@ def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[
     rows, _ = read_vstar(source)
     samples = SamplesDigest()
     samples.add(rows)
-    figures: dict[str, Any] = {
-        "path": str(source),
-        "samples": samples.hexdigest(),
-        "drawings": {},
-        **sweep(rows, betas, parse_sizes(num_samples, rows["num_samples"].to_list())),
-    }
+    figures = sweep(rows, betas, parse_sizes(num_samples, rows["num_samples"].to_list()))
     from common.report.plots import figure_style, save
     from stage1_vstar.sweep_view import draw
 
+    drawings = {}
     with figure_style():
         figure = draw(figures)
         for suffix in ("png", "svg"):
             with atomic_path(sweep_file(source, suffix)) as temporary:
                 save(figure, temporary, suffix)
-                figures["drawings"][suffix] = file_digest(temporary)
-    write_text(sweep_file(source, "json"), to_json(figures) + "\n")
-    return figures
+                drawings[suffix] = file_digest(temporary)
+    swept = SweepFile(path=str(source), samples=samples.hexdigest(), drawings=drawings, figures=figures)
+    write_text(sweep_file(source, "json"), swept.to_json() + "\n")
+    return swept
 
 
 def parse_betas(lists: Sequence[str]) -> tuple[float, ...]:
@@ -135,10 +221,11 @@ class Counted:
 
     def subsets(self, num_samples: int) -> Subsets:
         """Subset O holds O correct samples; there are num_samples + 1 such sorts."""
+        from scipy.stats import hypergeom
+
         correct_U1, correct_O = self.correct_U[:, None], np.arange(num_samples + 1)
-        wrong_U1, rest = self.size - correct_U1, self.size - num_samples
-        log_ways = _log_choose(correct_U1, correct_O) + _log_choose(wrong_U1, num_samples - correct_O)
-        probability_UO = np.exp(log_ways - _log_choose(np.array(self.size), np.array(num_samples)))
+        rest = self.size - num_samples
+        probability_UO = hypergeom.pmf(correct_O, self.size, correct_U1, num_samples)
         samples_ON = (np.arange(num_samples) < correct_O[:, None]).astype(np.float64)
         rest_mean_UO = (correct_U1 - correct_O) / rest if rest else np.full(probability_UO.shape, np.nan)
 
@@ -182,14 +269,6 @@ class Listed:
             rest_square_UO=np.full(shape, np.nan) if whole else (rest_UOR**2).mean(axis=2),
             vstar=lambda beta1: _vstar(samples_UON, beta1),
         )
-
-
-def _log_choose(n: NDArray[np.int64], k: NDArray[np.int64]) -> Floats:
-    """ln of the binomial coefficient, -inf where k is not between 0 and n."""
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n.max() + 1)))])
-    inside = (k >= 0) & (k <= n)
-    k = np.where(inside, k, 0)
-    return np.where(inside, log_factorial[n] - log_factorial[k] - log_factorial[n - k], -np.inf)
 
 
 def _vstar(samples_N: Floats, beta1: float) -> Floats:
@@ -274,13 +353,13 @@ class Mean:
         """Of one prompt's figure, root mean square over prompts of equal weight."""
         return math.sqrt(self.variance / self.weight)
 
-    def document(self) -> dict[str, float]:
-        return {"mean": self.mean, "sd": self.sd}
+    def result(self) -> MeanAndSd:
+        return MeanAndSd(mean=self.mean, sd=self.sd)
 
 
 @dataclass(slots=True)
-class Column:
-    """What depends on N only."""
+class ColumnSums:
+    """A column in the making."""
 
     dropped: Mean = field(default_factory=Mean)
     dropped_solvable: Mean = field(default_factory=Mean)
@@ -292,10 +371,19 @@ class Column:
         self.dropped_solvable.add(subsets.unsolved_UO * unit.solved_U[:, None], *by)
         self.saved.add(subsets.unsolved_UO, *by, unit.tokens_U)
 
+    def result(self, num_samples: int, prompts: int) -> Column:
+        return Column(
+            num_samples=num_samples,
+            left_out=prompts - round(self.dropped.weight),
+            dropped=self.dropped.result(),
+            dropped_solvable=self.dropped_solvable.result(),
+            time_saved=self.saved.result(),
+        )
+
 
 @dataclass(slots=True)
-class Cell:
-    """What depends on N and β1. The distribution is over prompts and subsets."""
+class CellSums:
+    """A cell in the making. The distribution is over prompts and subsets."""
 
     lowest: float
     highest: float
@@ -339,22 +427,24 @@ class Cell:
         place = int(np.searchsorted(reached_H, share * reached_H[-1]))
         return float(self.sum_H[place] / self.mass_H[place])
 
-    def document(self) -> dict[str, Any]:
+    def result(self, beta1: float, num_samples: int) -> Cell:
         variance = self.vstar_squared.mean - (self.vstar.mean - self.lowest) ** 2
-        return {
-            "vstar": self.vstar.document(),
-            "spread": math.sqrt(max(0.0, variance)),
-            "quantiles": {f"{share:g}": self.quantile(share) for share in QUANTILES},
-            "histogram": (self.mass_H.reshape(BINS, _FINE).sum(axis=1) / self.mass_H.sum()).tolist(),
-            "bias": self.error.mean,
-            "prompt_sd": self.error.prompt_sd,
-            "rmse": math.sqrt(self.squared_error.mean),
-            "loss": {"mean": self.loss.mean if self.loss.weight else None, "sd": self.loss_spread.sd},
-        }
+        return Cell(
+            beta1=beta1,
+            num_samples=num_samples,
+            vstar=self.vstar.result(),
+            spread=math.sqrt(max(0.0, variance)),
+            quantiles={f"{share:g}": self.quantile(share) for share in QUANTILES},
+            histogram=(self.mass_H.reshape(BINS, _FINE).sum(axis=1) / self.mass_H.sum()).tolist(),
+            bias=self.error.mean,
+            prompt_sd=self.error.prompt_sd,
+            rmse=math.sqrt(self.squared_error.mean),
+            loss=Loss(mean=self.loss.mean if self.loss.weight else None, sd=self.loss_spread.sd),
+        )
 
 
-def sweep(rows: pl.DataFrame, betas: Sequence[float], sizes: Sequence[int]) -> dict[str, Any]:
-    """Every figure of the sweep, for the rows of an artifact: `by_num_samples`, and `cells` by β1 and N.
+def sweep(rows: pl.DataFrame, betas: Sequence[float], sizes: Sequence[int]) -> Sweep:
+    """Every figure of the sweep, for the rows of an artifact.
 
     Bias and errors are against V̂* of all the prompt's samples, itself an estimate. A prompt with fewer than N samples
     is left out of that N. The loss at a prompt's own full N has no sample left that V̂* was not made of: there it is
@@ -362,8 +452,8 @@ def sweep(rows: pl.DataFrame, betas: Sequence[float], sizes: Sequence[int]) -> d
     """
     rewards = rows["rewards"].explode().to_numpy()
     lowest, highest = float(rewards.min()), float(rewards.max())
-    columns = {size: Column() for size in sizes}
-    cells = {(beta, size): Cell(lowest, highest) for beta in betas for size in sizes}
+    columns = {size: ColumnSums() for size in sizes}
+    cells = {(beta, size): CellSums(lowest, highest) for beta in betas for size in sizes}
     for unit in units(rows):
         whole = unit.subsets(unit.size)
         full_U = {beta: (whole.vstar(beta) * whole.probability_UO).sum(axis=1) for beta in {*betas, math.inf}}
@@ -375,30 +465,10 @@ def sweep(rows: pl.DataFrame, betas: Sequence[float], sizes: Sequence[int]) -> d
                 cells[beta, size].add(unit, subsets, beta, full_U=full_U[beta], reward_U=full_U[math.inf])
                 if outside:
                     cells[beta, size].add_loss(unit, outside, beta)
-    return {
-        "prompts": rows.height,
-        "max_num_samples": max(rows["num_samples"]),
-        "by_num_samples": [
-            {
-                "num_samples": size,
-                "left_out": rows.height - round(column.dropped.weight),
-                "dropped": column.dropped.document(),
-                "dropped_solvable": column.dropped_solvable.document(),
-                "time_saved": column.saved.document(),
-            }
-            for size, column in columns.items()
-        ],
-        "histogram_edges": np.linspace(lowest, highest, BINS + 1).tolist(),
-        "cells": [
-            {"beta1": beta, "num_samples": size, **cell.document()} for (beta, size), cell in cells.items()
-        ],
-    }
-
-
-def to_json(figures: dict[str, Any]) -> str:
-    """The figures as JSON, which has no infinity: an infinite β1 becomes the text "inf"."""
-    cells = [
-        {**cell, "beta1": cell["beta1"] if math.isfinite(cell["beta1"]) else "inf"}
-        for cell in figures["cells"]
-    ]
-    return json.dumps({**figures, "cells": cells}, indent=1, ensure_ascii=False, allow_nan=False)
+    return Sweep(
+        prompts=rows.height,
+        max_num_samples=max(rows["num_samples"]),
+        by_num_samples=[column.result(size, rows.height) for size, column in columns.items()],
+        histogram_edges=np.linspace(lowest, highest, BINS + 1).tolist(),
+        cells=[cell.result(beta, size) for (beta, size), cell in cells.items()],
+    )

@@ -9,21 +9,22 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from stage1_vstar.sweep import Cell, Sweep, SweepFile
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Figures = dict[str, Any]
 
 PAPERS_N = 8
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def show(figures: Figures, console: Console) -> None:
+def show(swept: SweepFile, console: Console) -> None:
     """Print what depends on N, then one table of N by β1 for each figure; 80 columns hold the standard β1."""
-    console.print(figures["path"], soft_wrap=True)
-    console.print(f"{figures['prompts']:,} prompts, up to {figures['max_num_samples']} samples each")
+    figures = swept.figures
+    console.print(swept.path, soft_wrap=True)
+    console.print(f"{figures.prompts:,} prompts, up to {figures.max_num_samples} samples each")
     for table in (_by_num_samples(figures), *(_by_beta1(figures, *table) for table in _TABLES.items())):
         console.print()
         console.print(table)
@@ -31,47 +32,45 @@ def show(figures: Figures, console: Console) -> None:
     console.print(
         f"± is the standard deviation over subsets of N samples. Errors are against V̂* of all samples of "
         f"a prompt, itself an estimate. The loss is E(r − V̂*)² under π_ref with samples that V̂* was not made of; at "
-        f"N = {figures['max_num_samples']} there are none, and it is that of N − 1."
+        f"N = {figures.max_num_samples} there are none, and it is that of N − 1."
     )
 
 
-_TABLES: dict[str, Callable[[Figures], float | None]] = {
-    "mean V̂*, by N and β1": lambda cell: cell["vstar"]["mean"],
-    "spread: standard deviation of V̂* between prompts": lambda cell: cell["spread"],
-    "bias: mean error of V̂*": lambda cell: cell["bias"],
-    "RMSE: root mean squared error of a prompt's V̂*": lambda cell: cell["rmse"],
-    "loss that stage 2 starts from": lambda cell: cell["loss"]["mean"],
+_TABLES: dict[str, Callable[[Cell], float | None]] = {
+    "mean V̂*, by N and β1": lambda cell: cell.vstar.mean,
+    "spread: standard deviation of V̂* between prompts": lambda cell: cell.spread,
+    "bias: mean error of V̂*": lambda cell: cell.bias,
+    "RMSE: root mean squared error of a prompt's V̂*": lambda cell: cell.rmse,
+    "loss that stage 2 starts from": lambda cell: cell.loss.mean,
 }
 
 
-def _by_num_samples(figures: Figures) -> Table:
+def _by_num_samples(figures: Sweep) -> Table:
     table = _table("if prompts with pass@N = 0 are dropped")
     table.add_column("N", justify="right")
     table.add_column("dropped", justify="right")
-    table.add_column(f"of these solved\nin {figures['max_num_samples']} samples", justify="right")
+    table.add_column(f"of these solved\nin {figures.max_num_samples} samples", justify="right")
     table.add_column("stage-2\ntokens saved", justify="right")
     table.add_column("prompts left out:\nfewer samples", justify="right")
-    for column in figures["by_num_samples"]:
-        dropped, solvable = column["dropped"], column["dropped_solvable"]
+    for column in figures.by_num_samples:
+        dropped, solvable = column.dropped, column.dropped_solvable
         table.add_row(
-            f"{column['num_samples']}",
-            f"{dropped['mean']:.1%} ±{dropped['sd']:.1%}",
-            f"{solvable['mean'] / dropped['mean']:.1%}" if dropped["mean"] else "–",
-            f"{column['time_saved']['mean']:.1%}",
-            f"{column['left_out']:,}",
+            f"{column.num_samples}",
+            f"{dropped.mean:.1%} ±{dropped.sd:.1%}",
+            f"{solvable.mean / dropped.mean:.1%}" if dropped.mean else "–",
+            f"{column.time_saved.mean:.1%}",
+            f"{column.left_out:,}",
         )
     return table
 
 
-def _by_beta1(figures: Figures, title: str, figure: Callable[[Figures], float | None]) -> Table:
-    cells = {(cell["beta1"], cell["num_samples"]): cell for cell in figures["cells"]}
-    betas, sizes = beta1_and_sizes(figures)
+def _by_beta1(figures: Sweep, title: str, figure: Callable[[Cell], float | None]) -> Table:
     table = _table(title)
     table.add_column("  β1\nN   ", justify="right")
-    for beta in betas:
+    for beta in figures.betas:
         table.add_column(_beta(beta), justify="right", no_wrap=True, min_width=6)
-    for size in sizes:
-        values = (figure(cells[beta, size]) for beta in betas)
+    for size in figures.sizes:
+        values = (figure(figures.cell(beta, size)) for beta in figures.betas)
         table.add_row(f"{size}", *("–" if value is None else _three_digits(value) for value in values))
     return table
 
@@ -93,24 +92,18 @@ def _three_digits(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
-def beta1_and_sizes(figures: Figures) -> tuple[list[float], list[int]]:
-    """The β1, from large to small, and the N, from small to large, that were swept."""
-    betas = list(dict.fromkeys(cell["beta1"] for cell in figures["cells"]))
-    return betas, [column["num_samples"] for column in figures["by_num_samples"]]
-
-
-def draw(figures: Figures) -> "Figure":
+def draw(figures: Sweep) -> "Figure":
     """Bias and spread, distribution, filter and loss; call it within `figure_style`."""
     from matplotlib import pyplot
 
-    betas, _ = beta1_and_sizes(figures)
+    betas = figures.betas
     figure = pyplot.figure(figsize=(max(8.0, 1.15 * len(betas)), 8), layout="constrained")
     rows: Any = figure.subfigures(3, 1, height_ratios=(1, 1, 1.4), hspace=0.05)
     errors, distributions, choices = rows
     _draw_errors(figures, errors)
     _draw_distributions(figures, distributions)
     choices.suptitle(
-        f"Error bars: ± 2 sd over subsets of N of the {figures['max_num_samples']} samples", fontsize=9
+        f"Error bars: ± 2 sd over subsets of N of the {figures.max_num_samples} samples", fontsize=9
     )
     left, right = choices.subplots(1, 2)
     _draw_filter(figures, left)
@@ -118,59 +111,58 @@ def draw(figures: Figures) -> "Figure":
     return figure
 
 
-def _draw_errors(figures: Figures, figure: Any) -> None:
-    betas, sizes = beta1_and_sizes(figures)
+def _draw_errors(figures: Sweep, figure: Any) -> None:
+    betas, sizes = figures.betas, figures.sizes
     figure.suptitle(
-        f"Error of V̂* from N samples, against V̂* from all {figures['max_num_samples']}. "
+        f"Error of V̂* from N samples, against V̂* from all {figures.max_num_samples}. "
         "Line: mean over prompts (bias). Band: ± sd of one prompt's V̂*",
         fontsize=9,
     )
     row = figure.subplots(1, len(betas), sharey=True, squeeze=False)[0]
     for axes, beta in zip(row, betas, strict=True):
-        cells = [cell for cell in figures["cells"] if cell["beta1"] == beta]
-        low = [cell["bias"] - cell["prompt_sd"] for cell in cells]
-        high = [cell["bias"] + cell["prompt_sd"] for cell in cells]
+        cells = [cell for cell in figures.cells if cell.beta1 == beta]
+        low = [cell.bias - cell.prompt_sd for cell in cells]
+        high = [cell.bias + cell.prompt_sd for cell in cells]
         axes.fill_between(sizes, low, high, color="0.85", linewidth=0)
         axes.axhline(0, color="0.4", linewidth=0.8, linestyle=":")
         axes.plot(
-            sizes, [cell["bias"] for cell in cells], color="black", linestyle="-", marker="o", markersize=3
+            sizes, [cell.bias for cell in cells], color="black", linestyle="-", marker="o", markersize=3
         )
         axes.set_title(f"β1 = {_beta(beta)}")
         _size_axis(axes, sizes, few=True)
     row[0].set_ylabel("error, in rewards")
 
 
-def _draw_distributions(figures: Figures, figure: Any) -> None:
-    betas, sizes = beta1_and_sizes(figures)
+def _draw_distributions(figures: Sweep, figure: Any) -> None:
+    betas, sizes = figures.betas, figures.sizes
     most, small = sizes[-1], _small(sizes)
     figure.suptitle(
         f"Distribution of V̂*: share of the prompts whose V̂* is at most v. "
         f"Thick grey: N = {most}. Thin black: N = {small}",
         fontsize=9,
     )
-    edges = figures["histogram_edges"]
-    cells = {(cell["beta1"], cell["num_samples"]): cell for cell in figures["cells"]}
+    edges = figures.histogram_edges
     row = figure.subplots(1, len(betas), sharey=True, squeeze=False)[0]
     for axes, beta in zip(row, betas, strict=True):
         for size, color, width in ((most, "0.7", 3), (small, "black", 1)):
-            reached = [0.0, *(100 * share for share in accumulate(cells[beta, size]["histogram"]))]
+            reached = [0.0, *(100 * share for share in accumulate(figures.cell(beta, size).histogram))]
             axes.plot(edges, reached, color=color, linewidth=width, linestyle="-")
         axes.set(title=f"β1 = {_beta(beta)}", xlabel="v", ylim=(0, 102))
     row[0].set_ylabel("% of prompts")
 
 
-def _draw_filter(figures: Figures, axes: "Axes") -> None:
-    _, sizes = beta1_and_sizes(figures)
-    lines = {
-        "dropped": ("dropped: no correct sample in N", "-", "o", "black"),
-        "time_saved": ("stage-2 tokens that this saves", ":", "^", "0.45"),
-        "dropped_solvable": (f"dropped, yet solved in {figures['max_num_samples']}", "--", "s", "black"),
-    }
-    for name, (label, style, marker, color) in lines.items():
+def _draw_filter(figures: Sweep, axes: "Axes") -> None:
+    sizes, columns = figures.sizes, figures.by_num_samples
+    solved = f"dropped, yet solved in {figures.max_num_samples}"
+    for shares, label, style, marker, color in (
+        ([column.dropped for column in columns], "dropped: no correct sample in N", "-", "o", "black"),
+        ([column.time_saved for column in columns], "stage-2 tokens that this saves", ":", "^", "0.45"),
+        ([column.dropped_solvable for column in columns], solved, "--", "s", "black"),
+    ):
         axes.errorbar(
             sizes,
-            [100 * column[name]["mean"] for column in figures["by_num_samples"]],
-            [200 * column[name]["sd"] for column in figures["by_num_samples"]],
+            [100 * share.mean for share in shares],
+            [200 * share.sd for share in shares],
             linestyle=style,
             marker=marker,
             markersize=4,
@@ -184,14 +176,14 @@ def _draw_filter(figures: Figures, axes: "Axes") -> None:
     _size_axis(axes, sizes)
 
 
-def _draw_losses(figures: Figures, axes: "Axes") -> None:
-    betas, sizes = beta1_and_sizes(figures)
+def _draw_losses(figures: Sweep, axes: "Axes") -> None:
+    betas, sizes = figures.betas, figures.sizes
     for place, beta in reversed(list(enumerate(betas))):
-        losses = [cell["loss"] for cell in figures["cells"] if cell["beta1"] == beta]
+        losses = [cell.loss for cell in figures.cells if cell.beta1 == beta]
         axes.errorbar(
             sizes,
-            [math.nan if loss["mean"] is None else loss["mean"] for loss in losses],
-            [2 * loss["sd"] for loss in losses],
+            [math.nan if loss.mean is None else loss.mean for loss in losses],
+            [2 * loss.sd for loss in losses],
             linestyle=_STYLES[place % len(_STYLES)],
             marker=_MARKERS[place % len(_MARKERS)],
             markersize=4,

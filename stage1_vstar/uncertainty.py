@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.value import Counts, Floats, Ragged
+from common.value import Counts, Floats, Ragged, reward_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +37,6 @@ def two_valued_vstar(
         inside = bottom + beta1 * np.where(range_in_beta1 < 500, small, large)
         limit = np.where(p > 0, top, bottom) if beta1 < 1 else bottom + p * (top - bottom)
     return np.where(np.isfinite(range_in_beta1) & (range_in_beta1 > 0), inside, limit)
-
-
-def reward_range(rewards_S: Floats) -> tuple[float, float]:
-    """What rewards can be, judging by these: from 0 or the least of them to 1 or the greatest."""
-    return min(0.0, float(rewards_S.min())), max(1.0, float(rewards_S.max()))
 
 
 def interval(
@@ -145,16 +140,13 @@ def plugin_bias(pass_rate: ArrayLike, num_samples: int, beta1: float) -> Floats:
 
     Never positive, by Jensen's inequality; 0 for β1 = inf, and −(1 − p)^N, the chance of missing pass@N, for β1 = 0.
     """
-    from scipy.special import gammaln, xlog1py, xlogy
+    from scipy.stats import binom
 
     rate_P = np.asarray(pass_rate, np.float64)
     successes_K = np.arange(num_samples + 1)
-    failures_K = num_samples - successes_K
-    ways_K = gammaln(num_samples + 1) - gammaln(successes_K + 1) - gammaln(failures_K + 1)
-    logs_PK = ways_K + xlogy(successes_K, rate_P[..., None]) + xlog1py(failures_K, -rate_P[..., None])
     truth_P = two_valued_vstar(rate_P, beta1)
     errors_PK = two_valued_vstar(successes_K / num_samples, beta1) - truth_P[..., None]
-    bias_P: Floats = (np.exp(logs_PK) * errors_PK).sum(axis=-1)
+    bias_P: Floats = (binom.pmf(successes_K, num_samples, rate_P[..., None]) * errors_PK).sum(axis=-1)
     return bias_P
 
 

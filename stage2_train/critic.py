@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification
+from transformers import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForTokenClassification,
+)
 from transformers.utils import logging
 
+from common.errors import UserError
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config
 from stage2_train.learner import Learner
@@ -53,6 +58,16 @@ class Critic:
         """V of the state before each completion token, with gradients."""
         values: Tensor = self.learner(tokens.input_ids_BT, tokens.is_completion_BT)
         return values
+
+
+def refuse_without_head(folder: Path) -> None:
+    """Raise UserError unless transformers has a token classifier of the kind of the model in `folder`."""
+    kind = AutoConfig.from_pretrained(folder)
+    if type(kind) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{folder}: for models of type {kind.model_type} transformers has no token classifier, which a critic is; "
+            "use another model, or an objective without a critic, such as grpo"
+        )
 
 
 def _load(folder: Path, config: Config) -> Any:

@@ -29,6 +29,7 @@ from common.seeds import derive_seed
 from common.vstar_file import read_vstar
 from stage2_train.config import Config, TrainConfig
 from stage2_train.first_batch import FirstBatch, expected_first_batch
+from stage2_train.objectives.protocol import TrainsCritic
 from stage2_train.ranks import ALONE, Ranks
 
 
@@ -109,6 +110,10 @@ def prepare(
         from stage2_train.lora import refuse_unknown_layers
 
         refuse_unknown_layers(folder, config.train.lora)
+    if isinstance(config.train.objective, TrainsCritic):
+        from stage2_train.critic import refuse_without_head
+
+        refuse_without_head(folder)
     if table is None:
         if allow_mismatch:
             raise UserError(

@@ -145,10 +145,15 @@ def pass_at_k(solved_P: NDArray[np.int64], samples: int, k: int) -> float:
 
 
 def bootstrap_interval(values_P: NDArray[np.float64], *, seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, resampling prompts."""
+    """The 95 % percentile interval of the mean, resampling prompts; of one prompt there is nothing to resample."""
+    from scipy.stats import bootstrap
+
+    if len(values_P) == 1:
+        return float(values_P[0]), float(values_P[0])
     random = np.random.default_rng(seed)
-    means = [random.choice(values_P, len(values_P)).mean() for _ in range(BOOTSTRAP_RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = bootstrap(
+        (values_P,), np.mean, n_resamples=BOOTSTRAP_RESAMPLES, batch=100, method="percentile", rng=random
+    ).confidence_interval
     return float(low), float(high)
 
 

@@ -3,46 +3,42 @@
 In the first iteration π = π_ref, so that the regression loss is the mean of (r − V̂*)² over a batch, with a fresh r
 from the very distribution that stage 1 sampled. The cached rewards are not fresh in that formula, for two reasons:
 V̂* was computed from them, and a filter may have kept a prompt for them. Both make the plain average over them wrong.
-What is right is the distribution of a *further* reward given a prompt's N own, which neither can disturb:
+What is right is the distribution of a *further* reward given a prompt's N own, which neither can disturb. It is the
+mixture Z · own rewards + (1 − Z) · all prompts' rewards, with Z = N / (N + concentration):
 
-- rewards of 0 and 1: the posterior mean of the success probability, under the distribution of these probabilities
-  over the prompts that makes all cached rewards likeliest (nonparametric maximum likelihood: Kiefer and Wolfowitz
-  1956, by EM on a grid). No shape is assumed of it: prompts never solved, or always, are points of the grid;
-- any other rewards: credibility (Bühlmann 1967), the mixture Z · own samples + (1 − Z) · all prompts' samples with
-  Z = N / (N + within/between variance), the best linear predictor.
+- rewards of 0 and 1: the posterior under the beta prior of pass rates that makes all cached rewards likeliest, whose
+  concentration is a + b (common/beta_binomial.py);
+- any other rewards: credibility (Bühlmann 1967), the best linear predictor; the concentration is the variance within
+  prompts over that between them.
 
 A file of M samples that all are 1 does not prove that no other reward is possible: half a sample of the least and half
 of the greatest possible reward are added to the whole file (for 0/1 rewards Jeffreys' prior of the mean rate).
 
-Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _G group of prompts with the same successes
-and trials, _Q grid point, _R resample of the prompts.
+Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _K power, from 0 on.
 """
 
 from dataclasses import dataclass
 from math import comb
-from statistics import NormalDist
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from common.beta_binomial import fit_prior_to_rewards
+from common.value import Counts, Floats, Ragged, reward_range
 from stage2_train.config import TrainConfig
-
-Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 """Of the intervals that are shown."""
 ALARM_LEVEL = 0.999
 """Of the intervals outside which training warns: of each figure, an honest run does so about once in a thousand."""
 
-GRID_POINTS = 201
-EM_STEPS = 1000
-RESAMPLES = 50
-"""Of the prompts, to see how well they determine the distribution that is estimated from them."""
+MISFIT = 0.015
+"""The correlation of what two prompts' means are off by, because means need not be distributed as is assumed.
+docs/forecast.md has how often honest runs are warned of with it."""
+PARAMETERS = 2
+"""Of the distribution of the prompts' means: estimates from few prompts are off for all of them together."""
 _ROUNDING = 1e-5
 """Training computes in float32."""
-_NOT_SKEWED = 1e-3
-"""Where a normal quantile is as good, and the gamma distribution's shape too large to be exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +57,10 @@ class Expectation:
         Shifted, and mirrored for a negative skewness (Pearson's type III); the normal one for a skewness of 0. A count
         of rare events is skewed: a normal interval of the mean 0.1 would end at 1.1, and 2 of them come once in 200.
         """
-        tail = (1 - level) / 2
-        below, above = self._deviation(tail), self._deviation(1 - tail)
+        from scipy.stats import pearson3
+
+        below, above = pearson3.ppf([(1 - level) / 2, (1 + level) / 2], self.skewness).tolist()
         return max(self.lowest, self.mean + below * self.sd), min(self.highest, self.mean + above * self.sd)
-
-    def _deviation(self, probability: float) -> float:
-        """The quantile in standard deviations from the mean."""
-        if abs(self.skewness) < _NOT_SKEWED:
-            return NormalDist().inv_cdf(probability)
-        from scipy.special import gammaincinv
-
-        shape, sign = 4 / self.skewness**2, 1.0 if self.skewness > 0 else -1.0
-        quantile = float(gammaincinv(shape, probability if sign > 0 else 1 - probability))
-        return sign * (quantile - shape) / float(shape**0.5)
 
     def excludes(self, value: float) -> bool:
         """Whether a value lies outside the interval of ALARM_LEVEL, by more than rounding."""
@@ -135,52 +122,49 @@ def first_batch(rows: pl.DataFrame, batch_size: int) -> FirstBatch | None:
     if counts_P.max() < 2:
         return None
     rewards_S = rows["rewards"].explode().to_numpy()
-    kept_P = rows["keep"].to_numpy()
-    fresh = fresh_rewards(rewards_S, counts_P).of(kept_P)
-    vstar_P = rows.filter("keep")["vstar"].to_numpy()
-    losses_P = np.stack([_moment_about(vstar_P, fresh.moments_P, power) for power in (2, 4, 6)])
-    lowest, highest = _reward_range(rewards_S)
-    counts_P = counts_P[kept_P]
-    # Of a reward of 0 or 1 the loss is V̂*² + r (1 − 2 V̂*).
-    loss_error = fresh.shared_error(1 - 2 * vstar_P)
-    reward_error = fresh.shared_error(np.ones(len(vstar_P)))
+    kept_P, vstar_P = rows["keep"].to_numpy(), rows.filter("keep")["vstar"].to_numpy()
+    moments_KP, correlation_P = further_rewards(rewards_S, counts_P)
+    moments_KP, correlation_P, counts_P = moments_KP[:, kept_P], correlation_P[kept_P], counts_P[kept_P]
+    losses_KP = np.stack([_moment_about(vstar_P, moments_KP, power) for power in (2, 4, 6)])
+    lowest, highest = reward_range(rewards_S)
+
+    def expected(moments_KP: Floats, lowest: float, highest: float) -> Expectation:
+        return batch_mean(moments_KP, correlation_P, counts_P, batch_size, lowest, highest)
+
     return FirstBatch(
-        loss=batch_mean(losses_P, fresh.correlation_P, counts_P, loss_error, batch_size, 0.0, float("inf")),
-        reward=batch_mean(
-            fresh.moments_P[1:4], fresh.correlation_P, counts_P, reward_error, batch_size, lowest, highest
-        ),
+        loss=expected(losses_KP, 0.0, float("inf")), reward=expected(moments_KP[1:4], lowest, highest)
     )
 
 
 def batch_mean(
-    moments_P: Floats,
+    moments_KP: Floats,
     correlation_P: Floats,
-    counts_P: NDArray[np.int64],
-    shared_error: float,
+    counts_P: Counts,
     batch_size: int,
     lowest: float,
     highest: float,
 ) -> Expectation:
-    """The mean over a batch of a figure with these moments E[xᵏ], k = 1 … 3, in each prompt; shape (3, P).
+    """The mean over a batch of a figure with these moments E[xᵏ], k = 1 … 3, in each prompt.
 
     The batch is what training takes: so many whole passes over the prompts, which all are in every batch, and the rest
     drawn without replacement, whose variance over the prompts shrinks by the share of prompts that it holds.
 
     A prompt's mean is known from its `counts_P` samples only, and what it is off by is the same at each visit:
     `correlation_P` is that part of the figure's variance, so that v visits have v + v (v − 1) · correlation times the
-    variance of one. And all prompts' means can be off together, since how prompts differ is an estimate too: the mean
-    over the prompts has the variance `shared_error` for that, or more where it would else be known better than from
-    its own samples, which give it to (variance given the prompt) / (N · prompts).
+    variance of one. All prompts' means can be off together too, by MISFIT and PARAMETERS of that part, or by more where
+    the mean over the prompts would else be known better than from its own samples, which give it to (variance given
+    the prompt) / (N · prompts).
     """
     prompts = len(correlation_P)
     passes, rest = divmod(batch_size, prompts)
-    mean_P, second_P, third_P = moments_P
+    mean_P, second_P, third_P = moments_KP
     variance_P = np.maximum(second_P - mean_P**2, 0.0)
     skew_P = third_P - 3 * second_P * mean_P + 2 * mean_P**3
     shared_P = correlation_P * variance_P
     within, shared = float(variance_P.mean()), float(shared_P.mean())
     pairs = passes * (passes - 1) * prompts + 2 * passes * rest
-    together = max(shared_error, (float(((variance_P - shared_P) / counts_P).mean()) - shared) / prompts)
+    from_samples = (float(((variance_P - shared_P) / counts_P).mean()) - shared) / prompts
+    together = max(shared * (MISFIT + PARAMETERS / prompts), from_samples)
     visits = batch_size * within + pairs * shared + batch_size**2 * together
 
     left_out = 1 - rest / prompts
@@ -202,119 +186,38 @@ def batch_mean(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FreshRewards:
-    """What is known of further rewards of each prompt, given its own and all prompts' rewards.
+def further_rewards(rewards_S: Floats, counts_P: Counts) -> tuple[Floats, Floats]:
+    """What the rewards of all prompts tell of further ones of each: E[rᵏ], k = 0 … 6, and their correlation.
 
-    `moments_P` is E[rᵏ], k = 0 … 6, shape (7, P). `correlation_P` is that of two further rewards of a prompt, which
-    both are drawn from the same unknown distribution; the loss has the same where the reward is 0 or 1, and it is
-    taken for any. `rates_RG` are the groups' success probabilities from resampled prompts; `group_P` is a prompt's.
+    Two further rewards of a prompt are drawn from the same unknown distribution, which correlates them. The loss has
+    the same correlation where the reward is 0 or 1, and it is taken for any.
     """
-
-    moments_P: Floats
-    correlation_P: Floats
-    rates_RG: Floats
-    group_P: NDArray[np.int64]
-
-    def of(self, kept_P: NDArray[np.bool_]) -> "FreshRewards":
-        """Some of the prompts."""
-        return FreshRewards(
-            moments_P=self.moments_P[:, kept_P],
-            correlation_P=self.correlation_P[kept_P],
-            rates_RG=self.rates_RG,
-            group_P=self.group_P[kept_P],
-        )
-
-    def shared_error(self, slope_P: Floats) -> float:
-        """The variance over the resamples of the prompts' mean of slope · success probability."""
-        slope_G = np.bincount(self.group_P, slope_P, self.rates_RG.shape[1]) / len(slope_P)
-        return float((self.rates_RG @ slope_G).var(ddof=1))
-
-
-def fresh_rewards(rewards_S: Floats, counts_P: NDArray[np.int64]) -> FreshRewards:
-    """What the rewards of all prompts tell of further ones of each."""
-    starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
-    powers_K = np.arange(7)[:, None]
+    samples, powers_K = Ragged(counts_P), np.arange(7)[:, None]
+    own_KP = np.stack([samples.mean(rewards_S**power) for power in range(7)])
     if np.isin(rewards_S, (0.0, 1.0)).all():
-        successes_P = np.add.reduceat(rewards_S, starts_P).astype(np.int64)
-        rate_P, variance_P, rates_RG, group_P = _success_probability(successes_P, counts_P)
-        moments_P = np.where(powers_K == 0, 1.0, rate_P)
-        correlation_P = variance_P / np.maximum(rate_P * (1 - rate_P), np.finfo(np.float64).tiny)
+        prior = fit_prior_to_rewards(rewards_S, counts_P)
+        everyone_K, concentration = np.where(powers_K == 0, 1.0, prior.mean), prior.a + prior.b
     else:
-        own_P = np.add.reduceat(rewards_S, starts_P) / counts_P
-        weight_P = _credibility(rewards_S, own_P, counts_P)
-        moments_P = np.stack(
-            [
-                weight_P * np.add.reduceat(rewards_S**power, starts_P) / counts_P
-                + (1 - weight_P) * (rewards_S**power).mean()
-                for power in range(7)
-            ]
-        )
-        # The mean's posterior variance is Z / N times the variance within the prompt.
-        correlation_P = weight_P / (counts_P + weight_P)
-        rates_RG, group_P = np.zeros((RESAMPLES, 1)), np.zeros(len(counts_P), np.int64)
-    ends_K = np.mean(np.array(_reward_range(rewards_S)) ** powers_K, axis=1, keepdims=True)
-    samples = len(rewards_S)
-    return FreshRewards(
-        moments_P=(samples * moments_P + ends_K) / (samples + 1),
-        correlation_P=correlation_P,
-        rates_RG=rates_RG,
-        group_P=group_P,
-    )
+        everyone_K = np.array([[(rewards_S**power).mean()] for power in range(7)])
+        concentration = _concentration(rewards_S, own_KP[1], counts_P)
+    weight_P = counts_P / (counts_P + concentration)
+    moments_KP = weight_P * own_KP + (1 - weight_P) * everyone_K
+    ends_K = np.mean(np.array(reward_range(rewards_S)) ** powers_K, axis=1, keepdims=True)
+    return (len(rewards_S) * moments_KP + ends_K) / (len(rewards_S) + 1), 1 / (counts_P + concentration + 1)
 
 
-def _moment_about(centre_P: Floats, moments_P: Floats, power: int) -> Floats:
+def _moment_about(centre_P: Floats, moments_KP: Floats, power: int) -> Floats:
     """E[(r − centre)^power] from E[rᵏ], k = 0 … power."""
-    terms_P = [comb(power, k) * moments_P[k] * (-centre_P) ** (power - k) for k in range(power + 1)]
+    terms_P = [comb(power, k) * moments_KP[k] * (-centre_P) ** (power - k) for k in range(power + 1)]
     return np.asarray(np.sum(terms_P, axis=0), dtype=np.float64)
 
 
-def _reward_range(rewards_S: Floats) -> tuple[float, float]:
-    """What rewards can be, judging by these: from 0 or the least of them to 1 or the greatest."""
-    return min(0.0, float(rewards_S.min())), max(1.0, float(rewards_S.max()))
-
-
-def _success_probability(
-    successes_P: NDArray[np.int64], trials_P: NDArray[np.int64]
-) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
-    """Each prompt's posterior mean and variance under the prior on the grid that is likeliest for all prompts.
-
-    Then the posterior means of the groups under the priors from resampled prompts, and each prompt's group.
-    """
-    width = int(trials_P.max()) + 1
-    codes_G, group_P, prompts_G = np.unique(
-        successes_P * width + trials_P, return_inverse=True, return_counts=True
-    )
-    successes_G, trials_G = codes_G // width, codes_G % width
-    # Closest together at 0 and 1, where the binomial distribution is narrowest.
-    grid_Q = np.sin(np.linspace(0, np.pi / 2, GRID_POINTS)) ** 2
-    from scipy.special import xlog1py, xlogy
-
-    log_likelihood_GQ = xlogy(successes_G[:, None], grid_Q) + xlog1py(
-        (trials_G - successes_G)[:, None], -grid_Q
-    )
-    likelihood_GQ = np.exp(log_likelihood_GQ - log_likelihood_GQ.max(axis=1, keepdims=True))
-    share_G = prompts_G / prompts_G.sum()
-    shares_RG = np.random.default_rng(0).multinomial(len(trials_P), share_G, RESAMPLES) / len(trials_P)
-    # The prompts themselves come first, then the resamples.
-    shares_RG = np.concatenate([share_G[None], shares_RG])
-    priors_RQ = np.full((len(shares_RG), GRID_POINTS), 1 / GRID_POINTS)
-    for _ in range(EM_STEPS):
-        priors_RQ *= (shares_RG / (priors_RQ @ likelihood_GQ.T)) @ likelihood_GQ
-    totals_RG = priors_RQ @ likelihood_GQ.T
-    rates_RG = (priors_RQ * grid_Q) @ likelihood_GQ.T / totals_RG
-    mean_G, prior_Q = rates_RG[0], priors_RQ[0]
-    variance_G = ((likelihood_GQ * (grid_Q - mean_G[:, None]) ** 2) @ prior_Q) / totals_RG[0]
-    return mean_G[group_P], variance_G[group_P], rates_RG[1:], group_P
-
-
-def _credibility(rewards_S: Floats, own_P: Floats, counts_P: NDArray[np.int64]) -> Floats:
-    """Z = N / (N + within/between), with both variances from the analysis of variance over all prompts."""
+def _concentration(rewards_S: Floats, own_P: Floats, counts_P: Counts) -> float:
+    """The variance within prompts over that between them, both from the analysis of variance over all prompts."""
     samples, prompts = len(rewards_S), len(counts_P)
     within = float(((rewards_S - np.repeat(own_P, counts_P)) ** 2).sum()) / (samples - prompts)
     scatter = float((counts_P * (own_P - rewards_S.mean()) ** 2).sum()) - (prompts - 1) * within
     spread = samples - float((counts_P.astype(np.float64) ** 2).sum()) / samples
-    between = max(scatter / spread, 0.0) if spread > 0 else 0.0
     if within == 0:
-        return np.ones(prompts)
-    return np.asarray(counts_P * between / (counts_P * between + within), dtype=np.float64)
+        return 0.0
+    return within * spread / scatter if scatter > 0 else float("inf")

@@ -18,9 +18,10 @@ from rich.text import Text
 from common.data.prompts import prompt_template
 from common.errors import UserError
 from common.model_files import reference_model
+from common.value import Floats
 from common.vstar_file import read_vstar
 from stage2_train.config import Config
-from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, Floats, expected_first_batch
+from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, expected_first_batch
 from stage2_train.memory import memory_per_gpu, read_shape
 
 TOKENIZED_PROMPTS = 2000

@@ -58,6 +58,11 @@ def run_stage2(
     paths = run_paths(config.run)
     if vstar_file is None and config.train.reads_stage1:
         vstar_file = paths.vstar
+        if not vstar_file.exists():
+            raise UserError(
+                f"there is no {vstar_file}, which the objective {config.train.objective.name} needs; make it with "
+                "`python cli.py vstar`, or choose an objective that does without stage 1, such as grpo"
+            )
     ranks = join_ranks(config.seed)
     data = prepare(config, vstar_file, allow_mismatch, ranks)
     with ExitStack() as job:

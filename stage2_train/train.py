@@ -135,7 +135,8 @@ class Trainer:
     def refuse_unjudged(self, number: int, rollouts: Sequence[Rollout]) -> None:
         """Raise UserError where the grader could judge too few of the batch's rollouts."""
         judged = self.ranks.total(sum(rollout.grade.outcome not in UNJUDGED for rollout in rollouts))
-        refuse_unjudged(number, judged, self.ranks.total(len(rollouts)), rollouts)
+        completions = self.config.train.batch_size * self.objective.group_size
+        refuse_unjudged(number, judged, completions, rollouts)
 
     def score(self, collated: Collated, metrics: Metrics) -> Batch:
         """The batch with the columns that models fill: each sees all of the iteration's micro-batches at one visit.

@@ -1,9 +1,10 @@
 """Adaptive N: only wide intervals get more samples, within the budget, the same ones however often a job is killed."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from benchmarks.adaptive import WAYS, compare, from_rewards, prompts_like, stopping_bias
+from benchmarks.adaptive import main as benchmark
 from common.config import SamplingParams
 from common.data.prompts import prompt_id
 from common.errors import UserError
@@ -18,19 +21,16 @@ from common.provenance import read_provenance
 from common.rollout import Completion, SampleRequest
 from common.runs import WHOLE, Shard, run_paths
 from common.sampling import writer as writer
+from common.store import addresses, sample_files
 from common.value import Floats
-from stage1_vstar import adaptive
+from common.vstar_file import read_vstar, write_vstar
 from stage1_vstar.adaptive import (
-    WAYS,
     Allocation,
-    Comparison,
-    Counts,
-    Places,
+    Draw,
     Rule,
     allocate,
-    compare,
-    from_rewards,
 )
+from stage1_vstar.describe import describe, to_json
 from stage1_vstar.uncertainty import interval, plugin_bias
 from stage2_train.config import Config
 from tests.conftest import RunCli
@@ -110,34 +110,41 @@ def record(run: str = "test") -> dict[str, Any]:
 # The rule.
 
 
-def simulated(pass_rates: list[float], seed: int = 0, most: int = 4000) -> tuple[Floats, Any]:
-    """So many samples of each prompt, and the first of them as `allocate` asks for them."""
-    random = np.random.default_rng(seed)
-    rewards_PN = (random.random((len(pass_rates), most)) < np.array(pass_rates)[:, None]).astype(np.float64)
+def first_of(rewards_PN: Floats) -> Draw:
+    """The first of these rewards of each prompt, as `allocate` asks for them."""
+    return lambda places_W, sizes_W: np.concatenate(
+        [rewards_PN[place, :size] for place, size in zip(places_W, sizes_W, strict=True)]
+    )
 
-    def first(places_W: Places, sizes_W: Counts) -> Floats:
-        return np.concatenate(
-            [rewards_PN[place, :size] for place, size in zip(places_W, sizes_W, strict=True)]
-        )
 
-    return rewards_PN, first
+def simulated(pass_rates: list[float], most: int = 4000) -> Floats:
+    """So many rewards of each prompt."""
+    random_PN = np.random.default_rng(0).random((len(pass_rates), most))
+    return (random_PN < np.array(pass_rates)[:, None]).astype(np.float64)
+
+
+RATES = [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0] * 5
+
+
+def step(rewards_N: Floats, rule: Rule) -> int:
+    """How many samples a prompt with these gets in the next round, 0 for none; the rule anew, a prompt at a time."""
+    size = len(rewards_N)
+    found = interval(rewards_N, np.array([size]), BETA1)
+    excess = round(float(found.high_P[0] - found.low_P[0]), 9) / round(2 * 1.96 * rule.target_se, 9)
+    return math.ceil(min(max(size * (excess**2 - 1), size / 4), size)) if excess > 1 else 0
 
 
 def size_by_size(rewards_N: Floats, rule: Rule, first: int) -> int:
-    """How many samples one prompt ends with when no budget binds; the rule anew, a prompt at a time."""
+    """How many samples one prompt ends with when no budget binds."""
     size = first
-    while True:
-        found = interval(rewards_N[:size], np.array([size]), BETA1)
-        excess = round(float(found.high_P[0] - found.low_P[0]), 9) / round(2 * 1.96 * rule.target_se, 9)
-        if excess <= 1:
-            return size
-        size += math.ceil(min(max(size * (excess**2 - 1), size / 4), size))
+    while more := step(rewards_N[:size], rule):
+        size += more
+    return size
 
 
 def test_each_prompt_is_sampled_until_its_own_interval_is_narrow() -> None:
-    rewards_PN, first = simulated([0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0] * 5)
-    rule = Rule(target_se=0.05, budget=UNLIMITED)
-    found = allocate(rule, 8, BETA1, first, len(rewards_PN))
+    rewards_PN, rule = simulated(RATES), Rule(target_se=0.05, budget=UNLIMITED)
+    found = allocate(rule, 8, BETA1, first_of(rewards_PN), len(rewards_PN))
     assert found.sizes_P.tolist() == [size_by_size(rewards_N, rule, 8) for rewards_N in rewards_PN]
     assert found.still_wide == 0
     assert found.sizes_P.min() < found.sizes_P.max() / 4
@@ -147,8 +154,8 @@ def test_each_prompt_is_sampled_until_its_own_interval_is_narrow() -> None:
 
 @pytest.mark.parametrize("budget", [320, 321, 350, 640, 1000, 2500])
 def test_the_budget_is_used_up_and_never_exceeded_and_goes_to_the_widest_first(budget: int) -> None:
-    rewards_PN, first = simulated([0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0] * 5)
-    found = allocate(Rule(target_se=0.05, budget=budget), 8, BETA1, first, len(rewards_PN))
+    first = first_of(simulated(RATES))
+    found = allocate(Rule(target_se=0.05, budget=budget), 8, BETA1, first, len(RATES))
     assert found.sizes_P.sum() == budget
     assert found.rounds[-1].left == 0
     assert found.still_wide > 0
@@ -163,11 +170,8 @@ def test_a_first_success_does_not_end_a_prompts_sampling() -> None:
     for place in range(40):
         rewards_N = np.zeros(4000)
         rewards_N[place] = 1.0
-
-        def first(_: Places, sizes_W: Counts, rewards_N: Floats = rewards_N) -> Floats:
-            return rewards_N[: sizes_W[0]]
-
-        size = allocate(Rule(target_se=0.05, budget=UNLIMITED), 8, BETA1, first, 1).sizes_P[0]
+        rule = Rule(target_se=0.05, budget=UNLIMITED)
+        size = allocate(rule, 8, BETA1, first_of(rewards_N[None]), 1).sizes_P[0]
         assert size > place + 1
         found = interval(rewards_N[:size], np.array([size]), BETA1)
         assert found.high_P[0] - found.low_P[0] <= 2 * 1.96 * 0.05
@@ -176,12 +180,7 @@ def test_a_first_success_does_not_end_a_prompts_sampling() -> None:
 def test_rewards_of_any_size_are_sampled_until_narrow() -> None:
     random = np.random.default_rng(0)
     rewards_PN = random.choice([-2.0, 0.0, 0.5, 3.0], p=[0.3, 0.3, 0.2, 0.2], size=(20, 8000))
-
-    def first(places_W: Places, sizes_W: Counts) -> Floats:
-        return np.concatenate(
-            [rewards_PN[place, :size] for place, size in zip(places_W, sizes_W, strict=True)]
-        )
-
+    first = first_of(rewards_PN)
     found = allocate(Rule(target_se=0.1, budget=UNLIMITED), 8, 1.0, first, 20)
     rewards_S = first(np.arange(20), found.sizes_P)
     bounds = interval(rewards_S, found.sizes_P, 1.0, limits=(-2.0, 3.0))
@@ -195,23 +194,18 @@ def test_rewards_of_any_size_are_sampled_until_narrow() -> None:
 
 def exact_bias(pass_rate: float, rule: Rule, first: int) -> float:
     """The bias of V̂* under the rule without a budget, summed over all that can happen to one prompt."""
-    alive, bias, grow = {(0, 0): 1.0}, 0.0, math.exp(1 / BETA1) - 1
-    steps = {(0, 0): first}
+    alive, bias, grow = {(0, 0): (1.0, first)}, 0.0, math.exp(1 / BETA1) - 1
     while alive:
         reached: dict[tuple[int, int], float] = {}
-        for (successes, size), chance in alive.items():
-            step = steps[successes, size]
-            for more in range(step + 1):
-                weight = math.comb(step, more) * pass_rate**more * (1 - pass_rate) ** (step - more)
-                place = (successes + more, size + step)
+        for (successes, size), (chance, many) in alive.items():
+            for more in range(many + 1):
+                weight = math.comb(many, more) * pass_rate**more * (1 - pass_rate) ** (many - more)
+                place = (successes + more, size + many)
                 reached[place] = reached.get(place, 0.0) + chance * weight
         alive = {}
         for (successes, size), chance in reached.items():
-            found = interval(np.repeat([1.0, 0.0], [successes, size - successes]), np.array([size]), BETA1)
-            excess = round(float(found.high_P[0] - found.low_P[0]), 9) / round(2 * 1.96 * rule.target_se, 9)
-            if excess > 1:
-                alive[successes, size] = chance
-                steps[successes, size] = math.ceil(min(max(size * (excess**2 - 1), size / 4), size))
+            if many := step(np.repeat([1.0, 0.0], [successes, size - successes]), rule):
+                alive[successes, size] = (chance, many)
             else:
                 estimate = BETA1 * math.log1p(successes / size * grow)
                 bias += chance * (estimate - BETA1 * math.log1p(pass_rate * grow))
@@ -238,31 +232,24 @@ def test_the_simulated_bias_is_the_exact_one(successes: int) -> None:
 
 def test_where_nothing_is_wide_adaptive_is_fixed() -> None:
     rewards_S = np.repeat([1.0, 0.0], [5, 3])
-    found = adaptive.stopping_bias(Rule(target_se=1.0, budget=8), 8, BETA1, rewards_S, np.array([8]))
-    assert found["samples_a_prompt"] == 8
-    errors = [found[way]["bias"] for way in WAYS]
-    assert max(errors) - min(errors) < 6 * found[WAYS[0]]["bias_se"]
+    found = stopping_bias(Rule(target_se=1.0, budget=8), 8, BETA1, rewards_S, np.array([8]))
+    assert set(found.allocation.sizes_P) == {8}
+    errors = [errors_P.mean() for errors_P in found.errors.values()]
+    spread = found.errors[WAYS[0]].std() / math.sqrt(len(found.allocation.sizes_P))
+    assert max(errors) - min(errors) < 6 * spread
     assert max(errors) < 0  # the plug-in's own
 
 
 @pytest.mark.parametrize("prompts", [1000, 1800, 5000])
-def test_the_simulated_prompts_are_like_the_run_even_if_its_rows_are_sorted(
-    prompts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(adaptive, "SIMULATED_PROMPTS", 1000)
-    simulated_P: list[Floats] = []
-
-    def recording(rule: Rule, num_samples: int, beta1: float, fresh: Any, truth_P: Floats) -> Comparison:
-        simulated_P.append(truth_P)
-        return compare(rule, num_samples, beta1, fresh, truth_P)
-
-    monkeypatch.setattr(adaptive, "compare", recording)
+def test_the_simulated_prompts_are_like_the_run_even_if_its_rows_are_sorted(prompts: int) -> None:
     # Rewards of three values are simulated by the prompt's own, so that V* is known exactly.
-    rewards_S = np.repeat([0.0, 0.5, 1.0], [2 * prompts, 4 * prompts, 2 * prompts])
-    counts_P = np.full(prompts, 8)
-    adaptive.stopping_bias(Rule(target_se=1.0, budget=8 * prompts), 8, BETA1, rewards_S, counts_P)
-    assert simulated_P[0].mean() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 8 / 1000))
-    assert simulated_P[0].std() == pytest.approx(math.sqrt(1 / 8), rel=0.1)
+    rewards_S, counts_P = (
+        np.repeat([0.0, 0.5, 1.0], [2 * prompts, 4 * prompts, 2 * prompts]),
+        np.full(prompts, 8),
+    )
+    _, truth_P = prompts_like(rewards_S, counts_P, BETA1, 1000, np.random.default_rng(0))
+    assert truth_P.mean() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 8 / 1000))
+    assert truth_P.std() == pytest.approx(math.sqrt(1 / 8), rel=0.1)
 
 
 # On a run.
@@ -285,11 +272,9 @@ def test_only_the_prompts_whose_interval_is_wide_get_more_samples(config: Config
         f"round 1: {more.sum()} of 24 intervals of V* wider than ±0.176; {more.sum()} prompts get" in printed
     )
     assert "no interval is wide" in printed
-    assert re.search(r"bias of V̂\* by simulation: adaptive [+-]0\.\d{4} ± ", printed)
     found = record()
     assert found["rounds"][1]["wide"] == found["rounds"][1]["prompts"] == more.sum()
     assert found["samples"] == rows["num_samples"].sum()
-    assert read_provenance(run_paths("test").vstar).context["adaptive_bias"]["adaptive"]["rmse"] > 0
 
 
 @pytest.mark.usefixtures("engines")
@@ -301,39 +286,22 @@ def test_a_run_draws_all_of_its_budget_and_never_more(config: Config, budget: in
     assert record()["still_wide"] > 0
 
 
-def test_killed_at_any_round_boundary_and_inside_rounds_a_run_ends_the_same(
+def test_killed_again_and_again_at_round_boundaries_and_inside_rounds_a_run_ends_the_same(
     tiny_model: Path, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(configured(tiny_model, tmp_path, "whole"))
     rounds = record("whole")["rounds"]
     assert len(rounds) >= 4
     monkeypatch.setattr(writer, "FRAGMENT_SAMPLES", 5)
+    config, samples = configured(tiny_model, tmp_path), run_paths("test").samples
     boundaries = np.cumsum([each["samples"] for each in rounds])[:-1].tolist()
-    for place, drawn in enumerate([1, *(at + offset for at in boundaries for offset in (-3, 0))]):
-        name = f"killed-{place}"
-        config = configured(tiny_model, tmp_path, name)
-        engines.next = DyingEngine(drawn)
+    for drawn in (1, *(at + offset for at in boundaries for offset in (-3, 0))):
+        there = addresses(sample_files(samples)).height if sample_files(samples) else 0
+        engines.next = DyingEngine(drawn - there)
         with pytest.raises(EngineDied):
             start(config)
-        engines.next = ScriptedEngine(write)
-        start(config)
-        assert stored(name).equals(stored("whole"))
-        assert rows_of(name).equals(rows_of("whole"))
-        assert record(name) == record("whole")
-
-
-def test_killed_again_and_again_a_run_ends_the_same(
-    tiny_model: Path, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start(configured(tiny_model, tmp_path, "whole"))
-    monkeypatch.setattr(writer, "FRAGMENT_SAMPLES", 1)
-    config, kills = configured(tiny_model, tmp_path), 0
-    while not run_paths("test").vstar.exists():
-        engines.next = DyingEngine(35 * (kills + 1))
-        with suppress(EngineDied):
-            start(config)
-        kills += 1
-    assert kills >= 4
+    engines.next = ScriptedEngine(write)
+    start(config)
     assert stored().equals(stored("whole"))
     assert rows_of().equals(rows_of("whole"))
     assert record() == record("whole")
@@ -348,6 +316,28 @@ def test_a_second_run_and_a_plain_one_do_nothing(config: Config, engines: Engine
     assert "nothing to do" in plain
     assert engines.loaded == 1
     assert contents(run_paths("test").root) == before
+
+
+@pytest.mark.usefixtures("engines")
+def test_the_benchmark_tells_what_a_runs_rule_did_to_vstar(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(config)
+    monkeypatch.setattr("sys.argv", ["benchmarks.adaptive", "--run", "test"])
+    benchmark()
+    line = r"bias of V̂\* by simulation: adaptive [+-]0\.\d{4} ± .* fixed N .* \(RMSE 0\.\d{4}\)"
+    assert re.search(line, capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("engines")
+def test_a_file_that_holds_what_an_earlier_version_simulated_is_read_and_kept(config: Config) -> None:
+    start(config)
+    path, bias = run_paths("test").vstar, {"adaptive": {"bias": 0.01, "bias_se": 0.001, "rmse": 0.1}}
+    rows, provenance = read_vstar(path)
+    context = {**provenance.context, "adaptive_bias": bias}
+    write_vstar(rows, replace(provenance, context=context), path)
+    assert "nothing to do" in start(config)
+    assert json.loads(to_json(describe(path)))["context"]["adaptive_bias"] == bias
 
 
 def test_without_the_file_the_same_samples_give_a_fixed_n_and_again_the_adaptive_one(

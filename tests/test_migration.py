@@ -65,7 +65,7 @@ def test_a_run_of_every_old_version_is_read_whole(version: int) -> None:
     assert samples.columns == SAMPLES.schema.names
     rewards = samples.sort("sample_index").group_by("prompt_id").agg("reward")
     assert dict(rewards.iter_rows()) == dict(rows.select("prompt_id", "rewards").iter_rows())
-    assert describe(folder / "vstar.parquet")["samples"] == samples.height
+    assert describe(folder / "vstar.parquet").samples == samples.height
 
 
 # Version 1.

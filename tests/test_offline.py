@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.provenance import read_provenance
 from common.runs import REPOSITORY, exclusive_run, run_paths
 from common.vstar_file import ESTIMATORS, read_vstar
-from stage1_vstar.describe import describe, to_json
+from stage1_vstar.describe import Extent, describe, to_json
 from stage1_vstar.estimator import estimate
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
@@ -133,7 +133,7 @@ def test_the_estimator_is_recorded_until_the_papers_is_back(uneven: Path) -> Non
     filter_prompts(uneven, None, drop_rules(**DEFAULTS))
     assert read_provenance(uneven).context["estimator"] == "beta_binomial"
     rescore(uneven, uneven, 0.5, "jackknife")
-    assert describe(uneven)["estimator"] == "jackknife"
+    assert describe(uneven).estimator == "jackknife"
     assert "prior" not in read_provenance(uneven).context
     assert "jackknife → plugin" in rescore(uneven, uneven, 0.5)
     filter_prompts(uneven, None, [])
@@ -164,15 +164,15 @@ def test_an_estimator_that_is_none_or_not_for_these_rewards_is_refused(
 def test_the_figures_of_an_artifact_are_those_of_its_rows(artifact: Path) -> None:
     filter_prompts(artifact, None, drop_rules(**DEFAULTS))
     figures = describe(artifact)
-    assert (figures["prompts"], figures["kept"], figures["samples"]) == (4, 3, 16)
-    assert figures["num_samples"] == {"min": 4, "max": 4}
-    assert (figures["beta1"], figures["pass_rate"], figures["pass_at_n"]) == (0.5, 0.5, 0.75)
-    assert figures["outcomes"] == {"correct": 8, "wrong": 6, "unparsed": 1, "truncated": 1}
-    assert figures["mean_completion_tokens"] == 4.5
-    assert figures["pass_rate_histogram"] == [1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1]
-    assert (figures["dropped_by"], figures["estimator"]) == ({"pass@N = 0": 1}, "plugin")
-    assert figures["identity"] == IDENTITY
-    assert figures["context"] == {**CONTEXT, "filters": ["pass@N = 0"]}
+    assert (figures.prompts, figures.kept, figures.samples) == (4, 3, 16)
+    assert figures.num_samples == Extent(min=4, max=4)
+    assert (figures.beta1, figures.pass_rate, figures.pass_at_n) == (0.5, 0.5, 0.75)
+    assert figures.outcomes == {"correct": 8, "wrong": 6, "unparsed": 1, "truncated": 1}
+    assert figures.mean_completion_tokens == 4.5
+    assert figures.pass_rate_histogram == [1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1]
+    assert (figures.dropped_by, figures.estimator) == ({"pass@N = 0": 1}, "plugin")
+    assert figures.identity == IDENTITY
+    assert figures.context == {**CONTEXT, "filters": ["pass@N = 0"]}
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.5, math.inf])
@@ -194,14 +194,14 @@ def test_inspect_says_how_far_vstar_may_be_off(tmp_path: Path) -> None:
     }
     figures = describe(write_artifact(tmp_path / "vstar.parquet", outcomes, beta1=0.5))
     solvable_P = rates_P >= 0.05
-    assert figures["solvable_dropped"] == pytest.approx(((1 - rates_P) ** 4)[solvable_P].mean(), abs=0.02)
+    assert figures.solvable_dropped == pytest.approx(((1 - rates_P) ** 4)[solvable_P].mean(), abs=0.02)
     truth_P = 0.5 * np.log1p(rates_P * np.expm1(2))
-    bias = figures["vstar"]["mean"] - truth_P.mean()
+    bias = figures.vstar.mean - truth_P.mean()
     assert bias < -0.01
-    assert figures["mean_bias"] == pytest.approx(bias, abs=0.015)
-    assert 0.4 < figures["mean_interval_width"] < 0.8
+    assert figures.mean_bias == pytest.approx(bias, abs=0.015)
+    assert 0.4 < figures.mean_interval_width < 0.8
     graded = write_artifact(tmp_path / "graded.parquet", {"p": ["wrong"] * 2}, rewards={"p": [0.25, 0.5]})
-    assert describe(graded)["solvable_dropped"] is None
+    assert describe(graded).solvable_dropped is None
 
 
 def test_rescoring_says_when_flags_are_of_the_old_vstar(artifact: Path) -> None:
@@ -215,7 +215,7 @@ def test_rescoring_says_when_flags_are_of_the_old_vstar(artifact: Path) -> None:
 
 def test_ragged_artifacts_are_described_too(tmp_path: Path) -> None:
     path = write_artifact(tmp_path / "vstar.parquet", {"a": ["correct"], "b": ["wrong", "correct", "wrong"]})
-    assert describe(path)["num_samples"] == {"min": 1, "max": 3}
+    assert describe(path).num_samples == Extent(min=1, max=3)
 
 
 def test_the_commands_do_what_the_functions_do(artifact: Path, run_cli: RunCli, tmp_path: Path) -> None:

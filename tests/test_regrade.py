@@ -37,6 +37,8 @@ from tests.stage1_runs import (
 )
 from tests.stage2_runs import as_toml
 
+pytestmark = pytest.mark.usefixtures("engines")
+
 REWARD_A = """
 def reward(prompt, completion, answer):
     return float(completion.endswith(answer))
@@ -151,7 +153,6 @@ def test_every_sample_gets_the_new_graders_verdict_and_every_prompt_its_vstar(
     assert provenance.context["regraded_from"] == fingerprint(graded_by("regrade_a").grader)
 
 
-@pytest.mark.usefixtures("engines")
 def test_the_comparison_lists_just_the_changed_prompts_with_the_largest_change_first(
     graded_by: MakeConfig,
 ) -> None:
@@ -209,7 +210,6 @@ def test_the_comparison_lists_just_the_changed_prompts_with_the_largest_change_f
         assert f"  {move}: {count} samples" in printed
 
 
-@pytest.mark.usefixtures("engines")
 def test_a_grader_that_agrees_changes_no_prompt(graded_by: MakeConfig, tmp_path: Path) -> None:
     run(graded_by("regrade_a"))
     (tmp_path / "regrade_b.py").write_text(REWARD_A + "\n# the same in other words\n")
@@ -222,7 +222,6 @@ def test_a_grader_that_agrees_changes_no_prompt(graded_by: MakeConfig, tmp_path:
     assert read_vstar(folder_of(config) / "vstar.parquet")[0].equals(rows_of())
 
 
-@pytest.mark.usefixtures("engines")
 def test_flags_that_were_about_the_old_grades_are_not_carried_over(graded_by: MakeConfig) -> None:
     run(graded_by("regrade_a"))
     path = run_paths("test").vstar
@@ -237,7 +236,6 @@ def test_flags_that_were_about_the_old_grades_are_not_carried_over(graded_by: Ma
     assert rows["keep"].to_list() == rows["pass_at_n"].to_list()
 
 
-@pytest.mark.usefixtures("engines")
 def test_only_the_samples_of_the_table_are_compared(graded_by: MakeConfig) -> None:
     run(graded_by("regrade_a", vstar={"num_samples": 6}))
     run(graded_by("regrade_a", vstar={"num_samples": 3}))
@@ -275,7 +273,6 @@ def refuse_to_grade(_: object) -> GraderPool:
     raise AssertionError("everything has been graded")
 
 
-@pytest.mark.usefixtures("engines")
 def test_a_second_regrade_grades_nothing_and_changes_no_file(
     graded_by: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +304,6 @@ class DyingPool(GraderPool):
         return self.drain()
 
 
-@pytest.mark.usefixtures("engines")
 def test_a_regrade_that_was_cut_off_continues_and_gives_the_same_table(
     graded_by: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,17 +401,9 @@ def test_old_grades_can_be_accepted_and_the_file_says_so(graded_by: MakeConfig, 
     document = json.loads(to_json(describe(run_paths("test").vstar)))
     assert document["context"]["accepted_mismatches"] == accepted
     assert "nothing to do" in run(config)  # what was accepted once is not asked again
+    assert f"was graded by {here}" not in regrade(config)  # nor is the table taken for one of the new grader
 
 
-@pytest.mark.usefixtures("engines")
-def test_a_table_of_accepted_grades_is_not_taken_for_one_of_the_new_grader(graded_by: MakeConfig) -> None:
-    run(graded_by("regrade_a"))
-    config = graded_by("regrade_b")
-    run(config, allow_mismatch=["grader"])
-    assert f"was graded by {fingerprint(config.grader)}" not in regrade(config)
-
-
-@pytest.mark.usefixtures("engines")
 def test_a_regraded_table_trains_with_its_grader_and_not_with_the_old_one(graded_by: MakeConfig) -> None:
     run(graded_by("regrade_a"))
     regrade(config := graded_by("regrade_b"))
@@ -439,7 +427,6 @@ def test_a_regraded_table_trains_with_its_grader_and_not_with_the_old_one(graded
 # What cannot be done.
 
 
-@pytest.mark.usefixtures("engines")
 def test_a_grader_that_can_judge_nothing_is_refused_and_nothing_is_kept(
     graded_by: MakeConfig, tmp_path: Path
 ) -> None:
@@ -457,7 +444,6 @@ def test_a_grader_that_can_judge_nothing_is_refused_and_nothing_is_kept(
     assert contents(run_paths("test").root, "*.parquet") == before
 
 
-@pytest.mark.usefixtures("engines")
 def test_a_run_without_samples_cannot_be_regraded(graded_by: MakeConfig) -> None:
     with pytest.raises(UserError) as caught:
         regrade(graded_by("regrade_b"))
@@ -466,48 +452,35 @@ def test_a_run_without_samples_cannot_be_regraded(graded_by: MakeConfig) -> None
     )
 
 
-@pytest.fixture
-def on_command_line(
-    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Config], Any]:
-    """Regrades by `python cli.py regrade --json`, with the test's reward modules on the path."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-
-    def regrade_as_json(config: Config) -> Any:
-        (tmp_path / "run.toml").write_text(as_toml(config))
-        return run_cli("regrade", "--config", tmp_path / "run.toml", "--run", "test", "--json")
-
-    return regrade_as_json
-
-
-@pytest.mark.usefixtures("engines")
 def test_the_command_line_prints_the_comparison_as_one_json_document(
-    graded_by: MakeConfig, on_command_line: Callable[[Config], Any]
+    graded_by: MakeConfig, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(graded_by("regrade_a"))
-    result = on_command_line(config := graded_by("regrade_b"))
+    config = graded_by("regrade_b")
+    (tmp_path / "run.toml").write_text(as_toml(config))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    command = ("regrade", "--config", tmp_path / "run.toml", "--run", "test", "--json")
+    result = run_cli(*command)
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
     assert summary == json.loads((folder_of(config) / "summary.json").read_text())
     assert summary["samples"] == SAMPLES
-    assert result.stderr.startswith("24 completions to grade by ")
+    assert result.stderr.startswith(f"{SAMPLES} completions to grade by ")
+    grade_files()[0].write_bytes(b"")
+    result = run_cli(*command)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == summary
 
 
-def damage_one_of_several_fragments(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("common.sampling.writer.FRAGMENT_SAMPLES", 5)
-        run(config)
-    damaged = sample_files(run_paths("test").samples)[0]
-    damaged.write_bytes(damaged.read_bytes()[:-50])
-
-
-@pytest.mark.usefixtures("engines")
 def test_a_regrade_without_a_damaged_fragments_samples_ends_with_a_table_or_a_line_of_advice(
     graded_by: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damage_one_of_several_fragments(graded_by("regrade_a"), monkeypatch)
-    config = graded_by("regrade_b")
-    advice = ""
+    with monkeypatch.context() as patch:
+        patch.setattr("common.sampling.writer.FRAGMENT_SAMPLES", 5)
+        run(graded_by("regrade_a"))
+    damaged = sample_files(run_paths("test").samples)[0]
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    config, advice = graded_by("regrade_b"), ""
     try:
         regrade(config)
     except UserError as error:
@@ -515,20 +488,6 @@ def test_a_regrade_without_a_damaged_fragments_samples_ends_with_a_table_or_a_li
     assert (folder_of(config) / "vstar.parquet").exists() != ("`python cli.py vstar`" in advice)
 
 
-@pytest.mark.usefixtures("engines")
-def test_a_damaged_file_leaves_the_json_document_one_document(
-    graded_by: MakeConfig, on_command_line: Callable[[Config], Any]
-) -> None:
-    run(graded_by("regrade_a"))
-    config = graded_by("regrade_b")
-    regrade(config)
-    grade_files()[0].write_bytes(b"")
-    result = on_command_line(config)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["samples"] == SAMPLES
-
-
-@pytest.mark.usefixtures("engines")
 def test_a_table_by_the_same_grader_leaves_standard_output_to_json(
     graded_by: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

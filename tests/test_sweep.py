@@ -18,11 +18,9 @@ from common.report.sweep_files import SamplesDigest
 from common.runs import REPOSITORY
 from common.value import estimate_vstar
 from common.vstar_file import read_vstar
-from stage1_vstar.sweep import BETAS, parse_betas, parse_sizes, run_sweep, sweep, to_json, units
+from stage1_vstar.sweep import BETAS, Loss, MeanAndSd, parse_betas, parse_sizes, run_sweep, sweep, units
 from tests.conftest import RunCli
 from tests.fakes import write_artifact
-
-Row = dict[str, Any]
 
 OUTCOMES = {
     "none": [0, 0, 0, 0, 0, 0],
@@ -44,18 +42,6 @@ def graded(path: Path, rates_P: np.ndarray[Any, Any], samples: int, seed: int) -
     """A run over prompts with known probabilities of a correct sample."""
     drawn_PS = np.random.default_rng(seed).random((len(rates_P), samples)) < rates_P[:, None]
     return artifact_rows(path, {f"{place:04}": row.tolist() for place, row in enumerate(drawn_PS)})
-
-
-def cell(figures: Row, beta1: float, num_samples: int) -> Row:
-    (found,) = (
-        each for each in figures["cells"] if (each["beta1"], each["num_samples"]) == (beta1, num_samples)
-    )
-    return dict(found)
-
-
-def column(figures: Row, num_samples: int) -> Row:
-    (found,) = (each for each in figures["by_num_samples"] if each["num_samples"] == num_samples)
-    return dict(found)
 
 
 @pytest.fixture
@@ -83,11 +69,9 @@ def test_infinite_beta1_is_exactly_the_pass_rate_and_zero_exactly_pass_at_n(tmp_
         assert found == sorted(rows[name].cast(pl.Float64))
     figures = sweep(rows, BETAS, (1, 2, 5, 24))
     for size in (1, 2, 5, 24):
-        assert cell(figures, math.inf, size)["vstar"]["mean"] == pytest.approx(
-            rows["pass_rate"].mean(), rel=1e-12
-        )
-        assert cell(figures, 0.0, size)["vstar"]["mean"] == pytest.approx(
-            1 - column(figures, size)["dropped"]["mean"], rel=1e-12
+        assert figures.cell(math.inf, size).vstar.mean == pytest.approx(rows["pass_rate"].mean(), rel=1e-12)
+        assert figures.cell(0.0, size).vstar.mean == pytest.approx(
+            1 - figures.column(size).dropped.mean, rel=1e-12
         )
 
 
@@ -108,16 +92,16 @@ def test_the_figures_are_those_of_every_single_subset(rows: pl.DataFrame, beta1:
         spreads.append(values.var())
         errors.append(((values - full) ** 2).mean())
         losses.append(np.mean((np.array(rest) - values[:, None]) ** 2))
-    found = cell(figures, beta1, 3)
-    assert found["vstar"]["mean"] == pytest.approx(np.mean(means), rel=1e-12)
-    assert found["vstar"]["sd"] == pytest.approx(math.sqrt(np.sum(spreads)) / 5, rel=1e-12)
-    assert found["prompt_sd"] == pytest.approx(math.sqrt(np.mean(spreads)), rel=1e-12)
-    assert found["spread"] == pytest.approx(math.sqrt(np.mean(spreads) + np.var(means)), rel=1e-12)
-    assert found["rmse"] == pytest.approx(math.sqrt(np.mean(errors)), rel=1e-12)
-    assert found["loss"]["mean"] == pytest.approx(np.mean(losses), rel=1e-12)
-    dropped = column(figures, 3)
-    assert dropped["dropped"]["mean"] == pytest.approx((1 + 2 * 10 / 20) / 5, rel=1e-12)
-    assert dropped["dropped_solvable"]["mean"] == pytest.approx(2 * 10 / 20 / 5, rel=1e-12)
+    found = figures.cell(beta1, 3)
+    assert found.vstar.mean == pytest.approx(np.mean(means), rel=1e-12)
+    assert found.vstar.sd == pytest.approx(math.sqrt(np.sum(spreads)) / 5, rel=1e-12)
+    assert found.prompt_sd == pytest.approx(math.sqrt(np.mean(spreads)), rel=1e-12)
+    assert found.spread == pytest.approx(math.sqrt(np.mean(spreads) + np.var(means)), rel=1e-12)
+    assert found.rmse == pytest.approx(math.sqrt(np.mean(errors)), rel=1e-12)
+    assert found.loss.mean == pytest.approx(np.mean(losses), rel=1e-12)
+    dropped = figures.column(3)
+    assert dropped.dropped.mean == pytest.approx((1 + 2 * 10 / 20) / 5, rel=1e-12)
+    assert dropped.dropped_solvable.mean == pytest.approx(2 * 10 / 20 / 5, rel=1e-12)
 
 
 def test_random_subsets_of_other_rewards_agree_with_exact_ones(tmp_path: Path) -> None:
@@ -126,33 +110,35 @@ def test_random_subsets_of_other_rewards_agree_with_exact_ones(tmp_path: Path) -
     doubled = rows.with_columns(rewards=pl.col("rewards").list.eval(pl.element() * 2))
     exact = sweep(rows, [math.inf, 0.5, 0.0], [2, 8])
     random = sweep(doubled, [math.inf, 1.0, 0.0], [2, 8])
-    for one, two in zip(exact["cells"], random["cells"], strict=True):
-        assert two["vstar"]["mean"] / 2 == pytest.approx(one["vstar"]["mean"], abs=0.004)
-        assert two["rmse"] / 2 == pytest.approx(one["rmse"], rel=0.02)
-        assert two["prompt_sd"] / 2 == pytest.approx(one["prompt_sd"], rel=0.02)
-        assert two["loss"]["mean"] / 4 == pytest.approx(one["loss"]["mean"], rel=0.02)
-        assert two["loss"]["sd"] / 4 == pytest.approx(one["loss"]["sd"], rel=0.05)
-    for one, two in zip(exact["by_num_samples"], random["by_num_samples"], strict=True):
+    for one, two in zip(exact.cells, random.cells, strict=True):
+        assert one.loss.mean is not None
+        assert two.loss.mean is not None
+        assert two.vstar.mean / 2 == pytest.approx(one.vstar.mean, abs=0.004)
+        assert two.rmse / 2 == pytest.approx(one.rmse, rel=0.02)
+        assert two.prompt_sd / 2 == pytest.approx(one.prompt_sd, rel=0.02)
+        assert two.loss.mean / 4 == pytest.approx(one.loss.mean, rel=0.02)
+        assert two.loss.sd / 4 == pytest.approx(one.loss.sd, rel=0.05)
+    for here, there in zip(exact.by_num_samples, random.by_num_samples, strict=True):
         for name in ("dropped", "dropped_solvable", "time_saved"):
-            assert two[name]["mean"] == pytest.approx(one[name]["mean"], abs=0.004)
+            assert getattr(there, name).mean == pytest.approx(getattr(here, name).mean, abs=0.004)
 
 
 @pytest.mark.parametrize("name", ["rows", "halves"])
 def test_all_samples_are_one_subset_so_that_nothing_varies(name: str, request: pytest.FixtureRequest) -> None:
     figures = sweep(request.getfixturevalue(name), BETAS, [6])
     for beta1 in BETAS:
-        found = cell(figures, beta1, 6)
-        assert (found["bias"], found["prompt_sd"], found["rmse"]) == (0, 0, 0)
-        assert (found["vstar"]["sd"], found["loss"]["sd"]) == (0, 0)
-    everything = column(figures, 6)
-    assert everything["dropped"] == {"mean": 0.2, "sd": 0}
-    assert everything["dropped_solvable"] == {"mean": 0, "sd": 0}
+        found = figures.cell(beta1, 6)
+        assert (found.bias, found.prompt_sd, found.rmse) == (0, 0, 0)
+        assert (found.vstar.sd, found.loss.sd) == (0, 0)
+    everything = figures.column(6)
+    assert everything.dropped == MeanAndSd(mean=0.2, sd=0)
+    assert everything.dropped_solvable == MeanAndSd(mean=0, sd=0)
 
 
 @pytest.mark.parametrize("name", ["rows", "halves"])
 def test_the_same_artifact_gives_the_same_figures(name: str, request: pytest.FixtureRequest) -> None:
     rows = request.getfixturevalue(name)
-    assert to_json(sweep(rows, BETAS, [1, 2, 4])) == to_json(sweep(rows, BETAS, [1, 2, 4]))
+    assert sweep(rows, BETAS, [1, 2, 4]) == sweep(rows, BETAS, [1, 2, 4])
 
 
 def test_runs_that_draw_n_samples_fall_within_the_error_bars(tmp_path: Path) -> None:
@@ -167,19 +153,19 @@ def test_runs_that_draw_n_samples_fall_within_the_error_bars(tmp_path: Path) -> 
         wider = math.sqrt((many + size) / (many - size))
         for _ in range(repeats):
             rewards_PN = (rng.random((len(rates_P), size)) < rates_P[:, None]).astype(float)
-            expected = {"dropped": column(figures, size)["dropped"]}
+            expected: dict[str, MeanAndSd | Loss] = {"dropped": figures.column(size).dropped}
             fresh = {"dropped": 1 - rewards_PN.max(axis=1).mean()}
             for beta1 in betas:
                 estimate = estimate_vstar(rewards_PN.ravel(), np.full(len(rates_P), size), beta1).vstar_P
-                found = cell(figures, beta1, size)
-                expected |= {f"vstar {beta1}": found["vstar"], f"loss {beta1}": found["loss"]}
+                found = figures.cell(beta1, size)
+                expected |= {f"vstar {beta1}": found.vstar, f"loss {beta1}": found.loss}
                 fresh |= {
                     f"vstar {beta1}": estimate.mean(),
                     f"loss {beta1}": (rates_P - 2 * estimate * rates_P + estimate**2).mean(),
                 }
             inside.append(
                 [
-                    abs(fresh[name] - expected[name]["mean"]) <= 2 * wider * expected[name]["sd"]
+                    abs(fresh[name] - (expected[name].mean or 0.0)) <= 2 * wider * expected[name].sd
                     for name in fresh
                 ]
             )
@@ -191,13 +177,13 @@ def test_runs_that_draw_n_samples_fall_within_the_error_bars(tmp_path: Path) -> 
 def test_prompts_with_fewer_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = artifact_rows(tmp_path / "vstar.parquet", {"a": [1, 0], "b": [0, 0, 0, 1], "c": [0, 0, 0, 0]})
     figures = sweep(rows, [math.inf], parse_sizes([], rows["num_samples"].to_list()))
-    assert [(each["num_samples"], each["left_out"]) for each in figures["by_num_samples"]] == [
+    assert [(each.num_samples, each.left_out) for each in figures.by_num_samples] == [
         (1, 0),
         (2, 0),
         (4, 1),
     ]
-    assert cell(figures, math.inf, 2)["vstar"]["mean"] == pytest.approx((0.5 + 0.25 + 0) / 3)
-    assert cell(figures, math.inf, 4)["vstar"]["mean"] == pytest.approx((0.25 + 0) / 2)
+    assert figures.cell(math.inf, 2).vstar.mean == pytest.approx((0.5 + 0.25 + 0) / 3)
+    assert figures.cell(math.inf, 4).vstar.mean == pytest.approx((0.25 + 0) / 2)
 
 
 def test_the_time_saved_weighs_prompts_by_their_tokens(rows: pl.DataFrame) -> None:
@@ -205,18 +191,18 @@ def test_the_time_saved_weighs_prompts_by_their_tokens(rows: pl.DataFrame) -> No
     longer = rows.with_columns(
         completion_tokens=pl.col("prompt_id").replace_strict(lengths, return_dtype=pl.Int32).repeat_by(6)
     )
-    saved = column(sweep(longer, [0.0], [3]), 3)["time_saved"]["mean"]
+    saved = sweep(longer, [0.0], [3]).column(3).time_saved.mean
     assert saved == pytest.approx((40 + 10 / 20 * (10 + 10)) / 100, rel=1e-12)
 
 
 def test_quantiles_and_histogram_are_those_of_the_values(rows: pl.DataFrame) -> None:
     figures = sweep(rows, [math.inf], [6])
-    found = cell(figures, math.inf, 6)
-    assert found["quantiles"] == pytest.approx(
+    found = figures.cell(math.inf, 6)
+    assert found.quantiles == pytest.approx(
         {"0.05": 0, "0.25": 1 / 6, "0.5": 1 / 6, "0.75": 2 / 3, "0.95": 1}
     )
-    counts, _ = np.histogram(rows["pass_rate"], figures["histogram_edges"])
-    assert found["histogram"] == pytest.approx(counts / 5)
+    counts, _ = np.histogram(rows["pass_rate"], figures.histogram_edges)
+    assert found.histogram == pytest.approx(counts / 5)
 
 
 def test_one_sample_a_prompt_leaves_no_fresh_sample_for_a_loss(tmp_path: Path) -> None:

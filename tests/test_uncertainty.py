@@ -9,14 +9,13 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.comparisons import CHUNK, bootstrap_interval, delta_interval, drop_probability
-from common.value import estimate_vstar
+from common.value import estimate_vstar, reward_range
 from stage1_vstar.uncertainty import (
     Interval,
     approximate_bias,
     binomial_interval,
     interval,
     plugin_bias,
-    reward_range,
     two_valued_vstar,
 )
 

@@ -1,18 +1,16 @@
 """Empirical Bayes for rewards of 0 and 1: pass rates follow a Beta(a, b), which all prompts together determine.
 
-Shapes: _G group: a pair (successes, trials) that occurs, of which a run has few; _Q quadrature node.
+Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _Q quadrature node, _G group: a pair
+(successes, trials) that occurs, of which a run has few.
 """
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.errors import UserError
-
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
+from common.value import Counts, Floats, Ragged
 
 PARAMETER_RANGE = (1e-3, 1e5)
 """Where a and b are sought: below, pass rates are 0 or 1; above, all prompts have the same."""
@@ -75,6 +73,13 @@ def fit_prior(successes_G: Counts, trials_G: Counts, weights_G: Counts) -> BetaP
     found = minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B", options=options)
     a, b = np.exp(found.x)
     return BetaPrior(a=float(a), b=float(b))
+
+
+def fit_prior_to_rewards(rewards_S: Floats, counts_P: Counts) -> BetaPrior:
+    """`fit_prior` to rewards of 0 and 1, of which `counts_P` belong to each prompt, in order."""
+    successes_P = Ragged(counts_P).sum(rewards_S).astype(np.int64)
+    groups_G2, weights_G = np.unique(np.stack([successes_P, counts_P], axis=1), axis=0, return_counts=True)
+    return fit_prior(groups_G2[:, 0], groups_G2[:, 1], weights_G)
 
 
 def posterior_vstar(
