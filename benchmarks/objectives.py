@@ -16,7 +16,7 @@ trained; and the size of AdamW's two moments of these. In brackets the ratio to 
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,11 @@ from common.runs import run_paths
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config, load_config
 from stage2_train.data import TrainingData, prepare
+from stage2_train.metrics import peak_memory_bytes
 from stage2_train.objectives import AStarPO, ObjectiveConfig
 from stage2_train.scorers import Scorer, SeparateModel
 from stage2_train.train import Trainer
+from stage2_train.watchers import Remembering, Turn
 
 WORKLOADS = ("demo", "vocabulary")
 BASELINE: str = AStarPO().name
@@ -133,16 +135,16 @@ def measure_iterations(
         trained = [weight for learner in learners for weight in learner.module.parameters()]
         frozen = sum(isinstance(scorer, SeparateModel) for scorer in trainer.scorers.values())
         passes = count_passes(trainer)
-        turns = [trainer.iteration(number, last) for number in range(1, last + 1)]
+        turns = list(iterate(trainer, last))
         tokens = sum(len(rollout.completion.token_ids) for turn in turns for rollout in turn.rollouts)
 
         def median(name: str) -> float:
             return statistics.median(turn.metrics[name] for turn in turns[WARM_UP:])
 
         return Cost(
-            seconds=median("time/iteration"),
+            seconds=median("time/iteration") + median("time/memory"),
             rollout_seconds=median("time/rollout"),
-            peak_gib=turns[-1].metrics["memory/peak_gib"],
+            peak_gib=peak_memory_bytes() / 2**30,
             tokens=tokens / last,
             with_gradient=passes.with_gradient / last,
             without_gradient=passes.without_gradient / last,
@@ -152,6 +154,16 @@ def measure_iterations(
             * sum(weight.numel() for weight in trained if weight.requires_grad)
             / 2**20,
         )
+
+
+def iterate(trainer: Trainer, last: int) -> Iterator[Turn]:
+    """The iterations, and what an objective with a memory does after each."""
+    for number in range(1, last + 1):
+        turn = trainer.iteration(number, last)
+        turn.metrics["time/memory"] = 0.0
+        if trainer.memory:
+            Remembering(trainer.memory).after(turn)
+        yield turn
 
 
 @dataclass(slots=True)
@@ -245,7 +257,13 @@ def main() -> None:
                 if name == BASELINE:
                     parser.error(str(error))
                 refused.append(f"\n{name} is left out: {error}")
-        print(f"{workload}, {chosen.iterations} iterations each\n\n{table(costs)}\n", *refused, flush=True)
+        print(
+            f"{workload}, {chosen.iterations} iterations each\n\n{table(costs)}",
+            *refused,
+            "",
+            sep="\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
