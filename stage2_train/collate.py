@@ -162,8 +162,8 @@ class Collator:
             if self._objective.unit == "sequence":
                 units = [[sequence] for sequence in sequences]
             slices = self._cut(units)
-            idle = [TokenSequence.of(-1, rollouts[at * size]) for at in ours[:1]]
-            work.append((slices, slices[-1] if slices else self._cut([idle])[0]))
+            filler = slices[-1] if slices else self._idle(rollouts, ours[0] * size)
+            work.append((slices, filler))
             tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
             counts.append([len(sequences), sum(bool(groups[at]) for at in ours), tokens])
         everywhere = self._ranks.sum(torch.tensor(counts, device=self._ranks.device)).tolist()
@@ -175,6 +175,13 @@ class Collator:
             )
             for (slices, filler), (sequences, groups_there, tokens) in zip(work, everywhere, strict=True)
         ]
+
+    def _idle(self, rollouts: Sequence[Rollout], first: int) -> TokenBatch:
+        """Something for the networks where nothing of a step was judged on this rank: a unit of what was not."""
+        size = self._objective.group_size if self._objective.unit == "group" else 1
+        unit = [TokenSequence.of(-1, rollout) for rollout in rollouts[first : first + size]]
+        (tokens,) = self._cut([unit])
+        return tokens
 
 
 def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> list[float]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from stage2_train.batch import ABSENT, Batch, TokenBatch, Totals
@@ -45,7 +46,7 @@ class Trained(Protocol):
         ...
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """A share of 0 that goes through the network."""
+        """A share of 0 that goes through the network as the loss does: under ZeRO-3 ranks must not differ in that."""
         ...
 
 
@@ -75,7 +76,8 @@ class TrainedPolicy:
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
         """As Trained.nothing."""
-        return self._policy.logprobs(tokens).logprobs_K.sum() * 0.0
+        policy = self._policy.logprobs(tokens)
+        return self._objective.loss(policy, _blank(tokens, policy.logprobs_K.detach())).share * 0.0
 
 
 class TrainedCritic:
@@ -94,6 +96,23 @@ class TrainedCritic:
     def nothing(self, tokens: TokenBatch) -> Tensor:
         """As Trained.nothing."""
         return self._critic.values(tokens).sum() * 0.0
+
+
+def _blank(tokens: TokenBatch, logprobs_K: Tensor) -> Batch:
+    """One group of completions of which nothing is known: every policy is the same, every other number 0."""
+    sequences = len(tokens.rows)
+    zeros_B, zeros_K = logprobs_K.new_zeros(sequences), torch.zeros_like(logprobs_K)
+    batch = Batch(
+        group_of_B=zeros_B.long(),
+        lengths_B=tokens.is_completion_BT.sum(1),
+        rewards_B=zeros_B,
+        totals=Totals(sequences=sequences, groups=1, tokens=len(logprobs_K)),
+    )
+    return batch.with_columns(
+        **dict.fromkeys(("vstar_B", "quantile_B", "expected_B", "advantages_B"), zeros_B),
+        **dict.fromkeys(("rewards_K", "values_K", "advantages_K", "returns_K"), zeros_K),
+        **dict.fromkeys(("reference_K", "old_K"), logprobs_K),
+    )
 
 
 def trained_parts(objective: Objective, policy: Policy, critic: Critic | None) -> dict[str, Trained]:

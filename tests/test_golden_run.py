@@ -1,7 +1,7 @@
 """A run of commit 31beced, the last one before stage 2 was redesigned: read, and continued to the same result.
 
-tests/golden/31beced holds it as that commit left it after two iterations (`run`, less the scripts that DeepSpeed adds to a
-checkpoint), and what that commit made of it in a third one (`continued`). It is never written again.
+tests/golden/31beced holds it as that commit left it after two iterations (`run`, less the scripts that DeepSpeed adds
+to a checkpoint), and what that commit made of it in a third one (`continued`). It is never written again.
 """
 
 import json
