@@ -40,11 +40,13 @@ class Server:
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ended: dict[int, int] = {}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)  # each program has its own
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.warm", str(theirs.fileno())],
                 cwd=ROOT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                env=environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -253,8 +255,11 @@ def forked(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
                 control.send(json.dumps({"started": child}).encode())
 
 
-def become(order: Mapping[str, Any], files: Sequence[int]) -> int:
-    """Run a program as if the interpreter had been started with it; returns its exit code."""
+def become(order: Mapping[str, Any], files: Sequence[int], path: list[str]) -> int:
+    """Run a program as if the interpreter had been started with it; returns its exit code.
+
+    `path` is sys.path as it was before the libraries were imported.
+    """
     if order["start_new_session"]:
         os.setsid()
     for standard, file in enumerate(files):
@@ -265,8 +270,9 @@ def become(order: Mapping[str, Any], files: Sequence[int]) -> int:
     os.environ.update(order["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed()
-    if path := order["env"].get("PYTHONPATH"):
-        sys.path[1:1] = path.split(os.pathsep)
+    if packages := order["env"].get("PYTHONPATH"):
+        path = [path[0], *packages.split(os.pathsep), *path[1:]]
+    sys.path[:] = path
     first, *rest = order["program"]
     try:
         if first == "-m":
@@ -280,8 +286,11 @@ def become(order: Mapping[str, Any], files: Sequence[int]) -> int:
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
-    except BaseException:  # noqa: BLE001  as the interpreter does
+    except BaseException as error:  # noqa: BLE001  as the interpreter does
         traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         return 1
     return 0
 
@@ -297,11 +306,12 @@ def leave(exit_code: int) -> NoReturn:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests; they end this process
+    path = sys.path.copy()
     import_libraries()
     gc.freeze()
     with socket.socket(fileno=int(sys.argv[1])) as control:
         order = forked(control)
-    leave(0 if order is None else become(*order))
+    leave(0 if order is None else become(*order, path))
 
 
 if __name__ == "__main__":
