@@ -25,7 +25,7 @@ BASE_MODEL := $(if $(shell grep -s '{run}/base_model' $(CONFIG)),$(FOLDER)/base_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check setup setup-stage1 base-model vstar train evaluate report lock clean
+.PHONY: help demo test check browser setup setup-stage1 base-model vstar train evaluate report lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -40,6 +40,19 @@ test: $(INSTALLED)-dev ## Set up, then run the tests (ARGS="-k name" for some of
 
 check: $(INSTALLED)-dev ## Lint and type-check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Without it the tests of the report's page say why they are skipped.
+browser: ## Install Chromium for the tests of the report's page, where that takes no more than apt-get and root
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then \
+		echo "nothing to do: there is a browser"; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "no browser: that takes root and apt-get here; the tests of the report's page will be skipped"; \
+	elif apt-get update -qq && ! apt-cache show chromium >/dev/null 2>&1; then \
+		echo "no browser: apt-get knows no chromium; the tests of the report's page will be skipped"; \
+	else \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			-o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 chromium >/dev/null && chromium --version; \
+	fi
 
 setup: $(INSTALLED)-train ## Install everything that both stages need into .venv
 

@@ -14,7 +14,9 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no chromium on this machine; see `make browser`"
+)
 
 OPTIONS = (
     "--headless",

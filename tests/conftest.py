@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+import tests.warm
 from common.demo.base_model import build_tokenizer
 
 if TYPE_CHECKING:
@@ -16,10 +16,51 @@ if TYPE_CHECKING:
 
 # Read when torch is imported. Threads that spin while they wait take the cores from the tests' other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The tests' models are too small for a second thread, and the cores are the other workers'.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+MOST_WORKERS = 4
+"""Each takes up to 3 GB."""
+LONGEST_FILES = (
+    "test_kill",
+    "test_ranks",
+    "test_training",
+    "test_resume",
+    "test_rollout_groups",
+    "test_engines",
+    "test_stage1",
+    "test_lora",
+    "test_forecast",
+    "test_grading_code",
+    "test_grading_pool",
+    "test_cli_errors",
+    "test_safeguards",
+)
+"""From a run's longest to those of ten seconds."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many `-n auto` is: a worker for each core; none beside this process where they would share a GPU."""
+    return 0 if tests.warm.HAS_GPU else min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers take file after file; with the longest first, none has one left when the others have finished."""
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(LONGEST_FILES)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_starts_end_with_the_session() -> Iterator[None]:
+    yield
+    tests.warm.stop()
 
 
 @pytest.fixture(scope="session")
@@ -98,23 +139,22 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run_cli(artifacts: Path, tmp_path: Path) -> RunCli:
-    """Run `python cli.py …` as a user would, in another folder; returns the finished process."""
+    """Run `python cli.py …` as a user would, in another folder; returns the finished process.
 
-    def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    `warm` as in tests/warm.py: for what loads torch or vLLM, where a start from nothing is tested elsewhere.
+    """
+
+    def run(
+        *arguments: str | Path, timeout: float = 60, warm: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
             "ASTAR_PO_ARTIFACTS": str(artifacts),
             "HF_HUB_OFFLINE": "1",
             "COLUMNS": "200",
         }
-        return subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            timeout=timeout,
-        )
+        program = [ROOT / "cli.py", *arguments]
+        return tests.warm.run(program, cwd=tmp_path, env=environment, timeout=timeout, cold=not warm)
 
     return run
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests import warm
+
 FRAGMENT_SAMPLES = 10
 
 
@@ -26,13 +28,12 @@ class JobServer:
 
     def __init__(self, artifacts: Path, module: str = "tests.killing") -> None:
         environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+        self._process = warm.popen(
+            ["-m", module],
             cwd=Path(__file__).parents[1],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
         )
 
     def run(

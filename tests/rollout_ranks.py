@@ -1,4 +1,4 @@
-"""Two ranks of a job that share one vLLM engine: torchrun starts `-m tests.rollout_ranks JOB`, JOB being a JSON file.
+"""Two ranks of a job that share one vLLM engine: `-m tests.rollout_ranks JOB`, JOB being a JSON file.
 
 Each rank writes what its engine gave it to <output>.<rank>. Of the requests rank 0 has all but the last four.
 """
@@ -96,6 +96,7 @@ def work(config: Config, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     dist.init_process_group("gloo")
-    torch.save(
-        work(Config.model_validate(job["config"]), Path(job["folder"])), f"{job['output']}.{dist.get_rank()}"
+    output = (
+        f"{job['output']}.{dist.get_rank()}"  # before the engine that dies goes, and takes the group along
     )
+    torch.save(work(Config.model_validate(job["config"]), Path(job["folder"])), output)

@@ -36,6 +36,7 @@ from stage2_train.memory import (
     read_shape,
 )
 from stage2_train.watchers import FirstBatchCheck, Turn
+from tests import warm
 from tests.conftest import RunCli
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -515,14 +516,8 @@ HELD: dict[str, tuple[str, dict[str, Any]]] = {
 def test_deepspeed_holds_the_bytes_that_are_forecast(tiny_model: Path, tmp_path: Path) -> None:
     job, output = tmp_path / "job.json", tmp_path / "bytes.json"
     job.write_text(json.dumps({"model": str(tiny_model), "cases": HELD, "output": str(output)}))
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.train_memory", str(job)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = warm.run(["-m", "tests.train_memory", job], cwd=ROOT, env=environment, timeout=120)
     assert process.returncode == 0, process.stderr[-4000:]
     found = json.loads(output.read_text(encoding="utf-8"))
     shape = read_shape(tiny_model)

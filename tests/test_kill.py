@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from common.provenance import read_provenance
 from common.runs import run_paths
 from common.store import SampleStore, addresses, damage, sample_files
 from common.vstar_file import read_vstar
+from tests import warm
 from tests.conftest import ROOT
 from tests.fakes import tiny_config
 from tests.killing import JobServer
@@ -24,6 +24,13 @@ from tests.test_stage1 import TOML, write_questions
 
 KILLED = signal.SIGKILL
 SAMPLES = 4
+WATCHED = """
+from pathlib import Path
+
+def reward(prompt, completion, answer):
+    Path(__file__).with_name("graded").touch()
+    return 1.0
+"""
 
 
 @pytest.fixture
@@ -33,7 +40,9 @@ def jobs(artifacts: Path) -> Iterator[JobServer]:
 
 
 def document(model: Path, data: Path, run: str) -> dict[str, Any]:
-    return tiny_config(model, data, run=run, vstar={"num_samples": SAMPLES}).model_dump(mode="json")
+    return tiny_config(
+        model, data, run=run, vstar={"num_samples": SAMPLES}, grader={"workers": 1}
+    ).model_dump(mode="json")
 
 
 def stored(run: str) -> pl.DataFrame:
@@ -106,12 +115,11 @@ def kill_with_vllm(kills: int, model: Path, tmp_path: Path, artifacts: Path) -> 
     environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1"}
 
     def start(run: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "cli.py"), "vstar", "--config", str(config), "--run", run],
+        return warm.popen(
+            [ROOT / "cli.py", "vstar", "--config", config, "--run", run],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
             start_new_session=True,
         )
 
@@ -163,7 +171,9 @@ def test_evicted_by_a_scheduler_stage_one_keeps_what_was_graded(
     data = write_questions(tmp_path / "data.jsonl", 200)
     config = tmp_path / "run.toml"
     config.write_text(TOML.format(model=tiny_model, data=data))
+    (tmp_path / "watched.py").write_text(WATCHED)
     environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(tmp_path)
     arguments = [
         "vstar",
         "-c",
@@ -172,17 +182,19 @@ def test_evicted_by_a_scheduler_stage_one_keeps_what_was_graded(
         "vstar.num_samples=2000",
         "--set",
         "engine.max_num_seqs=16",
+        "--set",
+        "grader.name=watched:reward",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "cli.py"), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    process = warm.popen(
+        [ROOT / "cli.py", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert process.stdout is not None
-    assert any("loading the model" in line for line in process.stdout)
-    time.sleep(20)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "graded").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert samples_there("test") == 0
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -5,8 +5,6 @@ Steps are those of tests/lean_steps.py, in one process and in two. Sums over two
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from stage2_train.config import Config, LoraConfig, TrainConfig
+from tests import warm
 from tests.conftest import ROOT
 from tests.lean_steps import LORA, SMALL_STEP, SMALL_STEPS, SMALL_UPDATES, STAGES, Weights, changed, tokens
 from tests.stage2_runs import tiny_config
@@ -45,12 +44,10 @@ def found(config: Config, folder: Path) -> dict[int, list[dict[str, Any]]]:
         job, output = folder / f"job-{processes}.json", folder / f"found-{processes}"
         job.write_text(json.dumps({"config": config.model_dump(mode="json"), "output": str(output)}))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        finished = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.lean_steps", str(job)],
+        finished = warm.run(
+            [*(launcher if processes > 1 else []), "-m", "tests.lean_steps", job],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
             timeout=300,
         )
         assert finished.returncode == 0, finished.stderr[-4000:]

@@ -34,6 +34,7 @@ def test_help_lists_every_target_that_users_call() -> None:
         "setup",
         "setup-stage1",
         "check",
+        "browser",
     }
 
 

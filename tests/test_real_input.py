@@ -1,8 +1,6 @@
 """Stage 1 on real input: GSM8K's questions through real vLLM, each reward derived again from the stored text."""
 
 import re
-import subprocess
-import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from common.runs import RunPaths, run_paths
 from common.vstar_file import read_vstar
+from tests import warm
 from tests.conftest import ROOT, save_tiny_model
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -38,7 +37,7 @@ def stage1(run: str, model: Path, questions: int) -> None:
 
 
 def cli(*arguments: str) -> None:
-    result = subprocess.run([sys.executable, ROOT / "cli.py", *arguments], capture_output=True, text=True)
+    result = warm.run([ROOT / "cli.py", *arguments])
     assert result.returncode == 0, result.stderr
 
 

@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -23,6 +22,7 @@ from common.runs import RunPaths, run_paths
 from stage2_train.checkpoint import checkpoints, damage, latest_state, newest_intact, write
 from stage2_train.config import Config
 from stage2_train.ranks import ALONE
+from tests import warm
 from tests.conftest import ROOT, save_tiny_model
 from tests.killing import JobServer
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
@@ -155,20 +155,17 @@ def figures_of_killed(paths: RunPaths) -> list[str]:
 def cli(
     config: Config, folder: Path, artifacts: Path, *, largest_file: int | None = None
 ) -> "subprocess.Popen[str]":
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file or 0,) * 2)
-
     (folder / "run.toml").write_text(as_toml(config), encoding="utf-8")
-    program = [sys.executable, str(ROOT / "cli.py"), "train", "--config", str(folder / "run.toml")]
     environment = {"ASTAR_PO_ARTIFACTS": str(artifacts), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*program, "--vstar", str(folder / "vstar.parquet")],
+    process = warm.popen(
+        [ROOT / "cli.py", "train", "--config", folder / "run.toml", "--vstar", folder / "vstar.parquet"],
         env={**os.environ, **environment, "COLUMNS": "200"},
-        preexec_fn=limit if largest_file else None,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
     )
+    if largest_file:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    return process
 
 
 def test_evicted_by_a_scheduler_training_ends_at_an_iteration_with_a_checkpoint_of_it(

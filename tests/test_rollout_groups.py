@@ -6,7 +6,6 @@ Two ranks share a real engine on the CPU. Sleeping needs a GPU: there the order 
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from common.engines import RolloutEngine, build_engine
 from common.engines.shared_engine import refuse_wrong_size
 from common.errors import UserError
 from stage2_train.config import Config
+from tests import warm
 from tests.rollout_ranks import GREEDY, REQUESTS, SAMPLING, Found, other_weights, requests, sample
 from tests.stage2_runs import tiny_config
 
@@ -55,11 +55,8 @@ def together(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     ).model_dump(mode="json")
     job, output = folder / "job.json", folder / "found"
     job.write_text(json.dumps({"config": config, "folder": str(tiny_model), "output": str(output)}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    start([*launcher, "-m", "tests.rollout_ranks", str(job)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    warm.run_ranks(2, ["-m", "tests.rollout_ranks", job], timeout=300, env=environment)
     return [torch.load(f"{output}.{rank}", weights_only=False) for rank in range(2)]
 
 

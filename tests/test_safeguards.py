@@ -176,7 +176,7 @@ def test_a_policy_that_is_driven_into_collapse_is_noticed_before_a_checkpoint_is
     write_tiny_vstar(config, tmp_path / "vstar.parquet")
     (tmp_path / "run.toml").write_text(as_toml(config), encoding="utf-8")
     files = ("--config", tmp_path / "run.toml", "--vstar", tmp_path / "vstar.parquet")
-    finished = run_cli("train", *files, timeout=100)
+    finished = run_cli("train", *files, timeout=100, warm=True)
     assert finished.returncode == 2, finished.stderr
     stopped = re.search(r"error: iteration (\d+): the policy has collapsed: .*; lower", finished.stderr)
     assert stopped

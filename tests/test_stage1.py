@@ -367,7 +367,7 @@ def test_stage_one_with_vllm_gives_the_same_rows_whatever_else_is_in_the_batch(
     lines = (tmp_path / "data.jsonl").read_text().splitlines()
     (tmp_path / "shuffled.jsonl").write_text("\n".join(lines[::-1]))
     arguments = ("--config", config, "--run", "again", "--set", f"data.path={tmp_path / 'shuffled.jsonl'}")
-    again = run_cli("vstar", *arguments, "--set", "engine.max_num_seqs=3", timeout=240)
+    again = run_cli("vstar", *arguments, "--set", "engine.max_num_seqs=3", timeout=240, warm=True)
     assert again.returncode == 0, again.stderr
     assert stored("again").equals(samples)
     assert rows_of("again").reverse().equals(rows)

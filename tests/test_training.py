@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from stage2_train.records import ENTROPY, LOG_RATIO, LOGPROB_GAP, SequenceRecord
 from stage2_train.records import summarise as summarise_records
 from stage2_train.resume import origin, with_defaults
 from stage2_train.run import run_stage2
+from tests import warm
 from tests.conftest import save_tiny_model
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
@@ -74,24 +74,26 @@ class Workspace:
     folder: Path
     config: Config
 
-    def start(self, name: str, *overrides: str, processes: int = 1) -> "subprocess.Popen[str]":
+    def start(
+        self, name: str, *overrides: str, processes: int = 1, cold: bool = False
+    ) -> "subprocess.Popen[str]":
         """`cli.py train` in the background, with artifacts under `name`; under torchrun where processes are many."""
         paths = self.paths(name)
         paths.root.mkdir(parents=True, exist_ok=True)
         shutil.copy2(self.folder / "vstar.parquet", paths.vstar)
-        return subprocess.Popen(
+        return warm.popen(
             [*self.command("train", processes), *overrides],
             cwd=self.folder,
             env=self.environment(name),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            cold=cold,
         )
 
     def command(self, name: str, processes: int = 1) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         program = [str(ROOT / "cli.py"), name, "--config", str(self.folder / "run.toml")]
-        return [sys.executable, *(launcher if processes > 1 else []), *program]
+        return [*(launcher if processes > 1 else []), *program]
 
     def environment(self, name: str) -> dict[str, str]:
         # One thread each: the runs share two cores.
@@ -135,7 +137,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(workspace: Workspace) -> Finished:
-    whole, killed = workspace.start("whole"), workspace.start("resumed")
+    whole, killed = workspace.start("whole", cold=True), workspace.start("resumed")
     metrics = workspace.paths("resumed").metrics
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and killed.poll() is None:
@@ -262,11 +264,9 @@ def test_a_model_with_tied_embeddings_is_exported_whole_and_tied(tied_model: Pat
 
 def test_the_exported_model_loads_in_vllm_and_is_evaluated(finished: Finished) -> None:
     workspace = finished.workspace
-    process = subprocess.run(
+    process = warm.run(
         [*workspace.command("evaluate"), "--model", str(workspace.paths("whole").model), "--json"],
         env=workspace.environment("whole"),
-        capture_output=True,
-        text=True,
         timeout=120,
     )
     assert process.returncode == 0, process.stderr[-4000:]
