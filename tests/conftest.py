@@ -28,6 +28,7 @@ MOST_WORKERS = 4
 """Each takes up to 3 GB."""
 LONGEST_FILES = (
     "test_kill",
+    "test_objective_runs",
     "test_ranks",
     "test_training",
     "test_resume",

@@ -42,20 +42,20 @@ def test_its_table_is_read_and_its_samples_give_the_same_one(run: Path, run_cli:
     before, provenance = read_vstar(run / "vstar.parquet")
     assert provenance.identity["grader"].startswith("tests.golden_reward:reward@")
     assert len(set(before["vstar"])) > 3
-    finished = run_cli("vstar", "--config", CONFIG, "--allow-mismatch", "versions")
+    finished = run_cli("vstar", "--config", CONFIG, "--allow-mismatch", "versions", warm=True)
     assert finished.returncode == 0, finished.stderr
     assert "samples to draw" not in finished.stdout
     assert read_vstar(run / "vstar.parquet")[0].equals(before)
 
 
 def test_its_trained_model_needs_nothing_more(run: Path, run_cli: RunCli) -> None:
-    finished = run_cli("train", "--config", CONFIG)
+    finished = run_cli("train", "--config", CONFIG, warm=True)
     assert finished.returncode == 0, finished.stderr
     assert "nothing to do" in finished.stdout
 
 
 def test_its_checkpoint_is_continued_to_the_same_result(run: Path, run_cli: RunCli) -> None:
-    finished = run_cli("train", "--config", CONFIG, "--set", "train.iterations=3")
+    finished = run_cli("train", "--config", CONFIG, "--set", "train.iterations=3", warm=True)
     assert finished.returncode == 0, finished.stderr
     assert "continuing after iteration 2" in finished.stdout
     ours, theirs = rows(run / "metrics.jsonl"), rows(FORMAT / "continued" / "metrics.jsonl")
@@ -73,7 +73,7 @@ def test_its_checkpoint_is_continued_to_the_same_result(run: Path, run_cli: RunC
 
 def test_another_objective_does_not_go_on_with_its_checkpoint(run: Path, run_cli: RunCli) -> None:
     overrides = ("--set", "train.objective.name=grpo", "--set", "train.iterations=3")
-    finished = run_cli("train", "--config", CONFIG, "--vstar", run / "vstar.parquet", *overrides)
+    finished = run_cli("train", "--config", CONFIG, "--vstar", run / "vstar.parquet", *overrides, warm=True)
     assert finished.returncode == 2
     assert "was made with another config" in finished.stderr
     assert "objective.name is" in finished.stderr

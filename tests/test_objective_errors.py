@@ -66,7 +66,7 @@ def test_a_mistake_ends_in_one_line_that_names_the_fix(
         write_tiny_vstar(config, run_paths(config.run).vstar)
     changes, message = MISTAKES[name]
     options = [part for change in changes for part in (("--set", change) if "=" in change else (change,))]
-    finished = run_cli("train", "--config", tmp_path / "run.toml", *options)
+    finished = run_cli("train", "--config", tmp_path / "run.toml", *options, warm=name in WITH_FILE)
     assert finished.returncode == 2, finished.stderr
     assert finished.stderr.count("\n") == 1, finished.stderr
     assert message in finished.stderr

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
 
+from tests import warm
 from tests.conftest import ROOT
 from tests.stage2_runs import as_toml, tiny_config
 
@@ -45,16 +44,10 @@ def test_a_toy_objective_is_one_file_and_one_line_and_trains(tmp_path: Path, tin
     (tmp_path / "run.toml").write_text(
         text.replace(section, '[train.objective]\nname = "toy"\nstrength = 2.0\n'), encoding="utf-8"
     )
-    finished = subprocess.run(
-        [sys.executable, str(checkout / "cli.py"), "train", "--config", str(tmp_path / "run.toml")],
-        env={
-            **os.environ,
-            "ASTAR_PO_ARTIFACTS": str(tmp_path),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        },
-        capture_output=True,
-        text=True,
+    finished = warm.run(
+        [checkout / "cli.py", "train", "--config", tmp_path / "run.toml"],
+        cwd=tmp_path,
+        env={**os.environ, "ASTAR_PO_ARTIFACTS": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         timeout=120,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
