@@ -202,5 +202,9 @@ def test_an_objective_pays_for_what_it_needs_and_for_nothing_else(found: Found, 
 
 def test_the_cases_differ_in_what_they_are_meant_to_compare(found: Found) -> None:
     for name in OBJECTIVES:
-        assert max(found[1][0][f"{name} | as configured"]["slices"]) > 1
-        assert set(found[1][0][f"{name} | all at once"]["slices"]) == {1}
+        several, few = (found[1][0][f"{name} | {split}"]["slices"] for split in ON_ONE)
+        assert all(more > fewer for more, fewer in zip(several, few, strict=True))
+        ranks = [rank[f"{name} | ZeRO-3"]["slices"] for rank in found[2]]
+        assert len(ranks[0]) == len(ranks[1]) == len(several)
+    left, right = ([rank[f"{name} | ZeRO-3"]["slices"] for name in OBJECTIVES] for rank in found[2])
+    assert left != right
