@@ -17,7 +17,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -131,9 +131,9 @@ def measure_iterations(
     """An iteration's costs: seconds are the median over some of them after the first, counts the mean over all."""
     last = WARM_UP + iterations
     with training(config, data, build) as trainer:
-        learners = list(trainer.learners.values())
+        learners = list(trainer.parts.learners.values())
         trained = [weight for learner in learners for weight in learner.module.parameters()]
-        frozen = sum(isinstance(scorer, SeparateModel) for scorer in trainer.scorers.values())
+        frozen = sum(isinstance(scorer, SeparateModel) for scorer in trainer.parts.scorers.values())
         passes = count_passes(trainer)
         turns = list(iterate(trainer, last))
         tokens = sum(len(rollout.completion.token_ids) for turn in turns for rollout in turn.rollouts)
@@ -161,8 +161,8 @@ def iterate(trainer: Trainer, last: int) -> Iterator[Turn]:
     for number in range(1, last + 1):
         turn = trainer.iteration(number, last)
         turn.metrics["time/memory"] = 0.0
-        if trainer.memory:
-            Remembering(trainer.memory).after(turn)
+        if trainer.parts.memory:
+            Remembering(trainer.parts.memory).after(turn)
         yield turn
 
 
@@ -198,11 +198,13 @@ class CountedScorer:
 def count_passes(trainer: Trainer) -> Passes:
     """Count the passes of a trainer from now on: those of the networks under training, whoever asks, and of others."""
     passes = Passes()
-    for learner in trainer.learners.values():
+    for learner in trainer.parts.learners.values():
         learner.module.register_forward_pre_hook(lambda _, inputs: passes.note(len(inputs[0])))
-    for name, scorer in trainer.scorers.items():
-        if isinstance(scorer, SeparateModel):
-            trainer.scorers[name] = CountedScorer(scorer, passes)
+    scorers = {
+        name: CountedScorer(scorer, passes) if isinstance(scorer, SeparateModel) else scorer
+        for name, scorer in trainer.parts.scorers.items()
+    }
+    trainer.parts = replace(trainer.parts, scorers=scorers)
     return passes
 
 

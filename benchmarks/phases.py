@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,8 +200,8 @@ def measure_iterations(workload: str, config: Config, data: TrainingData, iterat
 
     with training(config, data, build) as trainer:
         (engine,) = probes
-        steps = {name: TimedSteps(part) for name, part in trainer.update.parts.items()}
-        trainer.update = Update(steps, trainer.ranks)
+        steps = {name: TimedSteps(part) for name, part in trainer.parts.update.parts.items()}
+        trainer.parts = replace(trainer.parts, update=Update(steps, trainer.ranks))
         tables, busy = [], []
         for number in range(1, WARM_UP + iterations + 1):
             began, stepped = time.process_time(), sum(part.seconds for part in steps.values())
@@ -275,7 +275,7 @@ def phase_table(tables: Sequence[Phases]) -> str:
 
 def sizes(trainer: Trainer, turn: Turn, table: Phases, shape: Shape, dtype: torch.dtype) -> str:
     """How much of the gap are padding and the sizes of the matrices: the last iteration's micro-batches."""
-    steps = trainer.collate(turn.rollouts, trainer.places).steps
+    steps = trainer.parts.collate(turn.rollouts, trainer.places).steps
     batches = [tokens for step in steps for tokens in step.slices]
     lengths, sampled = lengths_of(turn.rollouts)
     count, padded = len(batches), sum(batch.input_ids_BT.numel() for batch in batches)

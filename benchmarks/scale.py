@@ -142,7 +142,7 @@ def measure(way: str, config: Config, folder: Path) -> Result:
     try:
         with training(config, data, lambda: engine) as trainer:
             if way == "naive":
-                module = trainer.policy.learner.module
+                module = trainer.parts.policy.learner.module
                 module.head = FullLogits(module.head.lm_head, module.head.temperature)
             trainer.iteration(1, last=2)
             torch.cuda.reset_peak_memory_stats() if on_gpu else forget_peak()

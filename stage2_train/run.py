@@ -88,7 +88,7 @@ def run_stage2(
         sampler = Sampler(engine, pool, config.sampling, ranks)
         trainer = Trainer(config, data, sampler, ranks)
         _train(trainer, paths, checkpoint, console, observers)
-        trainer.policy.export(paths.model)
+        trainer.parts.policy.export(paths.model)
         sampler.close()
         if ranks.is_main:
             write_text(paths.trained_with, json.dumps(trained_with, indent=2))
@@ -126,7 +126,7 @@ def _train(
 def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsLog | None) -> list[Watcher]:
     """In the order in which they see an iteration: the log has what others add, a checkpoint is of a sound policy."""
     config, data, ranks = trainer.config, trainer.data, trainer.ranks
-    watchers: list[Watcher] = [Remembering(trainer.memory)] if trainer.memory else []
+    watchers: list[Watcher] = [Remembering(trainer.parts.memory)] if trainer.parts.memory else []
     if data.held_out:
         draw = held_out_draw(data.held_out, config, ranks)
         watchers.append(

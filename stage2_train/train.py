@@ -1,6 +1,6 @@
 """Stage 2's algorithm: rollouts → score → credit → update, then whoever watches (Algorithm 1, lines 8 to 11).
 
-It has no branch for an objective: what one needs is chosen in `Trainer.__init__`.
+It has no branch for an objective: what one needs is chosen at set-up (parts.py).
 """
 
 import math
@@ -17,23 +17,18 @@ from common.seeds import derive_seed
 from stage2_train import checkpoint
 from stage2_train.batch import ABSENT, Batch
 from stage2_train.checkpoint import CRITIC, POLICY
-from stage2_train.collate import Collated, Collator, Cutter, known_values
+from stage2_train.collate import Collated
 from stage2_train.config import Config
-from stage2_train.critic import Critic
 from stage2_train.data import TrainingData, prompt_batch
 from stage2_train.metrics import Metrics, peak_memory_bytes, timed
-from stage2_train.objectives.protocol import RemembersPrompts, TrainsCritic
-from stage2_train.policy import Policy
-from stage2_train.prompt_memory import PromptMemory
+from stage2_train.parts import build_parts
 from stage2_train.ranks import Ranks
 from stage2_train.records import Records, summarise
 from stage2_train.resume import origin
 from stage2_train.safeguards import StopRequest, refuse_unjudged
-from stage2_train.scorers import PolicyScorer, build_scorers
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.rollouts import LOGPROB_CHECKS, as_json, from_json
 from stage2_train.sources.sampler import Draw, Sampler
-from stage2_train.update import Update, trained_parts
 from stage2_train.watchers import Turn, Watcher
 
 
@@ -60,29 +55,14 @@ class Trainer:
     """One iteration of training, and the parts that it needs."""
 
     def __init__(self, config: Config, data: TrainingData, sampler: Sampler, ranks: Ranks) -> None:
-        """Load the policy, and what else the objective needs."""
-        train = config.train
+        """Load what the objective needs."""
         self.config = config
         self.data = data
         self.ranks = ranks
-        self.objective = train.objective
-        columns = train.columns
-        self.policy = Policy(data.folder, config, ranks)
-        critic = None
-        if isinstance(self.objective, TrainsCritic):
-            rate = self.objective.critic_learning_rate
-            critic = Critic(data.folder, config, ranks, learning_rate=rate)
-        self.scorers = build_scorers(columns, data.folder, config, self.policy, critic, ranks)
-        self.update = Update(trained_parts(self.objective, self.policy, critic), ranks)
-        cut = Cutter(train, data.renderer, ranks)
-        self.memory = None
-        if isinstance(self.objective, RemembersPrompts):
-            assert data.stage1 is not None, "a memory begins with stage 1"
-            scorer = PolicyScorer(self.policy, ranks)
-            self.memory = PromptMemory(self.objective, data.stage1.rewards, scorer, cut, ranks)
-        values = known_values(columns, data.stage1, self.memory)
-        self.collate = Collator(train, values, data.renderer, cut, ranks)
-        self.source = RolloutPipeline(sampler, train.staleness, self.draw_of, self.policy.named_weights)
+        self.objective = config.train.objective
+        self.parts = build_parts(config, data, ranks)
+        weights = self.parts.policy.named_weights
+        self.source = RolloutPipeline(sampler, config.train.staleness, self.draw_of, weights)
 
     def iteration(self, number: int, last: int) -> Turn:
         """Algorithm 1, lines 9 and 10: a batch of rollouts from π_t, then SGD on the objective's loss.
@@ -96,18 +76,17 @@ class Trainer:
             self.refuse_unjudged(number, rollouts)
             # What is random in the network, such as dropout, is the same after a restart.
             torch.manual_seed(derive_seed(self.config.seed, "update", number, self.ranks.rank))
-            collated = self.collate(rollouts, self.places)
-            records = Records(rollouts, collated.rows)
+            collated = self.parts.collate(rollouts, self.places)
             batch = self.objective.credit(self.score(collated, metrics))
+            records = Records(rollouts, collated.rows)
             records.note_credit(batch)
             for _ in range(self.objective.passes):
                 for step in collated.steps:
-                    metrics["train/learning_rate"] = self.policy.learner.learning_rate
+                    metrics["train/learning_rate"] = self.parts.policy.learner.learning_rate
                     with timed("update", metrics):
-                        norms.append(self.update(step, batch, records))
-                    batch = batch.with_columns(
-                        sampled_K=ABSENT
-                    )  # the engine's weights are no longer the policy's
+                        norms.append(self.parts.update(step, batch, records))
+                    # From now on the engine's weights are no longer the policy's.
+                    batch = batch.with_columns(sampled_K=ABSENT)
         metrics |= summarise(self.ranks.gather(records.all), metrics["time/iteration"])
         metrics |= step_figures(norms)
         metrics["train/processes"] = float(self.ranks.world_size)
@@ -145,7 +124,7 @@ class Trainer:
         """
         batch = collated.batch
         slices = [tokens for step in collated.steps for tokens in step.slices]
-        for name, scorer in self.scorers.items():
+        for name, scorer in self.parts.scorers.items():
             with timed(name, metrics):
                 found = scorer.score(slices or [collated.steps[0].filler])
                 column_K = torch.zeros(int(batch.lengths_B.sum()), device=self.ranks.device)
@@ -166,17 +145,12 @@ class Trainer:
         checkpoint.write(
             folder,
             state,
-            self.learners,
+            self.parts.learners,
             self.ranks,
             keep=self.config.train.keep_checkpoints,
             rollouts=self._waiting(number),
-            memory=self.memory.document() if self.memory else None,
+            memory=self.parts.memory.document() if self.parts.memory else None,
         )
-
-    @property
-    def learners(self) -> dict[str, Any]:
-        """The networks that are trained, by their names in a checkpoint."""
-        return {name: part.learner for name, part in self.update.parts.items()}
 
     def _waiting(self, number: int) -> list[list[dict[str, Any]]]:
         """The batches that were drawn ahead, of all ranks in order of their places."""
@@ -193,9 +167,9 @@ class Trainer:
 
     def resume(self, folder: Path) -> int:
         """Continue from a checkpoint; returns the number of its iteration."""
-        checkpoint.load(folder, self.learners)
-        if self.memory:
-            self.memory.resume(checkpoint.read_memory(folder))
+        checkpoint.load(folder, self.parts.learners)
+        if self.parts.memory:
+            self.parts.memory.resume(checkpoint.read_memory(folder))
         number: int = checkpoint.read_state(folder)["iteration"]
         prompts = {prompt.id: prompt for prompt in self.data.prompts}
         size = self.objective.group_size

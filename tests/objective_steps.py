@@ -51,11 +51,11 @@ def counting(trainer: Trainer, engine: ScriptedEngine) -> Counts:
         name = f"{kind}{'trained' if torch.is_grad_enabled() else 'scored'}"
         setattr(counts, name, getattr(counts, name) + len(inputs[0]))
 
-    for name, learner in trainer.learners.items():
+    for name, learner in trainer.parts.learners.items():
         learner.module.register_forward_hook(count)
         counts.models.append({"state": "policy"}.get(name, name))
         counts.optimizers += 1
-    for scorer in trainer.scorers.values():
+    for scorer in trainer.parts.scorers.values():
         if isinstance(scorer, SeparateModel):
             scorer._module.register_forward_hook(count)
             counts.models.append("reference")
@@ -82,13 +82,13 @@ class Run:
     def iterations(self, first: int, last: int) -> None:
         for number in range(first, last + 1):
             turn = self.trainer.iteration(number, ITERATIONS)
-            if self.trainer.memory:
-                self.trainer.memory.visit(turn.rollouts)
+            if self.trainer.parts.memory:
+                self.trainer.parts.memory.visit(turn.rollouts)
             self.metrics.append(turn.metrics)
 
     def weights(self) -> Weights:
-        found = {name: weight.clone() for name, weight in self.trainer.policy.named_weights()}
-        for name, learner in self.trainer.learners.items():
+        found = {name: weight.clone() for name, weight in self.trainer.parts.policy.named_weights()}
+        for name, learner in self.trainer.parts.learners.items():
             if name != "state":
                 for part, parameter in learner.module.named_parameters():
                     if parameter.requires_grad:

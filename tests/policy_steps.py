@@ -70,13 +70,13 @@ def regressed(
             if not (leave_out and place % 2)
         ]
         places, rollouts = [place for place, _ in drawn], [rollout for _, rollout in drawn]
-        collated = trainer.collate(rollouts, places)
+        collated = trainer.parts.collate(rollouts, places)
         records = Records(rollouts, collated.rows)
         batch = trainer.objective.credit(trainer.score(collated, {}))
         for step in collated.steps:
-            trainer.update(step, batch, records)
+            trainer.parts.update(step, batch, records)
         assert [record.trained for record in records.all] == [place % 2 == 0 for place in places]
-    return weights_of(trainer.policy)
+    return weights_of(trainer.parts.policy)
 
 
 def unjudged(rollout: Rollout) -> Rollout:

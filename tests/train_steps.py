@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,9 @@ class WatchedUpdate(Update):
     """A trainer's update, and what it was given. Of judged completions only: their rows are those of the rollouts."""
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer.update.parts, trainer.ranks)
+        super().__init__(trainer.parts.update.parts, trainer.ranks)
         self.steps: list[TakenStep] = []
-        trainer.update = self
+        trainer.parts = replace(trainer.parts, update=self)
 
     def __call__(self, step: Step, batch: Batch, records: Records) -> dict[str, float]:
         norms = super().__call__(step, batch, records)
