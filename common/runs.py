@@ -45,7 +45,7 @@ class RunPaths:
 
     @property
     def completions(self) -> Path:
-        """A few of the completions that training saw, a file an evaluation."""
+        """A few of the completions that training saw, one file per evaluation."""
         return self.root / "completions"
 
     @property

@@ -180,7 +180,7 @@ def _with_interval_width(rows: pl.DataFrame, limits: tuple[float, float]) -> pl.
 
 
 def _matches(rows: pl.DataFrame, rules: list[Rule]) -> pl.DataFrame:
-    """A row a prompt, a column a rule: whether the rule drops the prompt."""
+    """One row per prompt, a column a rule: whether the rule drops the prompt."""
     try:
         return rows.select(rule.drops.alias(rule.name) for rule in rules)
     except pl.exceptions.PolarsError as error:

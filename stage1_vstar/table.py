@@ -15,7 +15,7 @@ UNSOLVED = "pass@N = 0"
 
 
 def prompt_table(prompts: Iterable[Prompt]) -> pl.DataFrame:
-    """The columns of vstar.parquet that are known before any sample is drawn, a row a prompt."""
+    """The columns of vstar.parquet that are known before any sample is drawn, one row per prompt."""
     names = ("prompt_id", "prompt", "answer", "prompt_token_hash")
     rows = [(prompt.id, prompt.text, prompt.answer, prompt.token_hash) for prompt in prompts]
     return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")

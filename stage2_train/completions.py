@@ -1,6 +1,6 @@
 """A few of the completions that training sees, for the eye: artifacts/<run>/completions/iteration-000010.parquet.
 
-A file an evaluation, which polars, DuckDB and pandas read together as completions/*.parquet. Training rollouts join
+One file per evaluation, which polars, DuckDB and pandas read together as completions/*.parquet. Training rollouts join
 stage 1's rows on prompt_id; held-out prompts have none, and no pass rate or V̂* here.
 """
 

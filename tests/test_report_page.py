@@ -96,7 +96,7 @@ def open_everything(browser: Browser) -> None:
 @needs_chromium
 def test_what_models_wrote_is_text_in_a_browser(hostile: RunPaths, browser: Browser) -> None:
     browser.open(hostile.report / "report.html")
-    assert browser.evaluate("document.title") == "test · A*-PO run"
+    assert browser.evaluate("document.title") == "test · astar-po run"
     assert browser.evaluate("document.querySelectorAll('script, textarea, base, [onerror]').length") == 0
     assert browser.evaluate("document.querySelectorAll('h1, style').length") == 2
     assert browser.evaluate("[...document.images].every(each => each.src.startsWith('data:'))")
@@ -135,7 +135,7 @@ def test_the_policy_stops_what_escaping_would_let_through(copy: RunPaths, browse
     )
     page.write_text(html(copy).replace("</header>", f"{slipped}</header>"), encoding="utf-8")
     browser.open(page)
-    assert browser.evaluate("document.title") == "test · A*-PO run"
+    assert browser.evaluate("document.title") == "test · astar-po run"
     assert browser.evaluate("getComputedStyle(document.body).display") == "block"
     assert len([line for line in browser.complaints() if "Content Security Policy" in line]) == 3
 

@@ -9,7 +9,10 @@ SECONDS_AN_HOUR = 3600
 _PARTS = {
     "time/rollout": "rollouts, with grading",
     "time/reference": "reference log-probs",
+    "time/old": "log-probs of the old policy",
+    "time/values": "the critic's values",
     "time/update": "updates",
+    "time/memory": "memory of prompts",
     "time/weight_sync": "weights to the engine",
     "time/evaluate": "evaluations",
 }
@@ -60,7 +63,7 @@ def stage2_cost(metrics: Sequence[dict[str, float]]) -> Cost:
     return Cost(
         stage="stage 2",
         what="training iterations and the evaluations between them, without loading and checkpoints",
-        seconds=total("time/iteration") + total("time/evaluate"),
+        seconds=total("time/iteration") + total("time/evaluate") + total("time/memory"),
         tokens=round(sum(tokens)),
         devices=None if known is None else int(known),
         parts=[(label, seconds) for name, label in _PARTS.items() if (seconds := total(name))],
