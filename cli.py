@@ -123,9 +123,10 @@ def train(
     vstar_file: VstarFile = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
-    """Stage 2: train on the objective's loss, by default A*-PO's. A re-run continues from the last checkpoint.
+    """Stage 2: train, by default on A*-PO's loss. A re-run continues from the last checkpoint.
 
-    Objectives that need V̂* read --vstar; for the others its kept prompts take the place of [data].
+    Another objective: --set train.objective.name=grpo (docs/objectives.md lists them). Those that need nothing of stage 1
+    take their prompts from [data], or with --vstar those that the file keeps.
     """
     from stage2_train.config import load_config
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.errors import UserError
 from common.grading import GraderPool
 from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
@@ -120,9 +121,29 @@ def run(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool, fold
     }
 
 
+def once_a_node(ranks: Ranks) -> dict[str, Any]:
+    """What this rank gets of work that one rank does, whether it did it, and the error of work that fails."""
+    did: list[int] = []
+
+    def work() -> str:
+        did.append(ranks.rank)
+        return f"of rank {ranks.rank}"
+
+    def fail() -> str:
+        raise UserError(f"no model on rank {ranks.rank}")
+
+    error = ""
+    result = ranks.once_a_node(work)
+    try:
+        ranks.once_a_node(fail)
+    except UserError as failed:
+        error = str(failed)
+    return {"result": result, "did": did, "error": error}
+
+
 def main(order: dict[str, Any]) -> None:
     ranks = join_ranks(seed=0)
-    found = {}
+    found: dict[str, Any] = {"once a node": once_a_node(ranks)}
     with GraderPool(Config.model_validate(order["config"]).grader) as pool:
         for number, (name, change) in enumerate(order["cases"].items()):
             train = {**order["config"]["train"], **change}

@@ -152,6 +152,14 @@ def test_an_adapter_is_trained_alone(found: Found, name: str) -> None:
     assert all(".lora_" in part or ".score." in part for part in critic)
 
 
+def test_what_a_node_needs_once_is_done_by_one_of_its_ranks_and_fails_on_all(found: Found) -> None:
+    """So is the hash of a model's weights."""
+    seen = [rank["once a node"] for rank in found[2]]
+    assert [rank["did"] for rank in seen] == [[0], []]
+    assert {rank["result"] for rank in seen} == {"of rank 0"}
+    assert {rank["error"] for rank in seen} == {"no model on rank 0"}
+
+
 COMPLETIONS = PROMPTS * ITERATIONS
 EXPECTED: dict[str, Counts] = {
     "astar_po": Counts(
