@@ -33,7 +33,9 @@ help: ## List the targets
 	@echo; sed -n '3,4s/^# /  /p' Makefile
 
 demo: setup ## Set up, then base model → vstar → train → evaluate → report on the embedded default
-	@$(MAKE) --no-print-directory base-model vstar train evaluate report
+	@$(MAKE) --no-print-directory base-model
+	@if $(BIN)/python cli.py needs-stage1 $(OPTIONS); then $(MAKE) --no-print-directory vstar; fi
+	@$(MAKE) --no-print-directory train evaluate report
 
 test: $(INSTALLED)-dev ## Set up, then run the tests (ARGS="-k name" for some of them)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -125,8 +125,8 @@ def train(
 ) -> None:
     """Stage 2: train, by default on A*-PO's loss. A re-run continues from the last checkpoint.
 
-    Another objective: --set train.objective.name=grpo (docs/objectives.md lists them). Those that need nothing of stage 1
-    take their prompts from [data], or with --vstar those that the file keeps.
+    Another objective: --set train.objective.name=grpo (docs/objectives.md lists them). Those that need nothing of
+    stage 1 take their prompts from [data], or with --vstar those that the file keeps.
     """
     from stage2_train.config import load_config
 

@@ -8,6 +8,7 @@ that a run that was stopped goes on. Printed: the median over the seeds, with th
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def trained(folder: Path, objective: str, seed: int, overrides: Sequence[str]) -
     """A run that has been trained and evaluated; what is there already is not done again."""
     environment = {"ASTAR_PO_ARTIFACTS": str(folder)}
     source = RunPaths(folder / f"seed-{seed}")
-    name = f"{objective}-{seed}"
+    changes = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8] if overrides else "as-is"
+    name = f"{objective}-{seed}-{changes}"
     log = folder / f"{name}.log"
     if not source.vstar.exists():
         for command in ("base-model", "vstar"):

@@ -16,7 +16,7 @@ trained; and the size of AdamW's two moments of these. In brackets the ratio to 
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,6 @@ from stage2_train.metrics import peak_memory_bytes
 from stage2_train.objectives import AStarPO, ObjectiveConfig
 from stage2_train.scorers import Scorer, SeparateModel
 from stage2_train.train import Trainer
-from stage2_train.watchers import Remembering, Turn
 
 WORKLOADS = ("demo", "vocabulary")
 BASELINE: str = AStarPO().name
@@ -135,14 +134,14 @@ def measure_iterations(
         trained = [weight for learner in learners for weight in learner.module.parameters()]
         frozen = sum(isinstance(scorer, SeparateModel) for scorer in trainer.parts.scorers.values())
         passes = count_passes(trainer)
-        turns = list(iterate(trainer, last))
+        turns = [trainer.iteration(number, last) for number in range(1, last + 1)]
         tokens = sum(len(rollout.completion.token_ids) for turn in turns for rollout in turn.rollouts)
 
         def median(name: str) -> float:
             return statistics.median(turn.metrics[name] for turn in turns[WARM_UP:])
 
         return Cost(
-            seconds=median("time/iteration") + median("time/memory"),
+            seconds=median("time/iteration"),
             rollout_seconds=median("time/rollout"),
             peak_gib=peak_memory_bytes() / 2**30,
             tokens=tokens / last,
@@ -154,16 +153,6 @@ def measure_iterations(
             * sum(weight.numel() for weight in trained if weight.requires_grad)
             / 2**20,
         )
-
-
-def iterate(trainer: Trainer, last: int) -> Iterator[Turn]:
-    """The iterations, and what an objective with a memory does after each."""
-    for number in range(1, last + 1):
-        turn = trainer.iteration(number, last)
-        turn.metrics["time/memory"] = 0.0
-        if trainer.parts.memory:
-            Remembering(trainer.parts.memory).after(turn)
-        yield turn
 
 
 @dataclass(slots=True)

@@ -122,4 +122,6 @@ def made_up_data(folder: Path, config: Config, lengths: Sequence[int]) -> Traini
         first_batch=None,
     )
     renderer = PromptRenderer(folder, config.data)
-    return TrainingData(folder=folder, renderer=renderer, prompts=prompts, held_out=[], stage1=stage1)
+    return TrainingData(
+        folder=folder, renderer=renderer, prompts=prompts, held_out=[], stage1=stage1, identity={}
+    )

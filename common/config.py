@@ -1,7 +1,8 @@
 """A run's configuration: TOML by hand, validated whole, dumped as JSON by machine.
 
-Every default stands here, once. Values are checked where they are declared; what needs a file or a model
-(does the data exist, does the prompt fit the context) is checked by the stage that needs it, before it loads one.
+Every default of what both stages read stands here, once; those of training are in stage2_train/config.py and in the
+objectives. Values are checked where they are declared; what needs a file or a model (does the data exist, does the
+prompt fit the context) is checked by the stage that needs it, before it loads one.
 """
 
 import math

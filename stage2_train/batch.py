@@ -7,7 +7,7 @@ Shapes: _B sequence (a prompt with a completion), _G group (the completions of o
 completion, padded), _K completion token (all sequences', one after the other).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Self
@@ -75,6 +75,31 @@ class Totals:
     groups: int
     tokens: int
 
+    @classmethod
+    def together(cls, totals: Iterable["Totals"]) -> Self:
+        """Those of several steps."""
+        each = list(totals)
+        return cls(
+            sequences=sum(one.sequences for one in each),
+            groups=sum(one.groups for one in each),
+            tokens=sum(one.tokens for one in each),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """This rank's part of an optimizer step."""
+
+    slices: Sequence[TokenBatch]
+    filler: TokenBatch
+    """Goes through the networks while only other ranks have a slice left: under ZeRO-3 that is a collective act."""
+    totals: Totals
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of the iteration's batch that it trains on."""
+        return [row for tokens in self.slices for row in tokens.rows]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -89,6 +114,7 @@ class Batch:
     """Completion tokens."""
     rewards_B: Tensor
     totals: Totals
+    """Of the iteration in `credit`, of the step in `loss`."""
     vstar_B: Tensor = ABSENT
     """V̂* of the prompt, from stage 1."""
     quantile_B: Tensor = ABSENT
@@ -151,11 +177,6 @@ class Batch:
     def mean_by_group(self, values_B: Tensor) -> Tensor:
         """The mean over the group of each sequence, shape (B,)."""
         return self.sum_by_group(values_B)[self.group_of_B] / self.group_size_B
-
-    def mean_of_others(self, values_B: Tensor) -> Tensor:
-        """The mean over the other sequences of the group, shape (B,), for groups of two or more."""
-        others_B = self.group_size_B - 1
-        return (self.sum_by_group(values_B)[self.group_of_B] - values_B) / others_B
 
     def before_update(self, logprobs_K: Tensor) -> Tensor:
         """ln π before the iteration's first step: the policy's own, where that is the only step."""

@@ -5,7 +5,7 @@
       critic/         the same of the critic, where the objective trains one
       state.json      the iteration, what the run depends on, the number of processes, the held-out accuracy
       rollouts.json   the batches drawn ahead for the iterations to come, where train.staleness is not 0
-      memory.json     what the objective remembers of each prompt, where it does
+      history.parquet what the objective remembers of each prompt, where it does
       manifest.json   the SHA-256 of each of these files
     checkpoints/damaged/   those whose files were not what their manifest says
 
@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from common.errors import UserError
 from common.files import file_digest, sync
 from stage2_train.ranks import Ranks
@@ -34,7 +36,7 @@ CRITIC = "critic"
 """The names of the parts that are trained, and their folders in a checkpoint."""
 STATE = "state.json"
 ROLLOUTS = "rollouts.json"
-MEMORY = "memory.json"
+HISTORY = "history.parquet"
 MANIFEST = "manifest.json"
 HASHING_THREADS = 8
 PROBE_BYTES = 2**20
@@ -69,11 +71,11 @@ def write(
     *,
     keep: int,
     rollouts: Sequence[Sequence[dict[str, Any]]] = (),
-    memory: Any = None,
+    history: pl.DataFrame | None = None,
 ) -> None:
     """Write folder/iteration-<n>, whole or not at all, and drop all but the newest `keep` and the best.
 
-    A collective operation; `state`, `rollouts` and `memory` are the main rank's. Raises UserError for a full disk.
+    A collective operation; `state`, `rollouts` and `history` are the main rank's. Raises UserError for a full disk.
     """
     temporary = ranks.from_main(_unfinished(folder, state["iteration"]) if ranks.is_main else folder)
     with writing_to(temporary, ranks):
@@ -81,9 +83,10 @@ def write(
             learner.save(temporary, name)
         ranks.wait()
         if ranks.is_main:
-            for file, document in ((ROLLOUTS, rollouts), (MEMORY, memory)):
-                if document:
-                    (temporary / file).write_text(json.dumps(document), encoding="ascii")
+            if rollouts:
+                (temporary / ROLLOUTS).write_text(json.dumps(rollouts), encoding="ascii")
+            if history is not None:
+                history.write_parquet(temporary / HISTORY)
             _finish(temporary, state, keep)
     ranks.wait()
 
@@ -121,17 +124,14 @@ def writing_to(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 def read_rollouts(checkpoint: Path) -> list[list[dict[str, Any]]]:
     """The batches that were waiting for their iteration, each in order of its places."""
-    batches: list[list[dict[str, Any]]] = _read(checkpoint / ROLLOUTS) or []
+    file = checkpoint / ROLLOUTS
+    batches: list[list[dict[str, Any]]] = json.loads(file.read_bytes()) if file.exists() else []
     return batches
 
 
-def read_memory(checkpoint: Path) -> Any:
-    """What the objective remembered of each prompt; None if it remembers nothing."""
-    return _read(checkpoint / MEMORY)
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_bytes()) if file.exists() else None
+def read_history(checkpoint: Path) -> pl.DataFrame:
+    """What the objective remembered of each prompt."""
+    return pl.read_parquet(checkpoint / HISTORY, glob=False)
 
 
 def _unfinished(folder: Path, iteration: int) -> Path:

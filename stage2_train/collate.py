@@ -14,13 +14,12 @@ from torch import Tensor
 from common.data.prompts import PromptRenderer
 from common.grading import UNJUDGED
 from common.rollout import Rollout
-from stage2_train.batch import Batch, TokenBatch, TokenSequence, Totals, token_batches
+from stage2_train.batch import Batch, Step, TokenBatch, TokenSequence, Totals, token_batches
 from stage2_train.config import TrainConfig
 from stage2_train.data import Stage1
-from stage2_train.objectives.protocol import Column
-from stage2_train.prompt_memory import PromptMemory
+from stage2_train.objectives.protocol import STAGE1_COLUMNS, Column
+from stage2_train.prompt_history import PromptHistory
 from stage2_train.ranks import Ranks
-from stage2_train.update import Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,22 +46,24 @@ class Cutter:
 
 
 Value = Callable[[Rollout], float]
-"""What is known of a completion by its prompt."""
+"""What is known of a completion from its prompt's past."""
 
 
 def known_values(
-    columns: frozenset[Column], stage1: Stage1 | None, memory: PromptMemory | None
+    columns: frozenset[Column], stage1: Stage1 | None, history: PromptHistory | None
 ) -> dict[str, Value]:
     """The columns of one number per completion that come from stage 1, or from what has been remembered since."""
     values: dict[str, Value] = {}
+    assert stage1 or columns.isdisjoint(STAGE1_COLUMNS), "the objective needs stage 1"
     if "vstar" in columns and stage1:
         values["vstar_B"] = lambda rollout: stage1.vstar[rollout.prompt.id]
     if "quantile" in columns and stage1:
         values["quantile_B"] = lambda rollout: quantile(
             rollout.grade.reward, stage1.rewards[rollout.prompt.id]
         )
-    if "expected" in columns and memory:
-        values["expected_B"] = lambda rollout: memory.expected(rollout.prompt.id)
+    if "expected" in columns:
+        assert history, "who expects a reward keeps a history"
+        values["expected_B"] = lambda rollout: history.expected(rollout.prompt.id)
     return values
 
 
@@ -106,10 +107,11 @@ class Collator:
             groups.append(list(range(len(rows), len(rows) + len(members))))
             rows += members
         chosen = [rollouts[row] for row in rows]
-        batch = self._batch(chosen, [number for number, group in enumerate(groups) for _ in group])
-        return Collated(batch=batch, steps=self._steps(rollouts, chosen, groups, places), rows=rows)
+        steps = self._steps(rollouts, chosen, groups, places)
+        group_of = [number for number, group in enumerate(groups) for _ in group]
+        return Collated(batch=self._batch(chosen, group_of, steps), steps=steps, rows=rows)
 
-    def _batch(self, rollouts: Sequence[Rollout], group_of: Sequence[int]) -> Batch:
+    def _batch(self, rollouts: Sequence[Rollout], group_of: Sequence[int], steps: Sequence[Step]) -> Batch:
         rewards_B = self._per_sequence([rollout.grade.reward for rollout in rollouts])
         groups_B = torch.tensor(group_of, dtype=torch.long, device=self._ranks.device)
         lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
@@ -124,7 +126,7 @@ class Collator:
             group_of_B=groups_B.unique(return_inverse=True)[1],
             lengths_B=torch.tensor(lengths, dtype=torch.long, device=self._ranks.device),
             rewards_B=rewards_B,
-            totals=Totals(sequences=len(rollouts), groups=len(set(group_of)), tokens=sum(lengths)),
+            totals=Totals.together(step.totals for step in steps),
             sum_over_ranks=self._ranks.sum,
             **columns,
         )
@@ -185,16 +187,19 @@ class Collator:
 
 
 def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> list[float]:
-    """The reward that falls to each token: a step's to the token that ends it, or the whole to the last one."""
-    token_ids = rollout.completion.token_ids
+    """The reward that falls to each token: a step's to the token that ends it, the completion's to the last one.
+
+    The last token is the one that ends the completion, which adds no text: a step that ends with the text ends there.
+    """
+    token_ids, text = rollout.completion.token_ids, rollout.completion.text
     rewards = [0.0] * len(token_ids)
-    steps = rollout.grade.step_rewards or ((len(rollout.completion.text), rollout.grade.reward),)
-    for end, reward in steps:
-        # The first token with which the text reaches the end of the step; the last one, where none does.
-        reached = bisect_left(
-            range(len(token_ids)), end, key=lambda place: len(decode(token_ids[: place + 1]))
-        )
-        rewards[min(reached, len(token_ids) - 1)] += reward
+    for end, reward in rollout.grade.step_rewards or ((len(text), rollout.grade.reward),):
+        place = len(token_ids) - 1
+        if end < len(text):
+            places = range(len(token_ids))
+            place = min(place, bisect_left(places, end, key=lambda at: len(decode(token_ids[: at + 1]))))
+        if rewards:
+            rewards[place] += reward
     return rewards
 
 

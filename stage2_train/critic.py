@@ -52,7 +52,8 @@ class Critic:
             module.register_state_dict_post_hook(keep_trained_weights)  # type: ignore[no-untyped-call]
         if config.train.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.learner = Learner(module, config, ranks, learning_rate=learning_rate)
+        setting = "train.objective.critic_learning_rate"
+        self.learner = Learner(module, config, ranks, learning_rate=learning_rate, setting=setting)
 
     def values(self, tokens: TokenBatch) -> Tensor:
         """V of the state before each completion token, with gradients."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 
+from common.config import DataConfig
 from common.data.prompts import (
     PromptRenderer,
     check_context,
@@ -31,6 +32,9 @@ from stage2_train.config import Config, TrainConfig
 from stage2_train.first_batch import FirstBatch, expected_first_batch
 from stage2_train.objectives.protocol import TrainsCritic
 from stage2_train.ranks import ALONE, Ranks
+
+LARGEST_TIED_SHARE = 0.5
+"""Of the prompts that may have rewards of two values only where an objective goes by their quantiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,25 +65,35 @@ class TrainingData:
     prompts: list[Prompt]
     held_out: list[Prompt]
     stage1: Stage1 | None
+    identity: Mapping[str, Any]
+    """Of model, prompt template, sampling and grader."""
 
     def iterations(self, config: Config) -> int:
         """How many iterations this run has."""
         return config.train.iterations_over(len(self.prompts))
 
-    def usable(self, config: Config, pool: GraderPool) -> "TrainingData":
-        """Less the prompts whose reference answer the grader cannot use, where nobody has looked yet."""
+    def usable(self, config: Config, pool: GraderPool, ranks: Ranks) -> "TrainingData":
+        """Less the prompts whose reference answer the grader cannot use, where nobody has looked yet.
+
+        A collective operation: the main rank looks, since a slow grader on one rank must not give it other prompts.
+        """
         prompts, held_out = self.prompts, self.held_out
         if self.stage1 is None:
-            prompts = usable_prompts(prompts, config.data, pool)
+            prompts = _usable(prompts, config.data, pool, ranks)
         if config.evaluate.data is not None:
-            held_out = usable_prompts(held_out, config.evaluate.data, pool)
+            held_out = _usable(held_out, config.evaluate.data, pool, ranks)
         return replace(self, prompts=prompts, held_out=held_out)
 
-    def digest(self) -> dict[str, str]:
-        """What tells whether a run goes on with the same data."""
+    def digest(self) -> dict[str, Any]:
+        """What tells whether a run goes on with the same data, and without stage 1's file with the same setting."""
         if self.stage1 is None:
-            return {"prompts": _digest([prompt.id for prompt in self.prompts])}
+            return {"prompts": _digest([prompt.id for prompt in self.prompts]), "identity": self.identity}
         return {"vstar": _digest(sorted(self.stage1.vstar.items()))}
+
+
+def _usable(prompts: list[Prompt], data: DataConfig, pool: GraderPool, ranks: Ranks) -> list[Prompt]:
+    chosen = ranks.once(lambda: {prompt.id for prompt in usable_prompts(prompts, data, pool)})
+    return [prompt for prompt in prompts if prompt.id in chosen]
 
 
 def _digest(document: Any) -> str:
@@ -114,6 +128,8 @@ def prepare(
         from stage2_train.critic import refuse_without_head
 
         refuse_without_head(folder)
+    model = ranks.once_a_node(lambda: model_identity(folder))
+    identity = sampling_identity(config, renderer, model, fingerprint(config.grader))
     if table is None:
         if allow_mismatch:
             raise UserError(
@@ -121,29 +137,34 @@ def prepare(
             )
         prompts, stage1 = load_prompts(config.data, config, renderer), None
     else:
-        model = ranks.once_a_node(lambda: model_identity(folder))
-        prompts, stage1 = _from_stage1(config, renderer, model, *table, Allowance(allow_mismatch))
+        prompts, stage1 = _from_stage1(config, renderer, identity, *table, Allowance(allow_mismatch))
     held_out = []
     if config.evaluate.data is not None:
         held_out = load_prompts(config.evaluate.data, config, PromptRenderer(folder, config.evaluate.data))
         held_out = held_out[: config.evaluate.training_prompts]
     check_context([*prompts, *held_out], config, folder)
-    return TrainingData(folder=folder, renderer=renderer, prompts=prompts, held_out=held_out, stage1=stage1)
+    return TrainingData(
+        folder=folder,
+        renderer=renderer,
+        prompts=prompts,
+        held_out=held_out,
+        stage1=stage1,
+        identity=identity,
+    )
 
 
 def _from_stage1(
     config: Config,
     renderer: PromptRenderer,
-    model: dict[str, Any],
+    identity: dict[str, Any],
     file: Path,
     rows: pl.DataFrame,
     provenance: Provenance,
     allowance: Allowance,
 ) -> tuple[list[Prompt], Stage1]:
     """The prompts that a table keeps. Raises UserError unless it was made as this run's config says."""
-    ours = sampling_identity(config, renderer, model, fingerprint(config.grader))
-    theirs = {key: value for key, value in provenance.identity.items() if key in ours}
-    expected = Provenance(identity=ours, context={})
+    theirs = {key: value for key, value in provenance.identity.items() if key in identity}
+    expected = Provenance(identity=identity, context={})
     allowance.refuse_unknown([*expected.fields(), "prompt.tokens"])
     expected.refuse_unless_same(
         Provenance(identity=theirs, context={}),
@@ -157,7 +178,7 @@ def _from_stage1(
         raise UserError(
             f"{file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
         )
-    _refuse_unfit_rewards(kept["rewards"].explode(), config.train, file)
+    _refuse_unfit_rewards(kept["rewards"], config.train, file)
     prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
     _refuse_other_tokens(prompts, kept, file, allowance)
     return prompts, Stage1(
@@ -173,16 +194,18 @@ def _from_stage1(
 
 
 def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) -> None:
-    """Raise UserError where an objective cannot make anything of stage 1's rewards."""
+    """Raise UserError where an objective cannot make anything of stage 1's rewards, a list for each prompt."""
     name = train.objective.name
-    if "quantile" in train.columns and rewards.is_in([0.0, 1.0]).all():
+    tied = int((rewards.list.n_unique() <= 2).sum())
+    if "quantile" in train.columns and tied > LARGEST_TIED_SHARE * len(rewards):
         raise UserError(
-            f"{file}: all rewards are 0 or 1, whose quantiles tie, so {name} would push wrong completions up too; "
-            "give it a graded reward, or train with astar_po"
+            f"{file}: most prompts have no more than two different rewards, whose quantiles tie, so {name} would push "
+            "wrong completions up too; give it a graded reward, or train with astar_po"
         )
-    if "expected" in train.columns and not rewards.is_between(0, 1).all():
+    each = rewards.explode()
+    if "expected" in train.columns and not each.is_between(0, 1).all():
         raise UserError(
-            f"{file}: rewards go from {rewards.min()!s} to {rewards.max()!s}, {name} remembers rewards from 0 to 1; "
+            f"{file}: rewards go from {each.min()!s} to {each.max()!s}, {name} expects rewards from 0 to 1; "
             "scale them, or train with another objective"
         )
 

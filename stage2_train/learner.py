@@ -38,11 +38,16 @@ class Learner:
         ranks: Ranks,
         *,
         learning_rate: float,
+        setting: str,
         whole: Sequence[type[nn.Module]] = (),
     ) -> None:
-        """Take over a module; under ZeRO-3 the weights of each of its `whole` parts are gathered together."""
+        """Take over a module; `setting` is the key of its learning rate.
+
+        Under ZeRO-3 the weights of each of its `whole` parts are gathered together.
+        """
         train = config.train
         self._ranks = ranks
+        self._setting = setting
         self._zero_stage = train.zero_stage
         self._skipped_in_a_row = 0
         module.train()
@@ -92,7 +97,7 @@ class Learner:
         if self._skipped_in_a_row == MAX_SKIPPED_STEPS:
             raise UserError(
                 f"{MAX_SKIPPED_STEPS} optimizer steps in a row had a loss or gradient that is not finite; "
-                'lower train.learning_rate, or set model.dtype = "float32" for both stages, and start again under '
+                f'lower {self._setting}, or set model.dtype = "float32" for both stages, and start again under '
                 "another --run"
             )
         return math.nan

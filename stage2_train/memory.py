@@ -284,9 +284,11 @@ def layer_activations(shape: Shape, config: Config) -> int:
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """The most tokens in a forward pass: the budget, or one sequence that is longer than that."""
+    """The most tokens in a forward pass: the budget, or a sequence, or a group that stays together, beyond that."""
+    objective = config.train.objective
     longest = longest_allowed_prompt(config) + config.sampling.max_completion_tokens
-    return max(config.train.tokens_per_micro_batch, longest)
+    together = objective.group_size if objective.unit == "group" else 1
+    return max(config.train.tokens_per_micro_batch, together * longest)
 
 
 def _size(config: Config) -> int:

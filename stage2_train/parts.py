@@ -11,9 +11,9 @@ from stage2_train.config import Config
 from stage2_train.critic import Critic
 from stage2_train.data import TrainingData
 from stage2_train.learner import Learner
-from stage2_train.objectives.protocol import Column, RemembersPrompts, TrainsCritic
+from stage2_train.objectives.protocol import Column, KeepsHistory, TrainsCritic
 from stage2_train.policy import Policy
-from stage2_train.prompt_memory import PromptMemory
+from stage2_train.prompt_history import PromptHistory
 from stage2_train.ranks import Ranks
 from stage2_train.scorers import PolicyScorer, Scorer, build_scorers
 from stage2_train.update import Update, trained_parts
@@ -28,7 +28,7 @@ class Parts:
     """By the column that each fills."""
     collate: Collator
     update: Update
-    memory: PromptMemory | None
+    history: PromptHistory | None
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -44,15 +44,15 @@ def build_parts(config: Config, data: TrainingData, ranks: Ranks) -> Parts:
     if isinstance(objective, TrainsCritic):
         critic = Critic(data.folder, config, ranks, learning_rate=objective.critic_learning_rate)
     cut = Cutter(train, data.renderer, ranks)
-    memory = None
-    if isinstance(objective, RemembersPrompts):
-        assert data.stage1 is not None, "a memory begins with stage 1"
-        memory = PromptMemory(objective, data.stage1.rewards, PolicyScorer(policy, ranks), cut, ranks)
-    values = known_values(train.columns, data.stage1, memory)
+    history = None
+    if isinstance(objective, KeepsHistory):
+        assert data.stage1 is not None, "a history begins with stage 1"
+        history = PromptHistory(objective, data.stage1.rewards, PolicyScorer(policy, ranks), cut, ranks)
+    values = known_values(train.columns, data.stage1, history)
     return Parts(
         policy=policy,
         scorers=build_scorers(train.columns, data.folder, config, policy, critic, ranks),
         collate=Collator(train, values, data.renderer, cut, ranks),
         update=Update(trained_parts(objective, policy, critic), ranks),
-        memory=memory,
+        history=history,
     )

@@ -42,7 +42,12 @@ class Policy:
         if config.train.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.learner = Learner(
-            module, config, ranks, learning_rate=config.train.learning_rate, whole=[VocabularyHead]
+            module,
+            config,
+            ranks,
+            learning_rate=config.train.learning_rate,
+            setting="train.learning_rate",
+            whole=[VocabularyHead],
         )
 
     def logprobs(self, tokens: TokenBatch) -> TokenLogprobs:

@@ -75,22 +75,29 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def once(self, work: Callable[[], T]) -> T:
+        """What the work gives, which the main rank does for all of them. Raises its UserError on every rank."""
+        return self._shared(work, self.is_main, 0)
+
     def once_a_node(self, work: Callable[[], T]) -> T:
         """What the work gives, which one rank of each node does for all of them. Raises its UserError on every rank."""
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return self._shared(work, local_rank == 0, self.rank - local_rank)
+
+    def _shared(self, work: Callable[[], T], is_ours: bool, doer: int) -> T:
         if self.world_size == 1:
             return work()
-        local_rank = int(os.environ["LOCAL_RANK"])
         result: T | UserError | None = None
-        if local_rank == 0:
+        if is_ours:
             try:
                 result = work()
             except UserError as error:
                 result = error
         found: list[T | UserError | None] = self.gather([result])
-        ours = found[self.rank - local_rank]
-        if isinstance(ours, UserError):
-            raise ours
-        return ours  # type: ignore[return-value]
+        for one in found:
+            if isinstance(one, UserError):
+                raise one
+        return found[doer]  # type: ignore[return-value]
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

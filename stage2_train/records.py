@@ -33,7 +33,9 @@ class SequenceRecord:
     trained: bool = False
     """Whether it took part in an optimizer step that was not skipped; without that the figures mean nothing."""
     figures: dict[str, float] = field(default_factory=dict)
-    """What a slice's loss said of it, by the name under which its mean is logged, or one of the names above."""
+    """What the losses said of it, the mean over passes: by the name that is logged, or one of those above."""
+    steps: int = 0
+    """Optimizer steps that it was part of, skipped ones too."""
 
 
 class Records:
@@ -65,12 +67,15 @@ class Records:
         """Note the figures of a slice, each of shape (B,); `rows` are those of the batch."""
         for name, values_B in figures.items():
             for row, value in zip(rows, values_B.tolist(), strict=True):
-                self.all[self._rows[row]].figures[name] = value
+                record = self.all[self._rows[row]]
+                before = record.figures.get(name, value)
+                record.figures[name] = before + (value - before) / (record.steps + 1)
 
     def note_step(self, rows: Sequence[int], gradient_norm: float) -> None:
         """Note whether a step on these rows of the batch was taken."""
         for row in rows:
-            self.all[self._rows[row]].trained = math.isfinite(gradient_norm)
+            self.all[self._rows[row]].steps += 1
+            self.all[self._rows[row]].trained |= math.isfinite(gradient_norm)
 
 
 def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from common.errors import UserError
 from common.provenance import ACCEPTED, differences
@@ -37,8 +38,9 @@ def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
     """What an older version of this program wrote, with the settings of [train] that it did not know yet."""
     config = origin["config"]
     train = TrainConfig().model_dump(mode="json", exclude=set(MAY_DIFFER["train"])) | config["train"]
-    objective = TypeAdapter(ObjectiveConfig).validate_python(train["objective"])
-    train["objective"] = objective.model_dump(mode="json")
+    with suppress(ValidationError):  # of an objective that this version does not have: refused as another one
+        objective = TypeAdapter(ObjectiveConfig).validate_python(train["objective"])
+        train["objective"] = objective.model_dump(mode="json")
     return origin | {"config": config | {"train": train}}
 
 

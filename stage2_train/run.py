@@ -33,7 +33,6 @@ from stage2_train.watchers import (
     Evaluation,
     FirstBatchCheck,
     Log,
-    Remembering,
     Watcher,
 )
 
@@ -67,7 +66,7 @@ def run_stage2(
     data = prepare(config, vstar_file, allow_mismatch, ranks)
     with ExitStack() as job:
         pool = job.enter_context(GraderPool(config.grader))
-        data = data.usable(config, pool)
+        data = data.usable(config, pool, ranks)
         trained_with = record(config, data)
         total = data.iterations(config)
         if is_finished(paths, trained_with):
@@ -126,7 +125,7 @@ def _train(
 def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsLog | None) -> list[Watcher]:
     """In the order in which they see an iteration: the log has what others add, a checkpoint is of a sound policy."""
     config, data, ranks = trainer.config, trainer.data, trainer.ranks
-    watchers: list[Watcher] = [Remembering(trainer.parts.memory)] if trainer.parts.memory else []
+    watchers: list[Watcher] = []
     if data.held_out:
         draw = held_out_draw(data.held_out, config, ranks)
         watchers.append(

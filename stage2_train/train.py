@@ -87,6 +87,9 @@ class Trainer:
                         norms.append(self.parts.update(step, batch, records))
                     # From now on the engine's weights are no longer the policy's.
                     batch = batch.with_columns(sampled_K=ABSENT)
+            if self.parts.history:
+                with timed("history", metrics):
+                    self.parts.history.visit(rollouts)
         metrics |= summarise(self.ranks.gather(records.all), metrics["time/iteration"])
         metrics |= step_figures(norms)
         metrics["train/processes"] = float(self.ranks.world_size)
@@ -149,7 +152,7 @@ class Trainer:
             self.ranks,
             keep=self.config.train.keep_checkpoints,
             rollouts=self._waiting(number),
-            memory=self.parts.memory.document() if self.parts.memory else None,
+            history=self.parts.history.table() if self.parts.history and self.ranks.is_main else None,
         )
 
     def _waiting(self, number: int) -> list[list[dict[str, Any]]]:
@@ -168,8 +171,8 @@ class Trainer:
     def resume(self, folder: Path) -> int:
         """Continue from a checkpoint; returns the number of its iteration."""
         checkpoint.load(folder, self.parts.learners)
-        if self.parts.memory:
-            self.parts.memory.resume(checkpoint.read_memory(folder))
+        if self.parts.history:
+            self.parts.history.resume(checkpoint.read_history(folder))
         number: int = checkpoint.read_state(folder)["iteration"]
         prompts = {prompt.id: prompt for prompt in self.data.prompts}
         size = self.objective.group_size
@@ -186,13 +189,13 @@ class Trainer:
 
 
 def step_figures(norms: Sequence[dict[str, float]]) -> Metrics:
-    """Of an iteration's steps: the mean gradient norm of each part, and how many were skipped."""
+    """Of an iteration's steps: each part's mean gradient norm, and how many of its steps were skipped."""
     figures: Metrics = {}
-    for part, name in ((POLICY, "gradient_norm"), (CRITIC, "critic_gradient_norm")):
+    for part, prefix in ((POLICY, ""), (CRITIC, "critic_")):
         if part in norms[0]:
             taken = [norm[part] for norm in norms if math.isfinite(norm[part])]
-            figures[f"train/{name}"] = sum(taken) / len(taken) if taken else math.nan
-    figures["train/skipped_steps"] = float(sum(not math.isfinite(norm[POLICY]) for norm in norms))
+            figures[f"train/{prefix}gradient_norm"] = sum(taken) / len(taken) if taken else math.nan
+            figures[f"train/{prefix}skipped_steps"] = float(len(norms) - len(taken))
     return figures
 
 

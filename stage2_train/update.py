@@ -4,14 +4,14 @@ It knows neither rollouts nor which objective it serves.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stage2_train.batch import ABSENT, Batch, TokenBatch, Totals
+from stage2_train.batch import ABSENT, Batch, Step, TokenBatch, Totals
 from stage2_train.checkpoint import CRITIC, POLICY
 from stage2_train.critic import Critic
 from stage2_train.learner import Learner
@@ -19,21 +19,6 @@ from stage2_train.objectives.protocol import Loss, Objective, TrainsCritic
 from stage2_train.policy import Policy
 from stage2_train.ranks import Ranks
 from stage2_train.records import ENTROPY, LOG_RATIO, LOGPROB_GAP, Records
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """This rank's part of an optimizer step."""
-
-    slices: Sequence[TokenBatch]
-    filler: TokenBatch
-    """Goes through the networks while only other ranks have a slice left: under ZeRO-3 that is a collective act."""
-    totals: Totals
-
-    @property
-    def rows(self) -> list[int]:
-        """The rows of the iteration's batch that it trains on."""
-        return [row for tokens in self.slices for row in tokens.rows]
 
 
 class Trained(Protocol):
@@ -102,17 +87,17 @@ def _blank(tokens: TokenBatch, logprobs_K: Tensor) -> Batch:
     """One group of completions of which nothing is known: every policy is the same, every other number 0."""
     sequences = len(tokens.rows)
     zeros_B, zeros_K = logprobs_K.new_zeros(sequences), torch.zeros_like(logprobs_K)
+    known = {"reference_K": logprobs_K, "old_K": logprobs_K}
+    names = [field.name for field in fields(Batch) if field.name.endswith(("_B", "_K"))]
+    columns = {name: known.get(name, zeros_B if name.endswith("_B") else zeros_K) for name in names}
     batch = Batch(
         group_of_B=zeros_B.long(),
         lengths_B=tokens.is_completion_BT.sum(1),
         rewards_B=zeros_B,
         totals=Totals(sequences=sequences, groups=1, tokens=len(logprobs_K)),
     )
-    return batch.with_columns(
-        **dict.fromkeys(("vstar_B", "quantile_B", "expected_B", "advantages_B"), zeros_B),
-        **dict.fromkeys(("rewards_K", "values_K", "advantages_K", "returns_K"), zeros_K),
-        **dict.fromkeys(("reference_K", "old_K"), logprobs_K),
-    )
+    own = ("group_of_B", "lengths_B", "rewards_B")
+    return batch.with_columns(**{name: column for name, column in columns.items() if name not in own})
 
 
 def trained_parts(objective: Objective, policy: Policy, critic: Critic | None) -> dict[str, Trained]:

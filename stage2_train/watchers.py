@@ -12,13 +12,14 @@ from stage2_train.completions import write_completions
 from stage2_train.data import Stage1
 from stage2_train.first_batch import FirstBatch
 from stage2_train.metrics import Metrics, MetricsLog, timed
-from stage2_train.prompt_memory import PromptMemory
 from stage2_train.ranks import Ranks
 from stage2_train.safeguards import refuse_divergence
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.sampler import Draw
 
 ACCURACY = "evaluate/pass_at_1"
+FORECAST_LOSS = "loss/regression"
+"""The figure that the first batch is compared by: (r − V̂*)² where the policy is the reference."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,19 +84,6 @@ class Evaluation:
             )
 
 
-class Remembering:
-    """Has the objective's memory of prompts take notice of each iteration."""
-
-    def __init__(self, memory: PromptMemory) -> None:
-        self._memory = memory
-
-    def after(self, turn: Turn) -> None:
-        """A collective operation."""
-        if turn.number:
-            with timed("memory", turn.metrics):
-                self._memory.visit(turn.rollouts)
-
-
 class FirstBatchCheck:
     """Compares the first iteration with what stage 1's samples let expect of it."""
 
@@ -105,10 +93,10 @@ class FirstBatchCheck:
 
     def after(self, turn: Turn) -> None:
         """Log what was expected, and warn where the first iteration is not like it."""
-        if turn.number != 1:
+        if turn.number != 1 or FORECAST_LOSS not in turn.metrics:
             return
         turn.metrics |= self._expected.bounds()
-        loss, reward = turn.metrics["loss/regression"], turn.metrics["reward/mean"]
+        loss, reward = turn.metrics[FORECAST_LOSS], turn.metrics["reward/mean"]
         if warning := self._expected.warning(loss, reward):
             self._console.print(warning, soft_wrap=True)
 

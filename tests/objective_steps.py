@@ -83,8 +83,6 @@ class Run:
     def iterations(self, first: int, last: int) -> None:
         for number in range(first, last + 1):
             turn = self.trainer.iteration(number, ITERATIONS)
-            if self.trainer.parts.memory:
-                self.trainer.parts.memory.visit(turn.rollouts)
             self.metrics.append(turn.metrics)
 
     def weights(self) -> Weights:

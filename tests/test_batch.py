@@ -128,7 +128,6 @@ def test_a_batch_knows_its_sequences_and_groups() -> None:
     assert batch.mean_by_sequence(values_K).tolist() == [1.5, 0.0, 4.0, pytest.approx(56 / 3)]
     assert batch.group_size_B.tolist() == [2.0] * 4
     assert batch.mean_by_group(batch.rewards_B).tolist() == [0.5, 0.5, 3.0, 3.0]
-    assert batch.mean_of_others(batch.rewards_B).tolist() == [0.0, 1.0, 2.0, 4.0]
 
 
 def test_a_slice_of_a_batch_has_the_columns_of_its_rows_in_their_order() -> None:

@@ -1,6 +1,7 @@
 """Rollouts to an iteration's batch and steps: groups, completions that could not be judged, rewards of steps."""
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ class Renderer:
         eos_token_id = 1
 
     def decode(self, token_ids: Any) -> str:
-        return "".join(map(chr, token_ids))
+        return "".join(chr(token) for token in token_ids if token != self.tokenizer.eos_token_id)
 
 
 def rollout(prompt: int, text: str, reward: float, outcome: Outcome = Outcome.WRONG, **grade: Any) -> Rollout:
@@ -69,6 +70,7 @@ def test_a_prompts_completions_are_a_group_in_one_step() -> None:
     assert found.batch.rewards_B.tolist() == list(range(8))
     assert found.batch.group_of_B.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert found.batch.vstar_B.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert found.batch.totals == Totals(sequences=8, groups=4, tokens=36)
     assert [sorted(step.rows) for step in found.steps] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [step.totals for step in found.steps] == [
         Totals(sequences=4, groups=2, tokens=1 + 2 + 3 + 4),
@@ -131,14 +133,29 @@ def test_engine_log_probs_are_a_column_where_some_were_asked_for() -> None:
 # Rewards of tokens.
 
 
-def test_a_reward_without_steps_falls_to_the_last_token() -> None:
+def ended(one: Rollout) -> Rollout:
+    """The rollout with the token that ends a completion, which adds nothing to its text."""
+    completion = replace(
+        one.completion, token_ids=(*one.completion.token_ids, Renderer.tokenizer.eos_token_id)
+    )
+    return replace(one, completion=completion)
+
+
+def test_a_reward_without_steps_falls_to_the_last_token_which_ends_the_completion() -> None:
     one = rollout(0, "abcd", 0.5)
     assert rewards_by_token(one, Renderer().decode) == [0.0, 0.0, 0.0, 0.5]
+    assert rewards_by_token(ended(one), Renderer().decode) == [0.0, 0.0, 0.0, 0.0, 0.5]
+    assert rewards_by_token(ended(rollout(0, "", 0.5)), Renderer().decode) == [0.5]
+
+
+def test_a_completion_without_tokens_has_no_token_to_reward() -> None:
+    assert rewards_by_token(rollout(0, "", 0.5), Renderer().decode) == []
 
 
 def test_a_steps_reward_falls_to_the_token_that_ends_it() -> None:
     one = rollout(0, "abcd", 1.75, step_rewards=((2, 0.25), (3, 0.5), (4, 1.0)))
     assert rewards_by_token(one, Renderer().decode) == [0.0, 0.25, 0.5, 1.0]
+    assert rewards_by_token(ended(one), Renderer().decode) == [0.0, 0.25, 0.5, 0.0, 1.0]
 
 
 def test_a_token_that_ends_several_steps_gets_all_of_their_rewards() -> None:
@@ -147,7 +164,7 @@ def test_a_token_that_ends_several_steps_gets_all_of_their_rewards() -> None:
     def two_letters_a_token(token_ids: Any) -> str:
         return Renderer().decode(token_ids) * 2  # the first token says "aa", all four eight letters
 
-    assert rewards_by_token(one, two_letters_a_token) == [0.75, 1.0, 0.0, 0.0]
+    assert rewards_by_token(one, two_letters_a_token) == [0.75, 0.0, 0.0, 1.0]
 
 
 def test_step_rewards_reach_ppo_and_no_other_objective() -> None:

@@ -44,7 +44,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "V̂* without a file": ([], "vstar.parquet, which the objective astar_po needs; make it with"),
     "rewards that tie": (
         ["train.objective.name=qrpo"],
-        "all rewards are 0 or 1, whose quantiles tie",
+        "have no more than two different rewards, whose quantiles tie",
     ),
     "a mismatch with nothing": (
         ["train.objective.name=grpo", "--allow-mismatch", "grader"],

@@ -11,7 +11,7 @@ from stage2_train.objectives.centred_residual import CentredResidual
 from stage2_train.objectives.grpo import GRPO
 from stage2_train.objectives.pmd_mean import PMDMean
 from stage2_train.objectives.ppo import PPO, generalised_advantages
-from stage2_train.objectives.protocol import Memory, Objective
+from stage2_train.objectives.protocol import Objective, Tally
 from stage2_train.objectives.qrpo import QRPO
 from stage2_train.objectives.rebel import REBEL
 from stage2_train.objectives.spo import SPO
@@ -125,7 +125,8 @@ def test_the_centred_residuals_gradient_is_astar_pos_with_the_others_residual_as
     batch = batch_of(lengths, rewards_B, group_size=3, reference_K=old(3))
     _, gradient_K = loss_and_gradient(objective, logprobs_K, batch)
     residual_B = 0.5 * logprobs_K - rewards_B
-    expected_B = 2 * 0.5 / 3 * (residual_B - batch.mean_of_others(residual_B))
+    others_B = (residual_B.sum() - residual_B) / 2
+    expected_B = 2 * 0.5 / 3 * (residual_B - others_B)
     torch.testing.assert_close(gradient_K, expected_B)
 
 
@@ -170,16 +171,16 @@ def test_spos_advantage_is_the_reward_less_what_was_expected_whitened() -> None:
     assert found.tolist() == pytest.approx([value / math.sqrt(0.28) for value in (0.4, -0.6, 0.2)], abs=1e-7)
 
 
-def test_spos_memory_begins_with_stage_one_and_forgets_by_the_policys_drift() -> None:
+def test_spos_history_begins_with_stage_one_and_forgets_by_the_policys_drift() -> None:
     objective = SPO(name="spo")
-    memory = objective.first_memory([1.0, 1.0, 0.0, 0.0])
-    assert memory == Memory(4.0, 4.0)
-    assert memory.expected == 0.5
+    tally = objective.first_tally([1.0, 1.0, 0.0, 0.0])
+    assert tally == Tally(4.0, 4.0)
+    assert tally.expected == 0.5
     # ρ = 2^(−D/0.06), within 0.875 and 0.96
     for drift, kept in ((0.0, 0.96), (0.06 * math.log2(1 / 0.9), 0.9), (1.0, 0.875)):
-        found = objective.next_memory(memory, 1.0, drift)
-        assert (found.for_it, found.against) == pytest.approx((4 * kept + 1, 4 * kept))
-    assert objective.first_memory([]).expected == 0.5
+        found = objective.next_tally(tally, 1.0, drift)
+        assert (found.solved, found.failed) == pytest.approx((4 * kept + 1, 4 * kept))
+    assert objective.first_tally([]).expected == 0.5
 
 
 # PPO: one completion of three tokens.
@@ -256,3 +257,16 @@ def test_ppos_surrogate_is_a_mean_over_tokens() -> None:
     loss = objective.loss(policy(ratios(1.1, 1.5, 0.5)), batch)
     assert float(loss.share) == pytest.approx((-1.1 - 1.2 + 0.8) / 3, abs=EXACT)
     assert loss.figures["clipped"].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("value", [0.3, 0.1, 0.7])
+def test_equal_values_are_whitened_to_zero(value: float) -> None:
+    """In float32 a sum of 4,096 of them is off by more than the deviation's floor."""
+    rewards_B = torch.full((4096,), value)
+    batch = batch_of([1] * 4096, rewards_B, expected_B=torch.zeros(4096))
+    assert SPO(name="spo").credit(batch).advantages_B.abs().max() < 1e-3
+
+
+def test_spo_keeps_no_less_than_it_keeps_most() -> None:
+    with pytest.raises(ValueError, match=r"least_kept 0\.99 is above most_kept 0\.96"):
+        SPO(name="spo", least_kept=0.99)

@@ -19,7 +19,7 @@ from common.data.prompts import PromptRenderer
 from common.grading import GraderPool
 from common.rollout import Completion, Rollout, SampleRequest
 from stage2_train import learner, logprobs
-from stage2_train.batch import Batch
+from stage2_train.batch import Batch, Step
 from stage2_train.checkpoint import POLICY
 from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
@@ -27,7 +27,7 @@ from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.records import LOG_RATIO, Records, SequenceRecord
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw
-from stage2_train.update import Step, Update
+from stage2_train.update import Update
 
 IN_CHUNKS = "ZeRO-3, logits in chunks"
 FIGURES = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")

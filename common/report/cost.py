@@ -12,7 +12,7 @@ _PARTS = {
     "time/old": "log-probs of the old policy",
     "time/values": "the critic's values",
     "time/update": "updates",
-    "time/memory": "memory of prompts",
+    "time/history": "history of prompts",
     "time/weight_sync": "weights to the engine",
     "time/evaluate": "evaluations",
 }
@@ -63,7 +63,7 @@ def stage2_cost(metrics: Sequence[dict[str, float]]) -> Cost:
     return Cost(
         stage="stage 2",
         what="training iterations and the evaluations between them, without loading and checkpoints",
-        seconds=total("time/iteration") + total("time/evaluate") + total("time/memory"),
+        seconds=total("time/iteration") + total("time/evaluate"),
         tokens=round(sum(tokens)),
         devices=None if known is None else int(known),
         parts=[(label, seconds) for name, label in _PARTS.items() if (seconds := total(name))],

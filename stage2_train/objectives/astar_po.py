@@ -72,18 +72,26 @@ class AStarPO(Section):
         return batch.with_columns(advantages_B=batch.rewards_B - vstar_B)
 
     def _vstar_of_others(self, batch: Batch) -> Tensor:
+        import numpy as np
+
         from common.value import estimate_vstar
 
-        beta1 = 0.5 if self.beta1 is None else self.beta1
-        is_other_BB = batch.group_of_B[:, None] == batch.group_of_B
-        is_other_BB.fill_diagonal_(False)
-        others_S = is_other_BB.nonzero()[:, 1]
-        counts_B = is_other_BB.sum(1)
-        if not len(counts_B):
+        members: dict[int, list[int]] = {}
+        for row, group in enumerate(batch.group_of_B.tolist()):
+            members.setdefault(group, []).append(row)
+        others = [[other for other in group if other != row] for group in members.values() for row in group]
+        if not others:
             return batch.rewards_B
-        rewards_S = batch.rewards_B[others_S].double().cpu().numpy()
-        estimate = estimate_vstar(rewards_S, counts_B.cpu().numpy(), beta1)
-        return batch.rewards_B.new_tensor(estimate.vstar_P)
+        rows = [row for group in members.values() for row in group]
+        rewards = batch.rewards_B.double().cpu().numpy()
+        estimate = estimate_vstar(
+            rewards[[other for group in others for other in group]],
+            np.array([len(group) for group in others]),
+            0.5 if self.beta1 is None else self.beta1,
+        )
+        vstar_B = batch.rewards_B.new_empty(len(rows))
+        vstar_B[rows] = vstar_B.new_tensor(estimate.vstar_P)
+        return vstar_B
 
     def loss(self, policy: TokenLogprobs, batch: Batch) -> Loss:
         """The squared residual of each sequence, averaged over the step."""

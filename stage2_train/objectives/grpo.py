@@ -66,7 +66,7 @@ class GRPO(Section):
             advantages_B = advantages_B / (variance_B.sqrt() + SMALLEST_DEVIATION)
         elif self.scale == "batch":
             _, deviation = mean_and_deviation(batch.rewards_B, batch)
-            advantages_B = advantages_B / (deviation + SMALLEST_DEVIATION)
+            advantages_B = (advantages_B / (deviation + SMALLEST_DEVIATION)).to(advantages_B.dtype)
         return batch.with_columns(advantages_B=advantages_B)
 
     def loss(self, policy: TokenLogprobs, batch: Batch) -> Loss:

@@ -25,8 +25,8 @@ STAGE1_COLUMNS: frozenset[Column] = frozenset({"vstar", "quantile", "expected"})
 class Loss:
     """A slice's share of a step's loss: a scalar, divided by the step's totals, so that shares add up.
 
-    `figures` are logged as loss/<name>, each the mean over the batch of a number per sequence, shape (B,), detached;
-    the first is the loss itself.
+    `figures` are logged as loss/<name>: each is a number per sequence, shape (B,), detached, whose mean over the batch
+    (and over its passes) is taken. The console shows the first one.
     """
 
     share: Tensor
@@ -92,26 +92,26 @@ class TrainsCritic(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """What is remembered of a prompt: how much speaks for a reward of 1, and how much for one of 0."""
+class Tally:
+    """What is remembered of a prompt: the weight of its successes, and of its failures."""
 
-    for_it: float
-    against: float
+    solved: float
+    failed: float
 
     @property
     def expected(self) -> float:
         """The reward that it lets expect."""
-        return self.for_it / (self.for_it + self.against)
+        return self.solved / (self.solved + self.failed)
 
 
 @runtime_checkable
-class RemembersPrompts(Protocol):
+class KeepsHistory(Protocol):
     """An objective whose baseline is what it remembers of a prompt, for rewards from 0 to 1."""
 
-    def first_memory(self, rewards: Sequence[float]) -> Memory:
+    def first_tally(self, rewards: Sequence[float]) -> Tally:
         """Of a prompt, from its rewards in stage 1."""
         ...
 
-    def next_memory(self, memory: Memory, reward: float, drift: float) -> Memory:
+    def next_tally(self, tally: Tally, reward: float, drift: float) -> Tally:
         """After a visit. `drift` is how far the policy has moved since the last one, in nats per token."""
         ...

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.config import Section
-from stage2_train.objectives.protocol import Column, Loss, Memory
+from stage2_train.objectives.protocol import Column, Loss, Tally
 from stage2_train.objectives.surrogate import averaged, clipped_surrogate, whitened
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ class SPO(Section):
     least_judged: ClassVar[int] = 1
     allows_staleness: ClassVar[bool] = False
 
+    @model_validator(mode="after")
+    def _kept_in_order(self) -> SPO:
+        if self.least_kept > self.most_kept:
+            raise ValueError(
+                f"least_kept {self.least_kept} is above most_kept {self.most_kept}; exchange them"
+            )
+        return self
+
     def needs(self, steps: int) -> frozenset[Column]:
         """p̂, and ln π_old, where it differs from ln π."""
         columns: set[Column] = {"expected"}
@@ -70,14 +78,14 @@ class SPO(Section):
             },
         )
 
-    def first_memory(self, rewards: Sequence[float]) -> Memory:
+    def first_tally(self, rewards: Sequence[float]) -> Tally:
         """(α, β) of a prompt, from its rewards in stage 1."""
         weight = 1 / (1 - self.least_kept)
         successes, samples = sum(rewards), len(rewards)
         shares = (successes + 0.5, samples - successes + 0.5)
-        return Memory(*(weight * share / (samples + 1) for share in shares))
+        return Tally(*(weight * share / (samples + 1) for share in shares))
 
-    def next_memory(self, memory: Memory, reward: float, drift: float) -> Memory:
+    def next_tally(self, tally: Tally, reward: float, drift: float) -> Tally:
         """(α, β) after a visit, with the drift since the one before."""
         kept = min(max(2 ** (-drift / HALF_LIFE), self.least_kept), self.most_kept)
-        return Memory(kept * memory.for_it + reward, kept * memory.against + 1 - reward)
+        return Tally(kept * tally.solved + reward, kept * tally.failed + 1 - reward)

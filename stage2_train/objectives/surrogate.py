@@ -47,20 +47,20 @@ def averaged(values_K: Tensor, batch: Batch, average: Average) -> Tensor:
 
 
 def mean_and_deviation(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (n − 1) of all ranks' values; a collective operation."""
-    count, total = batch.sum_over_ranks(_pair(values.numel(), values.sum()))
+    """Mean and standard deviation (n − 1) of all ranks' values, in float64; a collective operation.
+
+    In float32 the mean of equal values is off by their last bit, and the deviation is that bit.
+    """
+    exact = values.double()
+    pair = exact.new_empty(2)
+    pair[0], pair[1] = values.numel(), exact.sum()
+    count, total = batch.sum_over_ranks(pair)
     mean = total / count.clamp(min=1)
-    squares = batch.sum_over_ranks(((values - mean) ** 2).sum())
+    squares = batch.sum_over_ranks(((exact - mean) ** 2).sum())
     return mean, (squares / (count - 1).clamp(min=1)).sqrt()
 
 
 def whitened(values: Tensor, batch: Batch) -> Tensor:
     """All ranks' values less their mean, divided by their standard deviation; 0 where they are all equal."""
     mean, deviation = mean_and_deviation(values, batch)
-    return (values - mean) / (deviation + SMALLEST_DEVIATION)
-
-
-def _pair(count: int, total: Tensor) -> Tensor:
-    pair = total.new_empty(2)
-    pair[0], pair[1] = count, total
-    return pair
+    return ((values - mean) / (deviation + SMALLEST_DEVIATION)).to(values.dtype)
