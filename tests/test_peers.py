@@ -1,6 +1,7 @@
 """The parts of benchmarks/peers that need neither TRL nor a model."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.peers import grpo
 from benchmarks.peers.demo import seconds_to
+from benchmarks.peers.job import GRPOSteps
 from benchmarks.peers.vocabulary import BATCH_SIZE, LONGEST, completion_lengths
 from benchmarks.processes import run
 from benchmarks.tables import Column, Values, comparison
+from tests.conftest import ROOT
+
+TRL_GRPO = GRPOSteps.read(ROOT / grpo.GOLDEN)
 
 
 def test_the_time_to_an_accuracy_lies_on_the_line_between_two_evaluations() -> None:
@@ -57,3 +63,31 @@ from common.grading import rule_gsm8k
 assert rule_gsm8k.grade("", "so #### 3", "3").reward == 1.0
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": "."})
+
+
+@pytest.mark.parametrize("number", range(len(TRL_GRPO.options)), ids=map(grpo.name_of, TRL_GRPO.options))
+def test_grpos_advantages_loss_and_gradient_are_trls(number: int) -> None:
+    """TRL's are those that `python -m benchmarks.peers grpo --write` has kept."""
+    own = grpo.ours(TRL_GRPO, TRL_GRPO.options[number])
+    for _, relative in grpo.differences(own, grpo.trls(TRL_GRPO, number)):
+        assert relative < grpo.TOLERANCE
+
+
+def test_the_numbers_that_grpo_is_compared_on_tell_its_settings_apart() -> None:
+    assert TRL_GRPO.options == grpo.combinations()
+    of_one_batch = [
+        loss
+        for loss, options in zip(TRL_GRPO.losses, TRL_GRPO.options, strict=True)
+        if options["gradient_accumulation_steps"] == 1 and options["loss_type"] != "bnpo"
+    ]
+    assert len({round(loss, 9) for loss in of_one_batch}) == len(of_one_batch) == 50
+    advantages_K = [
+        advantage
+        for advantage, length in zip(TRL_GRPO.advantages[0], TRL_GRPO.lengths, strict=True)
+        for _ in range(length)
+    ]
+    ratios_K = [math.exp(new - old) for new, old in zip(TRL_GRPO.logprobs, TRL_GRPO.old, strict=True)]
+    for sign in (-1, 1):
+        for low, high in ((0.0, 0.8), (0.8, 1.2), (1.28, 2.0)):
+            tokens = zip(advantages_K, ratios_K, strict=True)
+            assert any(sign * advantage > 0 and low < ratio < high for advantage, ratio in tokens)

@@ -2,9 +2,11 @@
 
     make base-model && .venv/bin/python -m benchmarks.peers demo
     .venv/bin/python -m benchmarks.peers vocabulary
+    .venv/bin/python -m benchmarks.peers grpo
 
-TRL gets an environment of its own on first use, artifacts/peers/venv. Each run's logs and figures stay in
-artifacts/peers/<workload>. Run it on an otherwise idle machine.
+`grpo` times nothing: it compares the loss and gradient of GRPO on the same log-probs and rewards, and fails where they
+differ. TRL gets an environment of its own on first use, artifacts/peers/venv. Each run's logs and figures stay in
+artifacts/peers/<workload>. Time on an otherwise idle machine.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import os
 import shutil
 import sys
 
-from benchmarks.peers import demo, vocabulary
+from benchmarks.peers import demo, grpo, vocabulary
 from common.runs import run_paths
 
 
@@ -20,13 +22,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workload", choices=["demo", "vocabulary"])
+    parser.add_argument("workload", choices=["demo", "vocabulary", "grpo"])
     parser.add_argument("--repetitions", type=int, help="default: 3 for demo, 2 for vocabulary")
     parser.add_argument("--iterations", type=int, help="default: 40 for demo, 1 for vocabulary")
+    parser.add_argument("--write", action="store_true", help=f"grpo: keep TRL's answers in {grpo.GOLDEN}")
     arguments = parser.parse_args()
     folder = run_paths("peers").root.resolve() / arguments.workload
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    if arguments.workload == "grpo":
+        return 0 if grpo.compare(folder, write=arguments.write) else 1
     before = os.getloadavg()[0]
     if arguments.workload == "demo":
         table = demo.compare(arguments.repetitions or 3, arguments.iterations or 40, folder)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.peers.environment import trl_python
+from benchmarks.peers.environment import TRL_VARIABLES, trl_python
 from benchmarks.peers.evaluate import evaluate
 from benchmarks.peers.job import Job, JsonFile, Report
 from benchmarks.peers.our_run import OurJob
@@ -152,8 +152,8 @@ def peer(trainer: str, values: dict[str, object], folder: Path) -> Run:
 
 def run_trl(job: Job, folder: Path) -> tuple[Finished, Report]:
     """A job by TRL's interpreter."""
-    environment = {**THREADS, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ".", "PYTHONWARNINGS": "ignore"}
-    return run_job(job, [trl_python(), "-m", "benchmarks.peers.trl_run"], folder, environment)
+    program = [trl_python(), "-m", "benchmarks.peers.trl_run"]
+    return run_job(job, program, folder, {**THREADS, **TRL_VARIABLES})
 
 
 def run_job(

@@ -1,7 +1,7 @@
 """What a trainer is told to do and what it reports, as JSON: this module loads in TRL's environment and in ours."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -97,3 +97,24 @@ class Report(JsonFile):
     """Spent in `generate` while training."""
     imports_mib: float
     """Resident memory once the libraries are loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOSteps(JsonFile):
+    """Optimizer steps of GRPO, all on the same numbers, and what TRL makes of each once it has been asked."""
+
+    group_size: int
+    lengths: list[int]
+    """The tokens of each completion, group after group; numbers of tokens stand one completion after the other."""
+    rewards: list[float]
+    logprobs: list[float]
+    old: list[float]
+    reference: list[float]
+    options: list[dict[str, Any]]
+    """What each step is told, in the words of TRL's GRPOConfig."""
+    trl: str = ""
+    """Its version."""
+    advantages: list[list[float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    gradients: list[list[float]] = field(default_factory=list)
+    """By each token's log-prob."""
