@@ -1,6 +1,7 @@
 """What the tests of stage 2 share: a config for the tiny model, and a vstar.parquet made without sampling."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from common.vstar_file import write_vstar
 from stage2_train.config import Config
 
 NUM_SAMPLES = 4
+GRADED = ([0.0, 0.25, 0.5, 0.75], [1.0, 0.0, 0.5, 0.25], [1.0, 0.75, 0.25, 0.0], [1.0, 0.5, 0.75, 0.25])
 REWARDS = ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])
 
 
@@ -59,12 +61,19 @@ def tiny_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Config
     return Config.model_validate(document)
 
 
-def write_tiny_vstar(config: Config, path: Path, *, change: dict[str, Any] | None = None) -> None:
+def write_tiny_vstar(
+    config: Config,
+    path: Path,
+    *,
+    change: dict[str, Any] | None = None,
+    made_up: Sequence[Sequence[float]] = REWARDS,
+) -> None:
     """vstar.parquet of a config, with made-up rewards; `change` overrides parts of the identity that it records."""
     folder = Path(config.model.path)
     renderer = PromptRenderer(folder, config.data)
     prompts = load_prompts(config.data, config, renderer)
-    rewards = [REWARDS[number % len(REWARDS)] for number in range(len(prompts))]
+    rewards = [list(made_up[number % len(made_up)]) for number in range(len(prompts))]
+    solved = [[reward >= 1 for reward in row] for row in rewards]
     identity = sampling_identity(config, renderer, model_identity(folder), fingerprint(config.grader))
     rows = pl.DataFrame(
         {
@@ -74,10 +83,10 @@ def write_tiny_vstar(config: Config, path: Path, *, change: dict[str, Any] | Non
             "prompt_token_hash": [prompt.token_hash for prompt in prompts],
             "num_samples": [NUM_SAMPLES] * len(prompts),
             "rewards": rewards,
-            "outcomes": [["correct" if reward else "wrong" for reward in row] for row in rewards],
+            "outcomes": [["correct" if one else "wrong" for one in row] for row in solved],
             "completion_tokens": [[5] * NUM_SAMPLES] * len(prompts),
-            "pass_rate": [sum(row) / NUM_SAMPLES for row in rewards],
-            "pass_at_n": [any(row) for row in rewards],
+            "pass_rate": [sum(row) / NUM_SAMPLES for row in solved],
+            "pass_at_n": [any(row) for row in solved],
             "beta1": [float("inf")] * len(prompts),
             "vstar": [sum(row) / NUM_SAMPLES for row in rewards],
             "vstar_se": [0.1] * len(prompts),

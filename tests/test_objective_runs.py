@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.objective_steps import ITERATIONS, Counts
-from tests.stage2_runs import tiny_config, write_tiny_vstar
+from tests.stage2_runs import GRADED, tiny_config, write_tiny_vstar
 from tests.training_jobs import ranks_found
 
 WEIGHTS_TOLERANCE = 5e-5
@@ -29,6 +29,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "centred_residual": {"beta": 0.05, "group_size": 3},
     "pmd_mean": {"tau": 0.05},
     "spo": {},
+    "qrpo": {"beta": 0.1},
 }
 SPLITS: dict[str, dict[str, Any]] = {
     "as configured": {"zero_stage": 2, "tokens_per_micro_batch": BUDGET},
@@ -37,29 +38,25 @@ SPLITS: dict[str, dict[str, Any]] = {
 }
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 ADAPTED = ("grpo", "rebel", "ppo")
-ON_ONE = ("as configured", "all at once")
-ON_TWO = ("ZeRO-3",)
 
 
 def section(name: str) -> dict[str, Any]:
     return {"name": name.partition(",")[0], **OBJECTIVES[name]}
 
 
-def cases(splits: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    plain = {
-        f"{name} | {split}": {"objective": section(name), **SPLITS[split]}
-        for name in OBJECTIVES
-        for split in splits
-    }
-    adapted = {
-        f"{name} | LoRA, {split}": {"objective": section(name), **SPLITS[split], **LORA}
+def cases(*splits: str, adapted: str, few: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """All objectives in these splits, some of them in a few more; those of ADAPTED also with an adapter."""
+    chosen = [(name, split) for name in OBJECTIVES for split in splits]
+    chosen += [(name, split) for name in ADAPTED for split in few]
+    plain = {f"{name} | {split}": {"objective": section(name), **SPLITS[split]} for name, split in chosen}
+    return plain | {
+        f"{name} | LoRA, {adapted}": {"objective": section(name), **SPLITS[adapted], **LORA}
         for name in ADAPTED
-        for split in splits[-1:]
     }
-    return plain | adapted
 
 
-ONE, TWO = cases(ON_ONE), cases(ON_TWO)
+ONE = cases("as configured", adapted="all at once", few=("all at once",))
+TWO = cases("ZeRO-3", adapted="ZeRO-3", few=("as configured",))
 RUNS = [(1, case) for case in ONE] + [(2, case) for case in TWO]
 Found = dict[int, list[dict[str, dict[str, Any]]]]
 
@@ -75,7 +72,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
         train={"iterations": ITERATIONS, "batch_size": PROMPTS, "mini_batch_size": PROMPTS // STEPS},
         grader={"workers": 1},
     )
-    write_tiny_vstar(config, folder / "vstar.parquet")
+    write_tiny_vstar(config, folder / "vstar.parquet", made_up=GRADED)
     return ranks_found("objective_steps", config, folder, {1: ONE, 2: TWO})
 
 
@@ -100,20 +97,15 @@ def test_a_run_from_a_checkpoint_is_the_uninterrupted_one(found: Found, processe
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_split_of_a_step_gives_the_same_policy(found: Found, name: str) -> None:
-    reference = found[1][0][f"{name} | as configured"]["weights"]
-    assert (
-        difference(found[1][0][f"{name} | as configured"]["start"], reference_policy(reference, found, name))
-        > 1e-3
-    )
-    assert difference(found[1][0][f"{name} | all at once"]["weights"], reference) < WEIGHTS_TOLERANCE
-    for split in ON_TWO:
-        for rank in found[2]:
-            assert difference(rank[f"{name} | {split}"]["weights"], reference) < WEIGHTS_TOLERANCE, split
-
-
-def reference_policy(weights: dict[str, torch.Tensor], found: Found, name: str) -> dict[str, torch.Tensor]:
-    start = found[1][0][f"{name} | as configured"]["start"]
-    return {part: weights[part] for part in start}
+    reference = found[1][0][f"{name} | as configured"]
+    assert difference(reference["start"], reference["weights"]) > 1e-3
+    others = [
+        (processes, case) for processes, case in RUNS if case.startswith(f"{name} | ") and "LoRA" not in case
+    ]
+    assert len(others) >= 2
+    for processes, case in others:
+        for rank in found[processes]:
+            assert difference(rank[case]["weights"], reference["weights"]) < WEIGHTS_TOLERANCE, case
 
 
 @pytest.mark.parametrize("case", TWO)
@@ -160,59 +152,52 @@ def test_what_a_node_needs_once_is_done_by_one_of_its_ranks_and_fails_on_all(fou
     assert {rank["error"] for rank in seen} == {"no model on rank 0"}
 
 
-COMPLETIONS = PROMPTS * ITERATIONS
+def costs(
+    *models: str, group: int = 1, scored: int = 1, critic: bool = False, more: int = 0, passes: int = 1
+) -> Counts:
+    """Three iterations; completions are `scored` so often without gradients, and `more` of them once again."""
+    completions = group * PROMPTS * ITERATIONS
+    return Counts(
+        drawn=completions,
+        trained=passes * completions,
+        scored=scored * completions + more,
+        critic_trained=completions if critic else 0,
+        critic_scored=completions if critic else 0,
+        models=["policy", *models],
+        optimizers=2 if critic else 1,
+    )
+
+
 EXPECTED: dict[str, Counts] = {
-    "astar_po": Counts(
-        drawn=COMPLETIONS,
-        trained=COMPLETIONS,
-        scored=COMPLETIONS,
-        models=["policy", "reference"],
-        optimizers=1,
-    ),
-    "astar_po, the group's V̂*": Counts(
-        drawn=2 * COMPLETIONS,
-        trained=2 * COMPLETIONS,
-        scored=2 * COMPLETIONS,
-        models=["policy", "reference"],
-        optimizers=1,
-    ),
-    "grpo": Counts(
-        drawn=2 * COMPLETIONS,
-        trained=2 * COMPLETIONS,
-        scored=4 * COMPLETIONS,
-        models=["policy", "reference"],
-        optimizers=1,
-    ),
-    "rebel": Counts(
-        drawn=2 * COMPLETIONS,
-        trained=2 * COMPLETIONS,
-        scored=2 * COMPLETIONS,
-        models=["policy"],
-        optimizers=1,
-    ),
-    "ppo": Counts(
-        drawn=COMPLETIONS,
-        trained=COMPLETIONS,
-        scored=2 * COMPLETIONS,
-        critic_trained=COMPLETIONS,
-        critic_scored=COMPLETIONS,
-        models=["policy", "critic", "reference"],
-        optimizers=2,
-    ),
+    "astar_po": costs("reference"),
+    "astar_po, two completions": costs("reference", group=2),
+    "astar_po, the group's V̂*": costs("reference", group=2),
+    "grpo": costs("reference", group=2, scored=2),
+    "grpo, two passes": costs("reference", group=3, scored=2, passes=2),
+    "rebel": costs(group=2),
+    "ppo": costs("critic", "reference", scored=2, critic=True),
+    "centred_residual": costs("reference", group=3),
+    "pmd_mean": costs(group=4),
+    # π_old and the new completion each time, in the third iteration also the completions of the first one's prompts
+    "spo": costs(scored=2, more=PROMPTS),
+    "qrpo": costs("reference"),
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_an_objective_pays_for_what_it_needs_and_for_nothing_else(found: Found, name: str) -> None:
     """A*-PO: one completion per prompt, one pass of one reference, one pass of one policy, one optimizer."""
+    assert EXPECTED.keys() == OBJECTIVES.keys()
     assert Counts(**found[1][0][f"{name} | as configured"]["counts"]) == EXPECTED[name]
 
 
 def test_the_cases_differ_in_what_they_are_meant_to_compare(found: Found) -> None:
-    for name in OBJECTIVES:
-        several, few = (found[1][0][f"{name} | {split}"]["slices"] for split in ON_ONE)
+    for name in ADAPTED:
+        several, few = (
+            found[1][0][f"{name} | {split}"]["slices"] for split in ("as configured", "all at once")
+        )
         assert all(more > fewer for more, fewer in zip(several, few, strict=True))
-        ranks = [rank[f"{name} | ZeRO-3"]["slices"] for rank in found[2]]
-        assert len(ranks[0]) == len(ranks[1]) == len(several)
+    for name in OBJECTIVES:
+        assert min(found[1][0][f"{name} | as configured"]["slices"]) > 1
     left, right = ([rank[f"{name} | ZeRO-3"]["slices"] for name in OBJECTIVES] for rank in found[2])
     assert left != right

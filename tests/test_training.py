@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -20,12 +21,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from common.errors import UserError
+from common.provenance import differences
 from common.runs import RunPaths, run_paths
 from common.vstar_file import read_vstar, write_vstar
 from stage2_train.completions import SHOWN
 from stage2_train.config import Config, LoraConfig
 from stage2_train.data import prepare
 from stage2_train.metrics import MetricsLog
+from stage2_train.objectives.grpo import GRPO
 from stage2_train.records import ENTROPY, LOG_RATIO, LOGPROB_GAP, SequenceRecord
 from stage2_train.records import summarise as summarise_records
 from stage2_train.resume import origin, with_defaults
@@ -469,6 +472,31 @@ def test_a_run_of_an_earlier_version_is_continued(setting: tuple[Config, Path]) 
     assert with_defaults(theirs) == ours
     drawn_ahead = changed(config, "train", staleness=1)
     assert with_defaults(theirs) != origin(drawn_ahead, prepare(drawn_ahead, vstar))
+
+
+def test_without_stage_1_a_run_goes_on_with_its_own_model_and_reward_only(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_reward.py").write_text("def reward(prompt, completion, answer):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tiny_config(tmp_path, tiny_model, grader={"name": "own_reward:reward"})
+    train = config.train.model_copy(update={"objective": GRPO(name="grpo")})
+    config = config.model_copy(update={"train": train})
+    before = origin(config, prepare(config, None))
+    assert before == origin(config, prepare(config, None))
+    (tmp_path / "own_reward.py").write_text("def reward(prompt, completion, answer):\n    return 0.0\n")
+    assert list(differences(before, origin(config, prepare(config, None)))) == ["identity.grader"]
+    save_tiny_model(tmp_path / "other", seed=1)
+    other = changed(config, "model", path=str(tmp_path / "other"))
+    assert "identity.model.weights" in differences(before, origin(other, prepare(other, None)))
+
+
+def test_a_checkpoint_of_an_unknown_objective_is_another_runs(setting: tuple[Config, Path]) -> None:
+    config, vstar = setting
+    ours = origin(config, prepare(config, vstar))
+    theirs = deepcopy(ours)
+    theirs["config"]["train"]["objective"] = {"name": "of a branch", "strength": 1.0}
+    assert "config.train.objective.name" in differences(ours, with_defaults(theirs))
 
 
 def test_only_prompts_marked_keep_are_trained_on(setting: tuple[Config, Path]) -> None:
