@@ -354,3 +354,35 @@ def _is_worker(pid: int) -> bool:
     except OSError:
         return False
     return b"common.grading.worker" in command and state != "Z"
+
+
+STEPS = """
+def by_command(prompt, completion, answer):
+    return eval(completion)
+"""
+
+
+def test_a_reward_of_steps_is_kept_with_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "step_rewards_test.py").write_text(STEPS)
+    monkeypatch.syspath_prepend(tmp_path)
+    with GraderPool(GraderConfig(name="step_rewards_test:by_command", workers=1)) as pool:
+
+        def graded(completion: str) -> Grade:
+            (found,) = pool.grade_all([GradingTask(prompt="", completion=completion, answer="")])
+            return found
+
+        steps = graded("[(3, 0.25), (7, 0.75)]")
+        assert (steps.outcome, steps.reward) == (Outcome.CORRECT, 1.0)
+        assert steps.step_rewards == ((3, 0.25), (7, 0.75))
+        assert graded("0.25").step_rewards is None
+        for wrong, reason in {
+            "[(3, 0.5), (3, 0.5)]": "a step ends at character 3 of 20, after one that ends at 3",
+            "[(99, 0.5)]": "a step ends at character 99 of 11",
+            "[0.5, 0.5]": "a step's reward is 0.5, not (end of the step in characters, reward)",
+            "[(1, 'a')]": "the reward is a str, not a number",
+            "[]": "the reward is a list without a step",
+            "[(1, float('nan'))]": "the reward is nan",
+        }.items():
+            found = graded(wrong)
+            assert (found.outcome, found.reward) == (Outcome.VERIFIER_CRASH, 0.0)
+            assert reason in str(found.reason)
