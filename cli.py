@@ -345,7 +345,7 @@ def sweep(
 ) -> None:
     """Which N, which β1: what smaller N and other β1 would have given, as a table, JSON and plots in report/."""
     from common.report.sweep_files import sweep_file
-    from stage1_vstar.sweep import run_sweep
+    from stage1_vstar.sweep_run import run_sweep
     from stage1_vstar.sweep_view import show
 
     source = _vstar_path(run, vstar_file)

@@ -14,27 +14,29 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from common.files import atomic_path, file_digest, write_text
 from common.grading import Outcome
-from common.report.sweep_files import SamplesDigest, sweep_file
 from common.value import Floats, estimate_vstar
-from common.vstar_file import read_vstar
 
 BETAS = (math.inf, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0)
+
 SUBSETS = 100
 """Random subsets of each prompt, where rewards are not 0 or 1."""
+
 SEED = 0
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
 BINS = 40
+
 _FINE = 100
 """Parts of a bin, for the quantiles."""
+
 _CHUNK = 2**22
 """Numbers in an array of subsets."""
 
@@ -127,35 +129,6 @@ class SweepFile:
         for cell in document["cells"]:
             cell["beta1"] = cell["beta1"] if math.isfinite(cell["beta1"]) else "inf"
         return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[str] = ()) -> SweepFile:
-    """Sweep an artifact over β1 and N and write report/sweep.json, .png and .svg beside it; returns the figures.
-
-    The JSON names the samples and the drawings that it belongs to by their digests, and is written last: one that a
-    killed or another sweep has left beside other files is told from a whole one.
-
-    The arguments are comma lists; without them BETAS, and the powers of two up to the most samples that a prompt has.
-    Raises UserError for a β1 that is no number from 0 to inf, and for an N that no prompt has.
-    """
-    betas = parse_betas(beta1)
-    rows, _ = read_vstar(source)
-    samples = SamplesDigest()
-    samples.add(rows)
-    figures = sweep(rows, betas, parse_sizes(num_samples, rows["num_samples"].to_list()))
-    from common.report.plots import figure_style, save
-    from stage1_vstar.sweep_view import draw
-
-    drawings = {}
-    with figure_style():
-        figure = draw(figures)
-        for suffix in ("png", "svg"):
-            with atomic_path(sweep_file(source, suffix)) as temporary:
-                save(figure, temporary, suffix)
-                drawings[suffix] = file_digest(temporary)
-    swept = SweepFile(path=str(source), samples=samples.hexdigest(), drawings=drawings, figures=figures)
-    write_text(sweep_file(source, "json"), swept.to_json() + "\n")
-    return swept
 
 
 def parse_betas(lists: Sequence[str]) -> tuple[float, ...]:

@@ -67,6 +67,17 @@ class TokenBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """ln π(y_t | x, y_<t) of each completion token, and the entropy of π there, both of shape (K,).
+
+    Either may be part of a loss. An entropy that is not costs nothing in the backward pass.
+    """
+
+    logprobs_K: Tensor
+    entropy_K: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
     """What an optimizer step is made of, over all its slices and all ranks: what a slice's loss is divided by."""

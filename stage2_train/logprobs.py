@@ -9,7 +9,6 @@ _C of a slice of it, _S slice.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import UserError
-from stage2_train.batch import TokenBatch
+from stage2_train.batch import TokenBatch, TokenLogprobs
 from stage2_train.config import Config
 
 LOGITS_PER_CHUNK = 2**26
@@ -28,17 +27,6 @@ LOGITS_PER_BLOCK = 2**22
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings with which some models change the logits after the output layer; the log-probs here do not."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """ln π(y_t | x, y_<t) of each completion token, and the entropy of π there, both of shape (K,).
-
-    Either may be part of a loss. An entropy that is not costs nothing in the backward pass.
-    """
-
-    logprobs_K: Tensor
-    entropy_K: Tensor
 
 
 class VocabularyHead(nn.Module):

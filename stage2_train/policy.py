@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from stage2_train.batch import TokenBatch
+from stage2_train.batch import TokenBatch, TokenLogprobs
 from stage2_train.checkpoint import writing_to
 from stage2_train.config import Config
 from stage2_train.learner import Learner
-from stage2_train.logprobs import TokenLogprobs, VocabularyHead, load_model, token_logprobs
+from stage2_train.logprobs import VocabularyHead, load_model, token_logprobs
 from stage2_train.lora import Adapter, LowRankUpdate, keep_trained_weights
 from stage2_train.ranks import Ranks
 

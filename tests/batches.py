@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage2_train.batch import Batch, Totals
-from stage2_train.logprobs import TokenLogprobs
+from stage2_train.batch import Batch, TokenLogprobs, Totals
 from stage2_train.objectives.protocol import Loss, Objective
 
 

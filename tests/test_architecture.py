@@ -3,7 +3,8 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,27 @@ def test_imports_go_from_the_command_line_over_the_stages_to_common(file: Path) 
 def test_a_heavy_package_is_imported_in_one_place(package: str, home: str) -> None:
     importers = [place(file) for file in SOURCES if package in packages(imports(file))]
     assert importers == [home]
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    """Not even those for the type checker."""
+    names = {
+        place(file).removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in SOURCES
+    }
+    graph = {name: resolved(file, names) - {name} for name, file in names.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the files of a circle
+
+
+def resolved(file: Path, names: Collection[str]) -> set[str]:
+    """The modules of this project that a file imports: `from package import module` is that module."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= parts if parts <= set(names) else {node.module}
+    return found & set(names)
 
 
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs() -> None:

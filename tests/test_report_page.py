@@ -25,7 +25,7 @@ from common.rollout import SampleRequest
 from common.runs import RunPaths, run_paths
 from common.store import SampleStore, completion_hash, sample_files
 from stage1_vstar.filter import Rule, filter_prompts
-from stage1_vstar.sweep import run_sweep
+from stage1_vstar.sweep_run import run_sweep
 from tests.chromium import Browser, needs_chromium
 from tests.fakes import CONTEXT, IDENTITY, ScriptedEngine, sample_rows, tiny_config, write_artifact
 from tests.stage1_runs import Engines, rows_of, run, write_questions

@@ -18,7 +18,8 @@ from common.report.sweep_files import SamplesDigest
 from common.runs import REPOSITORY
 from common.value import estimate_vstar
 from common.vstar_file import read_vstar
-from stage1_vstar.sweep import BETAS, Loss, MeanAndSd, parse_betas, parse_sizes, run_sweep, sweep, units
+from stage1_vstar.sweep import BETAS, Loss, MeanAndSd, parse_betas, parse_sizes, sweep, units
+from stage1_vstar.sweep_run import run_sweep
 from tests.conftest import RunCli
 from tests.fakes import write_artifact
 

@@ -20,8 +20,7 @@ from benchmarks.peers.job import GRPOSteps
 from benchmarks.processes import run
 from benchmarks.tables import markdown
 from benchmarks.training import save_random_model
-from stage2_train.batch import Batch, Totals
-from stage2_train.logprobs import TokenLogprobs
+from stage2_train.batch import Batch, TokenLogprobs, Totals
 from stage2_train.objectives.grpo import GRPO
 
 GOLDEN = Path("tests/golden/trl_grpo.json")

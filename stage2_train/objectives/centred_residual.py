@@ -26,8 +26,7 @@ from stage2_train.objectives.protocol import Column, Loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stage2_train.batch import Batch
-    from stage2_train.logprobs import TokenLogprobs
+    from stage2_train.batch import Batch, TokenLogprobs
 
 
 class CentredResidual(Section):

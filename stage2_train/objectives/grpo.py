@@ -24,8 +24,7 @@ from stage2_train.objectives.surrogate import (
 )
 
 if TYPE_CHECKING:
-    from stage2_train.batch import Batch
-    from stage2_train.logprobs import TokenLogprobs
+    from stage2_train.batch import Batch, TokenLogprobs
 
 SMALLEST_DEVIATION = 1e-4
 """Added to a group's standard deviation, as TRL does: equal rewards give advantages of 0."""

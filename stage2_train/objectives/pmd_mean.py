@@ -16,8 +16,7 @@ from common.config import Section
 from stage2_train.objectives.protocol import Column, Loss
 
 if TYPE_CHECKING:
-    from stage2_train.batch import Batch
-    from stage2_train.logprobs import TokenLogprobs
+    from stage2_train.batch import Batch, TokenLogprobs
 
 
 class PMDMean(Section):

@@ -22,8 +22,7 @@ from stage2_train.objectives.surrogate import averaged, clipped_surrogate, white
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stage2_train.batch import Batch
-    from stage2_train.logprobs import TokenLogprobs
+    from stage2_train.batch import Batch, TokenLogprobs
 
 
 class PPO(Section):

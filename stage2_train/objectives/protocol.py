@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stage2_train.batch import Batch
-    from stage2_train.logprobs import TokenLogprobs
+    from stage2_train.batch import Batch, TokenLogprobs
 
 Column = Literal["vstar", "quantile", "expected", "rewards", "reference", "old", "values"]
 """A column of Batch that not every objective pays for."""

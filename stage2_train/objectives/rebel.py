@@ -16,8 +16,7 @@ from stage2_train.objectives.centred_residual import group_variance
 from stage2_train.objectives.protocol import Column, Loss
 
 if TYPE_CHECKING:
-    from stage2_train.batch import Batch
-    from stage2_train.logprobs import TokenLogprobs
+    from stage2_train.batch import Batch, TokenLogprobs
 
 
 class REBEL(Section):

@@ -23,8 +23,7 @@ from stage2_train.objectives.protocol import Column, Loss, Tally
 from stage2_train.objectives.surrogate import averaged, clipped_surrogate, whitened
 
 if TYPE_CHECKING:
-    from stage2_train.batch import Batch
-    from stage2_train.logprobs import TokenLogprobs
+    from stage2_train.batch import Batch, TokenLogprobs
 
 HALF_LIFE = 0.06
 """The drift that halves what is remembered, in nats per token."""
