@@ -108,6 +108,8 @@ def run(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool, fold
     again = Run(config, data, ranks, pool)
     assert again.trainer.resume(folder / f"iteration-{RESUMED_AFTER:06d}") == RESUMED_AFTER
     again.iterations(RESUMED_AFTER + 1, ITERATIONS)
+    for ended in (whole, again):
+        ended.trainer.source.close()
     return {
         "start": start,
         "weights": whole.weights(),
