@@ -199,7 +199,7 @@ class SampleStore:
         frame = _collect(
             pl.concat(parts)
             .filter(pl.col("sample_index") < num_samples)
-            .join(prompts.lazy().select("prompt_id"), on="prompt_id", how="semi")
+            .join(prompts.lazy().select("prompt_id"), on="prompt_id", how="semi", maintain_order="left")
             .unique(ADDRESS, keep="first", maintain_order=True)
         )
         if frame.height:
