@@ -83,7 +83,7 @@ def graded_by(
 def regrade(config: Config) -> str:
     """Regrade; returns what was printed."""
     printed = io.StringIO()
-    run_regrade(config, Console(file=printed, width=200))
+    run_regrade(config, Console(file=printed, width=1000))
     return printed.getvalue()
 
 
