@@ -131,7 +131,7 @@ class Batch:
     quantile_B: Tensor = ABSENT
     """The share of the prompt's rewards in stage 1 that are no greater than the completion's."""
     expected_B: Tensor = ABSENT
-    """The reward that the objective's memory of the prompt lets expect."""
+    """The reward that the prompt's history lets expect."""
     rewards_K: Tensor = ABSENT
     """The reward that falls to each token: that of a step at the step's last one, any other at the completion's."""
     reference_K: Tensor = ABSENT
@@ -233,10 +233,8 @@ def token_batches(
     being one. A single unit that is larger than allowed makes one alone.
     """
     ordered = sorted(units, key=_longest, reverse=True)
-    costs, starts = (
-        [0],
-        [0],
-    )  # of the best cut of the first so many units, and where its last micro-batch starts
+    costs = [0]  # of the best cut of the first so many units
+    starts = [0]  # where that cut's last micro-batch starts
     for end in range(1, len(ordered) + 1):
         rows = len(ordered[end - 1])
         best = (costs[end - 1] + rows * _longest(ordered[end - 1]) + TOKENS_A_BATCH, end - 1)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from common.data.prompts import PromptRenderer
-from common.grading import UNJUDGED
 from common.rollout import Rollout
 from stage2_train.batch import Batch, Step, TokenBatch, TokenSequence, Totals, token_batches
 from stage2_train.config import TrainConfig
@@ -101,19 +100,18 @@ class Collator:
         rows: list[int] = []
         groups: list[list[int]] = []  # of rows of the batch; one for each place
         for start in range(0, len(rollouts), size):
-            members = [row for row in range(start, start + size) if _is_judged(rollouts[row])]
+            members = [row for row in range(start, start + size) if rollouts[row].grade.is_judged]
             if len(members) < self._objective.least_judged:
                 members = []
             groups.append(list(range(len(rows), len(rows) + len(members))))
             rows += members
         chosen = [rollouts[row] for row in rows]
         steps = self._steps(rollouts, chosen, groups, places)
-        group_of = [number for number, group in enumerate(groups) for _ in group]
+        group_of = [number for number, group in enumerate(filter(None, groups)) for _ in group]
         return Collated(batch=self._batch(chosen, group_of, steps), steps=steps, rows=rows)
 
     def _batch(self, rollouts: Sequence[Rollout], group_of: Sequence[int], steps: Sequence[Step]) -> Batch:
         rewards_B = self._per_sequence([rollout.grade.reward for rollout in rollouts])
-        groups_B = torch.tensor(group_of, dtype=torch.long, device=self._ranks.device)
         lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
         columns: dict[str, Tensor] = {}
         for name, value in self._values.items():
@@ -123,7 +121,7 @@ class Collator:
         if any(rollout.completion.sampled_logprobs is not None for rollout in rollouts):
             columns["sampled_K"] = self._sampled_logprobs(rollouts)
         return Batch(
-            group_of_B=groups_B.unique(return_inverse=True)[1],
+            group_of_B=torch.tensor(group_of, dtype=torch.long, device=self._ranks.device),
             lengths_B=torch.tensor(lengths, dtype=torch.long, device=self._ranks.device),
             rewards_B=rewards_B,
             totals=Totals.together(step.totals for step in steps),
@@ -201,7 +199,3 @@ def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -
         if rewards:
             rewards[place] += reward
     return rewards
-
-
-def _is_judged(rollout: Rollout) -> bool:
-    return rollout.grade.outcome not in UNJUDGED

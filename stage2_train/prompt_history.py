@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import polars as pl
 
 from common.errors import UserError
-from common.grading import UNJUDGED
 from common.rollout import Rollout
 from stage2_train.batch import TokenBatch, TokenSequence
 from stage2_train.objectives.protocol import KeepsHistory, Tally
@@ -65,7 +64,7 @@ class PromptHistory:
 
         Raises UserError for a reward outside 0 to 1.
         """
-        judged = [rollout for rollout in rollouts if rollout.grade.outcome not in UNJUDGED]
+        judged = [rollout for rollout in rollouts if rollout.grade.is_judged]
         again = [rollout for rollout in judged if rollout.prompt.id in self._visits]
         last = [self._visits[rollout.prompt.id] for rollout in again]
         current = [array("i", rollout.completion.token_ids) for rollout in judged]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from common.grading import UNJUDGED, Outcome
 from common.rollout import Rollout
 from stage2_train.batch import ABSENT, Batch
 from stage2_train.metrics import Metrics
@@ -47,8 +46,8 @@ class Records:
                 reward=rollout.grade.reward,
                 completion_tokens=len(rollout.completion.token_ids),
                 truncated=rollout.completion.truncated,
-                solved=rollout.grade.outcome == Outcome.CORRECT,
-                unjudged=rollout.grade.outcome in UNJUDGED,
+                solved=rollout.is_solved,
+                unjudged=not rollout.grade.is_judged,
             )
             for rollout in rollouts
         ]

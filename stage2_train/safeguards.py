@@ -10,7 +10,6 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from common.errors import UserError
-from common.grading import UNJUDGED
 from common.rollout import Rollout
 from stage2_train.metrics import Metrics
 
@@ -75,7 +74,7 @@ def refuse_unjudged(number: int, judged: int, rollouts: int, ours: Sequence[Roll
     """Raise UserError where the grader judged too few of a batch's rollouts; `ours` are this rank's, for the reason."""
     if rollouts - judged <= LARGEST_UNJUDGED_SHARE * rollouts:
         return
-    grades = [rollout.grade for rollout in ours if rollout.grade.outcome in UNJUDGED]
+    grades = [rollout.grade for rollout in ours if not rollout.grade.is_judged]
     cause = f", such as {grades[0].outcome.value}: {grades[0].reason or 'no reason given'}" if grades else ""
     raise UserError(
         f"iteration {number}: the grader could not judge {rollouts - judged} of {rollouts} completions{cause}; mend "

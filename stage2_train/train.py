@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from common.grading import UNJUDGED
 from common.rollout import Prompt, Rollout
 from common.seeds import derive_seed
 from stage2_train import checkpoint
@@ -116,7 +115,7 @@ class Trainer:
 
     def refuse_unjudged(self, number: int, rollouts: Sequence[Rollout]) -> None:
         """Raise UserError where the grader could judge too few of the batch's rollouts."""
-        judged = self.ranks.total(sum(rollout.grade.outcome not in UNJUDGED for rollout in rollouts))
+        judged = self.ranks.total(sum(rollout.grade.is_judged for rollout in rollouts))
         completions = self.config.train.batch_size * self.objective.group_size
         refuse_unjudged(number, judged, completions, rollouts)
 

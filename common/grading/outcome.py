@@ -42,6 +42,11 @@ class Grade:
     The reward is their sum.
     """
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether the outcome says anything about the completion: the grader did not fail."""
+        return self.outcome not in UNJUDGED
+
     def columns(self) -> dict[str, str | float | None]:
         """As the artifacts store it."""
         return {

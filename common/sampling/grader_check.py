@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from common.grading import UNJUDGED, Grade, Outcome
+from common.grading import Grade, Outcome
 
 GRADER_TRIAL = 64
 """A grader that can judge none of this many completions is broken."""
@@ -23,7 +23,7 @@ class GraderCheck:
 
     def count(self, grade: Grade) -> None:
         self._trials += grade.outcome is not Outcome.TRUNCATED
-        if grade.outcome in UNJUDGED:
+        if not grade.is_judged:
             self.unjudged[f"{grade.outcome.value}: {grade.reason}"] += 1
 
     @property
