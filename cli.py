@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -97,6 +98,13 @@ def vstar(
             metavar="SAMPLES", help="With --adaptive: the samples of all prompts and rounds together."
         ),
     ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare the engine's log-probs with a plain forward pass first; by default for small models.",
+        ),
+    ] = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Stage 1: sample, grade and estimate V̂* for each prompt. A re-run continues where the last one ended."""
@@ -109,10 +117,19 @@ def vstar(
     settings = load_config(config, overrides or (), run)
     from stage1_vstar.adaptive import Rule
     from stage1_vstar.run import run_stage1
+    from stage2_train.preflight import refusals
 
     rule = None if adaptive is None or budget is None else Rule(target_se=adaptive, budget=budget)
     with _ending_cleanly():
-        run_stage1(settings, console, shard=part, adaptive=rule, allow_mismatch=allow_mismatch or ())
+        run_stage1(
+            settings,
+            console,
+            shard=part,
+            adaptive=rule,
+            allow_mismatch=allow_mismatch or (),
+            check=check,
+            foresee=partial(refusals, settings),
+        )
 
 
 @app.command()

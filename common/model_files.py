@@ -1,5 +1,6 @@
 """A model's folder: where it is, what it says of itself, what makes it this model."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from common.files import hash_files
 from common.runs import run_paths
+from common.weights import read_weights, weights_hash
 
 
 def resolve_model(path: str, revision: str | None) -> Path:
@@ -31,7 +33,9 @@ def resolve_model(path: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+                path,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -48,17 +52,39 @@ def reference_model(config: RunConfig) -> Path:
     return resolve_model(path, config.model.revision)
 
 
-def model_identity(folder: Path) -> dict[str, Any]:
-    """What makes a model this model: hashes of its weights and of its tokenizer."""
-    weights = hash_files(folder, ("*.safetensors",))
-    if not weights:
-        raise UserError(f"{folder} holds no *.safetensors weights; convert the model to safetensors first")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+WITHOUT_EFFECT = {
+    *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation"),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+    ),
+}
+"""Keys of config.json that do not change what a model says; the end of a completion is in the prompts' identity."""
+
+
+def model_identity(folder: Path, memory: Path | None = None) -> dict[str, Any]:
+    """What makes a model this model: hashes of its weights, its tokenizer, and what its config says of the network.
+
+    What has been found of the weights is kept in `memory`, see `weights_hash`.
+    """
+    config = _without_effectless(read_json(folder / "config.json"))
     return {
-        "weights": weights,
-        "tokenizer": hash_files(
-            folder, ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-        ),
+        "weights": weights_hash(read_weights(folder), memory),
+        "tokenizer": hash_files(folder, TOKENIZER_FILES),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:32],
     }
+
+
+def _without_effectless(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    meant = {key: inner for key, inner in value.items() if key not in WITHOUT_EFFECT and inner is not None}
+    return {key: _without_effectless(inner) for key, inner in meant.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from common.runs import REPOSITORY
 if TYPE_CHECKING:
     from common.data.prompts import PromptRenderer
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of the files of stage 1: samples, grades, vstar.parquet."""
 
 VSTAR_COMMAND = "python cli.py vstar"
@@ -38,6 +38,9 @@ METADATA_KEY = b"astar_po"
 ACCEPTED = "accepted_mismatches"
 """In a file's context: the differences that were accepted when it was made."""
 
+UNRECORDED = "unrecorded"
+"""In an identity: what its version did not write down, so that nothing can be compared with it."""
+
 
 def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """The fields in which two identities differ, each with both values in words."""
@@ -47,7 +50,7 @@ def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "
         name = f"{prefix}{key}"
         if isinstance(here, dict) and isinstance(there, dict):
             lines |= differences(here, there, f"{name}.")
-        elif here != there:
+        elif here != there and UNRECORDED not in (here, there):
             lines[name] = f"{name} is {json.dumps(there)} there and {json.dumps(here)} here"
     return lines
 
@@ -155,7 +158,13 @@ def _from_2(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-MIGRATIONS: Migrations = {1: _from_1, 2: _from_2}
+def _from_3(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 4 added a hash of the model's config.json to its identity."""
+    identity = document["identity"]
+    return {**document, "identity": {**identity, "model": {**identity["model"], "config": UNRECORDED}}}
+
+
+MIGRATIONS: Migrations = {1: _from_1, 2: _from_2, 3: _from_3}
 """Of the files of stage 1. Columns that a version lacks are read as missing values."""
 
 

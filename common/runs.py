@@ -32,6 +32,11 @@ class RunPaths:
         return self.root / "base_model"
 
     @property
+    def known_weights(self) -> Path:
+        """What has been found of the model's files, so that they are not read whole again."""
+        return self.root / "weights.json"
+
+    @property
     def samples(self) -> Path:
         return self.root / "samples"
 

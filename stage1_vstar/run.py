@@ -1,7 +1,7 @@
 """Stage 1 whole: from a config to vstar.parquet. Needs no training library; a re-run continues or does nothing."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,24 @@ from rich.console import Console
 
 from common.config import RunConfig
 from common.data.datasets import read_pairs
-from common.data.prompts import PromptRenderer, check_context, prompt_id, prompts_from_pairs
+from common.data.prompts import PromptRenderer, check_fit, prompt_id, prompts_from_pairs
+from common.doubts import doubts
 from common.engines import EngineBuilder, build_engine
 from common.errors import DamagedFile, UserError
 from common.files import write_text
 from common.grading import fingerprint
 from common.model_files import model_identity, reference_model
-from common.provenance import ACCEPTED, Allowance, Provenance, context, sampler_identity, sampling_identity
+from common.model_reading import ModelReading, describe_model, read_model
+from common.parity import PARITY
+from common.provenance import (
+    ACCEPTED,
+    Allowance,
+    Provenance,
+    context,
+    differences,
+    sampler_identity,
+    sampling_identity,
+)
 from common.rollout import Prompt
 from common.runs import WHOLE, Shard, exclusive_run, run_paths
 from common.sampling.executor import LocalExecutor
@@ -25,8 +36,19 @@ from common.sampling.missing import Missing
 from common.store import SampleStore, set_aside_damaged
 from common.vstar_file import estimator_of, read_vstar, write_vstar
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Rule
+from stage1_vstar.engine_check import SMALL_MODEL, check_engine, unchecked
 from stage1_vstar.rounds import draw_adaptively, recorded_rule
 from stage1_vstar.table import prompt_table, vstar_rows
+
+EXCERPT = 300
+"""Characters of a text that are shown of it."""
+
+Foresight = Callable[[Path], Sequence[str]]
+
+
+def nothing_foreseen(folder: Path) -> Sequence[str]:
+    """For who does not ask."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +68,14 @@ class Work:
     """`prompt_table` of the prompts."""
     store: SampleStore
     missing: Missing
-    provenance: Provenance
+    allowance: Allowance
     old: Written | None
     rule: Rule | None
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the samples belong to, with what has been accepted."""
+        return self.store.provenance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +94,17 @@ def run_stage1(
     shard: Shard = WHOLE,
     adaptive: Rule | None = None,
     allow_mismatch: Collection[str] = (),
+    check: bool | None = None,
+    foresee: Foresight = nothing_foreseen,
     build_engine: EngineBuilder = build_engine,
 ) -> None:
     """Draw the samples that are missing, estimate V̂* and write vstar.parquet.
 
     A shard draws its prompts' samples only; the run without one, once all are there, finds nothing to draw and writes
     the file. `adaptive` goes on with more samples for the prompts that need them; a file that was written so remembers
-    it. Everything a user can get wrong is checked before the model loads. Raises UserError.
+    it. `check` says whether the engine's log-probs are compared with a plain forward pass, by default those of a small
+    model; `foresee` says of the model's folder what training will refuse. Everything a user can get wrong is checked
+    before the model loads. Raises UserError.
     """
     if adaptive is not None and shard != WHOLE:
         raise UserError(
@@ -81,14 +112,30 @@ def run_stage1(
             f"draw the first {config.vstar.num_samples} samples of each with --shard, then run --adaptive without it"
         )
     paths, folder = run_paths(config.run), reference_model(config)
+    model = read_model(folder)
     prompts, renderer = read_prompts(config, folder, shard, console)
     if renderer is None:
         console.print(f"shard {shard} holds no prompt: nothing to do")
         return
+    limits = foresee(folder)
+    for line in introduction(model, renderer, limits):
+        console.print(line, soft_wrap=True)
     with exclusive_run(paths, "vstar", shard):
-        provenance = stage1_provenance(config, renderer, model_identity(folder))
+        provenance = stage1_provenance(config, renderer, model_identity(folder, paths.known_weights))
+        provenance.context["model"] = {**model.document(), "training_refuses": list(limits)}
         work = open_work(config, prompts, provenance, shard, adaptive, allow_mismatch, console)
-        with LocalExecutor(config, folder, renderer, work.store, shard, console, build_engine) as executor:
+        is_checked = model.parameters <= SMALL_MODEL if check is None else check
+        engine_check = partial(check_engine, config, folder, work.store, work.allowance, console)
+        with LocalExecutor(
+            config,
+            folder,
+            renderer,
+            work.store,
+            shard,
+            console,
+            build_engine,
+            engine_check if is_checked else unchecked,
+        ) as executor:
             executor.draw(work.missing)
             if shard != WHOLE:
                 console.print(
@@ -99,6 +146,18 @@ def run_stage1(
             drawn = draw_the_rest(work, executor, config, console)
         rows, provenance = estimate(work, drawn, config)
         record(rows, provenance, work.old, config, console)
+        for line in doubtful(rows, work.store):
+            console.print(line, soft_wrap=True)
+
+
+def introduction(model: ModelReading, renderer: PromptRenderer, limits: Sequence[str]) -> list[str]:
+    """What the model is, and what training will refuse."""
+    tokens = renderer.tokenizer.convert_ids_to_tokens(list(renderer.eos_token_ids))
+    ends = [f"{number} ({token})" for number, token in zip(renderer.eos_token_ids, tokens, strict=True)]
+    return [
+        describe_model(model.document(), ends),
+        *(f"note: `train` will refuse this: {line}" for line in limits),
+    ]
 
 
 def open_work(
@@ -113,8 +172,12 @@ def open_work(
     """Open the run's samples and its old file, refuse what does not belong to it, and find what is missing."""
     paths = run_paths(config.run)
     old = read_old(paths.vstar, console)
-    allowance = Allowance(allow_mismatch, old.provenance.context.get(ACCEPTED, []) if old else [])
-    allowance.refuse_unknown([*provenance.fields(), "prompt.tokens"])
+    known = old.provenance.context.get(ACCEPTED, []) if old else []
+    allowance = Allowance(allow_mismatch, known)
+    allowance.refuse_unknown([*provenance.fields(), "prompt.tokens", PARITY])
+    for line in known:
+        if line.startswith(f"{PARITY}:"):  # of samples that are there already
+            allowance.permits(PARITY, line)
     if old:
         provenance.refuse_unless_same(
             old.provenance,
@@ -131,14 +194,14 @@ def open_work(
     store = checked_store(paths.samples, provenance, allowance, console)
     table = prompt_table(prompts)
     missing = Missing(prompts, ~store.present(table, config.vstar.num_samples))
-    store.provenance = provenance = provenance.accepting(allowance)
+    store.provenance = provenance.accepting(allowance)
     write_text(paths.config, config.to_json())
     return Work(
         prompts=prompts,
         table=table,
         store=store,
         missing=missing,
-        provenance=provenance,
+        allowance=allowance,
         old=old,
         rule=rule,
     )
@@ -205,6 +268,26 @@ def record(
     console.print(f"{path}: {summary(rows)}")
 
 
+def doubtful(rows: pl.DataFrame, store: SampleStore) -> list[str]:
+    """What is wrong with the result as a whole, with a completion for the eye."""
+    if not (lines := doubts(rows)):
+        return []
+    columns = [pl.col(name) for name in ("prompt", "answer", "completion", "completion_tokens", "outcome")]
+    example = store.samples_of([rows["prompt_id"][0]], columns).row(0, named=True)
+    return [
+        *(f"warning: {line}" for line in lines),
+        "for example: " + ", ".join(f"{name} {excerpt(value)}" for name, value in example.items()),
+        "`train` will not start on this; mend the cause and run `vstar` under another --run",
+    ]
+
+
+def excerpt(value: object) -> str:
+    """A value of a row, with only the ends of a long text."""
+    if not isinstance(value, str):
+        return str(value)
+    return repr(value if len(value) <= EXCERPT else f"{value[: EXCERPT // 2]} … {value[-EXCERPT // 2 :]}")
+
+
 def read_prompts(
     config: RunConfig, folder: Path, shard: Shard, console: Console
 ) -> tuple[list[Prompt], PromptRenderer | None]:
@@ -214,7 +297,7 @@ def read_prompts(
         return [], None
     renderer = PromptRenderer(folder, config.data)
     prompts = prompts_from_pairs(pairs, config.data, renderer)
-    check_context(prompts, config, folder)
+    check_fit(prompts, config, folder)
     if left_out := len(pairs) - len(prompts):
         limit = config.data.max_prompt_tokens
         console.print(
@@ -271,7 +354,7 @@ def is_same(rows: pl.DataFrame, provenance: Provenance, old: Written) -> bool:
         for each in (provenance, old.provenance)
     )
     return (
-        provenance.identity == old.provenance.identity
+        not differences(provenance.identity, old.provenance.identity)
         and len({json.dumps(lines) for lines in said}) == 1
         and rows.select(old.rows.columns).equals(old.rows)
     )

@@ -34,9 +34,7 @@ class Cutter:
     """Cuts units of sequences, which stay together, into micro-batches on this rank's device."""
 
     def __init__(self, train: TrainConfig, renderer: PromptRenderer, ranks: Ranks) -> None:
-        tokenizer = renderer.tokenizer
-        pad = tokenizer.pad_token_id
-        self._pad_token_id: int = tokenizer.eos_token_id if pad is None else pad
+        self._pad_token_id = renderer.pad_token_id
         self._budget = train.tokens_per_micro_batch
         self._device = ranks.device
 

@@ -16,23 +16,29 @@ import polars as pl
 from common.config import DataConfig
 from common.data.prompts import (
     PromptRenderer,
-    check_context,
+    check_fit,
     load_prompts,
     prompts_from_pairs,
     usable_prompts,
 )
+from common.doubts import doubts, equal_reward
 from common.errors import UserError
 from common.grading import GraderPool, fingerprint
 from common.model_files import model_identity, reference_model
+from common.model_reading import read_model
+from common.parity import PARITY
 from common.provenance import Allowance, Provenance, sampling_identity
 from common.rollout import Prompt
+from common.runs import run_paths
 from common.seeds import derive_seed
 from common.vstar_file import read_vstar
 from stage2_train.config import Config, TrainConfig
 from stage2_train.first_batch import FirstBatch, expected_first_batch
-from stage2_train.objectives.protocol import TrainsCritic
+from stage2_train.preflight import refuse_untrainable
 from stage2_train.ranks import ALONE, Ranks
 
+EQUAL_REWARDS = "rewards.equal"
+"""The name by which a result of stage 1 is accepted that has one reward for everything."""
 LARGEST_TIED_SHARE = 0.5
 """Of the prompts that may have rewards of two values only where an objective goes by their quantiles."""
 
@@ -110,30 +116,18 @@ def prepare(
 
     A collective operation: a node's main rank hashes the model for all of its ranks.
     """
-    if config.sampling.temperature == 0:
-        raise UserError("sampling.temperature is 0: training needs a policy that samples; set it above 0")
-    if config.sampling.top_p < 1:
-        raise UserError(
-            f"sampling.top_p is {config.sampling.top_p:g}: completions would not come from the policy whose "
-            "log-probs are trained on; set it to 1 to train"
-        )
     table = None if vstar_file is None else (vstar_file, *read_vstar(vstar_file))
     folder = reference_model(config)
+    read_model(folder)
+    refuse_untrainable(config, folder)
     renderer = PromptRenderer(folder, config.data)
-    if config.train.lora is not None:
-        from stage2_train.lora import refuse_unknown_layers
-
-        refuse_unknown_layers(folder, config.train.lora)
-    if isinstance(config.train.objective, TrainsCritic):
-        from stage2_train.critic import refuse_without_head
-
-        refuse_without_head(folder)
-    model = ranks.once_a_node(lambda: model_identity(folder))
+    known = run_paths(config.run).known_weights
+    model = ranks.once_a_node(lambda: model_identity(folder, known))
     identity = sampling_identity(config, renderer, model, fingerprint(config.grader))
     if table is None:
-        if allow_mismatch:
+        if others := [name for name in allow_mismatch if name != PARITY]:
             raise UserError(
-                f"--allow-mismatch {' '.join(allow_mismatch)}: there is nothing to mismatch without --vstar"
+                f"--allow-mismatch {' '.join(others)}: there is nothing to mismatch without --vstar"
             )
         prompts, stage1 = load_prompts(config.data, config, renderer), None
     else:
@@ -142,7 +136,7 @@ def prepare(
     if config.evaluate.data is not None:
         held_out = load_prompts(config.evaluate.data, config, PromptRenderer(folder, config.evaluate.data))
         held_out = held_out[: config.evaluate.training_prompts]
-    check_context([*prompts, *held_out], config, folder)
+    check_fit([*prompts, *held_out], config, folder)
     return TrainingData(
         folder=folder,
         renderer=renderer,
@@ -165,7 +159,7 @@ def _from_stage1(
     """The prompts that a table keeps. Raises UserError unless it was made as this run's config says."""
     theirs = {key: value for key, value in provenance.identity.items() if key in identity}
     expected = Provenance(identity=identity, context={})
-    allowance.refuse_unknown([*expected.fields(), "prompt.tokens"])
+    allowance.refuse_unknown([*expected.fields(), "prompt.tokens", EQUAL_REWARDS, PARITY])
     expected.refuse_unless_same(
         Provenance(identity=theirs, context={}),
         what=str(file),
@@ -178,6 +172,7 @@ def _from_stage1(
         raise UserError(
             f"{file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
         )
+    _refuse_nothing_to_learn(kept, file, allowance)
     _refuse_unfit_rewards(kept["rewards"], config.train, file)
     prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
     _refuse_other_tokens(prompts, kept, file, allowance)
@@ -191,6 +186,18 @@ def _from_stage1(
         first_batch=expected_first_batch(rows, config.train),
         accepted_mismatches=tuple(allowance.used),
     )
+
+
+def _refuse_nothing_to_learn(kept: pl.DataFrame, file: Path, allowance: Allowance) -> None:
+    if (reward := equal_reward(kept)) is None:
+        return
+    samples = int(kept["num_samples"].sum())
+    line = f"{EQUAL_REWARDS}: each of the {samples:,} samples of stage 1 has the reward {reward:g}"
+    if not allowance.permits(EQUAL_REWARDS, line):
+        raise UserError(
+            f"{file}: {line}, so there is nothing to learn from: {' '.join(doubts(kept))} To train all the same: "
+            f"--allow-mismatch {EQUAL_REWARDS}"
+        )
 
 
 def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer, check_context, load_prompts, usable_prompts
+from common.data.prompts import PromptRenderer, check_fit, load_prompts, usable_prompts
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
@@ -50,7 +50,7 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
                 "evaluate a model that was trained from this reference"
             )
     prompts = load_prompts(config.evaluate.data, config, renderer)
-    check_context(prompts, config, reference)
+    check_fit(prompts, config, reference)
     engine = None
     results = []
     with GraderPool(config.grader) as pool:

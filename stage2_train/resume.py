@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import UserError
-from common.provenance import ACCEPTED, differences
+from common.provenance import ACCEPTED, UNRECORDED, differences
 from common.runs import RunPaths
 from stage2_train.config import Config, TrainConfig
 from stage2_train.data import TrainingData
@@ -41,7 +41,11 @@ def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
     with suppress(ValidationError):  # of an objective that this version does not have: refused as another one
         objective = TypeAdapter(ObjectiveConfig).validate_python(train["objective"])
         train["objective"] = objective.model_dump(mode="json")
-    return origin | {"config": config | {"train": train}}
+    filled = origin | {"config": config | {"train": train}}
+    if "identity" in origin:
+        model = {"config": UNRECORDED} | origin["identity"]["model"]
+        filled["identity"] = origin["identity"] | {"model": model}
+    return filled
 
 
 def record(config: Config, data: TrainingData) -> dict[str, Any]:
@@ -55,7 +59,8 @@ def is_finished(paths: RunPaths, trained_with: dict[str, Any]) -> bool:
     if not paths.trained_with.is_file():
         return False
     found = json.loads(paths.trained_with.read_text(encoding="utf-8"))
-    return bool(found | {"origin": with_defaults(found["origin"])} == trained_with)
+    same = not differences(trained_with["origin"], with_defaults(found["origin"]))
+    return same and bool(found["iterations"] == trained_with["iterations"])
 
 
 def refuse_other_origin(

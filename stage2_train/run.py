@@ -17,14 +17,19 @@ from common.engines import EngineBuilder, build_engine
 from common.errors import UserError
 from common.files import write_text
 from common.grading import GraderPool
+from common.parity import PARITY
+from common.provenance import ACCEPTED, Allowance
 from common.runs import RunPaths, exclusive_run, run_paths
 from stage2_train.checkpoint import latest_state, newest_intact, read_state
+from stage2_train.collate import Cutter
 from stage2_train.completions import forget_completions
 from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
 from stage2_train.metrics import MetricsLog
+from stage2_train.parity import ParityGate, parity_draw
 from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
+from stage2_train.scorers import PolicyScorer, Scorer
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw, train
 from stage2_train.watchers import (
@@ -86,9 +91,11 @@ def run_stage2(
         engine = partial(build_engine, config, data.folder, data.renderer, beside_trainer=True)
         sampler = Sampler(engine, pool, config.sampling, ranks)
         trainer = Trainer(config, data, sampler, ranks)
-        _train(trainer, paths, checkpoint, console, observers)
+        allowance = Allowance([name for name in allow_mismatch if name == PARITY])
+        _train(trainer, paths, checkpoint, console, observers, allowance)
         trainer.parts.policy.export(paths.model)
         sampler.close()
+        trained_with[ACCEPTED] += allowance.used
         if ranks.is_main:
             write_text(paths.trained_with, json.dumps(trained_with, indent=2))
     console.print(f"{paths.model}: the trained policy in Hugging Face format")
@@ -100,6 +107,7 @@ def _train(
     checkpoint: Path | None,
     console: Console,
     observers: Collection[Watcher],
+    allowance: Allowance,
 ) -> None:
     config, ranks = trainer.config, trainer.ranks
     done = trainer.resume(checkpoint) if checkpoint else 0
@@ -118,8 +126,26 @@ def _train(
             forget_completions(paths.completions, begin)
             log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
             ending.enter_context(closing(log))
-        watchers = [*observers, *_watchers(trainer, paths, console, log)]
+        gate = _parity_gate(trainer, allowance, console)
+        watchers = [*observers, gate, *_watchers(trainer, paths, console, log)]
         train(trainer, watchers, first=done + 1, last=last)
+
+
+def _parity_gate(trainer: Trainer, allowance: Allowance, console: Console) -> ParityGate:
+    config, ranks, parts = trainer.config, trainer.ranks, trainer.parts
+    scorers: dict[str, Scorer] = {"policy": PolicyScorer(parts.policy, ranks)}
+    if "reference" in parts.scorers:
+        scorers["reference"] = parts.scorers["reference"]
+    return ParityGate(
+        trainer.source,
+        parity_draw(trainer.data, config, ranks),
+        scorers,
+        Cutter(config.train, trainer.data.renderer, ranks),
+        ranks,
+        config,
+        allowance,
+        console,
+    )
 
 
 def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsLog | None) -> list[Watcher]:

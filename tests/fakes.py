@@ -1,5 +1,6 @@
 """Stand-ins for what is slow or needs a device: an engine that follows a script, and artifacts without a model."""
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,6 +78,13 @@ class ScriptedEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+def change_json(path: Path, /, **values: Any) -> None:
+    """Write these values into a JSON file; None removes one."""
+    document = json.loads(path.read_text(encoding="utf-8")) | values
+    kept = {key: value for key, value in document.items() if value is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")
 
 
 def tiny_config(model: Path, data: Path, /, **sections: Any) -> Config:

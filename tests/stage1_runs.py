@@ -69,8 +69,9 @@ def run(
     *,
     adaptive: Rule | None = None,
     allow_mismatch: Collection[str] = (),
+    check: bool = False,
 ) -> str:
-    """Run stage 1; returns what it printed."""
+    """Run stage 1; returns what it printed. A scripted engine has no log-probs that could be checked."""
     printed = io.StringIO()
     run_stage1(
         config,
@@ -78,6 +79,7 @@ def run(
         shard=shard,
         adaptive=adaptive,
         allow_mismatch=allow_mismatch,
+        check=check,
         build_engine=engine_builder,
     )
     return printed.getvalue()

@@ -17,6 +17,8 @@ from common.provenance import (
     METADATA_KEY,
     MIGRATIONS,
     SCHEMA_VERSION,
+    UNRECORDED,
+    differences,
     read_provenance,
     sampler_identity,
 )
@@ -34,8 +36,11 @@ from tests.stage1_runs import Engines, contents, rows_of, run, write_questions
 FORMATS = ROOT / "tests" / "formats"
 V1 = FORMATS / "v1"
 V2 = FORMATS / "v2"
+V3 = FORMATS / "v3"
 OLD_VERSIONS = range(1, SCHEMA_VERSION)
 QUESTIONS = 3
+MODEL_OF_TODAY = {"config": "c" * 32}
+"""What the identity of a model says today and did not say then."""
 
 
 def document_of(path: Path) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def test_an_identity_of_the_first_format_gains_what_its_context_says() -> None:
         assert provenance.context == written["context"]
         assert provenance.identity == {
             **written["identity"],
+            "model": {**written["identity"]["model"], "config": UNRECORDED},
             "revision": None,
             **sampler_identity("vllm", "float32", written["context"]["versions"]),
         }
@@ -108,7 +114,9 @@ def test_an_identity_of_the_first_format_gains_what_its_context_says() -> None:
 def run_of_then(folder: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Path:
     """An old run's copy, on a machine that has the model, the libraries and the grader of then."""
     written = document_of(folder / "vstar.parquet")
-    monkeypatch.setattr("stage1_vstar.run.model_identity", lambda _: written["identity"]["model"])
+    monkeypatch.setattr(
+        "stage1_vstar.run.model_identity", lambda *_: {**MODEL_OF_TODAY, **written["identity"]["model"]}
+    )
     monkeypatch.setattr("stage1_vstar.run.fingerprint", lambda _: written["identity"]["grader"])
     monkeypatch.setattr("common.provenance._version", lambda name: written["context"]["versions"].get(name))
     return Path(shutil.copytree(folder, artifacts / "test"))
@@ -155,7 +163,8 @@ def test_more_samples_of_a_first_format_run_draw_only_the_missing_ones(
     assert samples.items() < contents(old_run / "samples").items()
     [new] = set(sample_files(old_run / "samples")) - set(samples)
     assert document_of(new)["schema_version"] == SCHEMA_VERSION
-    assert document_of(new)["identity"] == read_provenance(V1 / "vstar.parquet").identity
+    assert document_of(new)["identity"]["model"]["config"] == MODEL_OF_TODAY["config"]
+    assert differences(document_of(new)["identity"], read_provenance(V1 / "vstar.parquet").identity) == {}
     rows = rows_of()
     assert [rewards[:4] for rewards in rows["rewards"].to_list()] == before["rewards"].to_list()
     assert rows["keep"].to_list() == before["keep"].to_list() == [True, False, False]
@@ -207,8 +216,7 @@ def test_a_table_of_the_second_format_does_not_say_which_rule_dropped_a_prompt()
     assert rows["dropped_by"].to_list() == [None] * QUESTIONS
     assert rows["prompt_token_hash"].null_count() == 0
     assert rows["vstar"].to_list() == pytest.approx([0.716890, 0.477229, 0.0], abs=1e-6)
-    written = document_of(V2 / "vstar.parquet")
-    assert (provenance.identity, provenance.context) == (written["identity"], written["context"])
+    assert_only_the_models_config_is_missing(V2 / "vstar.parquet")
     assert estimator_of(provenance) == "plugin"
 
 
@@ -218,6 +226,13 @@ def test_text_that_utf_8_cannot_hold_is_read_from_the_second_format() -> None:
     assert raw["sample_index"].to_list() == [3] * QUESTIONS
     for row in raw.iter_rows(named=True):
         assert original_text(row["completion"], row["completion_raw"]).startswith("\ud83d broken #### ")
+
+
+def assert_only_the_models_config_is_missing(path: Path) -> None:
+    written, provenance = document_of(path), read_provenance(path)
+    assert provenance.context == written["context"]
+    model = {**written["identity"]["model"], "config": UNRECORDED}
+    assert provenance.identity == {**written["identity"], "model": model}
 
 
 @pytest.mark.parametrize("version", OLD_VERSIONS)
@@ -247,6 +262,30 @@ def test_a_finished_run_of_the_second_format_is_left_as_it_is_and_more_samples_k
     assert document_of(path)["schema_version"] == SCHEMA_VERSION
     assert rows_of()["keep"].to_list() == [True, False, False]
     assert read_provenance(path).context["filters"] == ["pass@N = 0", "pass rate below 0.3"]
+
+
+# Version 3.
+
+
+def test_a_table_of_the_third_format_does_not_say_what_the_models_config_was() -> None:
+    rows, _ = read_vstar(V3 / "vstar.parquet")
+    assert rows["dropped_by"].to_list() == [None, "pass rate below 0.3", "pass@N = 0"]
+    assert_only_the_models_config_is_missing(V3 / "vstar.parquet")
+
+
+def test_samples_of_the_third_format_are_joined_by_those_of_a_model_whose_config_is_known(
+    tiny_model: Path, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch, artifacts: Path
+) -> None:
+    path = run_of_then(V3, monkeypatch, artifacts) / "vstar.parquet"
+    before = path.read_bytes()
+    assert "nothing to do" in run(config_of(tiny_model, tmp_path))
+    assert path.read_bytes() == before
+    run(config_of(tiny_model, tmp_path, vstar={"num_samples": 6}))
+    assert len(engines.next.drawn) == 2 * QUESTIONS
+    assert document_of(path)["identity"]["model"]["config"] == MODEL_OF_TODAY["config"]
+    monkeypatch.setitem(MODEL_OF_TODAY, "config", "d" * 32)
+    with pytest.raises(UserError, match=r'model\.config is "c+" there and "d+" here'):
+        run(config_of(tiny_model, tmp_path, vstar={"num_samples": 8}))
 
 
 # A later version.

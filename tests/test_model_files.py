@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from common.data.prompts import check_context
+from common.data.prompts import check_fit
 from common.engines.shared_engine import refuse_wrong_size
 from common.engines.vllm_engine import context_length
 from common.errors import UserError
@@ -46,7 +46,7 @@ def test_the_language_model_of_a_model_that_reads_more_than_text_is_meant(tmp_pa
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "check_context": lambda folder: check_context([PROMPT], tiny_config(folder, folder), folder),
+    "check_fit": lambda folder: check_fit([PROMPT], tiny_config(folder, folder), folder),
     "context_length": lambda folder: context_length(tiny_config(folder, folder), folder),
     "refuse_wrong_size": lambda folder: refuse_wrong_size(2, 2, folder),
     "read_shape": read_shape,
@@ -74,7 +74,7 @@ def test_the_context_of_a_nested_language_model_bounds_prompts_and_engine(tmp_pa
     write_config(tmp_path, {"text_config": {"max_position_embeddings": 5}})
     assert context_length(config, tmp_path) == 5
     with pytest.raises(UserError, match="more than the model's context of 5"):
-        check_context([PROMPT], config, tmp_path)
+        check_fit([PROMPT], config, tmp_path)
     write_config(tmp_path, {"max_position_embeddings": None})
     assert context_length(config, tmp_path) > 5
-    check_context([PROMPT], config, tmp_path)
+    check_fit([PROMPT], config, tmp_path)

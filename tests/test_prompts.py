@@ -13,7 +13,7 @@ from tokenizers import processors
 from common.data.prompts import (
     TEMPLATES,
     PromptRenderer,
-    check_context,
+    check_fit,
     load_prompts,
     longest_allowed_prompt,
     prompt_id,
@@ -25,7 +25,7 @@ from common.grading import GraderPool
 from common.provenance import sampling_identity
 from common.rollout import Prompt
 from stage2_train.config import Config
-from tests.fakes import tiny_config
+from tests.fakes import change_json, tiny_config
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for number in range(20)]
@@ -163,7 +163,11 @@ def test_a_tokenizer_that_is_missing_damaged_or_has_no_eos_is_named(
 ) -> None:
     folder = model_with(tiny_model, tmp_path / "model", eos_token=None)
     (folder / "generation_config.json").unlink()
-    assert "the tokenizer has no EOS token" in refusal(tiny_config(folder, data_file))
+    assert load(tiny_config(folder, data_file))  # config.json names one
+    change_json(folder / "config.json", eos_token_id=None)
+    assert "config.json names an EOS token, so no completion could end" in refusal(
+        tiny_config(folder, data_file)
+    )
     (folder / "tokenizer.json").write_text('{"model": {}}')
     assert f"{folder} has no usable tokenizer" in refusal(tiny_config(folder, data_file))
     (folder / "generation_config.json").write_text("{")
@@ -334,7 +338,7 @@ def test_the_context_has_room_for_the_longest_prompt_and_a_completion(
 
     def check(completion: int) -> None:
         config = tiny_config(tiny_model, data_file, sampling={"max_completion_tokens": completion})
-        check_context(prompts, config, tiny_model)
+        check_fit(prompts, config, tiny_model)
 
     check(512 - longest)
     with pytest.raises(UserError, match="need 513 tokens, more than the model's context of 512; lower"):

@@ -11,7 +11,8 @@ from common.config import DataConfig, RunConfig
 from common.data.datasets import FORMATS, read_pairs, refuse_bad_golds
 from common.errors import UserError
 from common.grading import GraderPool
-from common.model_files import model_numbers, read_json
+from common.model_files import model_numbers
+from common.model_reading import eos_token_ids
 from common.rollout import Prompt
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class PromptRenderer:
         """Load the tokenizer. Raises UserError if it cannot end a completion or knows no chat template."""
         self.tokenizer = load_tokenizer(folder)
         self.template = prompt_template(data)
-        self.eos_token_ids = eos_token_ids(folder, self.tokenizer)
+        self.eos_token_ids = eos_token_ids(folder, self.tokenizer.eos_token_id)
         if self.template == "chat" and not self.tokenizer.chat_template:
             raise UserError(
                 f'{folder} has no chat template; set data.template to a text containing "{{prompt}}"'
@@ -57,6 +58,11 @@ class PromptRenderer:
         """The text of a completion, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    @property
+    def pad_token_id(self) -> int:
+        """Fills the rows of a batch up; any id that the model can read does, and the lowest EOS is one."""
+        return self.eos_token_ids[0]
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for two renderings to be the same."""
         template = self.tokenizer.chat_template if self.template == "chat" else self.template
@@ -74,21 +80,6 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
             raise
         raise UserError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
-
-
-def eos_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """The ids that end a completion: the tokenizer's and those that the model's generation config adds."""
-    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    generation_config = folder / "generation_config.json"
-    if generation_config.is_file():
-        named = read_json(generation_config).get("eos_token_id")
-        ids |= set(named if isinstance(named, list) else [named] if named is not None else [])
-    if not ids:
-        raise UserError(
-            f"{folder}: the tokenizer has no EOS token, so no completion could end; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    return tuple(sorted(ids))
 
 
 def prompt_template(data: DataConfig) -> str:
@@ -175,11 +166,20 @@ def longest_allowed_prompt(config: RunConfig) -> int:
     return max(section.max_prompt_tokens for section in sections)
 
 
-def check_context(prompts: Sequence[Prompt], config: RunConfig, folder: Path) -> None:
-    """Raise UserError unless every prompt and its completion fit the model's context."""
+def check_fit(prompts: Sequence[Prompt], config: RunConfig, folder: Path) -> None:
+    """Raise UserError unless the model can read every prompt's tokens and has room for it and its completion."""
+    numbers = model_numbers(folder)
+    rows = numbers.get("vocab_size")
+    for prompt in prompts:
+        if rows is not None and max(prompt.token_ids) >= rows:
+            raise UserError(
+                f'{folder}: its tokenizer gives token id {max(prompt.token_ids)} for "{prompt.text[:60]}…", but the '
+                f"model has {rows} of them; the tokenizer belongs to another model, or tokens have been added to it "
+                "without resizing the embedding"
+            )
     completion = config.sampling.max_completion_tokens
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    length = model_numbers(folder).get("max_position_embeddings")
+    length = numbers.get("max_position_embeddings")
     if length is not None and longest + completion > length:
         raise UserError(
             f"the longest prompt ({longest} tokens) and sampling.max_completion_tokens ({completion}) need "

@@ -11,6 +11,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer
+from common.engines.endings import is_truncated
 from common.rollout import Completion, SampleRequest
 
 
@@ -26,8 +27,6 @@ class TransformersEngine:
         self._model = model.to(self._device).eval()
         # The folder's own may hold a repetition penalty or a top-k, and `generate` would apply them before our sampler.
         self._model.generation_config = GenerationConfig()
-        pad = renderer.tokenizer.pad_token_id
-        self._pad_token_id = renderer.eos_token_ids[0] if pad is None else pad
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         """Sample a batch at a time; yields once the batch's longest completion has ended."""
@@ -38,7 +37,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def _generate_batch(self, batch: list[SampleRequest], sampling: SamplingParams) -> list[Completion]:
         longest = max(len(request.prompt_token_ids) for request in batch)
-        input_ids_BT = torch.full((len(batch), longest), self._pad_token_id)
+        input_ids_BT = torch.full((len(batch), longest), self._renderer.pad_token_id)
         attention_mask_BT = torch.zeros_like(input_ids_BT)
         for row, request in enumerate(batch):
             length = len(request.prompt_token_ids)
@@ -52,25 +51,31 @@ class TransformersEngine:
             do_sample=False,
             logits_processor=LogitsProcessorList([sampler]),
             eos_token_id=list(self._renderer.eos_token_ids),
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self._renderer.pad_token_id,
         )
         logprobs_TB = [column.tolist() for column in sampler.logprobs]
         return [
             self._completion(
-                request, output_BT[row, longest:].tolist(), [column[row] for column in logprobs_TB]
+                request,
+                output_BT[row, longest:].tolist(),
+                [column[row] for column in logprobs_TB],
+                sampling.max_completion_tokens,
             )
             for row, request in enumerate(batch)
         ]
 
-    def _completion(self, request: SampleRequest, token_ids: list[int], logprobs: list[float]) -> Completion:
+    def _completion(
+        self, request: SampleRequest, token_ids: list[int], logprobs: list[float], limit: int
+    ) -> Completion:
         ends = (place for place, token in enumerate(token_ids) if token in self._renderer.eos_token_ids)
         end = next(ends, None)
         kept = token_ids if end is None else token_ids[: end + 1]
+        reason = "length" if end is None else "stop"
         return Completion(
             key=request.key,
             token_ids=tuple(kept),
             text=self._renderer.decode(kept),
-            truncated=end is None,
+            truncated=is_truncated(reason, kept, limit, self._renderer.eos_token_ids),
             sampled_logprobs=tuple(logprobs[: len(kept)]) if request.with_logprobs else None,
         )
 

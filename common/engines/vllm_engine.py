@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer, longest_allowed_prompt
+from common.engines.endings import is_truncated
 from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.errors import UserError
 from common.model_files import model_numbers
@@ -108,14 +109,14 @@ class VllmEngine:
             try:
                 for is_own, request, output in outputs:
                     if is_own:
-                        yield self._completion(request, output)
+                        yield self._completion(request, output, sampling.max_completion_tokens)
             except GeneratorExit:
                 # The caller has lost interest, but the other ranks of a group need this one's part of each step.
                 if self._group:
                     deque(outputs, maxlen=0)
                 raise
             except Exception as error:
-                if self._group is None:
+                if self._group is None or isinstance(error, UserError):
                     raise
                 raise UserError(
                     f"the rollout engine of this group of processes died ({type(error).__name__}: {error}); start "
@@ -173,7 +174,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, request: SampleRequest, output: "vllm.CompletionOutput") -> Completion:
+    def _completion(self, request: SampleRequest, output: "vllm.CompletionOutput", limit: int) -> Completion:
         token_ids = tuple(output.token_ids)
         logprobs = None
         if request.with_logprobs:
@@ -184,7 +185,7 @@ class VllmEngine:
             key=request.key,
             token_ids=token_ids,
             text=self._renderer.decode(token_ids),
-            truncated=not token_ids or token_ids[-1] not in self._eos_token_ids,
+            truncated=is_truncated(output.finish_reason, token_ids, limit, self._eos_token_ids),
             sampled_logprobs=logprobs,
         )
 

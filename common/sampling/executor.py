@@ -1,5 +1,6 @@
 """Where missing samples are drawn: today by one engine in this process."""
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +13,13 @@ from common.data.prompts import PromptRenderer, usable_prompts
 from common.engines import EngineBuilder, RolloutEngine
 from common.errors import UserError
 from common.grading import GraderPool
+from common.rollout import Prompt
 from common.runs import WHOLE, Shard
 from common.sampling.generate import generate_samples
 from common.sampling.missing import Missing
 from common.store import SampleStore
+
+EngineCheck = Callable[[RolloutEngine, Sequence[Prompt]], None]
 
 
 class LocalExecutor:
@@ -30,7 +34,9 @@ class LocalExecutor:
         shard: Shard,
         console: Console,
         build_engine: EngineBuilder,
+        check: EngineCheck,
     ) -> None:
+        """`check` is given the engine, and the prompts that it is about to serve, before it draws anything."""
         self._config = config
         self._folder = folder
         self._renderer = renderer
@@ -38,6 +44,7 @@ class LocalExecutor:
         self._shard = shard
         self._console = console
         self._build_engine = build_engine
+        self._check = check
         self._loaded = ExitStack()
         self._pool: GraderPool | None = None
         self._engine: RolloutEngine | None = None
@@ -68,6 +75,7 @@ class LocalExecutor:
             )
             self._engine = self._build_engine(config, self._folder, self._renderer, beside_trainer=False)
             self._loaded.callback(self._engine.close)
+            self._check(self._engine, missing.prompts)
         generate_samples(
             missing,
             self._engine,

@@ -32,6 +32,8 @@ class Draw:
     seed: int
     group_size: int = 1
     logprob_checks: int = 0
+    longest: int | None = None
+    """Cut completions off at so many tokens, where that is less than the configured limit."""
 
 
 class Sampler:
@@ -92,11 +94,14 @@ class Sampler:
         return rollouts, died
 
     def _collect(self, draw: Draw) -> list[Rollout]:
+        sampling = self._sampling
+        if draw.longest is not None:
+            sampling = sampling.model_copy(update={"max_completion_tokens": draw.longest})
         return collect_rollouts(
             draw.prompts,
             self._engine,
             self._pool,
-            self._sampling,
+            sampling,
             seed=draw.seed,
             places=draw.places,
             group_size=draw.group_size,

@@ -1,0 +1,55 @@
+"""When a result of stage 1 cannot be what anyone wanted, and what is then the likeliest cause."""
+
+import polars as pl
+
+from common.grading import Outcome
+from common.grading.outcome import UNJUDGED
+
+SHORTEST = 1
+"""Tokens of a completion that holds nothing but its end."""
+
+
+def doubts(rows: pl.DataFrame) -> list[str]:
+    """What is wrong with rows of vstar.parquet as a whole, most telling first; nothing where they look sound."""
+    columns = ["rewards", "outcomes", "completion_tokens"]
+    samples = rows.select(columns).explode(columns)
+    if samples.is_empty():
+        return []
+    outcomes = samples["outcomes"]
+    found = []
+    if (samples["completion_tokens"] <= SHORTEST).all():
+        found.append(
+            "every completion is a single token: the model ends at once. Is the prompt's template right for it "
+            "(data.template), does the prompt end in an EOS token, are its weights whole?"
+        )
+    elif (outcomes == Outcome.TRUNCATED).all():
+        found.append(
+            "every completion was cut off at sampling.max_completion_tokens: raise it, or the model writes another EOS "
+            "token than those named above (eos_token_id in generation_config.json), or it was not trained to stop, as "
+            "a base model under a chat template"
+        )
+    elif outcomes.is_in([outcome.value for outcome in UNJUDGED]).all():
+        found.append("the grader failed on every completion: see grader.name, timeout_seconds and memory_gib")
+    elif equal_reward(rows) is not None and (outcomes == Outcome.UNPARSED).all():
+        found.append(
+            "no completion holds an answer that the grader finds: the prompt has to ask for its format "
+            "(data.template), grader.name has to be the one for these answers, and an instruct model needs its chat "
+            'template (data.template = "chat")'
+        )
+    if (reward := equal_reward(rows)) is not None and not found:
+        found.append(
+            f"every completion has the reward {reward:g}: the prompts are "
+            + (
+                "too hard for this model, or their reference answers wrong"
+                if reward <= 0
+                else "too easy for it"
+            )
+            + ", or the grader does not tell right from wrong"
+        )
+    return found
+
+
+def equal_reward(rows: pl.DataFrame) -> float | None:
+    """The reward of every sample where all have the same one: then there is nothing to learn."""
+    rewards = rows["rewards"].explode()
+    return float(rewards[0]) if rewards.n_unique() == 1 else None

@@ -1,0 +1,158 @@
+"""One reading of a model's folder, before anything expensive: what it is, where it stops, what neither stage can use.
+
+It reads config.json, generation_config.json and the headers of the weights; no torch, no model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.model_files import ModelNumbers, model_numbers, read_json
+from common.weights import Weights, read_weights
+
+GENERATION_CONFIG = "generation_config.json"
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
+"""What models call the layer that turns token ids into vectors."""
+LOGIT_TRANSFORMS = (
+    *("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier"),
+    *("logits_mup_width_multiplier", "mup_width_scale", "output_multiplier"),
+)
+"""Settings with which models change the logits after the output layer; for the description, nothing depends on them."""
+QUANTISED_FORMATS = ("F4", "F6", "F8", "I4", "U4")
+"""Beginnings of safetensors' names of the formats that quantised weights are stored in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelReading:
+    """What a model's folder says of itself."""
+
+    folder: Path
+    numbers: ModelNumbers
+    weights: Weights
+    embedding_rows: int | None
+    """The token ids that it can read are below this."""
+
+    @property
+    def kind(self) -> str:
+        """The model class that its config names, else the type."""
+        classes = self.numbers.document.get("architectures")
+        return str(
+            classes[0] if isinstance(classes, list) and classes else self.numbers.document["model_type"]
+        )
+
+    @property
+    def parameters(self) -> int:
+        return self.weights.count(tied=self.numbers.is_tied)
+
+    def document(self) -> dict[str, Any]:
+        """What an artifact keeps of it, for the reader."""
+        named = {name: self.numbers.document.get(name) for name in LOGIT_TRANSFORMS}
+        return {
+            "class": self.kind,
+            "parameters": self.parameters,
+            "stored_as": sorted(set(self.weights.formats.values())),
+            "layers": self.numbers.get("num_hidden_layers"),
+            "hidden_size": self.numbers.get("hidden_size"),
+            "vocabulary": self.embedding_rows,
+            "context": self.numbers.get("max_position_embeddings"),
+            "logit_transforms": {name: value for name, value in named.items() if value not in (None, 1, 1.0)},
+            "unread_files": [file.name for file in self.weights.unread],
+        }
+
+
+def read_model(folder: Path) -> ModelReading:
+    """Read the folder. Raises UserError for what cannot be trained: damaged, quantised, or no decoder."""
+    numbers = model_numbers(folder)
+    _refuse_other_kinds(folder, numbers.document)
+    weights = read_weights(folder)
+    if quantised := sorted(
+        form for form in set(weights.formats.values()) if form.startswith(QUANTISED_FORMATS)
+    ):
+        raise _quantised(folder, f"weights stored as {', '.join(quantised)}")
+    return ModelReading(
+        folder=folder,
+        numbers=numbers,
+        weights=weights,
+        embedding_rows=_embedding_rows(folder, numbers, weights),
+    )
+
+
+def describe_model(document: dict[str, Any], ends: Sequence[str]) -> str:
+    """A reading's `document` in one line; `ends` are the tokens that end a completion."""
+    sizes = [
+        f"{document['parameters']:,} parameters ({', '.join(document['stored_as'])})",
+        *([f"{document['layers']} layers of width {document['hidden_size']}"] if document["layers"] else []),
+        *([f"{document['vocabulary']:,} token ids"] if document["vocabulary"] else []),
+        *([f"a context of {document['context']:,}"] if document["context"] else []),
+        *(f"{name} {value}" for name, value in document["logit_transforms"].items()),
+    ]
+    return f"{document['class']}: {', '.join(sizes)}; a completion ends at token {' or '.join(ends)}"
+
+
+def _refuse_other_kinds(folder: Path, document: dict[str, Any]) -> None:
+    if not isinstance(document.get("model_type"), str):
+        raise UserError(f"{folder / 'config.json'} does not say model_type; download the model again")
+    if document.get("is_encoder_decoder"):
+        raise UserError(
+            f"{folder} is an encoder-decoder ({document['model_type']}), which reads a prompt another way; use a "
+            "causal language model"
+        )
+    if quantisation := document.get("quantization_config"):
+        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+        raise _quantised(folder, f"quantization_config {method}")
+
+
+def _quantised(folder: Path, found: str) -> UserError:
+    return UserError(
+        f"{folder} is quantised ({found}): it cannot be trained, and V̂* of another model than the trained one is "
+        "worth nothing; use the model in bfloat16 or float32, without quantization_config"
+    )
+
+
+def _embedding_rows(folder: Path, numbers: ModelNumbers, weights: Weights) -> int | None:
+    said = numbers.get("vocab_size")
+    rows = {
+        shape[0]
+        for name, shape in weights.shapes.items()
+        if name.endswith(tuple(f"{layer}.weight" for layer in EMBEDDINGS)) and len(shape) == 2
+    }
+    if said is not None and rows and said not in rows:
+        raise UserError(
+            f"{folder / 'config.json'} says vocab_size {said}, but the weights' embedding has {max(rows)} rows; they "
+            "belong to different models: download the model again"
+        )
+    return said if said is not None else max(rows, default=None)
+
+
+def eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """The ids that end a completion, in ascending order: those that vLLM and transformers stop at.
+
+    The tokenizer's own, and those of generation_config.json; where that file is missing, as in both libraries, those of
+    config.json. Raises UserError for none, or for what is no token id of the model.
+    """
+    numbers = model_numbers(folder)
+    path = folder / GENERATION_CONFIG
+    named = read_json(path) if path.is_file() else numbers.document
+    path = path if path.is_file() else numbers.path
+    found = named.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    ids = [*ids, *([] if tokenizer_eos is None else [tokenizer_eos])]
+    if wrong := [each for each in ids if type(each) is not int or each < 0]:
+        raise UserError(
+            f"{path}: eos_token_id is {wrong[0]!r}, which is no token id; download the model again"
+        )
+    if not ids:
+        raise UserError(
+            f"{folder}: neither the tokenizer nor {GENERATION_CONFIG} nor config.json names an EOS token, so no "
+            "completion could end; set eos_token in its tokenizer_config.json"
+        )
+    rows = numbers.get("vocab_size")
+    if rows is not None and min(ids) >= rows:
+        raise UserError(
+            f"{folder}: the EOS token has id {min(ids)}, but the model has {rows} token ids, so no completion could "
+            "end; the tokenizer belongs to another model, or eos_token has been added to it: correct "
+            "tokenizer_config.json"
+        )
+    return tuple(sorted(set(ids)))

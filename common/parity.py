@@ -1,0 +1,112 @@
+"""Whether an engine samples from the distribution that a plain forward pass of the same weights computes.
+
+Both stages ask, by the log-probs of the same completions. A difference beyond rounding means that one of the two reads
+the model wrongly: V̂* and the gradient would be those of another policy, and no other figure would show it.
+
+Shapes: _K completion token, _V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from common.errors import UserError
+from common.provenance import Allowance
+
+PARITY = "parity"
+"""The name by which a gap is accepted."""
+COMPLETIONS = 4
+"""Completions that are compared."""
+TOKENS = 64
+"""Of each at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How far log-probs of a token may be apart, in nats: at most, and on average over the tokens."""
+
+    largest: float
+    mean: float
+
+
+BOUNDS = {"float32": Bound(largest=1e-3, mean=1e-3), "bfloat16": Bound(largest=1.0, mean=0.05)}
+"""By the model's dtype; docs/models.md has the gaps that were measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """How far two lists of log-probs are apart, in nats a token."""
+
+    largest: float
+    mean: float
+    tokens: int
+
+    @classmethod
+    def between(cls, ours: Iterable[Sequence[float]], theirs: Iterable[Sequence[float]]) -> "Gap":
+        """Of the log-probs of the same tokens; one that is no number makes both figures nan."""
+        pairs = zip(chain.from_iterable(ours), chain.from_iterable(theirs), strict=True)
+        gaps = [abs(a - b) for a, b in pairs]
+        if any(math.isnan(gap) for gap in gaps):
+            return cls(largest=math.nan, mean=math.nan, tokens=len(gaps))
+        return cls(largest=max(gaps, default=0.0), mean=sum(gaps) / max(len(gaps), 1), tokens=len(gaps))
+
+    @classmethod
+    def worst(cls, gaps: Sequence["Gap"]) -> "Gap":
+        """The largest of several, and their mean over all tokens."""
+        tokens = sum(gap.tokens for gap in gaps)
+        mean = sum(gap.mean * gap.tokens for gap in gaps) / max(tokens, 1)
+        largest = max((gap.largest for gap in gaps), key=lambda gap: math.inf if math.isnan(gap) else gap)
+        return cls(largest=largest, mean=mean, tokens=tokens)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.mean:.1e} nats apart on average, {self.largest:.1e} at most"
+
+    def is_within(self, bound: Bound) -> bool:
+        """False where a log-prob was no number."""
+        return self.largest <= bound.largest and self.mean <= bound.mean
+
+
+def refuse_gap(gap: Gap, sides: str, *, dtype: str, backend: str, allowance: Allowance, remedy: str) -> None:
+    """Raise UserError for a gap beyond the bound of the dtype, unless it is allowed; `sides` says what is compared."""
+    bound = BOUNDS[dtype]
+    if gap.is_within(bound):
+        return
+    line = (
+        f"parity: {sides} give the same {gap.tokens} tokens log-probs that differ by {gap.mean:.2g} nats on average "
+        f"and {gap.largest:.2g} at most, where {dtype} allows {bound.mean:g} and {bound.largest:g}"
+    )
+    if allowance.permits(PARITY, line):
+        return
+    other = "transformers" if backend == "vllm" else "vllm"
+    finer = (
+        ""
+        if dtype == "float32"
+        else ', or model.dtype = "float32", which tells rounding from a wrong network'
+    )
+    raise UserError(
+        f"{line}: one of them computes another network than the checkpoint's, so rewards would be learnt for the wrong "
+        f'policy. Try engine.backend = "{other}"{finer}; {remedy}. Please report it with this line and the model\'s '
+        f"config.json. To go on all the same: --allow-mismatch {PARITY}"
+    )
+
+
+def plain_logprobs(
+    folder: Path, dtype: str, temperature: float, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[list[float]]:
+    """Log-probs by the model's own forward pass in main memory; `sequences` are ids of prompts and completions."""
+    import torch
+
+    from common.pretrained import load_causal_lm
+
+    model = load_causal_lm(folder, dtype).eval()
+    found = []
+    with torch.inference_mode():
+        for prompt, completion in sequences:
+            ids = torch.tensor([[*prompt, *completion]])
+            count = len(completion)
+            logits_KV = model(input_ids=ids, use_cache=False).logits[0, -count - 1 : -1].float()
+            log_probs_KV = (logits_KV / temperature).log_softmax(-1)
+            found.append(log_probs_KV.gather(-1, ids[0, -count:, None])[:, 0].tolist())
+    return found

@@ -1,0 +1,232 @@
+"""A model's weights as files: which ones are loaded, what their headers say, their hashes, whether all are finite."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from common.errors import UserError
+from common.files import file_digest, write_text
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+AGAIN = "download the model again"
+
+EXPONENT = {
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF0000000000000),
+}
+"""By safetensors' name of a number format, how many bits it has and which of them are all set in NaN and infinity."""
+NUMBERS_AT_A_TIME = 2**22
+LONGEST_HEADER = 100 * 2**20
+"""Bytes; safetensors' own limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What the headers of a model's safetensors files say, tensors by name."""
+
+    files: tuple[Path, ...]
+    unread: tuple[Path, ...]
+    """Other safetensors files in the folder, which are no part of the model, such as Mistral's consolidated ones."""
+    shapes: Mapping[str, tuple[int, ...]]
+    formats: Mapping[str, str]
+    """Number formats as safetensors names them, such as BF16."""
+
+    def count(self, *, tied: bool) -> int:
+        """The number of parameters; an output layer that is tied to the embedding counts once."""
+        return sum(
+            math.prod(shape)
+            for name, shape in self.shapes.items()
+            if not (tied and name.endswith("lm_head.weight"))
+        )
+
+
+def read_weights(folder: Path) -> Weights:
+    """Read the headers of the weights in `folder`, those files that transformers and vLLM load.
+
+    Raises UserError where there are none, one is missing, cut off or no safetensors file, or the two libraries would
+    not agree on which they are.
+    """
+    files = _files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    formats: dict[str, str] = {}
+    for file in files:
+        for name, entry in _header(file).items():
+            shapes[name] = tuple(entry["shape"])
+            formats[name] = entry["dtype"]
+    _refuse_missing_tensors(folder, shapes)
+    unread = tuple(sorted(set(folder.glob("*.safetensors")) - set(files)))
+    return Weights(files=files, unread=unread, shapes=shapes, formats=formats)
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.is_file():
+        if single.is_file():
+            return (single,)
+        others = sorted(file.name for file in folder.glob("*.safetensors"))
+        found = f" that can be loaded: no {INDEX} names {', '.join(others[:3])}" if others else ""
+        raise UserError(
+            f"{folder} holds no *.safetensors weights{found}; convert the model to safetensors first "
+            f"(save_pretrained), or {AGAIN}"
+        )
+    names = sorted(set(_weight_map(index).values()))
+    if single.is_file() and SINGLE not in names:
+        raise UserError(
+            f"{folder} holds {SINGLE} and an {INDEX} that names other files, so transformers and vLLM would load "
+            "different weights; remove the one that does not belong there"
+        )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        shown = ", ".join([*missing[:3], *(["…"] if len(missing) > 3 else [])])
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(names)} weight files that {INDEX} names: {shown}; {AGAIN}"
+        )
+    return tuple(folder / name for name in names)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is no list of weight files; {AGAIN}") from error
+    sound = isinstance(mapping, dict) and all(
+        isinstance(name, str) and Path(name).name == name for name in mapping.values()
+    )
+    if not sound or not mapping:
+        raise UserError(f"{index} is no list of weight files; {AGAIN}")
+    return dict(mapping)
+
+
+def _refuse_missing_tensors(folder: Path, shapes: Mapping[str, object]) -> None:
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    if missing := sorted(set(_weight_map(index)) - set(shapes)):
+        raise UserError(
+            f"{folder}: its weight files lack {len(missing)} tensors that {INDEX} names, such as {missing[0]}; {AGAIN}"
+        )
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """A file's tensors by name, once its header and its length have been found to agree."""
+    try:
+        with safe_open(file, framework="numpy"):  # checks that the tensors fill the file
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            document: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} {_fault(file, error)}") from error
+    document.pop("__metadata__", None)
+    return document
+
+
+def _fault(file: Path, error: Exception) -> str:
+    """What is wrong with a file that is no whole safetensors file."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(64)
+    except OSError as unreadable:
+        return f"cannot be read: {unreadable.strerror}; correct its permissions, or {AGAIN}"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer instead of weights; fetch them with `git lfs pull`"
+    return f"is no whole safetensors file ({str(error).splitlines()[0]}): it was cut off or damaged; {AGAIN}"
+
+
+def weights_hash(weights: Weights, memory: Path | None = None) -> str:
+    """A hash of a folder's safetensors files, names and contents. Raises UserError for numbers that are not finite.
+
+    What was found of each file is kept in `memory`, and not read again while its size and time stay the same.
+    """
+    known = _Known(memory)
+    files = sorted([*weights.files, *weights.unread])
+    all_found = [known.of(file, is_loaded=file in weights.files) for file in files]
+    known.keep()
+    digest = hashlib.sha256()
+    for file, found in zip(files, all_found, strict=True):
+        if found.not_finite is not None:
+            raise UserError(
+                f"{file}: {found.not_finite} holds NaN or infinity, so it can neither be sampled from nor trained; "
+                f"{AGAIN}, or take an earlier checkpoint"
+            )
+        digest.update(file.name.encode() + b"\0")
+        digest.update(bytes.fromhex(found.sha256))
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What reading a whole file has shown."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+    not_finite: str | None
+    """The first tensor with a number that is not finite."""
+
+
+class _Known:
+    """What is known of files by their paths, kept in a file of its own."""
+
+    def __init__(self, memory: Path | None) -> None:
+        self._memory = memory
+        self._found: dict[str, _Found] = {}
+        self._is_new = False
+        if memory and memory.is_file():
+            try:
+                document = json.loads(memory.read_text(encoding="utf-8"))
+                self._found = {name: _Found(**values) for name, values in document.items()}
+            except (ValueError, TypeError, AttributeError):
+                self._found = {}  # damaged: what it said is found again
+
+    def of(self, file: Path, *, is_loaded: bool) -> _Found:
+        """What is known of a file, which is read if it has changed."""
+        path, status = str(file.resolve()), file.stat()
+        known = self._found.get(path)
+        if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+            return known
+        self._is_new = True
+        self._found[path] = _Found(
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            sha256=file_digest(file),
+            not_finite=_first_not_finite(file) if is_loaded else None,
+        )
+        return self._found[path]
+
+    def keep(self) -> None:
+        """Write it down, if there is anything new."""
+        if self._memory and self._is_new:
+            document = {name: asdict(found) for name, found in self._found.items()}
+            write_text(self._memory, json.dumps(document, indent=1))
+
+
+def _first_not_finite(file: Path) -> str | None:
+    header = _header(file)
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+    for name, entry in header.items():
+        if entry["dtype"] not in EXPONENT:
+            continue
+        kind, mask = EXPONENT[entry["dtype"]]
+        begin, end = entry["data_offsets"]
+        count = (end - begin) // np.dtype(kind).itemsize
+        if count and not _all_finite(np.memmap(file, kind, "r", start + begin, (count,)), kind(mask)):
+            return name
+    return None
+
+
+def _all_finite(numbers: "np.memmap[Any, np.dtype[Any]]", mask: Any) -> bool:
+    return not any(
+        bool(((numbers[start : start + NUMBERS_AT_A_TIME] & mask) == mask).any())
+        for start in range(0, len(numbers), NUMBERS_AT_A_TIME)
+    )

@@ -1,0 +1,70 @@
+"""Whether the engine samples from the model in the folder: its log-probs against a plain forward pass."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from common.config import RunConfig, SamplingParams
+from common.engines import RolloutEngine
+from common.parity import COMPLETIONS, TOKENS, Gap, plain_logprobs, refuse_gap
+from common.provenance import Allowance
+from common.rollout import Prompt, SampleRequest
+from common.seeds import derive_seed
+from common.store import SampleStore
+
+SMALL_MODEL = 1_000_000_000
+"""Parameters up to which a second copy of the model in main memory goes without asking."""
+
+
+def check_engine(
+    config: RunConfig,
+    folder: Path,
+    store: SampleStore,
+    allowance: Allowance,
+    console: Console,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+) -> None:
+    """Raise UserError unless engine and forward pass agree on a few completions; what is allowed is recorded."""
+    sampling = SamplingParams(
+        temperature=config.sampling.temperature,
+        max_completion_tokens=min(TOKENS, config.sampling.max_completion_tokens),
+    )
+    chosen = prompts[:COMPLETIONS]
+    requests = [
+        SampleRequest(
+            key=number,
+            prompt_token_ids=tuple(prompt.token_ids),
+            seed=derive_seed(config.seed, "check", prompt.id),
+            with_logprobs=True,
+        )
+        for number, prompt in enumerate(chosen)
+    ]
+    completions = sorted(engine.generate(requests, sampling), key=lambda each: int(str(each.key)))
+    gap = Gap.between(
+        [each.sampled_logprobs or () for each in completions],
+        plain_logprobs(
+            folder,
+            config.model.dtype,
+            config.sampling.temperature or 1.0,
+            [
+                (tuple(prompt.token_ids), each.token_ids)
+                for prompt, each in zip(chosen, completions, strict=True)
+            ],
+        ),
+    )
+    refuse_gap(
+        gap,
+        f"the engine ({config.engine.backend}) and a plain forward pass by transformers",
+        dtype=config.model.dtype,
+        backend=config.engine.backend,
+        allowance=allowance,
+        remedy="no sample has been drawn",
+    )
+    store.provenance = store.provenance.accepting(allowance)
+    console.print(f"the engine's log-probs are those of a plain forward pass: {gap}", soft_wrap=True)
+
+
+def unchecked(engine: RolloutEngine, prompts: Sequence[Prompt]) -> None:
+    """For models of which there is no room for a second copy."""

@@ -1,0 +1,57 @@
+"""What training refuses of a config and its model, told before anything is paid for: `vstar` says it.
+
+Reads no weights.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import UserError
+from stage2_train.config import Config
+from stage2_train.objectives.protocol import TrainsCritic
+
+
+def refuse_untrainable(config: Config, folder: Path) -> None:
+    """Raise UserError for the first thing that training refuses."""
+    for problem in _problems(config, folder):
+        raise problem
+
+
+def refusals(config: Config, folder: Path) -> list[str]:
+    """All that training will refuse, a line each."""
+    return [str(problem) for problem in _problems(config, folder)]
+
+
+def _problems(config: Config, folder: Path) -> Iterator[UserError]:
+    if config.sampling.temperature == 0:
+        yield UserError("sampling.temperature is 0: training needs a policy that samples; set it above 0")
+    if config.sampling.top_p < 1:
+        yield UserError(
+            f"sampling.top_p is {config.sampling.top_p:g}: completions would not come from the policy whose "
+            "log-probs are trained on; set it to 1 to train"
+        )
+    for check in (_network, _layers, _critic):
+        try:
+            check(config, folder)
+        except UserError as error:
+            yield error
+
+
+def _network(config: Config, folder: Path) -> None:
+    from common.pretrained import empty_causal_lm
+
+    empty_causal_lm(folder)
+
+
+def _layers(config: Config, folder: Path) -> None:
+    if config.train.lora is not None:
+        from stage2_train.lora import refuse_unknown_layers
+
+        refuse_unknown_layers(folder, config.train.lora)
+
+
+def _critic(config: Config, folder: Path) -> None:
+    if isinstance(config.train.objective, TrainsCritic):
+        from stage2_train.critic import refuse_without_head
+
+        refuse_without_head(folder)
