@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from common.beta_binomial import dropped_share, fit_prior
+from common.doubts import doubts
+from common.model_reading import describe_model
 from common.provenance import ACCEPTED
 from common.value import estimate_vstar
 from common.vstar_file import estimator_of, read_vstar
@@ -61,6 +63,7 @@ class Description:
     mean_completion_tokens: float
     outcomes: dict[str, int]
     pass_rate_histogram: list[int]
+    doubts: list[str]
     identity: dict[str, Any]
     context: dict[str, Any]
 
@@ -96,6 +99,7 @@ def describe(path: Path) -> Description:
         mean_completion_tokens=rows.select(pl.col("completion_tokens").explode().mean()).item(),
         outcomes=dict(rows["outcomes"].explode().value_counts(sort=True).iter_rows()),
         pass_rate_histogram=_histogram(rows["pass_rate"]),
+        doubts=doubts(rows),
         identity=provenance.identity,
         context=provenance.context,
     )
@@ -182,8 +186,15 @@ def _summary(figures: Description) -> RenderableType:
         if figures.solvable_dropped is None
         else f"{figures.solvable_dropped:.2%} of the prompts of pass rate {SOLVABLE:g} or more (estimated)",
         "tokens a completion": f"{figures.mean_completion_tokens:.1f}",
+        "doubts": " ".join(figures.doubts) or "none",
         "outcomes": ", ".join(f"{name} {count:,}" for name, count in figures.outcomes.items()),
         "model": f"{context['model_path']} (weights {identity['model']['weights'][:12]})",
+        "which is a": "–"
+        if "model" not in context
+        else describe_model(
+            context["model"], [str(number) for number in identity["prompt"]["eos_token_ids"]]
+        ),
+        "`train` refuses": "; ".join(context.get("model", {}).get("training_refuses", [])) or "nothing known",
         "prompt template": repr(identity["prompt"]["template"]),
         "sampling": ", ".join(f"{name} {value}" for name, value in identity["sampling"].items()),
         "grader": identity["grader"]

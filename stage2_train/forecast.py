@@ -18,11 +18,13 @@ from rich.text import Text
 from common.data.prompts import prompt_template
 from common.errors import UserError
 from common.model_files import reference_model
+from common.model_reading import describe_model, read_model
 from common.value import Floats
 from common.vstar_file import read_vstar
 from stage2_train.config import Config
 from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, expected_first_batch
 from stage2_train.memory import memory_per_gpu, read_shape
+from stage2_train.preflight import refused_settings
 
 TOKENIZED_PROMPTS = 2000
 """So many prompts, chosen at random, stand for all in the number of prompt tokens."""
@@ -47,12 +49,17 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
             f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
         )
     folder = reference_model(config)
+    model = read_model(folder).document()
+    refused = [*refused_settings(config), *provenance.context.get("model", {}).get("training_refuses", [])]
     turns = config.train.iterations_over(kept.height)
     visits = turns * config.train.batch_size
     completions = visits * config.train.objective.group_size
     batch = expected_first_batch(rows, config.train)
     return {
         "path": str(vstar_file),
+        "model": model,
+        "eos_token_ids": provenance.identity["prompt"]["eos_token_ids"],
+        "training_refuses": list(dict.fromkeys(refused)),
         "filters": provenance.context.get("filters", []),
         "iterations": turns,
         "optimizer_steps": turns * config.train.steps_per_iteration,
@@ -142,6 +149,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
     tokens, visits, saved = figures["tokens"], figures["visits_a_prompt"], figures["saved_by_filter"]
     rows = {
         "file": figures["path"],
+        "model": describe_model(figures["model"], [str(number) for number in figures["eos_token_ids"]]),
+        "`train` refuses": "; ".join(figures["training_refuses"]) or "nothing known",
         "prompts": f"{figures['kept']:,} kept of {figures['prompts']:,}, each visited "
         + (
             f"{visits['least']}"

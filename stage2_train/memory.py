@@ -5,16 +5,14 @@ backward pass off torch's. Two moments can be the worst: the backward pass of th
 optimizer's step, when the activations are gone.
 """
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from common.data.prompts import longest_allowed_prompt
 from common.errors import UserError
 from common.model_files import model_numbers
+from common.weights import read_weights
 from stage2_train.config import Config, LoraConfig
 from stage2_train.objectives.protocol import TrainsCritic
 
@@ -62,7 +60,7 @@ def read_shape(folder: Path) -> Shape:
     heads, hidden = model.need("num_attention_heads"), model.need("hidden_size")
     width = model.get("head_dim") or hidden // heads
     return Shape(
-        parameters=_parameters(folder, tied=model.is_tied),
+        parameters=read_weights(folder).count(tied=model.is_tied),
         hidden=hidden,
         layers=model.need("num_hidden_layers"),
         intermediate=model.need("intermediate_size"),
@@ -72,21 +70,6 @@ def read_shape(folder: Path) -> Shape:
         vocabulary=model.need("vocab_size"),
         is_tied=model.is_tied,
     )
-
-
-def _parameters(folder: Path, *, tied: bool) -> int:
-    sizes: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {path}: {error}; download the model again") from error
-    if tied:
-        sizes.pop("lm_head.weight", None)
-    if not sizes:
-        raise UserError(f"{folder} holds no *.safetensors weights; convert the model to safetensors first")
-    return sum(sizes.values())
 
 
 def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Reads no weights.
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from common.errors import UserError
@@ -22,7 +23,21 @@ def refusals(config: Config, folder: Path) -> list[str]:
     return [str(problem) for problem in _problems(config, folder)]
 
 
+def refused_settings(config: Config) -> list[str]:
+    """What training will refuse whatever the model is, a line each; imports no torch."""
+    return [str(problem) for problem in _settings(config)]
+
+
 def _problems(config: Config, folder: Path) -> Iterator[UserError]:
+    yield from _settings(config)
+    for check in (_network, _layers, _critic):
+        try:
+            check(config, folder)
+        except UserError as error:
+            yield error
+
+
+def _settings(config: Config) -> Iterator[UserError]:
     if config.sampling.temperature == 0:
         yield UserError("sampling.temperature is 0: training needs a policy that samples; set it above 0")
     if config.sampling.top_p < 1:
@@ -30,11 +45,6 @@ def _problems(config: Config, folder: Path) -> Iterator[UserError]:
             f"sampling.top_p is {config.sampling.top_p:g}: completions would not come from the policy whose "
             "log-probs are trained on; set it to 1 to train"
         )
-    for check in (_network, _layers, _critic):
-        try:
-            check(config, folder)
-        except UserError as error:
-            yield error
 
 
 def _network(config: Config, folder: Path) -> None:
@@ -45,6 +55,10 @@ def _network(config: Config, folder: Path) -> None:
 
 def _layers(config: Config, folder: Path) -> None:
     if config.train.lora is not None:
+        if find_spec("peft") is None:
+            raise UserError(
+                "train.lora needs peft, which is not installed here: `make setup` where you train"
+            )
         from stage2_train.lora import refuse_unknown_layers
 
         refuse_unknown_layers(folder, config.train.lora)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from common import weights as module
 from common.errors import UserError
+from common.files import file_digest
 from common.weights import INDEX, SINGLE, read_weights, weights_hash
 
 
@@ -139,7 +140,7 @@ def test_a_file_is_read_whole_once_and_again_only_when_its_size_or_time_has_chan
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, memory, read = sharded(tmp_path / "model"), tmp_path / "run" / "weights.json", []
-    digest = module.file_digest
+    digest = file_digest
 
     def counting(path: Path) -> str:
         read.append(path.name)
