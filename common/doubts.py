@@ -30,9 +30,12 @@ def doubts(rows: pl.DataFrame) -> list[str]:
         )
     elif outcomes.is_in([outcome.value for outcome in UNJUDGED]).all():
         found.append("the grader failed on every completion: see grader.name, timeout_seconds and memory_gib")
-    elif equal_reward(rows) is not None and (outcomes == Outcome.UNPARSED).all():
+    elif (
+        equal_reward(rows) is not None
+        and (outcomes.filter(outcomes != Outcome.TRUNCATED) == Outcome.UNPARSED).all()
+    ):
         found.append(
-            "no completion holds an answer that the grader finds: the prompt has to ask for its format "
+            "no completion that ended holds an answer that the grader finds: the prompt has to ask for its format "
             "(data.template), grader.name has to be the one for these answers, and an instruct model needs its chat "
             'template (data.template = "chat")'
         )

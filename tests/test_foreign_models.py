@@ -1,0 +1,214 @@
+"""Models as people have them: what would make V̂* another policy's is used rightly, or refused before a model loads."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.data.prompts import PromptRenderer
+from common.engines import build_engine
+from common.errors import UserError
+from common.runs import run_paths
+from stage2_train.config import Config
+from stage2_train.data import prepare
+from stage2_train.forecast import forecast
+from tests import stage1_runs
+from tests.fakes import change_json, tiny_config
+from tests.stage1_runs import Engines, rows_of, run, write_questions
+
+Change = Callable[[Path], object]
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def config_of(folder: Path, **sections: Any) -> Config:
+    data = write_questions(folder.parent / "questions.jsonl")
+    return tiny_config(folder, data, **{"engine": {"backend": "transformers"}, **sections})
+
+
+def change_tokenizer(folder: Path, **values: Any) -> None:
+    change_json(folder / "tokenizer_config.json", **values)
+
+
+def change_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# Where a completion ends.
+
+
+def eos_in_config_alone(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    change_tokenizer(folder, eos_token="<|pad|>", pad_token=None)
+    change_json(folder / "config.json", eos_token_id=0)
+
+
+def no_end_in_the_tokenizer(folder: Path) -> None:
+    change_tokenizer(folder, eos_token=None, pad_token=None)
+    change_json(folder / "generation_config.json", eos_token_id=0)
+
+
+def padding_beyond_the_embedding(folder: Path) -> None:
+    renderer = PromptRenderer(folder, config_of(folder).data)
+    renderer.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    renderer.tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [eos_in_config_alone, no_end_in_the_tokenizer, padding_beyond_the_embedding]
+)
+def test_completions_are_those_of_the_model_wherever_its_end_and_its_padding_are_written(
+    tiny_model: Path, folder: Path, artifacts: Path, monkeypatch: pytest.MonkeyPatch, change: Change
+) -> None:
+    monkeypatch.setattr(stage1_runs, "engine_builder", build_engine)
+    run(config_of(tiny_model, run="before"))
+    change(folder)
+    run(config_of(folder, run="after"))
+    same = ["prompt_id", "rewards", "outcomes", "completion_tokens"]
+    assert rows_of("after").select(same).equals(rows_of("before").select(same))
+    assert "truncated" not in set(rows_of("after")["outcomes"].list.first())
+
+
+# The same model.
+
+
+def stretch_positions(folder: Path) -> None:
+    change_json(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5.0})
+
+
+def test_a_config_that_was_edited_is_another_model_for_stage_one_and_for_training(
+    folder: Path, engines: Engines
+) -> None:
+    config = config_of(folder, vstar={"num_samples": 2})
+    run(config)
+    stretch_positions(folder)
+    with pytest.raises(UserError, match=r"vstar\.parquet does not belong to this run: model\.config is"):
+        run(config_of(folder, vstar={"num_samples": 4}))
+    with pytest.raises(UserError, match=r"vstar\.parquet does not belong to this run: model\.config is"):
+        prepare(config, run_paths(config.run).vstar)
+    assert engines.loaded == 1
+
+
+# What no command could use.
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def quantised(folder: Path) -> None:
+    change_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+
+
+REFUSED: list[tuple[Change, str]] = [
+    (pointer, r"is a Git LFS pointer"),
+    (cut, r"is no whole safetensors file"),
+    (quantised, r"is quantised"),
+    (lambda folder: (folder / "config.json").write_text("{"), r"cannot read .*config\.json"),
+    (
+        lambda folder: change_json(folder / "config.json", model_type="brandnew"),
+        r"no models of type 'brandnew'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_every_command_refuses_a_folder_that_cannot_be_used_before_it_loads_a_model(
+    folder: Path, engines: Engines, change: Change, message: str
+) -> None:
+    config = config_of(folder)
+    run(config)
+    change(folder)
+    vstar = run_paths(config.run).vstar
+    commands: dict[str, Callable[[], object]] = {
+        "vstar": lambda: run(config_of(folder, run="anew")),
+        "train": lambda: prepare(config, vstar),
+        "forecast": lambda: forecast(config, vstar, gpus=1, gpu_gib=80),
+    }
+    if message.startswith("no models"):
+        del commands["forecast"]  # which does not ask transformers
+    for command in commands.values():
+        with pytest.raises(UserError, match=message):
+            command()
+    assert engines.loaded == 1
+
+
+def test_a_model_with_a_number_that_is_not_finite_is_neither_sampled_from_nor_trained(
+    folder: Path, engines: Engines
+) -> None:
+    config = config_of(folder)
+    run(config)
+    change_tensor(
+        folder, "model.norm.weight", lambda tensor: tensor.index_fill(0, torch.tensor([3]), torch.nan)
+    )
+    for command in (
+        lambda: run(config_of(folder, run="anew")),
+        lambda: prepare(config, run_paths("test").vstar),
+    ):
+        with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN or infinity"):
+            command()
+    assert engines.loaded == 1
+
+
+def test_a_tokenizer_of_another_model_is_refused_by_the_id_that_the_model_lacks(
+    folder: Path, engines: Engines
+) -> None:
+    rows = PromptRenderer(folder, config_of(folder).data).tokenizer.vocab_size
+    change_tensor(folder, "model.embed_tokens.weight", lambda tensor: tensor[:40])
+    change_tensor(folder, "lm_head.weight", lambda tensor: tensor[:40])
+    change_json(folder / "config.json", vocab_size=40)
+    assert rows > 40
+    with pytest.raises(
+        UserError, match=r"its tokenizer gives token id \d+ for .*, but the model has 40 of them"
+    ):
+        run(config_of(folder))
+    assert engines.loaded == 0
+
+
+# A result that cannot be meant.
+
+
+def test_a_result_without_any_reward_is_doubted_with_an_example_and_not_trained_on(
+    folder: Path, engines: Engines
+) -> None:
+    engines.next = type(engines.next)(write=lambda request: "no answer here")
+    config = config_of(folder)
+    printed = run(config)
+    assert "warning: no completion that ended holds an answer that the grader finds" in printed
+    assert "completion 'no answer here'" in printed
+    vstar = run_paths(config.run).vstar
+    with pytest.raises(
+        UserError, match=r"rewards\.equal: each of the 24 samples of stage 1 has the reward 0"
+    ):
+        prepare(config, vstar)
+    data = prepare(config, vstar, ["rewards.equal"])
+    assert data.stage1 is not None
+    assert data.stage1.accepted_mismatches[0].startswith("rewards.equal: ")
+
+
+def test_what_training_will_refuse_is_said_before_it_is_sampled_for(folder: Path, engines: Engines) -> None:
+    from stage2_train.preflight import refusals
+
+    config = config_of(folder, sampling={"top_p": 0.9}, train={"lora": {"target_modules": ["c_attn"]}})
+    lines = refusals(config, folder)
+    assert [line.partition(":")[0] for line in lines] == [
+        "sampling.top_p is 0.9",
+        "train.lora.target_modules",
+    ]
+    run(config)
+    with pytest.raises(UserError, match=r"sampling\.top_p is 0\.9"):
+        prepare(config, run_paths(config.run).vstar)
