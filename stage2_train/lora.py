@@ -5,7 +5,8 @@ The frozen model without its adapter is the reference model, so no second one is
 Shapes: _I a layer's inputs, _O its outputs, _R the adapter's rank.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from common.errors import UserError
+from common.output_layer import text_trunk
+from common.pretrained import empty_causal_lm
 from common.seeds import derive_seed
 from stage2_train.config import Config
 from stage2_train.config import LoraConfig as Settings
@@ -60,7 +63,7 @@ class Adapter:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=_targets(model, lora.target_modules),
-            task_type="CAUSAL_LM" if hasattr(model, "lm_head") else None,
+            task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
             revision=config.model.revision,
         )
         with torch.random.fork_rng(devices=[]):
@@ -86,13 +89,13 @@ class Adapter:
         with self._model.disable_adapter():
             yield
 
-    def merged_weights(
-        self, parameters: Iterable[tuple[str, nn.Parameter]]
-    ) -> Iterator[tuple[str, nn.Parameter, LowRankUpdate | None]]:
+    def merged_weights(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, LowRankUpdate | None]]:
         """The base model's weights under its own names, each with what is to be added to it."""
-        for name, parameter in parameters:
-            if ".lora_" not in name:
-                yield name.replace(".base_layer.", "."), parameter, self._updates.get(name)
+        return {
+            name.replace(".base_layer.", "."): (weight, self._updates.get(name))
+            for name, weight in weights.items()
+            if ".lora_" not in name
+        }
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the adapter's weights, named as in the model, for PeftModel.from_pretrained."""
@@ -115,17 +118,17 @@ def keep_trained_weights(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 def refuse_unknown_layers(folder: Path, lora: Settings) -> None:
     """Raise UserError unless the model in `folder` has the layers to adapt; its weights are not read."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    _targets(model, lora.target_modules)
+    _targets(empty_causal_lm(folder), lora.target_modules)
 
 
-def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]:
-    """The names of the layers to adapt. The output layer is none of them: log-probs read its weight directly."""
+def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str] | str:
+    """What peft shall adapt: names of layers, or a pattern where the model has other parts with layers of these names.
+
+    The output layer is none of them: log-probs read its weight directly.
+    """
+    trunk = text_trunk(model)
     linear = {
-        name.rpartition(".")[2]
-        for name, module in model.model.named_modules()
-        if isinstance(module, nn.Linear)
+        name.rpartition(".")[2] for name, module in trunk.named_modules() if isinstance(module, nn.Linear)
     }
     names = linear if isinstance(chosen, str) else set(chosen)
     if unknown := sorted(names - linear):
@@ -133,4 +136,13 @@ def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]
             f"train.lora.target_modules: the model has no linear layers called {', '.join(unknown)} before its output "
             f'layer; choose of {", ".join(sorted(linear))}, or "all-linear"'
         )
-    return sorted(names)
+    if trunk is model.base_model:
+        return sorted(names)
+    place = next(name for name, module in model.named_modules() if module is trunk)
+    return rf"{re.escape(place)}\..*\.({'|'.join(map(re.escape, sorted(names)))})"
+
+
+def unadapted_experts(model: PreTrainedModel) -> list[str]:
+    """The kinds of weights that hold all experts of a layer in one tensor, which no adapter is put beside."""
+    names = [name for name, parameter in text_trunk(model).named_parameters() if parameter.ndim == 3]
+    return sorted({".".join(name.split(".")[-2:]) for name in names if "expert" in name})

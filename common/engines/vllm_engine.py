@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine, in this process. The only importer of vllm."""
+"""vLLM as the rollout engine, in this process. With vllm_repairs.py the only importer of vllm."""
 
 import gc
 import logging
@@ -16,6 +16,12 @@ import torch.distributed as dist
 from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer, longest_allowed_prompt
 from common.engines.shared_engine import SharedEngine, refuse_wrong_size
+from common.engines.vllm_repairs import (
+    RenewedLayers,
+    forget_packed_experts,
+    repack_output_layer,
+    unpatched_classes,
+)
 from common.errors import UserError
 from common.model_files import model_numbers
 from common.rollout import Completion, SampleRequest
@@ -79,18 +85,23 @@ class VllmEngine:
         gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
-        self.llm: vllm.LLM | None = vllm.LLM(
-            model=str(folder),
-            dtype=config.model.dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=config.engine.max_num_seqs,
-            tensor_parallel_size=ranks_per_engine if beside_trainer else config.engine.tensor_parallel_size,
-            logprobs_mode="processed_logprobs",
-            seed=config.seed,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **options,
-        )
+        with unpatched_classes() as classes:
+            self.llm: vllm.LLM | None = vllm.LLM(
+                model=str(folder),
+                dtype=config.model.dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=config.engine.max_num_seqs,
+                tensor_parallel_size=ranks_per_engine
+                if beside_trainer
+                else config.engine.tensor_parallel_size,
+                logprobs_mode="processed_logprobs",
+                seed=config.seed,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **options,
+            )
+        if classes:
+            self.llm.apply_model(classes.adopt)
         # The garbage collector would walk all of vLLM's and torch's objects again and again while samples pile up.
         gc.collect()
         gc.freeze()
@@ -198,12 +209,18 @@ class VllmEngine:
         assert self.llm is not None, "the engine is closed"
         if self._is_asleep:
             self.llm.wake_up(tags=["weights"])  # memory of any content, about to be written
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            self.llm.apply_model(forget_packed_experts)
+        layers = RenewedLayers()
+        with layers.watched():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        self.llm.apply_model(layers.refuse_stale)
         if self._is_asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self._is_asleep = False
-        if not torch.cuda.is_available():
-            self.llm.apply_model(_repack_output_layer)
+        if not on_gpu:
+            self.llm.apply_model(repack_output_layer)
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
@@ -261,18 +278,6 @@ def _executor(group: str) -> Any:
             return [int(free) for free in least]
 
     return Executor
-
-
-def _repack_output_layer(model: torch.nn.Module) -> None:
-    """Renew the packed copy of the output layer's weights that vLLM keeps on a CPU.
-
-    A layer that is tied to the embedding gets no weights of its own in a reload and would keep the old copy.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def context_length(config: RunConfig, folder: Path) -> int:
