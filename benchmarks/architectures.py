@@ -1,7 +1,7 @@
 """Tiny random models of the architectures that vLLM and transformers both have, with their families' conventions.
 
-One list, for `python -m benchmarks.models` and the tests: two layers, weights from a seed, the demo's tokenizer with the
-family's conventions (a BOS or none, a pad token of its own, the EOS for it or none, a chat template, a padded
+One list, for `python -m benchmarks.models` and the tests: two layers, weights from a seed, the demo's tokenizer with
+the family's conventions (a BOS or none, a pad token of its own, the EOS for it or none, a chat template, a padded
 vocabulary).
 """
 
@@ -253,7 +253,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         name="LFM2",
         model_type="lfm2",
-        config={"layer_types": ["conv", "full_attention"], "tie_word_embeddings": True},
+        config={"layer_types": ["conv", "full_attention"], "tie_word_embeddings": True, "conv_dim": 64},
         tokenizer=Conventions(bos=True, chat=True),
     ),
 )
@@ -282,7 +282,8 @@ def write_model(architecture: Architecture, folder: Path, *, seed: int = 0, dtyp
         "pad_token_id": ids["pad"],
         "dtype": dtype,
     }
-    numbers = {**DENSE, **architecture.config}
+    known = AutoConfig.for_model(architecture.model_type)
+    numbers = {**{key: value for key, value in DENSE.items() if hasattr(known, key)}, **architecture.config}
     if "text_config" in numbers:
         numbers = {**architecture.config, **special, "text_config": {**numbers["text_config"], **special}}
         numbers["tie_word_embeddings"] = numbers["text_config"]["tie_word_embeddings"]

@@ -6,7 +6,7 @@ same rules, for engines that share a machine with the model.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,31 @@ def refuse_other_names(names: CheckpointNames, folder: Path) -> None:
             f"{folder}: transformers gives its weights back in another form than the checkpoint's: {len(wrong)} of "
             f"{len(names.shapes)}, such as {wrong[0]}, which engines could not load; save it anew with save_pretrained"
         )
+
+
+def note_conversions(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """Note on a model without weights by which rules a checkpoint with these names is read, as loading it would.
+
+    Returns the names of the model's weights that it does not have.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings, converters = _split(rules)
+    state = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {
+        rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
+        for name in sorted(stored, key=dot_natural_key)
+    }
+    used = [rule for rule in rules if rule.was_used()]
+    model._weight_conversions = used
+    others = {name for rule in used for name in _further_targets(rule, found)}
+    return sorted(named_state(model).keys() - found - others)
+
+
+def _further_targets(rule: WeightTransform, found: Iterable[str]) -> Iterator[str]:
+    """What a rule makes beside its first target: it cuts a tensor into several."""
+    first, *further = rule.target_patterns
+    for name in found:
+        yield from (name.replace(first, other) for other in further if first in name)
 
 
 def _transforms(model: PreTrainedModel) -> list[WeightTransform]:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ class VllmEngine:
         gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
-        with unpatched_classes() as classes:
+        with unpatched_classes() as classes, _refusing(folder):
             self.llm: vllm.LLM | None = vllm.LLM(
                 model=str(folder),
                 dtype=config.model.dtype,
@@ -255,6 +255,19 @@ class VllmEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """What vLLM raises while it loads a model becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"{folder}: vLLM cannot load the model ({type(error).__name__}: {' '.join(lines[:3])}); correct what it "
+            'says, or set engine.backend = "transformers"'
+        ) from error
 
 
 def _executor(group: str) -> Any:
