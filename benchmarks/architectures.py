@@ -63,7 +63,7 @@ DENSE: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MLA: dict[str, Any] = {
-    "head_dim": 32,
+    "head_dim": 64,
     "num_key_value_heads": 2,
     "kv_lora_rank": 512,
     "q_lora_rank": None,
@@ -253,7 +253,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         name="LFM2",
         model_type="lfm2",
-        config={"layer_types": ["conv", "full_attention"], "tie_word_embeddings": True, "conv_dim": 64},
+        config={
+            "layer_types": ["conv", "full_attention"],
+            "tie_word_embeddings": True,
+            "conv_dim": 64,
+            "block_dim": 64,
+        },
         tokenizer=Conventions(bos=True, chat=True),
     ),
 )

@@ -18,7 +18,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from common.checkpoint_names import CheckpointNames
 from common.errors import UserError
 from common.output_layer import text_trunk
 from common.pretrained import empty_causal_lm
@@ -28,6 +30,8 @@ from stage2_train.config import LoraConfig as Settings
 
 ADAPTER = "default"
 """peft's name for a model's only adapter."""
+EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.weight$")
+"""A weight of one expert, as checkpoints have it."""
 WEIGHTS_FILE = "adapter_model.safetensors"
 """What PeftModel.from_pretrained looks for."""
 
@@ -39,16 +43,14 @@ class LowRankUpdate:
     down_RI: nn.Parameter
     up_OR: nn.Parameter
     scale: float
+    is_transposed: bool
+    """Whether the layer keeps W as (I, O), as GPT-2's do."""
 
-    def added_to(self, weight_OI: Tensor) -> Tensor:
-        """W + ΔW, shape (O, I), in W's dtype: computed in float32 and rounded once."""
-        total_OI = torch.addmm(
-            weight_OI.detach().float(),
-            self.up_OR.detach().float(),
-            self.down_RI.detach().float(),
-            alpha=self.scale,
-        )
-        return total_OI.to(weight_OI.dtype)
+    def added_to(self, weight: Tensor) -> Tensor:
+        """W + ΔW in W's shape and dtype: computed in float32 and rounded once."""
+        up_OR, down_RI = self.up_OR.detach().float(), self.down_RI.detach().float()
+        factors = (down_RI.T, up_OR.T) if self.is_transposed else (up_OR, down_RI)
+        return torch.addmm(weight.detach().float(), *factors, alpha=self.scale).to(weight.dtype)
 
 
 class Adapter:
@@ -63,6 +65,7 @@ class Adapter:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=_targets(model, lora.target_modules),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
             revision=config.model.revision,
         )
@@ -78,6 +81,7 @@ class Adapter:
                 layer.lora_A[ADAPTER].get_parameter("weight"),
                 layer.lora_B[ADAPTER].get_parameter("weight"),
                 layer.scaling[ADAPTER],
+                is_transposed=layer.fan_in_fan_out,
             )
             for name, layer in model.named_modules()
             if isinstance(layer, LoraLayer)
@@ -127,14 +131,12 @@ def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]
     The output layer is none of them: log-probs read its weight directly.
     """
     trunk = text_trunk(model)
-    linear = {
-        name.rpartition(".")[2] for name, module in trunk.named_modules() if isinstance(module, nn.Linear)
-    }
+    linear = linear_layers(model) - unadapted(model)
     names = linear if isinstance(chosen, str) else set(chosen)
     if unknown := sorted(names - linear):
         raise UserError(
             f"train.lora.target_modules: the model has no linear layers called {', '.join(unknown)} before its output "
-            f'layer; choose of {", ".join(sorted(linear))}, or "all-linear"'
+            f'layer that an adapter can be put beside; choose of {", ".join(sorted(linear))}, or "all-linear"'
         )
     if trunk is model.base_model:
         return sorted(names)
@@ -142,7 +144,24 @@ def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]
     return rf"{re.escape(place)}\..*\.({'|'.join(map(re.escape, sorted(names)))})"
 
 
-def unadapted_experts(model: PreTrainedModel) -> list[str]:
-    """The kinds of weights that hold all experts of a layer in one tensor, which no adapter is put beside."""
-    names = [name for name, parameter in text_trunk(model).named_parameters() if parameter.ndim == 3]
-    return sorted({".".join(name.split(".")[-2:]) for name in names if "expert" in name})
+def linear_layers(model: PreTrainedModel) -> set[str]:
+    """The names of the linear layers before the output layer."""
+    modules = text_trunk(model).named_modules()
+    return {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+
+
+def unadapted(model: PreTrainedModel) -> set[str]:
+    """The names of weights that no adapter can be put beside.
+
+    transformers keeps the weights of all experts of a layer in one tensor; peft takes the names that they have in a
+    checkpoint for these, also where an ordinary layer is called so. The kernels of a state-space layer read the weight
+    of its output projection directly, past an adapter.
+    """
+    experts = {found[1] for name in CheckpointNames(model).shapes if (found := EXPERT.search(name))}
+    whole = {
+        name.split(".")[-1]
+        for name, weight in text_trunk(model).named_parameters()
+        if weight.ndim == 3 and ".experts." in name
+    }
+    state_space = any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules())
+    return experts | whole | ({"out_proj"} if state_space else set())
