@@ -3,16 +3,19 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
 from common.files import file_digest, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -140,6 +143,14 @@ def _fault(file: Path, error: Exception) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer instead of weights; fetch them with `git lfs pull`"
     return f"is no whole safetensors file ({str(error).splitlines()[0]}): it was cut off or damaged; {AGAIN}"
+
+
+def stored_weights(folder: Path) -> "Iterator[tuple[str, Tensor]]":
+    """The tensors of the model in `folder` by name, one at a time. Raises UserError, see `read_weights`."""
+    for file in read_weights(folder).files:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (no mapping, its keys() is all it has)
+                yield name, weights.get_tensor(name)
 
 
 def weights_hash(weights: Weights, memory: Path | None = None) -> str:

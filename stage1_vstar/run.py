@@ -34,6 +34,7 @@ from common.runs import WHOLE, Shard, exclusive_run, run_paths
 from common.sampling.executor import LocalExecutor
 from common.sampling.missing import Missing
 from common.store import SampleStore, set_aside_damaged
+from common.trainable import refuse_untrainable
 from common.vstar_file import estimator_of, read_vstar, write_vstar
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Rule
 from stage1_vstar.engine_check import SMALL_MODEL, check_engine, unchecked
@@ -113,6 +114,7 @@ def run_stage1(
         )
     paths, folder = run_paths(config.run), reference_model(config)
     model = read_model(folder)
+    refuse_untrainable(folder, config)
     prompts, renderer = read_prompts(config, folder, shard, console)
     if renderer is None:
         console.print(f"shard {shard} holds no prompt: nothing to do")

@@ -11,14 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForTokenClassification,
-)
-from transformers.utils import logging
+from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from common.errors import UserError
+from common.pretrained import load_pretrained, read_config
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config
 from stage2_train.learner import Learner
@@ -35,8 +31,8 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids_BT: Tensor, is_completion_BT: Tensor) -> Tensor:
         """The value of the state before each completion token, in row order, shape (K,), in float32."""
-        hidden_BTH = self.model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-        values: Tensor = self.model.score(hidden_BTH[:, :-1][is_completion_BT[:, 1:]])
+        hidden_BTH = self.model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        values: Tensor = value_head(self.model)(hidden_BTH[:, :-1][is_completion_BT[:, 1:]])
         return values.squeeze(-1).float()
 
 
@@ -48,7 +44,7 @@ class Critic:
         module = ValueModel(_load(folder, config))
         if config.train.lora is not None:
             Adapter(module.model, config)
-            module.model.score.requires_grad_(True)
+            value_head(module.model).requires_grad_(True)
             module.register_state_dict_post_hook(keep_trained_weights)  # type: ignore[no-untyped-call]
         if config.train.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -63,7 +59,7 @@ class Critic:
 
 def refuse_without_head(folder: Path) -> None:
     """Raise UserError unless transformers has a token classifier of the kind of the model in `folder`."""
-    kind = AutoConfig.from_pretrained(folder)
+    kind = read_config(folder)
     if type(kind) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         raise UserError(
             f"{folder}: for models of type {kind.model_type} transformers has no token classifier, which a critic is; "
@@ -71,18 +67,17 @@ def refuse_without_head(folder: Path) -> None:
         )
 
 
+def value_head(model: Any) -> nn.Linear:
+    """The layer from hidden states to a value."""
+    head: nn.Linear = model.score if hasattr(model, "score") else model.classifier
+    return head
+
+
 def _load(folder: Path, config: Config) -> Any:
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the head is new is meant
-    try:
-        model: Any = AutoModelForTokenClassification.from_pretrained(
-            folder, num_labels=1, dtype=getattr(torch, config.model.dtype)
-        )
-    finally:
-        logging.set_verbosity(level)
+    kind: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(read_config(folder))]
+    model = load_pretrained(kind, folder, config.model.dtype, num_labels=1)
+    head = value_head(model)
     with torch.no_grad():
-        model.score.weight.zero_()
-        if model.score.bias is not None:
-            model.score.bias.zero_()
+        for parameter in head.parameters():
+            parameter.zero_()
     return model

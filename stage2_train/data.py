@@ -31,10 +31,11 @@ from common.provenance import Allowance, Provenance, sampling_identity
 from common.rollout import Prompt
 from common.runs import run_paths
 from common.seeds import derive_seed
+from common.trainable import refuse_untrainable
 from common.vstar_file import read_vstar
 from stage2_train.config import Config, TrainConfig
 from stage2_train.first_batch import FirstBatch, expected_first_batch
-from stage2_train.preflight import refuse_untrainable
+from stage2_train.preflight import refuse_first
 from stage2_train.ranks import ALONE, Ranks
 
 EQUAL_REWARDS = "rewards.equal"
@@ -119,7 +120,8 @@ def prepare(
     table = None if vstar_file is None else (vstar_file, *read_vstar(vstar_file))
     folder = reference_model(config)
     read_model(folder)
-    refuse_untrainable(config, folder)
+    refuse_untrainable(folder, config)
+    refuse_first(config, folder)
     renderer = PromptRenderer(folder, config.data)
     known = run_paths(config.run).known_weights
     model = ranks.once_a_node(lambda: model_identity(folder, known))

@@ -4,7 +4,7 @@ Shapes: _P prompt, _N sample.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,13 @@ from common.data.prompts import PromptRenderer, check_fit, load_prompts, usable_
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
-from common.model_files import reference_model, resolve_model
+from common.model_files import model_identity, reference_model, resolve_model
+from common.model_reading import read_model
 from common.rollout import Prompt, Rollout
+from common.runs import run_paths
 from common.seeds import derive_seed
+from common.trainable import refuse_untrainable
+from common.weights import stored_weights
 from stage2_train.batch import TokenSequence, sum_by, token_batches
 from stage2_train.config import Config
 from stage2_train.logprobs import load_model, token_logprobs
@@ -40,10 +44,9 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
     folders = [resolve_model(str(model), None) for model in models]
     renderer = PromptRenderer(reference, config.evaluate.data)
     for folder in folders:
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(
-                f"{folder} holds no *.safetensors weights; convert the model to safetensors first"
-            )
+        read_model(folder)
+        refuse_untrainable(folder, config)
+        model_identity(folder, run_paths(config.run).known_weights)
         if PromptRenderer(folder, config.evaluate.data).identity() != renderer.identity():
             raise UserError(
                 f"{folder} and the reference {reference} render prompts differently, so KL would mean nothing; "
@@ -63,7 +66,7 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
             if engine is None:
                 engine = build_engine(config, folder, renderer, beside_trainer=False)
             else:
-                engine.load_weights(checkpoint_weights(folder))
+                engine.load_weights(stored_weights(folder))
             greedy, sampled = sample_both_ways(config, prompts, engine, pool)
             results.append(summarise(config, folder, greedy, sampled))
     if engine is not None:
@@ -71,16 +74,6 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
     for result, sampled in results:
         result |= kl_to_reference(sampled, Path(result["model"]), reference, config)
     return [result for result, _ in results]
-
-
-def checkpoint_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights in a model's safetensors files, by name."""
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  (no mapping, its keys() is all it has)
-                yield name, weights.get_tensor(name)
 
 
 def sample_both_ways(

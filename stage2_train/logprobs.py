@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.errors import UserError
+from common.output_layer import LogitTransform, logit_transform, output_layer, text_trunk
+from common.pretrained import load_causal_lm
 from stage2_train.batch import TokenBatch, TokenLogprobs
 from stage2_train.config import Config
 
@@ -24,9 +25,6 @@ LOGITS_PER_CHUNK = 2**26
 """Elements of the largest logits tensor: 256 MiB in float32, 128 MiB in bfloat16."""
 LOGITS_PER_BLOCK = 2**22
 """Elements of it whose softmax is taken at a time, in float32: temporaries of 16 MiB, near a processor's cache."""
-
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings with which some models change the logits after the output layer; the log-probs here do not."""
 
 
 class VocabularyHead(nn.Module):
@@ -36,21 +34,27 @@ class VocabularyHead(nn.Module):
     there are: under ZeRO-3 each call of a layer is a collective operation, and ranks differ in their number of them.
     """
 
-    def __init__(self, lm_head: nn.Linear, temperature: float) -> None:
+    def __init__(
+        self, lm_head: nn.Linear, temperature: float, transform: LogitTransform | None = None
+    ) -> None:
+        """`transform` is what the model does to the layer's logits, element by element."""
         super().__init__()
         self.lm_head = lm_head
         self.temperature = temperature
+        self.transform = transform
 
     def forward(self, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs of the targets and the entropy at each position, shape (K,) each, in float32."""
         log_probs: tuple[Tensor, Tensor] = LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden_KH, self.lm_head.weight, self.lm_head.bias, target_K, self.temperature
+            hidden_KH, self.lm_head.weight, self.lm_head.bias, target_K, self.temperature, self.transform
         )
         return log_probs
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """ln softmax(hidden Wᵀ / temperature) at given tokens, and the softmax's entropy, by slices of the vocabulary.
+    """ln softmax(f(hidden Wᵀ) / temperature) at given tokens, and the softmax's entropy, by slices of the vocabulary.
+
+    f is what the model does to its logits, one by one, such as a soft cap; mostly nothing.
 
     Only the backward pass knows g and h, the loss's derivatives by each log-prob and each entropy H. It computes a
     slice's logits again and writes over them the loss's gradient with respect to them,
@@ -71,6 +75,7 @@ class LinearLogprobs(torch.autograd.Function):
         bias_V: Tensor | None,
         target_K: Tensor,
         temperature: float,
+        transform: LogitTransform | None,
     ) -> tuple[Tensor, Tensor]:
         count = len(target_K)
         slices = _even_slices(len(weight_VH), LOGITS_PER_CHUNK // max(1, count))
@@ -82,7 +87,8 @@ class LinearLogprobs(torch.autograd.Function):
             logits_KC = _logits(hidden_KH, weight_VH, bias_V, columns, buffer)
             target_K1, is_inside_K1 = _targets_inside(target_K, columns)
             for rows in _row_blocks(logits_KC):
-                logits_RC = _divided(logits_KC[rows], temperature)
+                linear_RC = logits_KC[rows].to(torch.float32, copy=True)
+                logits_RC = _transformed(linear_RC, transform).div_(temperature)
                 target_logit_K[rows] += (logits_RC.gather(-1, target_K1[rows]) * is_inside_K1[rows])[:, 0]
                 normaliser_R = logits_RC.logsumexp(-1)
                 log_softmax_RC = logits_RC.sub_(normaliser_R[:, None])
@@ -92,7 +98,7 @@ class LinearLogprobs(torch.autograd.Function):
         # A token is drawn by drawing its slice, then the token within it.
         log_share_SK = normaliser_SK - normaliser_K
         entropy_K = (log_share_SK.exp() * (entropy_SK - log_share_SK)).sum(0)
-        ctx.slices, ctx.temperature = slices, temperature
+        ctx.slices, ctx.temperature, ctx.transform = slices, temperature, transform
         ctx.save_for_backward(hidden_KH, weight_VH, bias_V, target_K, normaliser_K, entropy_K, buffer)
         ctx.set_materialize_grads(False)
         return target_logit_K - normaliser_K, entropy_K
@@ -121,16 +127,22 @@ class LinearLogprobs(torch.autograd.Function):
                 logits_KC = _logits(hidden_KH, weight_VH, bias_V, columns, buffer)
             target_K1, is_inside_K1 = _targets_inside(target_K, columns)
             for rows in _row_blocks(logits_KC):
-                logits_RC = _divided(logits_KC[rows], ctx.temperature)
+                linear_RC = logits_KC[rows].to(torch.float32, copy=True)
+                with torch.enable_grad():
+                    transformed_RC = _transformed(
+                        linear_RC.requires_grad_(bool(ctx.transform)), ctx.transform
+                    )
+                logits_RC = transformed_RC.detach().div_(ctx.temperature)
                 log_softmax_RC = logits_RC.sub_(normaliser_K[rows, None])
                 factor = scaled_K1[rows]
                 if scaled_entropy_K1 is not None:
                     from_entropy_RC = (log_softmax_RC + entropy_K[rows, None]).mul_(scaled_entropy_K1[rows])
                     factor = from_entropy_RC.add_(factor)
                 gradient_RC = log_softmax_RC.exp_().mul_(-factor)
-                logits_KC[rows] = gradient_RC.scatter_add_(
-                    -1, target_K1[rows], scaled_K1[rows] * is_inside_K1[rows]
-                )
+                gradient_RC.scatter_add_(-1, target_K1[rows], scaled_K1[rows] * is_inside_K1[rows])
+                if ctx.transform:
+                    (gradient_RC,) = torch.autograd.grad(transformed_RC, linear_RC, gradient_RC)
+                logits_KC[rows] = gradient_RC
             if hidden_gradient_KH is not None:
                 hidden_gradient_KH += logits_KC @ weight_VH[columns]
             if weight_gradient_VH is not None:
@@ -139,7 +151,7 @@ class LinearLogprobs(torch.autograd.Function):
                 torch.sum(logits_KC, 0, out=bias_gradient_V[columns])
         if hidden_gradient_KH is not None:
             hidden_gradient_KH = hidden_gradient_KH.to(hidden_KH.dtype)
-        return hidden_gradient_KH, weight_gradient_VH, bias_gradient_V, None, None
+        return hidden_gradient_KH, weight_gradient_VH, bias_gradient_V, None, None, None
 
 
 def _scaled(gradient_K: Tensor, temperature: float) -> Tensor:
@@ -165,8 +177,8 @@ def _targets_inside(target_K: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return (target_K[:, None] - columns.start) * is_inside_K1, is_inside_K1
 
 
-def _divided(logits_RC: Tensor, temperature: float) -> Tensor:
-    return logits_RC.to(torch.float32, copy=True).div_(temperature)
+def _transformed(linear_RC: Tensor, transform: LogitTransform | None) -> Tensor:
+    return linear_RC if transform is None else transform(linear_RC)
 
 
 def _row_blocks(logits_KC: Tensor) -> list[slice]:
@@ -184,14 +196,17 @@ class LogprobModel(nn.Module):
     """A causal language model whose forward pass gives the log-probs of a batch's completions."""
 
     def __init__(self, model: PreTrainedModel, temperature: float) -> None:
-        """`temperature` is the sampling temperature: the policy is the distribution that completions come from."""
+        """`temperature` is the sampling temperature: the policy is the distribution that completions come from.
+
+        Raises UserError where the logits do not follow from an output layer.
+        """
         super().__init__()
         self.model = model
-        self.head = VocabularyHead(model.lm_head, temperature)
+        self.head = VocabularyHead(output_layer(model), temperature, logit_transform(model))
 
     def forward(self, input_ids_BT: Tensor, is_completion_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the completion tokens in row order, shape (K,) each, in float32."""
-        hidden_BTH = self.model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        hidden_BTH = text_trunk(self.model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
         predicts_BT = is_completion_BT[:, 1:]
         log_probs: tuple[Tensor, Tensor] = self.head(
             hidden_BTH[:, :-1][predicts_BT], input_ids_BT[:, 1:][predicts_BT]
@@ -200,20 +215,8 @@ class LogprobModel(nn.Module):
 
 
 def load_model(folder: Path, config: Config) -> LogprobModel:
-    """The model in `folder`, ready to give log-probs at the sampling temperature."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
-    reshapes_logits = [name for name in LOGIT_TRANSFORMS if getattr(model.config, name, None)]
-    if reshapes_logits or not (hasattr(model, "model") and hasattr(model, "lm_head")):
-        raise UserError(
-            f"{folder}: models of type {model.config.model_type} cannot be trained, "
-            f"{'for their ' + ', '.join(reshapes_logits) if reshapes_logits else 'for want of a plain output layer'}; "
-            "use a model of the Qwen, Llama or Mistral kind"
-        )
-    return LogprobModel(model, config.sampling.temperature or 1.0)
+    """The model in `folder`, ready to give log-probs at the sampling temperature. Raises UserError."""
+    return LogprobModel(load_causal_lm(folder, config.model.dtype), config.sampling.temperature or 1.0)
 
 
 def token_logprobs(module: Callable[..., Any], batch: TokenBatch) -> TokenLogprobs:

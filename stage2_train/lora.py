@@ -5,7 +5,8 @@ The frozen model without its adapter is the reference model, so no second one is
 Shapes: _I a layer's inputs, _O its outputs, _R the adapter's rank.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,21 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from common.checkpoint_names import CheckpointNames
 from common.errors import UserError
+from common.output_layer import text_trunk
+from common.pretrained import empty_causal_lm
 from common.seeds import derive_seed
 from stage2_train.config import Config
 from stage2_train.config import LoraConfig as Settings
 
 ADAPTER = "default"
 """peft's name for a model's only adapter."""
+EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.weight$")
+"""A weight of one expert, as checkpoints have it."""
 WEIGHTS_FILE = "adapter_model.safetensors"
 """What PeftModel.from_pretrained looks for."""
 
@@ -36,16 +43,14 @@ class LowRankUpdate:
     down_RI: nn.Parameter
     up_OR: nn.Parameter
     scale: float
+    is_transposed: bool
+    """Whether the layer keeps W as (I, O), as GPT-2's do."""
 
-    def added_to(self, weight_OI: Tensor) -> Tensor:
-        """W + ΔW, shape (O, I), in W's dtype: computed in float32 and rounded once."""
-        total_OI = torch.addmm(
-            weight_OI.detach().float(),
-            self.up_OR.detach().float(),
-            self.down_RI.detach().float(),
-            alpha=self.scale,
-        )
-        return total_OI.to(weight_OI.dtype)
+    def added_to(self, weight: Tensor) -> Tensor:
+        """W + ΔW in W's shape and dtype: computed in float32 and rounded once."""
+        up_OR, down_RI = self.up_OR.detach().float(), self.down_RI.detach().float()
+        factors = (down_RI.T, up_OR.T) if self.is_transposed else (up_OR, down_RI)
+        return torch.addmm(weight.detach().float(), *factors, alpha=self.scale).to(weight.dtype)
 
 
 class Adapter:
@@ -60,7 +65,8 @@ class Adapter:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=_targets(model, lora.target_modules),
-            task_type="CAUSAL_LM" if hasattr(model, "lm_head") else None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
             revision=config.model.revision,
         )
         with torch.random.fork_rng(devices=[]):
@@ -75,6 +81,7 @@ class Adapter:
                 layer.lora_A[ADAPTER].get_parameter("weight"),
                 layer.lora_B[ADAPTER].get_parameter("weight"),
                 layer.scaling[ADAPTER],
+                is_transposed=layer.fan_in_fan_out,
             )
             for name, layer in model.named_modules()
             if isinstance(layer, LoraLayer)
@@ -86,13 +93,13 @@ class Adapter:
         with self._model.disable_adapter():
             yield
 
-    def merged_weights(
-        self, parameters: Iterable[tuple[str, nn.Parameter]]
-    ) -> Iterator[tuple[str, nn.Parameter, LowRankUpdate | None]]:
+    def merged_weights(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, LowRankUpdate | None]]:
         """The base model's weights under its own names, each with what is to be added to it."""
-        for name, parameter in parameters:
-            if ".lora_" not in name:
-                yield name.replace(".base_layer.", "."), parameter, self._updates.get(name)
+        return {
+            name.replace(".base_layer.", "."): (weight, self._updates.get(name))
+            for name, weight in weights.items()
+            if ".lora_" not in name
+        }
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the adapter's weights, named as in the model, for PeftModel.from_pretrained."""
@@ -115,22 +122,46 @@ def keep_trained_weights(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 def refuse_unknown_layers(folder: Path, lora: Settings) -> None:
     """Raise UserError unless the model in `folder` has the layers to adapt; its weights are not read."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    _targets(model, lora.target_modules)
+    _targets(empty_causal_lm(folder), lora.target_modules)
 
 
-def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]:
-    """The names of the layers to adapt. The output layer is none of them: log-probs read its weight directly."""
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str] | str:
+    """What peft shall adapt: names of layers, or a pattern where the model has other parts with layers of these names.
+
+    The output layer is none of them: log-probs read its weight directly.
+    """
+    trunk = text_trunk(model)
+    linear = linear_layers(model) - unadapted(model)
     names = linear if isinstance(chosen, str) else set(chosen)
     if unknown := sorted(names - linear):
         raise UserError(
             f"train.lora.target_modules: the model has no linear layers called {', '.join(unknown)} before its output "
-            f'layer; choose of {", ".join(sorted(linear))}, or "all-linear"'
+            f'layer that an adapter can be put beside; choose of {", ".join(sorted(linear))}, or "all-linear"'
         )
-    return sorted(names)
+    if trunk is model.base_model:
+        return sorted(names)
+    place = next(name for name, module in model.named_modules() if module is trunk)
+    return rf"{re.escape(place)}\..*\.({'|'.join(map(re.escape, sorted(names)))})"
+
+
+def linear_layers(model: PreTrainedModel) -> set[str]:
+    """The names of the linear layers before the output layer."""
+    modules = text_trunk(model).named_modules()
+    return {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+
+
+def unadapted(model: PreTrainedModel) -> set[str]:
+    """The names of weights that no adapter can be put beside.
+
+    transformers keeps the weights of all experts of a layer in one tensor; peft takes the names that they have in a
+    checkpoint for these, also where an ordinary layer is called so. The kernels of a state-space layer read the weight
+    of its output projection directly, past an adapter.
+    """
+    experts = {found[1] for name in CheckpointNames(model).shapes if (found := EXPERT.search(name))}
+    whole = {
+        name.split(".")[-1]
+        for name, weight in text_trunk(model).named_parameters()
+        if weight.ndim == 3 and ".experts." in name
+    }
+    state_space = any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules())
+    return experts | whole | ({"out_proj"} if state_space else set())

@@ -1,30 +1,26 @@
 """The policy under training: a learner whose weights have the names of a Hugging Face checkpoint."""
 
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from common.checkpoint_names import CheckpointNames, named_state, refuse_other_names
+from common.output_layer import freeze_all_but_text
 from stage2_train.batch import TokenBatch, TokenLogprobs
 from stage2_train.checkpoint import writing_to
 from stage2_train.config import Config
+from stage2_train.exported import broken_weight, refuse_broken, write_model
 from stage2_train.learner import Learner
 from stage2_train.logprobs import VocabularyHead, load_model, token_logprobs
-from stage2_train.lora import Adapter, LowRankUpdate, keep_trained_weights
+from stage2_train.lora import Adapter, LowRankUpdate, keep_trained_weights, unadapted
 from stage2_train.ranks import Ranks
 
 GATHERED_ELEMENTS = 2**26
 """Weights that are gathered or merged at a time for the rollout engine: about a layer of a model of 7B parameters."""
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 class Policy:
@@ -33,10 +29,19 @@ class Policy:
     def __init__(self, folder: Path, config: Config, ranks: Ranks) -> None:
         """Start from the reference model in `folder`."""
         self._folder = folder
+        self._dtype = config.model.dtype
         self._ranks = ranks
         module = load_model(folder, config)
+        self._names = CheckpointNames(module.model)
+        refuse_other_names(self._names, folder)
+        freeze_all_but_text(module.model)
+        if config.train.lora is not None and ranks.is_main and (names := sorted(unadapted(module.model))):
+            print(
+                f"train.lora: weights called {', '.join(names)} get no adapter and stay as they are",
+                file=sys.stderr,
+            )
         self._adapter = Adapter(module.model, config) if config.train.lora is not None else None
-        if self._adapter:
+        if not all(parameter.requires_grad for parameter in module.parameters()):
             # DeepSpeed leaves frozen weights out of a checkpoint by one name; an output layer has two or three.
             module.register_state_dict_post_hook(keep_trained_weights)  # type: ignore[no-untyped-call]
         if config.train.gradient_checkpointing:
@@ -62,28 +67,29 @@ class Policy:
             yield
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight under its name in the Hugging Face checkpoint, an adapter merged into it.
+        """Each weight under its name and in its shape in the reference's checkpoint, an adapter merged into it.
 
         ZeRO-3's are gathered a bucket at a time, so every rank has to take them all.
         """
-        for bucket in _buckets(self._base_parameters()):
-            updates = [update for _, _, update in bucket if update]
-            parts = [parameter for _, parameter, _ in bucket]
-            parts += [part for update in updates for part in (update.down_RI, update.up_OR)]
-            with self.learner.gathered(parts):
-                weights = [(name, self._whole(parameter, update)) for name, parameter, update in bucket]
-            yield from weights
+        weights = self._base_weights()
+        for bucket in _buckets(self._names.groups, weights):
+            items = {name: weights[name] for group in bucket for name in group}
+            with self.learner.gathered([part for item in items.values() for part in _parts(*item)]):
+                whole = {name: self._whole(*item) for name, item in items.items()}
+            for group in bucket:
+                yield from self._names.to_checkpoint({name: whole.pop(name) for name in group}).items()
 
-    def _whole(self, parameter: nn.Parameter, update: LowRankUpdate | None) -> Tensor:
+    def _whole(self, weight: Tensor, update: LowRankUpdate | None) -> Tensor:
         if update:
-            return update.added_to(parameter)
-        return parameter.detach().clone() if self.learner.is_partitioned else parameter.detach()
+            return update.added_to(weight)
+        return weight.detach().clone() if self.learner.is_partitioned else weight.detach()
 
-    def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter, LowRankUpdate | None]]:
-        parameters = self.learner.module.model.named_parameters()
+    def _base_weights(self) -> dict[str, tuple[Tensor, LowRankUpdate | None]]:
+        """The model's own weights under its own names, each with what is to be added to it."""
+        weights = named_state(self.learner.module.model)
         if self._adapter:
-            return self._adapter.merged_weights(parameters)
-        return ((name, parameter, None) for name, parameter in parameters)
+            return self._adapter.merged_weights(weights)
+        return {name: (weight, None) for name, weight in weights.items()}
 
     def _adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.learner.module.model.named_parameters():
@@ -93,23 +99,22 @@ class Policy:
                 yield name, weight
 
     def export(self, folder: Path) -> None:
-        """Write the policy in Hugging Face format with the reference model's tokenizer, whole or not at all.
+        """Write the policy as the reference's folder with other weights, whole or not at all.
 
-        An adapter is merged into the weights, and also written to folder/adapter in peft's format.
+        An adapter is merged into the weights, and also written to folder/adapter in peft's format. Raises UserError
+        where a weight is not finite.
         """
         state = self._in_main_memory(self.named_weights())
         adapter_state = self._in_main_memory(self._adapter_weights()) if self._adapter else {}
+        refuse_broken(self._ranks.from_main(broken_weight(state) if self._ranks.is_main else None))
         if self._ranks.is_main:
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             with writing_to(temporary, self._ranks):
-                self.learner.module.model.save_pretrained(temporary, state_dict=state)
+                write_model(temporary, state, self._names, self._folder, self._dtype)
                 if self._adapter:
                     self._adapter.save(temporary / "adapter", adapter_state)
-                for pattern in TOKENIZER_FILES:
-                    for file in self._folder.glob(pattern):
-                        shutil.copy2(file, temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
         self._ranks.wait()
@@ -119,14 +124,20 @@ class Policy:
         return {name: weight.to("cpu", copy=True) for name, weight in weights if self._ranks.is_main}
 
 
+def _parts(weight: Tensor, update: LowRankUpdate | None) -> list[nn.Parameter]:
+    """What of a weight may be partitioned."""
+    own = [weight] if isinstance(weight, nn.Parameter) else []
+    return own if update is None else [*own, update.down_RI, update.up_OR]
+
+
 def _buckets(
-    parameters: Iterable[tuple[str, nn.Parameter, LowRankUpdate | None]],
-) -> Iterator[list[tuple[str, nn.Parameter, LowRankUpdate | None]]]:
-    """Cut into runs of about GATHERED_ELEMENTS."""
+    groups: Iterable[tuple[str, ...]], weights: Mapping[str, tuple[Tensor, LowRankUpdate | None]]
+) -> Iterator[list[tuple[str, ...]]]:
+    """Cut groups of weights into runs of about GATHERED_ELEMENTS."""
     bucket, elements = [], 0
-    for item in parameters:
-        bucket.append(item)
-        elements += getattr(item[1], "ds_numel", item[1].numel())
+    for group in groups:
+        bucket.append(group)
+        elements += sum(getattr(weights[name][0], "ds_numel", weights[name][0].numel()) for name in group)
         if elements >= GATHERED_ELEMENTS:
             yield bucket
             bucket, elements = [], 0

@@ -12,7 +12,7 @@ from stage2_train.config import Config
 from stage2_train.objectives.protocol import TrainsCritic
 
 
-def refuse_untrainable(config: Config, folder: Path) -> None:
+def refuse_first(config: Config, folder: Path) -> None:
     """Raise UserError for the first thing that training refuses."""
     for problem in _problems(config, folder):
         raise problem
@@ -30,7 +30,7 @@ def refused_settings(config: Config) -> list[str]:
 
 def _problems(config: Config, folder: Path) -> Iterator[UserError]:
     yield from _settings(config)
-    for check in (_network, _layers, _critic):
+    for check in (_layers, _critic):
         try:
             check(config, folder)
         except UserError as error:
@@ -45,12 +45,6 @@ def _settings(config: Config) -> Iterator[UserError]:
             f"sampling.top_p is {config.sampling.top_p:g}: completions would not come from the policy whose "
             "log-probs are trained on; set it to 1 to train"
         )
-
-
-def _network(config: Config, folder: Path) -> None:
-    from common.pretrained import empty_causal_lm
-
-    empty_causal_lm(folder)
 
 
 def _layers(config: Config, folder: Path) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from common.checkpoint_names import CheckpointNames
 from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer
 from common.engines.endings import is_truncated
+from common.pretrained import load_causal_lm
 from common.rollout import Completion, SampleRequest
 
 
@@ -23,7 +25,8 @@ class TransformersEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._renderer = renderer
         self._batch_size = config.engine.max_num_seqs
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype))
+        model: Any = load_causal_lm(folder, config.model.dtype)
+        self._names = CheckpointNames(model)
         self._model = model.to(self._device).eval()
         # The folder's own may hold a repetition penalty or a top-k, and `generate` would apply them before our sampler.
         self._model.generation_config = GenerationConfig()
@@ -81,17 +84,14 @@ class TransformersEngine:
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place."""
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, tensor in named_tensors:
-                parameters[name].copy_(tensor)
+        self._names.load(named_tensors)
 
     def sleep(self) -> None:
         """Between batches the engine holds its weights alone, which stay."""
 
     def close(self) -> None:
         """Free the model's memory."""
-        del self._model
+        del self._model, self._names
 
 
 class _SeededSampler(LogitsProcessor):

@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine, in this process. The only importer of vllm."""
+"""vLLM as the rollout engine, in this process. With vllm_repairs.py the only importer of vllm."""
 
 import gc
 import logging
@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,12 @@ from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer, longest_allowed_prompt
 from common.engines.endings import is_truncated
 from common.engines.shared_engine import SharedEngine, refuse_wrong_size
+from common.engines.vllm_repairs import (
+    RenewedLayers,
+    forget_packed_experts,
+    repack_output_layer,
+    unpatched_classes,
+)
 from common.errors import UserError
 from common.model_files import model_numbers
 from common.rollout import Completion, SampleRequest
@@ -80,18 +86,23 @@ class VllmEngine:
         gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
-        self.llm: vllm.LLM | None = vllm.LLM(
-            model=str(folder),
-            dtype=config.model.dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=config.engine.max_num_seqs,
-            tensor_parallel_size=ranks_per_engine if beside_trainer else config.engine.tensor_parallel_size,
-            logprobs_mode="processed_logprobs",
-            seed=config.seed,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **options,
-        )
+        with unpatched_classes() as classes, _refusing(folder):
+            self.llm: vllm.LLM | None = vllm.LLM(
+                model=str(folder),
+                dtype=config.model.dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=config.engine.max_num_seqs,
+                tensor_parallel_size=ranks_per_engine
+                if beside_trainer
+                else config.engine.tensor_parallel_size,
+                logprobs_mode="processed_logprobs",
+                seed=config.seed,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **options,
+            )
+        if classes:
+            self.llm.apply_model(classes.adopt)
         # The garbage collector would walk all of vLLM's and torch's objects again and again while samples pile up.
         gc.collect()
         gc.freeze()
@@ -199,12 +210,18 @@ class VllmEngine:
         assert self.llm is not None, "the engine is closed"
         if self._is_asleep:
             self.llm.wake_up(tags=["weights"])  # memory of any content, about to be written
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            self.llm.apply_model(forget_packed_experts)
+        layers = RenewedLayers()
+        with layers.watched():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        self.llm.apply_model(layers.refuse_stale)
         if self._is_asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self._is_asleep = False
-        if not torch.cuda.is_available():
-            self.llm.apply_model(_repack_output_layer)
+        if not on_gpu:
+            self.llm.apply_model(repack_output_layer)
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
@@ -241,6 +258,19 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """What vLLM raises while it loads a model becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"{folder}: vLLM cannot load the model ({type(error).__name__}: {' '.join(lines[:3])}); correct what it "
+            'says, or set engine.backend = "transformers"'
+        ) from error
+
+
 def _executor(group: str) -> Any:
     """vLLM's executor for processes that torchrun started ("external_launcher"), less what its engines share.
 
@@ -262,18 +292,6 @@ def _executor(group: str) -> Any:
             return [int(free) for free in least]
 
     return Executor
-
-
-def _repack_output_layer(model: torch.nn.Module) -> None:
-    """Renew the packed copy of the output layer's weights that vLLM keeps on a CPU.
-
-    A layer that is tied to the embedding gets no weights of its own in a reload and would keep the old copy.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def context_length(config: RunConfig, folder: Path) -> int:

@@ -1,0 +1,135 @@
+"""What vLLM leaves undone or changes for others, mended from outside."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from common.errors import UserError
+
+
+class PatchedClasses:
+    """transformers' model classes that vLLM has rewritten while it built an engine.
+
+    For models that it has no code of its own for, vLLM takes transformers' and makes the class itself compile: from
+    then on every model of that class, the trainer's too, wants a vLLM configuration.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[type, tuple[tuple[type, ...], dict[str, Any]]] = {}
+        self._rewritten: dict[type, type] = {}
+
+    def note(self, kind: type) -> None:
+        """Remember a class as it is before vLLM rewrites it."""
+        self._before.setdefault(kind, (kind.__bases__, dict(vars(kind))))
+
+    def restore(self) -> None:
+        """Give the classes back as they were; what vLLM has made of each lives on as a class of its own."""
+        for kind, (bases, attributes) in self._before.items():
+            added = tuple(base for base in kind.__bases__ if base not in bases)
+            if not added:
+                continue
+            changed = {name: value for name, value in vars(kind).items() if attributes.get(name) is not value}
+            for name in changed:
+                if name in attributes:
+                    setattr(kind, name, attributes[name])
+                else:
+                    delattr(kind, name)
+            kind.__bases__ = bases
+            self._rewritten[kind] = type(
+                kind.__name__, (kind, *added), changed | {"__module__": kind.__module__}
+            )
+
+    def adopt(self, model: nn.Module) -> None:
+        """Let the engine's model be of vLLM's classes again."""
+        for module in model.modules():
+            module.__class__ = self._rewritten.get(type(module), type(module))
+
+    def __bool__(self) -> bool:
+        return bool(self._rewritten)
+
+
+@contextmanager
+def unpatched_classes() -> Iterator[PatchedClasses]:
+    """Meanwhile an engine is built in this process; afterwards transformers' classes are as they were."""
+    from vllm.model_executor.models.transformers import base as module
+
+    base: Any = module
+    found, decorate = PatchedClasses(), base.support_torch_compile
+
+    def noting(**options: Any) -> Any:
+        def decorated(kind: type) -> Any:
+            found.note(kind)
+            return decorate(**options)(kind)
+
+        return decorated
+
+    base.support_torch_compile = noting
+    try:
+        yield found
+    finally:
+        base.support_torch_compile = decorate
+        found.restore()
+
+
+class RenewedLayers:
+    """The layers of an engine's model that a reload writes, to tell those that it leaves as they were.
+
+    Some of vLLM's models copy tensors into place by themselves, past what a reload watches: it then restores the old.
+    """
+
+    def __init__(self) -> None:
+        self._renewed: list[nn.Module] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Meanwhile weights are loaded in this process."""
+        from vllm.model_executor.model_loader.reload import layerwise as module
+
+        layerwise: Any = module
+        process = layerwise._layerwise_process
+
+        def noting(layer: nn.Module, info: object) -> None:
+            self._renewed.append(layer)
+            process(layer, info)
+
+        layerwise._layerwise_process = noting
+        try:
+            yield
+        finally:
+            layerwise._layerwise_process = process
+
+    def refuse_stale(self, model: nn.Module) -> None:
+        """Raise UserError if a layer has weights of its own that were not renewed."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        renewed = {id(weight) for layer in self._renewed for weight in layer.parameters(recurse=False)}
+        for name, layer in model.named_modules():
+            loadable, _ = get_layerwise_info(layer).restore_metadata
+            own = {id(weight) for weight in layer.parameters(recurse=False)}
+            if loadable and not own <= renewed and layer not in self._renewed:
+                raise UserError(
+                    f"vLLM cannot take over new weights for its {type(model).__name__}: {name} "
+                    f'({type(layer).__name__}) keeps the old ones; set engine.backend = "transformers"'
+                )
+
+
+def forget_packed_experts(model: nn.Module) -> None:
+    """Let a reload pack the weights of experts, as the first load did; without this it would not, on a CPU."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def repack_output_layer(model: nn.Module) -> None:
+    """Renew the packed copy of the output layer's weights that vLLM keeps on a CPU.
+
+    A layer that is tied to the embedding gets no weights of its own in a reload and would keep the old copy.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)

@@ -1,0 +1,35 @@
+"""Whether a model can be sampled from and trained, said before a model loads or a token is paid for."""
+
+import importlib.util
+from pathlib import Path
+
+from common.checkpoint_names import CheckpointNames, refuse_other_names
+from common.config import RunConfig
+from common.errors import UserError
+from common.output_layer import logit_transform
+from common.pretrained import empty_causal_lm
+
+VLLM_REFUSES = {
+    "gpt_oss": "vLLM's own class does not take over new weights for experts while it runs",
+    "cohere2": "vLLM's sliding window is one token longer than transformers'",
+}
+"""Types of models that vLLM 0.32 has, but samples from other distributions than the trained ones; and why."""
+
+
+def refuse_untrainable(folder: Path, config: RunConfig) -> None:
+    """Raise UserError unless the configured engine and the trainer both can use the model in `folder`.
+
+    It is built without weights; of the weights' files the headers are read.
+    """
+    model = empty_causal_lm(folder)
+    logit_transform(model)
+    refuse_other_names(CheckpointNames(model), folder)
+    if config.engine.backend != "vllm":
+        return
+    kind = model.config.model_type
+    reason = VLLM_REFUSES.get(kind)
+    reads_images = model.config.get_text_config() is not model.config
+    if reads_images and importlib.util.find_spec("torchvision") is None:
+        reason = "it reads images too, for which vLLM needs torchvision, which is not installed"
+    if reason:
+        raise UserError(f'{folder}: models of type {kind}: {reason}; set engine.backend = "transformers"')
