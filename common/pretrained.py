@@ -20,10 +20,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.utils import logging
 
-from common.checkpoint_names import note_conversions
 from common.errors import UserError
 from common.model_files import read_json
-from common.weight_files import stored_shapes
 
 RANDOM = re.compile("drop|jitter")
 """Settings of a config that make a model random while it trains."""
@@ -43,11 +41,7 @@ def empty_causal_lm(folder: Path) -> PreTrainedModel:
     config = read_config(folder)
     kind = model_class(config, folder)
     with refusing(folder), _quiet(), torch.device("meta"):
-        model = kind(_own_config(kind, config))
-    missing = note_conversions(model, stored_shapes(folder))
-    if missing:
-        raise UserError(f"{folder}: the weights do not fit config.json: missing {_some(missing)}; {AGAIN}")
-    return model
+        return kind(_own_config(kind, config))
 
 
 def load_pretrained(kind: type[PreTrainedModel], folder: Path, dtype: str, **options: Any) -> PreTrainedModel:

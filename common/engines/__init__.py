@@ -47,8 +47,7 @@ def build_engine(
 ) -> RolloutEngine:
     """Load the model in `folder` into the configured engine.
 
-    `beside_trainer` says that the device and the process are shared with a training job. Raises UserError, before
-    anything loads, for a model that this engine and the trainer cannot both use.
+    `beside_trainer` says that the device and the process are shared with a training job.
     """
     if config.engine.backend == "vllm":
         from common.engines.vllm_engine import VllmEngine
