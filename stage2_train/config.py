@@ -125,7 +125,7 @@ class Config(RunConfig):
         if self.evaluate.data is None:
             self.train.refuse_unused(
                 "evaluate_every",
-                because="there are no held-out prompts; add a section [evaluate.data], or leave train.evaluate_every out",
+                because="there are no held-out prompts; add a section [evaluate.data], or leave it out of [train]",
             )
         return self
 

@@ -19,6 +19,7 @@ from common.data.prompts import (
     check_context,
     load_prompts,
     prompts_from_pairs,
+    refuse_none_usable,
     usable_prompts,
 )
 from common.errors import UserError
@@ -80,8 +81,8 @@ class TrainingData:
         prompts, held_out = self.prompts, self.held_out
         if self.stage1 is None:
             prompts = _usable(prompts, config.data, pool, ranks)
-        if config.evaluate.data is not None:
-            held_out = _usable(held_out, config.evaluate.data, pool, ranks)
+        if config.held_out is not None:
+            held_out = _usable(held_out, config.held_out, pool, ranks)
         return replace(self, prompts=prompts, held_out=held_out)
 
     def digest(self) -> dict[str, Any]:
@@ -93,7 +94,9 @@ class TrainingData:
 
 def _usable(prompts: list[Prompt], data: DataConfig, pool: GraderPool, ranks: Ranks) -> list[Prompt]:
     chosen = ranks.once(lambda: {prompt.id for prompt in usable_prompts(prompts, data, pool)})
-    return [prompt for prompt in prompts if prompt.id in chosen]
+    usable = [prompt for prompt in prompts if prompt.id in chosen]
+    refuse_none_usable(usable, data)
+    return usable
 
 
 def _digest(document: Any) -> str:
@@ -138,11 +141,12 @@ def prepare(
         prompts, stage1 = load_prompts(config.data, config, renderer), None
     else:
         prompts, stage1 = _from_stage1(config, renderer, identity, *table, Allowance(allow_mismatch))
+    check_context(prompts, config, folder)
     held_out = []
-    if config.evaluate.data is not None:
-        held_out = load_prompts(config.evaluate.data, config, PromptRenderer(folder, config.evaluate.data))
+    if config.held_out is not None:
+        held_out = load_prompts(config.held_out, config, PromptRenderer(folder, config.held_out))
         held_out = held_out[: config.evaluate.training_prompts]
-    check_context([*prompts, *held_out], config, folder)
+        check_context(held_out, config, folder, config.held_out)
     return TrainingData(
         folder=folder,
         renderer=renderer,

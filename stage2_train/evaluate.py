@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer, check_context, load_prompts, usable_prompts
+from common.data.held_out import remarks_beside_data
+from common.data.prompts import (
+    PromptRenderer,
+    check_context,
+    load_prompts,
+    refuse_none_usable,
+    usable_prompts,
+)
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
@@ -34,27 +41,31 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
 
     Raises UserError before it loads anything.
     """
-    if config.evaluate.data is None:
+    data = config.held_out
+    if data is None:
         raise UserError("the config has no [evaluate.data] section: say which held-out prompts to use")
     reference = reference_model(config)
     folders = [resolve_model(str(model), None) for model in models]
-    renderer = PromptRenderer(reference, config.evaluate.data)
+    renderer = PromptRenderer(reference, data)
     for folder in folders:
         if not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"{folder} holds no *.safetensors weights; convert the model to safetensors first"
             )
-        if PromptRenderer(folder, config.evaluate.data).identity() != renderer.identity():
+        if PromptRenderer(folder, data).identity() != renderer.identity():
             raise UserError(
                 f"{folder} and the reference {reference} render prompts differently, so KL would mean nothing; "
                 "evaluate a model that was trained from this reference"
             )
-    prompts = load_prompts(config.evaluate.data, config, renderer)
-    check_context(prompts, config, reference)
+    prompts = load_prompts(data, config, renderer)
+    check_context(prompts, config, reference, data)
     engine = None
     results = []
     with GraderPool(config.grader) as pool:
-        prompts = usable_prompts(prompts, config.evaluate.data, pool)
+        prompts = usable_prompts(prompts, data, pool)
+        refuse_none_usable(prompts, data)
+        for line in remarks_beside_data(config, [prompt.text for prompt in prompts]):
+            console.print(line, soft_wrap=True)
         for folder in folders:
             console.print(f"evaluating {folder} on {len(prompts):,} prompts")
             if engine is not None and config.engine.tensor_parallel_size > 1:

@@ -135,7 +135,8 @@ MISTAKES = {
         ("unknown grader 'exact': use one of gsm8k, math, code, or 'package.module:",),
     ),
     "a reward function that is not there": Mistake(
-        f"{VSTAR} --set grader.name=no_module:reward", ("grader 'no_module:reward': no module 'no_module'",)
+        f"{VSTAR} --set grader.name=no_module:reward",
+        ("grader.name = 'no_module:reward': no module 'no_module'",),
     ),
     "no artifact to train on": Mistake("train --config run.toml", ("there is no", "cli.py vstar")),
     "an artifact of another model, template and grader": Mistake(

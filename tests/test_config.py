@@ -141,13 +141,13 @@ def test_overrides_are_typed_as_in_toml_and_bare_words_are_texts(minimal: Path) 
             "vstar.num_samples=16",
             "vstar.drop_unsolved=true",
             "data.path=a=b.jsonl",
-            'data.name="x"',
+            'data.prompt_field="x"',
         ],
         run="other",
     )
     assert math.isinf(config.vstar.beta1)
     assert (config.vstar.num_samples, config.vstar.drop_unsolved) == (16, True)
-    assert (config.data.path, config.data.name, config.run) == ("a=b.jsonl", "x", "other")
+    assert (config.data.path, config.data.prompt_field, config.run) == ("a=b.jsonl", "x", "other")
 
 
 def test_the_run_given_apart_is_checked_too(minimal: Path) -> None:

@@ -242,7 +242,7 @@ def test_a_long_prompt_is_refused_or_dropped(tiny_model: Path, tmp_path: Path) -
         ("", "is empty"),
         ("\n\n", "is empty"),
         ('{"prompt": "x"', "cannot read"),
-        ("[1, 2]\n", "is not a list of objects"),
+        ("[1, 2]\n", "line 1 is a list, not an object with a prompt and an answer"),
         (
             '{"question": "x", "answer": "1"}\n',
             "has no field prompt, it has question, answer; set data.prompt_field",

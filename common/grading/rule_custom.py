@@ -32,8 +32,8 @@ def version(name: str) -> str:
         spec, reason = None, f" ({_describe(error)})"
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise UserError(
-            f"grader.name = {name!r}: no module {module!r} with a source file on sys.path{reason}; run from its folder, "
-            "or put that on PYTHONPATH"
+            f"grader.name = {name!r}: no module {module!r} with a source file on sys.path{reason}; put it into the "
+            "checkout, or its folder on PYTHONPATH"
         )
     return f"{name}@{hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]}"
 
@@ -81,8 +81,8 @@ def refuse_wrong_type(name: str, grade: Grade) -> None:
     """
     if not grade.is_judged and grade.reason and grade.reason.startswith(WRONG_TYPE):
         raise UserError(
-            f"grader.name = {name!r} returns what is no reward: {grade.reason.removeprefix(WRONG_TYPE)}; it must be a function "
-            "(prompt, completion, answer) -> float"
+            f"grader.name = {name!r} returns what is no reward: {grade.reason.removeprefix(WRONG_TYPE)}; "
+            "it must be a function (prompt, completion, answer) -> float"
         )
 
 
