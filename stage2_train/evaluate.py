@@ -76,6 +76,7 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
             else:
                 engine.load_weights(checkpoint_weights(folder))
             greedy, sampled = sample_both_ways(config, prompts, engine, pool)
+            refuse_unjudged(sampled)
             results.append(summarise(config, folder, greedy, sampled))
     if engine is not None:
         engine.close()
@@ -116,6 +117,16 @@ def sample_both_ways(
             group_size=config.evaluate.num_samples,
         ),
     )
+
+
+def refuse_unjudged(rollouts: Sequence[Rollout]) -> None:
+    """Raise UserError where the grader could judge none of the completions that it read: all would count as wrong."""
+    grades = [rollout.grade for rollout in rollouts if not rollout.completion.truncated]
+    if grades and not any(grade.is_judged for grade in grades):
+        raise UserError(
+            f"the grader could judge none of {len(grades):,} completions, such as {grades[0].outcome.value}: "
+            f"{grades[0].reason or 'no reason given'}; correct grader.name, or give it more time or memory"
+        )
 
 
 def summarise(

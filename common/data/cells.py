@@ -1,6 +1,5 @@
 """Cells of a data set as texts: what JSON or a Parquet column can hold, exactly as it stands there, or refused."""
 
-import math
 from decimal import Decimal
 from typing import Any
 
@@ -45,7 +44,7 @@ def text_of(value: Any) -> str:
         raise TypeError(f"is a {type(value).__name__}, not a text or a number")
     if isinstance(value, int):
         return str(value)
-    if not math.isfinite(value):
+    if not Decimal(value).is_finite():
         raise ValueError(f"is {value}, not a number")
     if isinstance(value, float):
         return np.format_float_positional(value, trim="0")
