@@ -4,6 +4,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class PromptRenderer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, in which tokens that only control programs, such as EOS, are left out."""
-        shown = [token for token in token_ids if token not in self._unseen]
+        shown = list(filterfalse(self._unseen.__contains__, token_ids))
         return str(self.tokenizer.decode(shown, skip_special_tokens=False))
 
     def _chat(self, text: str) -> str:
