@@ -28,6 +28,12 @@ def _widened(value: float | None, dtype: pl.DataType) -> float | None:
     return None if value is None else float(str(own(value)))
 
 
+def number_of(literal: str) -> float | Decimal:
+    """A number of a JSON file: a float, or where that would not keep all of its digits, a decimal."""
+    number, exact = float(literal), Decimal(literal)
+    return number if Decimal(repr(number)) == exact else exact
+
+
 def text_of(value: Any) -> str:
     """The text of a cell: a text itself, or a number without an exponent.
 

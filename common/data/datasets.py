@@ -4,14 +4,13 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from common.config import LOCAL_FILES, DataConfig, RunConfig
-from common.data.cells import rows_of, text_of
+from common.data.cells import number_of, rows_of, text_of
 from common.errors import UserError
 from common.grading import find_grader
 
@@ -190,7 +189,7 @@ def _read_file(path: Path, data: DataConfig) -> list[dict[str, Any]]:
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """What a .jsonl or .json file holds, and where. Raises ValueError or RecursionError where it is no JSON."""
     if path.suffix == ".json":
-        rows = json.loads(path.read_bytes(), parse_float=Decimal)
+        rows = json.loads(path.read_bytes(), parse_float=number_of)
         if not isinstance(rows, list):
             raise ValueError(f"it holds a {type(rows).__name__}, not a list of objects")
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
@@ -199,7 +198,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield f"line {number}", json.loads(line, parse_float=Decimal)
+                    yield f"line {number}", json.loads(line, parse_float=number_of)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"line {number} is no JSON: {error}") from error
 
