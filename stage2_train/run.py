@@ -159,9 +159,8 @@ def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
         ]
     completions = train.batch_size * train.objective.group_size
     if data.held_out:
-        lines += remarks(
-            config, *([prompt.text for prompt in each] for each in (data.held_out, data.prompts))
-        )
+        training = [prompt.text for prompt in data.prompts]
+        lines += remarks(config, [prompt.text for prompt in data.held_out], training)
     return [
         *lines,
         f"{data.iterations(config)} iterations of {completions} completions, "

@@ -150,7 +150,7 @@ MISTAKES = {
         ("grader.name = 'rewards:text' returns what is no reward: the reward is a str, not a number",),
     ),
     "a line that is no JSON": Mistake(
-        f"{VSTAR} --set data.path=cut.jsonl", ("cannot read cut.jsonl: line 2 is no JSON: Expecting",)
+        f"{VSTAR} --set data.path=cut.jsonl", ("cannot read cut.jsonl: line 2 is no JSON: Unterminated",)
     ),
     "the split of a local file": Mistake(
         f"{VSTAR} --set data.split=test",
