@@ -25,7 +25,7 @@ from common.data.prompts import (
 from common.errors import UserError
 from common.grading import GraderPool, fingerprint
 from common.model_files import model_identity, reference_model
-from common.provenance import Allowance, Provenance, sampling_identity
+from common.provenance import Allowance, Provenance, differences, sampling_identity
 from common.rollout import Prompt
 from common.seeds import derive_seed
 from common.vstar_file import read_vstar
@@ -33,6 +33,9 @@ from stage2_train.config import Config, TrainConfig
 from stage2_train.first_batch import FirstBatch, expected_first_batch
 from stage2_train.objectives.protocol import TrainsCritic
 from stage2_train.ranks import ALONE, Ranks
+
+CHOICE = ("format", "path", "name", "split", "prompt_field", "answer_field", "limit", "seed")
+"""The keys of [data] that say which prompts are meant."""
 
 LARGEST_TIED_SHARE = 0.5
 """Of the prompts that may have rewards of two values only where an objective goes by their quantiles."""
@@ -54,6 +57,8 @@ class Stage1:
     """What stage 1's samples say of the first iteration."""
     accepted_mismatches: tuple[str, ...] = ()
     """In which the artifact's identity differs from this run's, as the user allowed."""
+    other_prompts: tuple[str, ...] = ()
+    """The keys of [data] that would choose other prompts now than those which the artifact was made of, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +199,15 @@ def _from_stage1(
         num_samples=_range(rows["num_samples"]),
         first_batch=expected_first_batch(rows, config.train),
         accepted_mismatches=tuple(allowance.used),
+        other_prompts=_other_prompts(config.data, provenance.context.get("data")),
     )
+
+
+def _other_prompts(data: DataConfig, theirs: dict[str, Any] | None) -> tuple[str, ...]:
+    if theirs is None:
+        return ()
+    ours = data.model_dump(include=set(CHOICE), exclude_none=True)
+    return tuple(differences(ours, {key: theirs[key] for key in CHOICE if key in theirs}, "data.").values())
 
 
 def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) -> None:

@@ -11,7 +11,7 @@ import polars as pl
 
 from common.config import LOCAL_FILES, DataConfig, RunConfig
 from common.data.cells import number_of, rows_of, text_of
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.grading import find_grader
 
 
@@ -177,7 +177,7 @@ def _read_file(path: Path, data: DataConfig) -> list[dict[str, Any]]:
             return rows_of(pl.read_parquet(path, glob=False))
         rows = list(_json_rows(path))
     except (ValueError, RecursionError, OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
     for place, row in rows:
         if not isinstance(row, dict):
             raise UserError(
@@ -217,6 +217,6 @@ def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
         return rows_of(pl.DataFrame(rows.with_format("arrow")[:]))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"cannot load the data set {data.path} ({data.split}) from the hub: {str(error).splitlines()[0]}; "
+            f"cannot load the data set {data.path} ({data.split}) from the hub: {first_line(error)}; "
             f"for a local file give a {data.section}.path that ends in {', '.join(LOCAL_FILES)}"
         ) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import DataConfig, RunConfig
 from common.data.datasets import FORMATS, read_pairs, refuse_bad_golds
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.grading import GraderPool
 from common.model_files import model_numbers, read_json
 from common.rollout import Prompt
@@ -110,7 +110,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         # The tokenizers library raises bare Exceptions for a damaged file.
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
             raise
-        raise UserError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
 
 
 def eos_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
