@@ -145,7 +145,7 @@ def test_training_says_where_stage_ones_file_has_other_prompts_than_the_config_n
         (
             (("How far?", "far"),),
             {},
-            '1 of 1 reference answers of {file} cannot be used by the grader: "How far?…"',
+            '1 of 1 reference answers of {file} cannot be used by the grader: "How far?"',
         ),
         (
             (("How far?", "far"),),
@@ -161,7 +161,7 @@ def test_training_says_where_stage_ones_file_has_other_prompts_than_the_config_n
         (
             (("How far?", "1"),),
             {"max_prompt_tokens": 2},
-            'more than evaluate.data.max_prompt_tokens = 2: "How far?…"; raise the limit or set '
+            'more than evaluate.data.max_prompt_tokens = 2: "How far?"; raise the limit or set '
             'evaluate.data.long_prompts = "drop"',
         ),
         ((("How far?", "1"),), {"template": "gsm9k"}, 'evaluate.data.template is "gsm9k": use one of'),

@@ -424,7 +424,7 @@ def test_answers_that_the_grader_cannot_read_are_refused_or_dropped_before_gener
         assert usable_prompts(prompts[:4], config.data, pool) == prompts[:4]
     message = str(caught.value)
     assert "2 of 6 reference answers" in message
-    assert "\"How far?…\": not a number: 'far'" in message
+    assert "\"How far?\": not a number: 'far'" in message
     assert 'set data.bad_golds = "drop"' in message
 
 

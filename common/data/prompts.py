@@ -4,6 +4,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,10 @@ TEMPLATES = {
 }
 """Named templates; gsm8k, math and openr1 are the paper's (Table 4). "chat" is the tokenizer's own."""
 
-
 PROBES = ("What is 1 + 2?", "How many apples has Tom?")
 """Questions that no template may render alike."""
+
+SHOWN_CHARACTERS = 60
 
 CONTROL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """The special tokens that say something to programs. Others, such as `<answer>`, are text."""
@@ -56,8 +58,8 @@ class PromptRenderer:
         ids = tuple(self.tokenizer(rendered, add_special_tokens=False).input_ids)
         if not ids:
             raise UserError(
-                f'{self._folder}: the tokenizer makes no token of "{rendered[:60]}"; correct {self._section}.template '
-                "or the question"
+                f"{self._folder}: the tokenizer makes no token of {_quoted(rendered)}; correct "
+                f"{self._section}.template or the question"
             )
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
@@ -83,8 +85,7 @@ class PromptRenderer:
             )
         rendered = {self._chat(question) for question in PROBES}
         if len(rendered) < len(PROBES):
-            what = f'"{rendered.pop()[:60]}"'
-            raise self._chat_error(f"renders every question to the same text, {what}")
+            raise self._chat_error(f"renders every question to the same text, {_quoted(rendered.pop())}")
 
     def _chat_error(self, what: str) -> UserError:
         files = (self._folder / name for name in ("chat_template.jinja", "chat_template.json"))
@@ -98,6 +99,13 @@ class PromptRenderer:
         """What must be equal for two renderings to be the same."""
         template = self.tokenizer.chat_template if self.template == "chat" else self.template
         return {"template": template, "eos_token_ids": list(self.eos_token_ids)}
+
+
+def _quoted(text: str) -> str:
+    """The beginning of a text, in one line."""
+    return json.dumps(
+        text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…", ensure_ascii=False
+    )
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -130,9 +138,13 @@ def eos_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[i
 
 def _control_token_ids(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequence[int]) -> frozenset[int]:
     """Those of EOS, BOS, padding and the like; an EOS id may also be that of a word, which is text."""
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = set(tokenizer.all_special_ids)
+    with suppress(
+        NotImplementedError
+    ):  # by mistral-common's tokenizers, whose special tokens are all among those
+        special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     control = {getattr(tokenizer, f"{name}_token_id") for name in CONTROL_TOKENS}
-    return frozenset(control.union(eos_token_ids) & special.union(tokenizer.all_special_ids))
+    return frozenset(control.union(eos_token_ids) & special)
 
 
 def prompt_template(data: DataConfig) -> str:
@@ -175,7 +187,7 @@ def usable_prompts(prompts: Sequence[Prompt], data: DataConfig, pool: GraderPool
     verdicts = pool.validate_golds([prompt.answer for prompt in prompts])
     judged = list(zip(prompts, verdicts, strict=True))
     refuse_bad_golds(
-        [f'"{prompt.text[:60]}…": {problem}' for prompt, problem in judged if problem is not None],
+        [f"{_quoted(prompt.text)}: {problem}" for prompt, problem in judged if problem is not None],
         len(prompts),
         data,
     )
@@ -211,7 +223,7 @@ def prompts_from_pairs(
                 continue
             raise UserError(
                 f"a prompt has {len(token_ids)} tokens, more than {data.section}.max_prompt_tokens = "
-                f'{data.max_prompt_tokens}: "{text[:60]}…"; raise the limit or set '
+                f"{data.max_prompt_tokens}: {_quoted(text)}; raise the limit or set "
                 f'{data.section}.long_prompts = "drop"'
             )
         compact = array("i", token_ids)
