@@ -6,7 +6,7 @@ Prompts are those that stage 1's file keeps; an objective that needs nothing of 
 import hashlib
 import json
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from common.data.prompts import (
     usable_prompts,
 )
 from common.errors import UserError
-from common.grading import GraderPool, fingerprint
+from common.grading import GraderPool, fingerprint, negative_rewards_warning
 from common.model_files import model_identity, reference_model
 from common.provenance import Allowance, Provenance, differences, sampling_identity
 from common.rollout import Prompt
@@ -57,8 +57,8 @@ class Stage1:
     """What stage 1's samples say of the first iteration."""
     accepted_mismatches: tuple[str, ...] = ()
     """In which the artifact's identity differs from this run's, as the user allowed."""
-    other_prompts: tuple[str, ...] = ()
-    """The keys of [data] that would choose other prompts now than those which the artifact was made of, in words."""
+    remarks: tuple[str, ...] = ()
+    """What a user must know of the artifact, in lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,15 +199,18 @@ def _from_stage1(
         num_samples=_range(rows["num_samples"]),
         first_batch=expected_first_batch(rows, config.train),
         accepted_mismatches=tuple(allowance.used),
-        other_prompts=_other_prompts(config.data, provenance.context.get("data")),
+        remarks=tuple(_remarks(config.data, kept, provenance)),
     )
 
 
-def _other_prompts(data: DataConfig, theirs: dict[str, Any] | None) -> tuple[str, ...]:
-    if theirs is None:
-        return ()
-    ours = data.model_dump(include=set(CHOICE), exclude_none=True)
-    return tuple(differences(ours, {key: theirs[key] for key in CHOICE if key in theirs}, "data.").values())
+def _remarks(data: DataConfig, kept: pl.DataFrame, provenance: Provenance) -> Iterator[str]:
+    """Where [data] would choose other prompts now, and where rewards below 0 make a truncated completion the best."""
+    if theirs := provenance.context.get("data"):
+        ours = data.model_dump(include=set(CHOICE), exclude_none=True)
+        if other := differences(ours, {key: theirs[key] for key in CHOICE if key in theirs}, "data."):
+            yield f"these prompts are not those of [data] now: {'; '.join(other.values())}"
+    if warning := negative_rewards_warning(*(kept[name].explode() for name in ("outcomes", "rewards"))):
+        yield warning
 
 
 def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) -> None:

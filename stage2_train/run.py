@@ -157,8 +157,7 @@ def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
             f"V̂* of {len(data.prompts):,} prompts from N = {stage1.num_samples} samples under "
             f"β1 = {stage1.beta1:g}{rescored}"
         ]
-        if stage1.other_prompts:
-            lines.append(f"these prompts are not those of [data] now: {'; '.join(stage1.other_prompts)}")
+        lines += stage1.remarks
     completions = train.batch_size * train.objective.group_size
     if data.held_out:
         training = [prompt.text for prompt in data.prompts]

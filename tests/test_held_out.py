@@ -1,7 +1,6 @@
 """Held-out prompts beside those for training: asked alike, other questions, and never none."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from common.data.held_out import remarks, remarks_beside_data
 from common.data.prompts import PromptRenderer
 from common.errors import UserError
 from common.grading import GraderPool
-from common.vstar_file import read_vstar, write_vstar
 from stage2_train import run as module
 from stage2_train.config import Config
 from stage2_train.data import prepare
@@ -117,25 +115,6 @@ def test_training_says_so_before_its_first_iteration(tiny_model: Path, tmp_path:
         "held-out" in line
         for line in module._describe(config, prepare(config, tmp_path / "vstar.parquet"), ALONE)
     )
-
-
-def test_training_says_where_stage_ones_file_has_other_prompts_than_the_config_names(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    config = configured(tmp_path, tiny_model)
-    file = tmp_path / "vstar.parquet"
-    write_tiny_vstar(config, file)
-    rows, provenance = read_vstar(file)
-    made_of = {**config.data.model_dump(exclude_none=True), "limit": 32, "max_prompt_tokens": 4}
-    write_vstar(rows, replace(provenance, context={"data": made_of}), file)
-
-    def said(config: Config) -> list[str]:
-        lines = module._describe(config, prepare(config, file), ALONE)
-        return [line for line in lines if line.startswith("these prompts are not those of [data] now")]
-
-    (line,) = said(configured(tmp_path, tiny_model, data={"limit": 8, "seed": 3}))
-    assert line.endswith(": data.limit is 32 there and 8 here; data.seed is 0 there and 3 here")
-    assert said(configured(tmp_path, tiny_model, data={"limit": 32})) == []
 
 
 @pytest.mark.parametrize(
