@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,14 +24,30 @@ def _not_nan(value: float) -> float:
     return value
 
 
-Beta1 = Annotated[float, Field(ge=0), AfterValidator(_not_nan)]
+Beta1 = Annotated[float, Field(ge=0, allow_inf_nan=True), AfterValidator(_not_nan)]
 """β1 in [0, inf]: 0 is the best reward, inf the mean."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Of 32 bits, which is what the libraries take."""
+
+LOWEST_TEMPERATURE = 0.01
+"""But for 0: below it vLLM samples at this temperature."""
+
+LOCAL_FILES = (".jsonl", ".json", ".parquet")
+"""How the names of data files on this machine end."""
 
 
 class Section(BaseModel):
-    """A table of the TOML file: unknown keys are errors, values never change after validation."""
+    """A table of the TOML file: unknown keys are errors, numbers are finite, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", allow_inf_nan=False)
+
+    def refuse_unused(self, *keys: str, because: str) -> None:
+        """Raise ValueError if one of these keys, which have no effect here, has another value than its default."""
+        defaults = {key: type(self).model_fields[key].default for key in keys}
+        if changed := [key for key, default in defaults.items() if getattr(self, key) != default]:
+            found = ", ".join(f"{key} = {getattr(self, key)!r}" for key in changed)
+            raise ValueError(f"{found} would have no effect: {because}")
 
 
 class ModelConfig(Section):
@@ -46,6 +62,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where prompts come from and how they are shown to the model."""
 
+    section: ClassVar[str] = "data"
+    """Its name in the TOML file, for messages."""
+
     format: Literal["gsm8k", "math", "openr1", "generic", "word_problems", "mbpp"]
     path: str = ""
     """A local .jsonl, .json or .parquet file, or a data set's name on the Hugging Face hub."""
@@ -58,11 +77,49 @@ class DataConfig(Section):
     """A named template or a text containing {prompt}; by default the format's own (the paper's Table 4)."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Take this many prompts, chosen at random by `seed`; all of them in file order by default."""
-    seed: int = 0
+    seed: Seed = 0
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
     long_prompts: Literal["error", "drop"] = "error"
     bad_golds: Literal["error", "drop"] = "error"
     """What to do about a prompt whose reference answer the grader cannot use."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `path` is a file on this machine, not a data set of the hub."""
+        return self.path.endswith(LOCAL_FILES)
+
+    @property
+    def title(self) -> str:
+        """What messages call the data set."""
+        return self.path or self.format
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Self:
+        if self.format == "word_problems":
+            self.refuse_unused(
+                *("path", "name", "prompt_field", "answer_field", "seed"),
+                because="word_problems are made up from the run's seed; leave it out, or choose another format",
+            )
+            if self.split not in ("train", "test"):
+                raise ValueError(f'word_problems have the splits "train" and "test", found "{self.split}"')
+        if self.is_file:
+            self.refuse_unused(
+                *("name", "split"),
+                because=f"{self.path} is a local file, which is read whole; leave it out and give a file that holds "
+                "the rows you mean (name and split choose from a data set of the hub)",
+            )
+        if self.limit is None:
+            self.refuse_unused(
+                "seed",
+                because="it chooses the prompts that `limit` takes, and there is no limit; set one, or leave it out",
+            )
+        return self
+
+
+class HeldOutConfig(DataConfig):
+    """Prompts that are not trained on."""
+
+    section: ClassVar[str] = "evaluate.data"
 
 
 class SamplingParams(Section):
@@ -71,6 +128,19 @@ class SamplingParams(Section):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_completion_tokens: Annotated[int, Field(ge=1)] = 1024
+
+    @model_validator(mode="after")
+    def _is_a_distribution_that_engines_draw_from(self) -> Self:
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature should be 0 or at least {LOWEST_TEMPERATURE}, which vLLM would sample at instead, "
+                f"found {self.temperature!r}"
+            )
+        if self.temperature == 0:
+            self.refuse_unused(
+                "top_p", because="temperature 0 takes the most probable token; raise it, or leave top_p out"
+            )
+        return self
 
 
 class EngineConfig(Section):
@@ -92,11 +162,11 @@ class EngineConfig(Section):
     enforce_eager: bool = False
 
     @model_validator(mode="after")
-    def _backend_can_do_it(self) -> "EngineConfig":
-        if self.backend != "vllm" and (self.training_tensor_parallel_size > 1 or self.sleep_while_training):
-            raise ValueError(
-                "training_tensor_parallel_size above 1 and sleep_while_training need backend vllm, "
-                f"found {self.backend}; leave them out"
+    def _every_key_has_an_effect(self) -> Self:
+        if self.backend != "vllm":
+            self.refuse_unused(
+                *(key for key in type(self).model_fields if key not in ("backend", "max_num_seqs")),
+                because=f"such settings need backend vllm, found {self.backend}; leave them out",
             )
         return self
 
@@ -113,18 +183,27 @@ class VstarConfig(Section):
 class EvaluateConfig(Section):
     """Held-out evaluation."""
 
-    data: DataConfig | None = None
+    data: HeldOutConfig | None = None
     num_samples: Annotated[int, Field(ge=1)] = 8
     """Sampled completions a prompt, for pass@1 and pass@k."""
     training_prompts: Annotated[int, Field(ge=1)] = 256
     """Held-out prompts for the evaluations during training, one sampled completion each."""
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Self:
+        if self.data is None:
+            self.refuse_unused(
+                *("num_samples", "training_prompts"),
+                because="there are no held-out prompts; add a section [evaluate.data], or leave it out",
+            )
+        return self
 
 
 class RunConfig(Section):
     """One run, artifacts/<run>: what both stages read. Stage 2 adds its own section (stage2_train/config.py)."""
 
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     model: ModelConfig
     data: DataConfig
     sampling: SamplingParams = SamplingParams()
@@ -132,6 +211,14 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     vstar: VstarConfig = VstarConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def held_out(self) -> DataConfig | None:
+        """[evaluate.data], asked in the template of [data] where it names none of its own."""
+        data = self.evaluate.data
+        if data is None or data.template is not None:
+            return data
+        return data.model_copy(update={"template": self.data.template})
 
     def to_json(self) -> str:
         """Every value, defaults included."""

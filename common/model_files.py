@@ -49,6 +49,11 @@ def resolve_model(path: str, revision: str | None) -> Path:
 def reference_model(config: RunConfig) -> Path:
     """The local folder of a run's reference model; {run} in its path stands for the run's own folder."""
     path = config.model.path.replace("{run}", str(run_paths(config.run).root))
+    if config.model.revision is not None and Path(path).is_dir():
+        raise UserError(
+            f'model.revision = "{config.model.revision}" would have no effect: {path} is a folder on this machine, not '
+            "a model of the hub; leave it out"
+        )
     return resolve_model(path, config.model.revision)
 
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from common.config import RunConfig, Section, read_config
 from stage2_train.objectives import AStarPO, ObjectiveConfig
 from stage2_train.objectives.protocol import STAGE1_COLUMNS, Column
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a moving average."""
 
 
 class LoraConfig(Section):
@@ -37,7 +40,7 @@ class TrainConfig(Section):
     """Stop after this many iterations, whatever `epochs` says."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up; constant after it."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     tokens_per_micro_batch: Annotated[int, Field(ge=1)] = 16384
@@ -116,6 +119,15 @@ class Config(RunConfig):
     """One run whole: artifacts/<run>."""
 
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Self:
+        if self.evaluate.data is None:
+            self.train.refuse_unused(
+                "evaluate_every",
+                because="there are no held-out prompts; add a section [evaluate.data], or leave it out of [train]",
+            )
+        return self
 
     @model_validator(mode="after")
     def _deepspeed_can_train(self) -> "Config":

@@ -6,7 +6,7 @@ Prompts are those that stage 1's file keeps; an objective that needs nothing of 
 import hashlib
 import json
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from common.data.prompts import (
     check_fit,
     load_prompts,
     prompts_from_pairs,
+    refuse_none_usable,
     usable_prompts,
 )
 from common.doubts import doubts, equal_reward
 from common.errors import UserError
-from common.grading import GraderPool, fingerprint
+from common.grading import GraderPool, fingerprint, negative_rewards_warning
 from common.model_files import model_identity, reference_model
 from common.model_reading import read_model
 from common.parity import PARITY
-from common.provenance import Allowance, Provenance, sampling_identity
+from common.provenance import Allowance, Provenance, differences, sampling_identity
 from common.rollout import Prompt
 from common.runs import run_paths
 from common.seeds import derive_seed
@@ -40,6 +41,9 @@ from stage2_train.ranks import ALONE, Ranks
 
 EQUAL_REWARDS = "rewards.equal"
 """The name by which a result of stage 1 is accepted that has one reward for everything."""
+CHOICE = ("format", "path", "name", "split", "prompt_field", "answer_field", "limit", "seed")
+"""The keys of [data] that say which prompts are meant."""
+
 LARGEST_TIED_SHARE = 0.5
 """Of the prompts that may have rewards of two values only where an objective goes by their quantiles."""
 
@@ -60,6 +64,8 @@ class Stage1:
     """What stage 1's samples say of the first iteration."""
     accepted_mismatches: tuple[str, ...] = ()
     """In which the artifact's identity differs from this run's, as the user allowed."""
+    remarks: tuple[str, ...] = ()
+    """What a user must know of the artifact, in lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +93,8 @@ class TrainingData:
         prompts, held_out = self.prompts, self.held_out
         if self.stage1 is None:
             prompts = _usable(prompts, config.data, pool, ranks)
-        if config.evaluate.data is not None:
-            held_out = _usable(held_out, config.evaluate.data, pool, ranks)
+        if config.held_out is not None:
+            held_out = _usable(held_out, config.held_out, pool, ranks)
         return replace(self, prompts=prompts, held_out=held_out)
 
     def digest(self) -> dict[str, Any]:
@@ -100,7 +106,9 @@ class TrainingData:
 
 def _usable(prompts: list[Prompt], data: DataConfig, pool: GraderPool, ranks: Ranks) -> list[Prompt]:
     chosen = ranks.once(lambda: {prompt.id for prompt in usable_prompts(prompts, data, pool)})
-    return [prompt for prompt in prompts if prompt.id in chosen]
+    usable = [prompt for prompt in prompts if prompt.id in chosen]
+    refuse_none_usable(usable, data)
+    return usable
 
 
 def _digest(document: Any) -> str:
@@ -134,11 +142,12 @@ def prepare(
         prompts, stage1 = load_prompts(config.data, config, renderer), None
     else:
         prompts, stage1 = _from_stage1(config, renderer, identity, *table, Allowance(allow_mismatch))
+    check_fit(prompts, config, folder)
     held_out = []
-    if config.evaluate.data is not None:
-        held_out = load_prompts(config.evaluate.data, config, PromptRenderer(folder, config.evaluate.data))
+    if config.held_out is not None:
+        held_out = load_prompts(config.held_out, config, PromptRenderer(folder, config.held_out))
         held_out = held_out[: config.evaluate.training_prompts]
-    check_fit([*prompts, *held_out], config, folder)
+        check_fit(held_out, config, folder, config.held_out)
     return TrainingData(
         folder=folder,
         renderer=renderer,
@@ -187,6 +196,7 @@ def _from_stage1(
         num_samples=_range(rows["num_samples"]),
         first_batch=expected_first_batch(rows, config.train),
         accepted_mismatches=tuple(allowance.used),
+        remarks=tuple(_remarks(config.data, kept, provenance)),
     )
 
 
@@ -200,6 +210,16 @@ def _refuse_nothing_to_learn(kept: pl.DataFrame, file: Path, allowance: Allowanc
             f"{file}: {line}, so there is nothing to learn from: {' '.join(doubts(kept))} To train all the same: "
             f"--allow-mismatch {EQUAL_REWARDS}"
         )
+
+
+def _remarks(data: DataConfig, kept: pl.DataFrame, provenance: Provenance) -> Iterator[str]:
+    """Where [data] would choose other prompts now, and where rewards below 0 make a truncated completion the best."""
+    if theirs := provenance.context.get("data"):
+        ours = data.model_dump(include=set(CHOICE), exclude_none=True)
+        if other := differences(ours, {key: theirs[key] for key in CHOICE if key in theirs}, "data."):
+            yield f"these prompts are not those of [data] now: {'; '.join(other.values())}"
+    if warning := negative_rewards_warning(*(kept[name].explode() for name in ("outcomes", "rewards"))):
+        yield warning
 
 
 def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) -> None:

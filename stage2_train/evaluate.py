@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer, check_fit, load_prompts, usable_prompts
+from common.data.held_out import remarks_beside_data
+from common.data.prompts import (
+    PromptRenderer,
+    check_fit,
+    load_prompts,
+    refuse_none_usable,
+    usable_prompts,
+)
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
@@ -34,40 +41,48 @@ BOOTSTRAP_RESAMPLES = 2000
 
 
 def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[dict[str, Any]]:
-    """Evaluate models of one architecture on the config's held-out prompts, one after the other.
+    """Evaluate models on the config's held-out prompts, one after the other.
 
     Raises UserError before it loads anything.
     """
-    if config.evaluate.data is None:
+    data = config.held_out
+    if data is None:
         raise UserError("the config has no [evaluate.data] section: say which held-out prompts to use")
     reference = reference_model(config)
     folders = [resolve_model(str(model), None) for model in models]
-    renderer = PromptRenderer(reference, config.evaluate.data)
+    renderer = PromptRenderer(reference, data)
+    networks = []
     for folder in folders:
         read_model(folder)
         refuse_untrainable(folder, config)
-        model_identity(folder, run_paths(config.run).known_weights)
-        if PromptRenderer(folder, config.evaluate.data).identity() != renderer.identity():
+        networks.append(model_identity(folder, run_paths(config.run).known_weights)["config"])
+        if PromptRenderer(folder, data).identity() != renderer.identity():
             raise UserError(
                 f"{folder} and the reference {reference} render prompts differently, so KL would mean nothing; "
                 "evaluate a model that was trained from this reference"
             )
-    prompts = load_prompts(config.evaluate.data, config, renderer)
-    check_fit(prompts, config, reference)
+    prompts = load_prompts(data, config, renderer)
+    check_fit(prompts, config, reference, data)
     engine = None
     results = []
     with GraderPool(config.grader) as pool:
-        prompts = usable_prompts(prompts, config.evaluate.data, pool)
-        for folder in folders:
+        prompts = usable_prompts(prompts, data, pool)
+        refuse_none_usable(prompts, data)
+        for line in remarks_beside_data(config, [prompt.text for prompt in prompts]):
+            console.print(line, soft_wrap=True)
+        for folder, network in zip(folders, networks, strict=True):
             console.print(f"evaluating {folder} on {len(prompts):,} prompts")
-            if engine is not None and config.engine.tensor_parallel_size > 1:
-                engine.close()  # its workers are other processes, which weights in memory do not reach
+            # Its workers may be other processes, which weights in memory do not reach.
+            takes_weights = network == networks[0] and config.engine.tensor_parallel_size == 1
+            if engine is not None and not takes_weights:
+                engine.close()
                 engine = None
             if engine is None:
                 engine = build_engine(config, folder, renderer, beside_trainer=False)
             else:
                 engine.load_weights(stored_weights(folder))
             greedy, sampled = sample_both_ways(config, prompts, engine, pool)
+            refuse_unjudged(sampled)
             results.append(summarise(config, folder, greedy, sampled))
     if engine is not None:
         engine.close()
@@ -98,6 +113,16 @@ def sample_both_ways(
             group_size=config.evaluate.num_samples,
         ),
     )
+
+
+def refuse_unjudged(rollouts: Sequence[Rollout]) -> None:
+    """Raise UserError where the grader could judge none of the completions that it read: all would count as wrong."""
+    grades = [rollout.grade for rollout in rollouts if not rollout.completion.truncated]
+    if grades and not any(grade.is_judged for grade in grades):
+        raise UserError(
+            f"the grader could judge none of {len(grades):,} completions, such as {grades[0].outcome.value}: "
+            f"{grades[0].reason or 'no reason given'}; correct grader.name, or give it more time or memory"
+        )
 
 
 def summarise(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from common.data.held_out import remarks
 from common.engines import EngineBuilder, build_engine
 from common.errors import UserError
 from common.files import write_text
@@ -116,7 +117,7 @@ def _train(
     if ranks.is_main:
         write_text(paths.config, config.to_json())
     for line in _describe(config, trainer.data, ranks):
-        console.print(line)
+        console.print(line, soft_wrap=True)
     last = trainer.data.iterations(config)
     with ExitStack() as ending:
         ending.enter_context(closing(trainer.source))
@@ -173,7 +174,7 @@ def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsL
 
 
 def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
-    """What is about to be trained, in two lines."""
+    """What is about to be trained, in two lines, and what there is to say of held-out prompts."""
     train, stage1 = config.train, data.stage1
     lines = [f"{len(data.prompts):,} prompts of [data]"]
     if stage1 is not None:
@@ -182,7 +183,11 @@ def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
             f"V̂* of {len(data.prompts):,} prompts from N = {stage1.num_samples} samples under "
             f"β1 = {stage1.beta1:g}{rescored}"
         ]
+        lines += stage1.remarks
     completions = train.batch_size * train.objective.group_size
+    if data.held_out:
+        training = [prompt.text for prompt in data.prompts]
+        lines += remarks(config, [prompt.text for prompt in data.held_out], training)
     return [
         *lines,
         f"{data.iterations(config)} iterations of {completions} completions, "

@@ -135,7 +135,26 @@ MISTAKES = {
         ("unknown grader 'exact': use one of gsm8k, math, code, or 'package.module:",),
     ),
     "a reward function that is not there": Mistake(
-        f"{VSTAR} --set grader.name=no_module:reward", ("grader 'no_module:reward': no module 'no_module'",)
+        f"{VSTAR} --set grader.name=no_module:reward",
+        ("grader.name = 'no_module:reward': no module 'no_module'",),
+    ),
+    "a reward function of two arguments": Mistake(
+        f"{VSTAR} --set grader.name=rewards:by_two",
+        (
+            "grader.name = 'rewards:by_two' takes (completion, answer)",
+            "it must be a function (prompt, completion,",
+        ),
+    ),
+    "a reward that is a text": Mistake(
+        f"{VSTAR} --set grader.name=rewards:text",
+        ("grader.name = 'rewards:text' returns what is no reward: the reward is a str, not a number",),
+    ),
+    "a line that is no JSON": Mistake(
+        f"{VSTAR} --set data.path=cut.jsonl", ("cannot read cut.jsonl: line 2 is no JSON: Unterminated",)
+    ),
+    "the split of a local file": Mistake(
+        f"{VSTAR} --set data.split=test",
+        ("data: split = 'test' would have no effect: data.jsonl is a local file",),
     ),
     "no artifact to train on": Mistake("train --config run.toml", ("there is no", "cli.py vstar")),
     "an artifact of another model, template and grader": Mistake(
@@ -161,6 +180,10 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty.jsonl").write_text("")
     rows = (root / "data.jsonl").read_text() + '{"prompt": "How far?", "answer": "far"}\n'
     (root / "bad_gold.jsonl").write_text(rows)
+    (root / "cut.jsonl").write_text((root / "data.jsonl").read_text() + '{"prompt": "How')
+    (root / "rewards.py").write_text(
+        "def by_two(completion, answer): return 1.0\ndef text(prompt, completion, answer): return '1'\n"
+    )
     (root / "empty").mkdir()
     shutil.copytree(tiny_model, root / "model")
     shutil.copytree(tiny_model, root / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -181,7 +204,12 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(folder: Path, request: pytest.FixtureRequest) -> dict[str, subprocess.CompletedProcess[str]]:
     """Each mistake that this session asks for, made once; two at a time, since a run is mostly imports."""
     asked = {item.name.partition("[")[2].removesuffix("]") for item in request.session.items}
-    environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(folder / "artifacts"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "ASTAR_PO_ARTIFACTS": str(folder / "artifacts"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(folder),
+    }
 
     def make(name: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

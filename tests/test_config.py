@@ -95,12 +95,130 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
         ("train.batch_size=100", "batch_size 100 is not a multiple of mini_batch_size 128"),
         ("run=../elsewhere", "run "),
         ("seed=-1", "seed should be greater than or equal to 0, found -1"),
+        ("seed=4294967296", "seed should be less than 4294967296, found 4294967296"),
+        ("data.seed=4294967296", "data.seed should be less than 4294967296, found 4294967296"),
+        ("data.seed=-1", "data.seed should be greater than or equal to 0, found -1"),
+        ("sampling.temperature=inf", "sampling.temperature should be a finite number, found inf"),
+        ("sampling.temperature=0.001", "sampling: temperature should be 0 or at least 0.01"),
+        ("engine.cpu_kv_cache_gib=inf", "engine.cpu_kv_cache_gib should be a finite number, found inf"),
+        ("grader.timeout_seconds=inf", "grader.timeout_seconds should be a finite number, found inf"),
+        ("grader.memory_gib=nan", "grader.memory_gib should be a finite number, found nan"),
+        ("train.learning_rate=nan", "train.learning_rate should be a finite number, found nan"),
+        ("train.weight_decay=inf", "train.weight_decay should be a finite number, found inf"),
+        ("train.max_grad_norm=inf", "train.max_grad_norm should be a finite number, found inf"),
+        ("train.adam_betas=[0.9, 1.0]", "train.adam_betas.1 should be less than 1, found 1.0"),
+        ("train.adam_betas=[nan, 0.9]", "train.adam_betas.0 should be a finite number, found nan"),
+        ("train.objective.beta2=inf", "train.objective.beta2 should be a finite number, found inf"),
+        ("train.lora.alpha=inf", "train.lora.alpha should be a finite number, found inf"),
+        ("train.lora.dropout=nan", "train.lora.dropout should be a finite number, found nan"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_place_and_what_was_found(
     minimal: Path, override: str, expected: str
 ) -> None:
     assert expected in refusal(minimal, override)
+
+
+@pytest.mark.parametrize("name", ["grpo", "rebel", "ppo", "centred_residual", "pmd_mean", "spo", "qrpo"])
+def test_no_number_of_an_objective_may_be_infinite_but_the_clip_that_this_switches_off(
+    minimal: Path, name: str
+) -> None:
+    section = type(load_config(minimal, [f"train.objective.name={name}"]).train.objective)
+    for key, field in section.model_fields.items():
+        for value in ("inf", "nan") if field.annotation is float else ():
+            override = f"train.objective.{key}={value}"
+            if (key, value) == ("value_clip", "inf"):
+                load_config(minimal, [f"train.objective.name={name}", override])
+            else:
+                assert f"train.objective.{key} should be" in refusal(
+                    minimal, f"train.objective.name={name}", override
+                )
+
+
+UNUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "the split of a file": (
+        ("data.split=test",),
+        "data: split = 'test' would have no effect: train.jsonl is a local",
+    ),
+    "the name of a file": (
+        ("data.name=main",),
+        "data: name = 'main' would have no effect: train.jsonl is a local file",
+    ),
+    "the split of a held-out file": (
+        ("evaluate.data.format=gsm8k", "evaluate.data.path=q.parquet", "evaluate.data.split=test"),
+        "evaluate.data: split = 'test' would have no effect: q.parquet is a local file, which is read whole",
+    ),
+    "a seed without a limit": (
+        ("data.seed=3",),
+        "data: seed = 3 would have no effect: it chooses the prompts that",
+    ),
+    "a path of made-up problems": (
+        ("data.format=word_problems",),
+        "data: path = 'train.jsonl' would have no effect: word_problems are made up",
+    ),
+    "fields of made-up problems": (
+        ("data.format=word_problems", "data.path=''", "data.prompt_field=q", "data.seed=1", "data.limit=8"),
+        "data: prompt_field = 'q', seed = 1 would have no effect: word_problems are made up",
+    ),
+    "an unknown split of made-up problems": (
+        ("data.format=word_problems", "data.path=''", "data.split=validation"),
+        'word_problems have the splits "train" and "test", found "validation"',
+    ),
+    "top-p of greedy sampling": (
+        ("sampling.temperature=0", "sampling.top_p=0.9"),
+        "sampling: top_p = 0.9 would have no effect: temperature 0 takes",
+    ),
+    **{
+        f"{key} without vLLM": (
+            ("engine.backend=transformers", f"engine.{key}={value}"),
+            f"engine: {key} = {shown} would have no effect: such settings need backend vllm, found transformers",
+        )
+        for key, value, shown in (
+            ("gpu_memory_utilization", "0.5", "0.5"),
+            ("training_gpu_memory_utilization", "0.5", "0.5"),
+            ("cpu_kv_cache_gib", "4", "4.0"),
+            ("tensor_parallel_size", "2", "2"),
+            ("training_tensor_parallel_size", "2", "2"),
+            ("sleep_while_training", "true", "True"),
+            ("enforce_eager", "true", "True"),
+        )
+    },
+    "samples of no held-out prompts": (
+        ("evaluate.num_samples=4", "evaluate.training_prompts=9"),
+        "evaluate: num_samples = 4, training_prompts = 9 would have no effect: there are no held-out prompts",
+    ),
+    "evaluations on no held-out prompts": (
+        ("train.evaluate_every=3",),
+        "evaluate_every = 3 would have no effect: there are no held-out prompts; add a section [evaluate.data]",
+    ),
+    "a time that programs never see": (
+        ("grader.name=code", "grader.timeout_seconds=3"),
+        'grader: timeout_seconds should be above 4, which the grader "code" gives a program itself, found 3',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_setting_that_would_have_no_effect_is_refused_with_where_it_belongs(
+    minimal: Path, name: str
+) -> None:
+    overrides, expected = UNUSED[name]
+    assert expected in refusal(minimal, *overrides)
+
+
+def test_settings_that_have_an_effect_and_defaults_that_are_written_out_are_not_refused(
+    minimal: Path,
+) -> None:
+    for overrides in (
+        ("data.path=owner/data", "data.name=main", "data.split=test"),
+        ("data.limit=8", "data.seed=4294967295"),
+        ("data.split=train", "data.seed=0", "evaluate.num_samples=8", "train.evaluate_every=10"),
+        ("engine.backend=transformers", "engine.enforce_eager=false", "engine.max_num_seqs=4"),
+        ("sampling.temperature=0", "sampling.top_p=1"),
+        ("evaluate.data.format=word_problems", "evaluate.data.split=test", "evaluate.num_samples=4"),
+        ("seed=4294967295", "grader.name=code", "grader.timeout_seconds=5"),
+    ):
+        load_config(minimal, overrides)
 
 
 def test_all_problems_are_told_at_once(minimal: Path) -> None:
@@ -141,13 +259,13 @@ def test_overrides_are_typed_as_in_toml_and_bare_words_are_texts(minimal: Path) 
             "vstar.num_samples=16",
             "vstar.drop_unsolved=true",
             "data.path=a=b.jsonl",
-            'data.name="x"',
+            'data.prompt_field="x"',
         ],
         run="other",
     )
     assert math.isinf(config.vstar.beta1)
     assert (config.vstar.num_samples, config.vstar.drop_unsolved) == (16, True)
-    assert (config.data.path, config.data.name, config.run) == ("a=b.jsonl", "x", "other")
+    assert (config.data.path, config.data.prompt_field, config.run) == ("a=b.jsonl", "x", "other")
 
 
 def test_the_run_given_apart_is_checked_too(minimal: Path) -> None:

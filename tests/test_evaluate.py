@@ -247,3 +247,34 @@ def test_the_figures_are_shown_as_text(config: Config, tiny_model: Path, engine:
     for words in ("greedy accuracy  0.2000", "pass@1 sampled   0.5000", "pass@4 1.0000", "25.0% truncated"):
         assert words in text
     assert engine.closed
+
+
+def test_a_grader_that_can_judge_nothing_is_no_accuracy_of_zero(
+    config: Config,
+    tiny_model: Path,
+    engine: ExamEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "evaluate_test_rewards.py").write_text("def reward(p, c, a):\n    raise KeyError(c[:1])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = config.model_copy(
+        update={"grader": config.grader.model_copy(update={"name": "evaluate_test_rewards:reward"})}
+    )
+    with pytest.raises(
+        UserError, match=r"could judge none of 15 completions, such as verifier_crash: KeyError"
+    ):
+        evaluate_one(broken, tiny_model)
+
+
+def test_held_out_prompts_that_were_trained_on_are_counted(
+    config: Config, tiny_model: Path, engine: ExamEngine
+) -> None:
+    assert config.evaluate.data is not None
+    training = Path(config.data.path)
+    held_out = Path(config.evaluate.data.path).read_text(encoding="utf-8").splitlines(keepends=True)
+    training.write_text(training.read_text(encoding="utf-8") + "".join(held_out[:2]), encoding="utf-8")
+    console = Console(file=io.StringIO(), width=80)
+    evaluate(config, [tiny_model], console)
+    assert isinstance(console.file, io.StringIO)
+    assert "2 of 5 held-out prompts are also training prompts" in console.file.getvalue()

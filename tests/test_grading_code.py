@@ -597,7 +597,10 @@ def test_good_programs_among_hostile_ones_are_graded_right() -> None:
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
 def test_a_sandbox_does_not_survive_its_worker(how: str) -> None:
     before = set(os.listdir("/tmp"))
-    with GraderPool(GraderConfig(name="code", timeout_seconds=0.5 if how == "interrupted" else 60)) as pool:
+    config = GraderConfig(name="code", timeout_seconds=60)
+    if how == "interrupted":
+        config = config.model_copy(update={"timeout_seconds": 0.5})
+    with GraderPool(config) as pool:
         pool.submit("slow", prompt="", completion="import time; time.sleep(60)", answer=TEST, truncated=False)
         assert eventually(sandboxes)
         if how == "killed":

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.grading import Grade, GraderConfig, GraderPool, GradingTask, Outcome, fingerprint
+from common.grading import (
+    Grade,
+    GraderConfig,
+    GraderPool,
+    GradingTask,
+    Outcome,
+    fingerprint,
+    negative_rewards_warning,
+)
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = ROOT.parent / "shared" / "cases" / "hostile.jsonl"
@@ -201,6 +209,154 @@ def test_a_reward_that_cannot_be_loaded_is_refused_at_once(rewards: str, functio
 def test_a_module_that_does_not_exist_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"no module 'nowhere\.at_all'"):
         GraderPool(GraderConfig(name="nowhere.at_all:reward"))
+
+
+BROKEN = """
+import os
+{at_import}
+def by_two(completion, answer): return 1.0
+def by_four(prompt, completion, answer, more): return 1.0
+async def later(prompt, completion, answer): return 1.0
+def many(prompt, completion, answer): yield 1.0
+def by_name(prompt, completion, answer, *, more=0, **rest): return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("at_import", "function", "expected"),
+    [
+        (
+            "",
+            "missing",
+            "cannot be loaded: AttributeError: module 'broken_rewards' has no attribute 'missing'",
+        ),
+        ("", "os", "is a module; it must be a function (prompt, completion, answer) -> float"),
+        ("", "by_two", "takes (completion, answer) (too many positional arguments); it must be a function"),
+        ("", "by_four", "takes (prompt, completion, answer, more) (missing a required argument: 'more')"),
+        ("", "later", "is a coroutine or a generator, whose result is no number"),
+        ("", "many", "is a coroutine or a generator, whose result is no number"),
+        (
+            "import no_such_library",
+            "by_two",
+            "cannot be loaded: ModuleNotFoundError: No module named 'no_such_library'",
+        ),
+        ("open('none.json')", "by_two", "cannot be loaded: FileNotFoundError: [Errno 2]"),
+        ("{}['key\\nof two lines']", "by_two", "cannot be loaded: KeyError: "),
+        ("raise SystemExit(3)", "by_two", "cannot be loaded: SystemExit: 3"),
+        ("def", "by_two", "cannot be loaded: SyntaxError: invalid syntax"),
+    ],
+)
+def test_what_is_no_reward_function_is_refused_in_one_line_that_names_its_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_import: str, function: str, expected: str
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(BROKEN.format(at_import=at_import))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as told:
+        GraderPool(GraderConfig(name=f"broken_rewards:{function}"))
+    message = str(told.value)
+    assert message.startswith(f"grader.name = 'broken_rewards:{function}' {expected}")
+    assert "\n" not in message
+
+
+def test_a_module_whose_package_raises_says_why_it_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "raising_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('set API_KEY')\n")
+    (package / "rewards.py").write_text("def reward(prompt, completion, answer): return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no module 'raising_package\.rewards' .* \(RuntimeError: set API_KEY\)"
+    ):
+        fingerprint(GraderConfig(name="raising_package.rewards:reward"))
+
+
+def test_a_module_that_is_missing_is_no_fault_of_the_reference_answers(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    from common.data.datasets import read_pairs
+    from tests.fakes import tiny_config
+
+    data = {"format": "word_problems", "path": "", "limit": 8, "bad_golds": "drop"}
+    config = tiny_config(tiny_model, tmp_path, data=data, grader={"name": "nowhere:reward"})
+    with pytest.raises(UserError, match=r"^grader\.name = 'nowhere:reward': no module 'nowhere'") as told:
+        read_pairs(config.data, config)
+    assert "reference answers" not in str(told.value)
+
+
+RETURNS = """
+def reward(prompt, completion, answer):
+    return eval(answer)
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("'1'", "the reward is a str, not a number"),
+        ("{'score': 1.0}", "the reward is a dict, not a number"),
+        ("(1.0, 'because')", "a step's reward is 1.0, not (end of the step in characters, reward)"),
+        ("[1.0]", "a step's reward is 1.0, not (end of the step in characters, reward)"),
+        ("None", None),
+        ("1 / 0", None),
+        ("float('nan')", None),
+        ("[]", None),
+        ("-1", None),
+        ("True", None),
+    ],
+)
+def test_a_reward_that_is_no_number_whatever_the_completion_is_refused_before_anything_is_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, expected: str | None
+) -> None:
+    (tmp_path / "returning_rewards.py").write_text(RETURNS)
+    monkeypatch.syspath_prepend(tmp_path)
+    with GraderPool(GraderConfig(name="returning_rewards:reward")) as pool:
+        if expected is None:
+            pool.try_out("question", answer)
+            return
+        with pytest.raises(UserError) as told:
+            pool.try_out("question", answer)
+    assert str(told.value) == (
+        f"grader.name = 'returning_rewards:reward' returns what is no reward: {expected}; "
+        "it must be a function (prompt, completion, answer) -> float"
+    )
+
+
+def test_a_reward_of_none_leaves_the_completion_unjudged_like_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "returning_rewards.py").write_text(RETURNS)
+    monkeypatch.syspath_prepend(tmp_path)
+    with GraderPool(GraderConfig(name="returning_rewards:reward")) as pool:
+        none, raised = pool.grade_all([task("", "None"), task("", "1 / 0")])
+    assert (none.outcome, none.reward, none.is_judged) == (raised.outcome, raised.reward, raised.is_judged)
+    assert (none.outcome, none.reason) == (Outcome.VERIFIER_CRASH, "the reward is None")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "rewards", "expected"),
+    [
+        (["correct", "wrong"], [1.0, -1.0], None),
+        (["correct", "truncated", "verifier_crash"], [1.0, 0.0, 0.0], None),
+        ([], [], None),
+        (
+            ["wrong", "truncated"],
+            [-0.5, 0.0],
+            "rewards go down to -0.5, but the 1 of 2 completions that were cut off",
+        ),
+        (["correct", "wrong", "verifier_timeout"], [2.0, -3.0, 0.0], "rewards go down to -3, but the 1 of 3"),
+    ],
+)
+def test_rewards_below_that_of_a_completion_that_was_cut_off_are_warned_of(
+    outcomes: list[str], rewards: list[float], expected: str | None
+) -> None:
+    warning = negative_rewards_warning(outcomes, rewards)
+    if expected is None:
+        assert warning is None
+    else:
+        assert warning is not None
+        assert expected in warning
 
 
 def test_a_grader_whose_processes_die_at_once_is_refused_by_name(

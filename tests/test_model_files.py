@@ -12,7 +12,7 @@ from common.data.prompts import check_fit
 from common.engines.shared_engine import refuse_wrong_size
 from common.engines.vllm_engine import context_length
 from common.errors import UserError
-from common.model_files import model_numbers
+from common.model_files import model_numbers, reference_model
 from common.rollout import Prompt
 from stage2_train.memory import read_shape
 from tests.fakes import tiny_config
@@ -43,6 +43,15 @@ def test_the_language_model_of_a_model_that_reads_more_than_text_is_meant(tmp_pa
     write_config(tmp_path, {"hidden_size": 32, "vocab_size": 7, "text_config": nested})
     numbers = model_numbers(tmp_path)
     assert (numbers.get("hidden_size"), numbers.get("vocab_size"), numbers.is_tied) == (64, 7, True)
+
+
+def test_a_revision_of_a_folder_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_model, tmp_path, model={"revision": "main"})
+    with pytest.raises(
+        UserError, match=r'model\.revision = "main" would have no effect: .* is a folder on this'
+    ):
+        reference_model(config)
+    assert reference_model(tiny_config(tiny_model, tmp_path)) == tiny_model
 
 
 READERS: dict[str, Callable[[Path], object]] = {

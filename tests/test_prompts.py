@@ -4,11 +4,12 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import polars as pl
 import pytest
-from tokenizers import processors
+from tokenizers import AddedToken, Regex, normalizers, processors
 
 from common.data.prompts import (
     TEMPLATES,
@@ -139,6 +140,107 @@ def test_the_chat_template_is_the_tokenizers_own(tiny_model: Path, data_file: Pa
     assert renderer.identity()["template"] == template
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}", "cannot render a question (TemplateSyntaxError:"),
+        (
+            "{{ raise_exception('System role is needed') }}",
+            "cannot render a question (TemplateError: System role is",
+        ),
+        ("{{ messages[0]['content'][0]['text'] }}", 'renders every question to the same text, ""'),
+        ("{{ messages[1].content }}", "cannot render a question (UndefinedError:"),
+        ("{{ messages[0]['content'] // 2 }}", "cannot render a question (TypeError:"),
+        ("{% if false %}{{ messages }}{% endif %}", 'renders every question to the same text, ""'),
+        ("[user] hello", 'renders every question to the same text, "[user] hello"'),
+        (
+            "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}\n",
+            "renders every question to the same text",
+        ),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_named_with_its_file(
+    tiny_model: Path, data_file: Path, tmp_path: Path, template: str, expected: str
+) -> None:
+    folder = model_with(tiny_model, tmp_path / "chat", chat_template=template)
+    message = refusal(tiny_config(folder, data_file, data={"template": "chat"}))
+    assert message.startswith(f"{folder / 'chat_template.jinja'}: the chat template {expected}")
+    assert message.endswith('correct it, or set data.template to a text containing "{prompt}"')
+    assert "\n" not in message
+
+
+def test_a_chat_template_that_one_question_breaks_is_named_too(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    template = (
+        "{% if '7' in messages[0].content %}{{ raise_exception('no 7') }}{% endif %}{{ messages[0].content }}"
+    )
+    folder = model_with(tiny_model, tmp_path / "chat", chat_template=template)
+    message = refusal(tiny_config(folder, data_file, data={"template": "chat"}))
+    assert "the chat template cannot render a question (TemplateError: no 7)" in message
+
+
+def test_a_question_that_the_tokenizer_makes_nothing_of_is_refused(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    folder = model_with(tiny_model, tmp_path / "deaf")
+    config = tiny_config(folder, data_file, data={"template": "plain"})
+    renderer = PromptRenderer(folder, config.data)
+    renderer.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[a-z]"), "")
+    assert renderer.render("1?")
+    with pytest.raises(UserError, match=r'the tokenizer makes no token of "one"; correct data\.template'):
+        renderer.render("one")
+
+
+def test_the_tokens_of_an_answer_format_stay_in_the_text_and_those_that_end_it_do_not(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    folder = model_with(tiny_model, tmp_path / "model", bos="<s>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 600]}))
+    plain = PromptRenderer(folder, tiny_config(folder, data_file).data)
+    words = ("<answer>", "</answer>", "<|begin_of_solution|>", "<|im_end|>")
+    tokenizer = plain.tokenizer
+    tokenizer.add_tokens([AddedToken(word, special=True) for word in words])
+    ids = {word: tokenizer.added_tokens_encoder[word] for word in words}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids["<|im_end|>"]]}))
+    tokenizer.save_pretrained(folder)
+    taught = PromptRenderer(folder, tiny_config(folder, data_file).data)
+    body = tokenizer.encode("7 + 5", add_special_tokens=False)
+    control = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, ids["<|im_end|>"])
+    written = [
+        control[0],
+        ids["<|begin_of_solution|>"],
+        *body,
+        ids["<answer>"],
+        *body,
+        ids["</answer>"],
+        *control,
+    ]
+    assert taught.decode(written) == "<|begin_of_solution|>7 + 5<answer>7 + 5</answer>"
+    assert plain.decode([*control[:3], *body, *control[:3]]) == "7 + 5"
+
+
+def test_an_end_token_that_is_a_word_stays_in_the_text(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    folder = model_with(tiny_model, tmp_path / "model")
+    word = PromptRenderer(folder, tiny_config(folder, data_file).data).tokenizer.encode("}")[-1]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, word]}))
+    renderer = PromptRenderer(folder, tiny_config(folder, data_file).data)
+    assert word in renderer.eos_token_ids
+    assert renderer.decode([*renderer.tokenizer.encode("{7"), word, 0]) == "{7}"
+
+
+def test_text_without_added_tokens_is_what_the_tokenizer_gives_without_special_ones(
+    tiny_model: Path, data_file: Path
+) -> None:
+    renderer = PromptRenderer(tiny_model, tiny_config(tiny_model, data_file).data)
+    random = Random(0)
+    for _ in range(200):
+        ids = [random.randrange(len(renderer.tokenizer)) for _ in range(random.randrange(40))]
+        assert renderer.decode(ids) == renderer.tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_chat_without_a_chat_template_is_refused(tiny_model: Path, data_file: Path) -> None:
     assert "has no chat template; set data.template" in refusal(
         tiny_config(tiny_model, data_file, data={"template": "chat"})
@@ -246,7 +348,7 @@ def test_a_long_prompt_is_refused_or_dropped(tiny_model: Path, tmp_path: Path) -
         ("", "is empty"),
         ("\n\n", "is empty"),
         ('{"prompt": "x"', "cannot read"),
-        ("[1, 2]\n", "is not a list of objects"),
+        ("[1, 2]\n", "line 1 is a list, not an object with a prompt and an answer"),
         (
             '{"question": "x", "answer": "1"}\n',
             "has no field prompt, it has question, answer; set data.prompt_field",
@@ -326,7 +428,7 @@ def test_answers_that_the_grader_cannot_read_are_refused_or_dropped_before_gener
         assert usable_prompts(prompts[:4], config.data, pool) == prompts[:4]
     message = str(caught.value)
     assert "2 of 6 reference answers" in message
-    assert "\"How far?…\": not a number: 'far'" in message
+    assert "\"How far?\": not a number: 'far'" in message
     assert 'set data.bad_golds = "drop"' in message
 
 

@@ -16,9 +16,9 @@ def evaluate(config: Config, base: Path, weights: Mapping[int, Path]) -> dict[in
     """The accuracy of each weights file."""
     from safetensors.torch import load_file
 
-    assert config.evaluate.data is not None
-    renderer = PromptRenderer(base, config.evaluate.data)
-    prompts = load_prompts(config.evaluate.data, config, renderer)[: config.evaluate.training_prompts]
+    assert config.held_out is not None
+    renderer = PromptRenderer(base, config.held_out)
+    prompts = load_prompts(config.held_out, config, renderer)[: config.evaluate.training_prompts]
     engine = build_engine(config, base, renderer, beside_trainer=True)
     accuracies = {}
     with GraderPool(config.grader) as pool:

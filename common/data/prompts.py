@@ -4,12 +4,14 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import DataConfig, RunConfig
 from common.data.datasets import FORMATS, read_pairs, refuse_bad_golds
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.grading import GraderPool
 from common.model_files import model_numbers
 from common.model_reading import eos_token_ids
@@ -28,35 +30,71 @@ TEMPLATES = {
 }
 """Named templates; gsm8k, math and openr1 are the paper's (Table 4). "chat" is the tokenizer's own."""
 
+PROBES = ("What is 1 + 2?", "How many apples has Tom?")
+"""Questions that no template may render alike."""
+
+SHOWN_CHARACTERS = 60
+
+CONTROL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""The special tokens that say something to programs. Others, such as `<answer>`, are text."""
+
 
 class PromptRenderer:
     """Turns a question into what the model reads, and what the model wrote into text."""
 
     def __init__(self, folder: Path, data: DataConfig) -> None:
-        """Load the tokenizer. Raises UserError if it cannot end a completion or knows no chat template."""
+        """Load the tokenizer. Raises UserError if it cannot end a completion, or its chat template is unusable."""
+        self._folder, self._section = folder, data.section
         self.tokenizer = load_tokenizer(folder)
         self.template = prompt_template(data)
         self.eos_token_ids = eos_token_ids(folder, self.tokenizer.eos_token_id)
-        if self.template == "chat" and not self.tokenizer.chat_template:
-            raise UserError(
-                f'{folder} has no chat template; set data.template to a text containing "{{prompt}}"'
-            )
+        if self.template == "chat":
+            self._refuse_unusable_chat_template()
         self._bos = _leading_bos(self.tokenizer)
+        self._unseen = _control_token_ids(self.tokenizer, self.eos_token_ids)
 
     def render(self, text: str) -> tuple[int, ...]:
-        """The token ids of a question in its template, with the tokenizer's BOS if it uses one."""
-        if self.template == "chat":
-            rendered = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-        else:
-            rendered = self.template.replace("{prompt}", text)
+        """The token ids of a question in its template, with the tokenizer's BOS if it uses one. Raises UserError."""
+        rendered = self._chat(text) if self.template == "chat" else self.template.replace("{prompt}", text)
         ids = tuple(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+        if not ids:
+            raise UserError(
+                f"{self._folder}: the tokenizer makes no token of {_quoted(rendered)}; correct "
+                f"{self._section}.template or the question"
+            )
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a completion, special tokens left out."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """The text of a completion, in which tokens that only control programs, such as EOS, are left out."""
+        shown = list(filterfalse(self._unseen.__contains__, token_ids))
+        return str(self.tokenizer.decode(shown, skip_special_tokens=False))
+
+    def _chat(self, text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            )
+        except Exception as error:  # the template is a program that came with the model
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise self._chat_error(f"cannot render a question ({reason})") from error
+
+    def _refuse_unusable_chat_template(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f'{self._folder} has no chat template; set {self._section}.template to a text containing "{{prompt}}"'
+            )
+        rendered = {self._chat(question) for question in PROBES}
+        if len(rendered) < len(PROBES):
+            raise self._chat_error(f"renders every question to the same text, {_quoted(rendered.pop())}")
+
+    def _chat_error(self, what: str) -> UserError:
+        files = (self._folder / name for name in ("chat_template.jinja", "chat_template.json"))
+        file = next((file for file in files if file.is_file()), self._folder / "tokenizer_config.json")
+        return UserError(
+            f"{file}: the chat template {what}; correct it, or set {self._section}.template to a text containing "
+            '"{prompt}"'
+        )
 
     @property
     def pad_token_id(self) -> int:
@@ -69,6 +107,13 @@ class PromptRenderer:
         return {"template": template, "eos_token_ids": list(self.eos_token_ids)}
 
 
+def _quoted(text: str) -> str:
+    """The beginning of a text, in one line."""
+    return json.dumps(
+        text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…", ensure_ascii=False
+    )
+
+
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a local model folder. Raises UserError if there is none."""
     from transformers import AutoTokenizer
@@ -79,7 +124,18 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         # The tokenizers library raises bare Exceptions for a damaged file.
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
             raise
-        raise UserError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
+
+
+def _control_token_ids(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequence[int]) -> frozenset[int]:
+    """Those of EOS, BOS, padding and the like; an EOS id may also be that of a word, which is text."""
+    special = set(tokenizer.all_special_ids)
+    with suppress(
+        NotImplementedError
+    ):  # by mistral-common's tokenizers, whose special tokens are all among those
+        special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    control = {getattr(tokenizer, f"{name}_token_id") for name in CONTROL_TOKENS}
+    return frozenset(control.union(eos_token_ids) & special)
 
 
 def prompt_template(data: DataConfig) -> str:
@@ -90,7 +146,9 @@ def prompt_template(data: DataConfig) -> str:
     template = TEMPLATES.get(name, name)
     if "{prompt}" not in template:
         known = ", ".join([*TEMPLATES, "chat"])
-        raise UserError(f'data.template is "{name}": use one of {known}, or a text containing {{prompt}}')
+        raise UserError(
+            f'{data.section}.template is "{name}": use one of {known}, or a text containing {{prompt}}'
+        )
     return template
 
 
@@ -112,16 +170,28 @@ def load_prompts(data: DataConfig, config: RunConfig, renderer: PromptRenderer) 
 def usable_prompts(prompts: Sequence[Prompt], data: DataConfig, pool: GraderPool) -> list[Prompt]:
     """The prompts whose reference answer the grader can use, found before anything is generated for them.
 
-    Raises UserError, naming the others, unless data.bad_golds says to drop them.
+    Raises UserError, naming the others, unless data.bad_golds says to drop them; also for a grader of the user's own
+    that returns no reward.
     """
+    if prompts:
+        pool.try_out(prompts[0].text, prompts[0].answer)
     verdicts = pool.validate_golds([prompt.answer for prompt in prompts])
     judged = list(zip(prompts, verdicts, strict=True))
     refuse_bad_golds(
-        [f'"{prompt.text[:60]}…": {problem}' for prompt, problem in judged if problem is not None],
+        [f"{_quoted(prompt.text)}: {problem}" for prompt, problem in judged if problem is not None],
         len(prompts),
         data,
     )
     return [prompt for prompt, problem in judged if problem is None]
+
+
+def refuse_none_usable(prompts: Sequence[Prompt], data: DataConfig) -> None:
+    """Raise UserError where no prompt is left."""
+    if not prompts:
+        raise UserError(
+            f"no prompt of {data.title} is left: the grader can use none of the reference answers; "
+            f"check {data.section}.answer_field and grader.name"
+        )
 
 
 def prompts_from_pairs(
@@ -132,17 +202,20 @@ def prompts_from_pairs(
     Raises UserError if a prompt is longer than data.max_prompt_tokens, or if none is left.
     """
     prompts: dict[str, Prompt] = {}
+    too_long = 0
     for text, answer in pairs:
         identifier = prompt_id(text, answer)
         if identifier in prompts:
             continue
         token_ids = renderer.render(text)
         if len(token_ids) > data.max_prompt_tokens:
+            too_long += 1
             if data.long_prompts == "drop":
                 continue
             raise UserError(
-                f"a prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}: "
-                f'"{text[:60]}…"; raise the limit or set data.long_prompts = "drop"'
+                f"a prompt has {len(token_ids)} tokens, more than {data.section}.max_prompt_tokens = "
+                f"{data.max_prompt_tokens}: {_quoted(text)}; raise the limit or set "
+                f'{data.section}.long_prompts = "drop"'
             )
         compact = array("i", token_ids)
         prompts[identifier] = Prompt(
@@ -152,11 +225,12 @@ def prompts_from_pairs(
             token_ids=compact,
             token_hash=hashlib.sha256(compact.tobytes()).hexdigest()[:16],
         )
-    if not prompts:
+    if too_long and not prompts:
         raise UserError(
-            f"no prompt of {data.path or data.format} is left: all are longer than data.max_prompt_tokens "
-            "or have a reference answer that the grader cannot use"
+            f"no prompt of {data.title} is left: all are longer than {data.section}.max_prompt_tokens = "
+            f"{data.max_prompt_tokens}; raise the limit"
         )
+    refuse_none_usable(list(prompts.values()), data)
     return list(prompts.values())
 
 
@@ -166,8 +240,11 @@ def longest_allowed_prompt(config: RunConfig) -> int:
     return max(section.max_prompt_tokens for section in sections)
 
 
-def check_fit(prompts: Sequence[Prompt], config: RunConfig, folder: Path) -> None:
-    """Raise UserError unless the model can read every prompt's tokens and has room for it and its completion."""
+def check_fit(
+    prompts: Sequence[Prompt], config: RunConfig, folder: Path, data: DataConfig | None = None
+) -> None:
+    """Raise UserError unless the model can read each prompt, of [data] or `data`, and has room for its completion."""
+    section = (data or config.data).section
     numbers = model_numbers(folder)
     rows = numbers.get("vocab_size")
     for prompt in prompts:
@@ -182,7 +259,7 @@ def check_fit(prompts: Sequence[Prompt], config: RunConfig, folder: Path) -> Non
     length = numbers.get("max_position_embeddings")
     if length is not None and longest + completion > length:
         raise UserError(
-            f"the longest prompt ({longest} tokens) and sampling.max_completion_tokens ({completion}) need "
-            f"{longest + completion} tokens, more than the model's context of {length}; lower max_completion_tokens, "
-            'or data.max_prompt_tokens with data.long_prompts = "drop"'
+            f"the longest prompt of [{section}] ({longest} tokens) and sampling.max_completion_tokens ({completion}) "
+            f"need {longest + completion} tokens, more than the model's context of {length}; lower "
+            f'max_completion_tokens, or {section}.max_prompt_tokens with {section}.long_prompts = "drop"'
         )

@@ -6,11 +6,11 @@ killed. Names that need pydantic or threads load on first use: a worker imports 
 
 from typing import TYPE_CHECKING, Any
 
-from common.grading.outcome import OUTCOMES, UNJUDGED, Grade, Outcome, reward_of
+from common.grading.outcome import OUTCOMES, UNJUDGED, Grade, Outcome, negative_rewards_warning, reward_of
 
 if TYPE_CHECKING:
     from common.grading.config import GraderConfig, fingerprint
-    from common.grading.graders import GRADERS, extract_gold, validate_gold
+    from common.grading.graders import GRADERS, extract_gold, find_grader, validate_gold
     from common.grading.pool import GraderPool, GradingTask
 
 __all__ = [
@@ -23,7 +23,9 @@ __all__ = [
     "GradingTask",
     "Outcome",
     "extract_gold",
+    "find_grader",
     "fingerprint",
+    "negative_rewards_warning",
     "reward_of",
     "validate_gold",
 ]

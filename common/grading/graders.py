@@ -14,7 +14,10 @@ _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grader:
-    """A named rule. `warm_up` loads what the first grade would otherwise load on its own deadline."""
+    """A named rule. `warm_up` loads what the first grade would otherwise load on its own deadline.
+
+    `own_seconds` is the time that it gives a completion itself.
+    """
 
     name: str
     version: str
@@ -23,6 +26,7 @@ class Grader:
     validate_gold: Callable[[str], str | None]
     warm_up: Callable[[], object]
     max_completion_characters: int | None = None
+    own_seconds: float = 0.0
 
 
 GRADERS: dict[str, Grader] = {
@@ -52,6 +56,7 @@ GRADERS: dict[str, Grader] = {
         validate_gold=rule_code.validate_gold,
         warm_up=rule_code.warm_up,
         max_completion_characters=rule_code.MAX_COMPLETION_CHARACTERS,
+        own_seconds=rule_code.SECONDS,
     ),
 }
 

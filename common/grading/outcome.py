@@ -3,6 +3,7 @@
 Both stages import these nouns; neither assigns a reward of its own.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,6 +27,9 @@ OUTCOMES = [outcome.value for outcome in Outcome]
 
 UNJUDGED = frozenset({Outcome.VERIFIER_TIMEOUT, Outcome.VERIFIER_CRASH})
 """Outcomes that say nothing about the completion: the grader failed."""
+
+UNREAD = UNJUDGED | {Outcome.TRUNCATED}
+"""Outcomes whose reward is 0 whatever the completion says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,23 @@ def reward_of(outcome: Outcome) -> float:
     one the regression target is about. A custom reward replaces this table for what it did grade.
     """
     return 1.0 if outcome is Outcome.CORRECT else 0.0
+
+
+def negative_rewards_warning(outcomes: Iterable[str], rewards: Iterable[float]) -> str | None:
+    """A line for where 0, the reward of a completion that was not read or judged, is better than that of a bad one."""
+    unread = total = 0
+    lowest = 0.0
+    for outcome, reward in zip(outcomes, rewards, strict=True):
+        total += 1
+        unread += outcome in UNREAD
+        lowest = min(lowest, reward)
+    if not unread or lowest == 0:
+        return None
+    return (
+        f"warning: rewards go down to {lowest:g}, but the {unread:,} of {total:,} completions that were cut off or "
+        "could not be judged have 0, which is better: completions that never end are rewarded; shift the rewards so "
+        "that none is below 0 (docs/grading.md)"
+    )
 
 
 def graded(outcome: Outcome, extracted: str | None = None, *, reason: str | None = None) -> Grade:

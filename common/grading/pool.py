@@ -16,9 +16,10 @@ from typing import Any, Self
 
 from common.errors import UserError
 from common.grading.config import GraderConfig
-from common.grading.graders import find_grader
+from common.grading.graders import GRADERS, find_grader
 from common.grading.outcome import Grade, Outcome, graded
 from common.grading.process import Inbox, Job, WorkerProcess
+from common.grading.rule_custom import refuse_wrong_type
 
 MAX_QUEUED = 16_384
 MAX_QUEUED_CHARACTERS = 64 * 1024**2
@@ -109,6 +110,15 @@ class GraderPool:
             self._enqueue(Job(inbox, position, "", None, answer))
         grades = [grade for _, grade in sorted(self._wait(inbox), key=lambda pair: pair[0])]
         return [None if grade.outcome is Outcome.CORRECT else grade.reason for grade in grades]
+
+    def try_out(self, prompt: str, answer: str) -> None:
+        """Has a custom grader judge an empty completion, before anything is generated.
+
+        Raises UserError if it returns what is no reward whatever the completion.
+        """
+        if self._config.name not in GRADERS:
+            (grade,) = self.grade_all([GradingTask(prompt=prompt, completion="", answer=answer)])
+            refuse_wrong_type(self._config.name, grade)
 
     def close(self) -> None:
         """Ends the workers; grades not collected by now are lost."""

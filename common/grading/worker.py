@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
+from common.errors import UserError
 from common.grading.graders import Grader, find_grader
 from common.grading.outcome import Grade, Outcome, graded
 from common.grading.progress import ProgressPage
@@ -133,8 +134,8 @@ def main() -> None:
     try:
         grader = find_grader(name)
         grader.warm_up()
-    except Exception as error:  # noqa: BLE001  whatever a user's module raises on import is news for the parent
-        send(connection, f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001  whatever stops it is news for the parent
+        send(connection, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         return
     send(connection, None)
     Worker(grader, connection, page, float(timeout_seconds)).serve()

@@ -33,7 +33,7 @@ class PPO(Section):
     """How often an iteration goes over its batch."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """ε."""
-    value_clip: Annotated[float, Field(gt=0)] = 0.5
+    value_clip: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 0.5
     """c; inf switches it off."""
     discount: Annotated[float, Field(ge=0, le=1)] = 1.0
     """γ."""

@@ -1,0 +1,59 @@
+"""Cells of a data set as texts: what JSON or a Parquet column can hold, exactly as it stands there, or refused."""
+
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+SHORT_FLOATS = (pl.Float16, pl.Float32)
+MOST_DIGITS = 400
+"""Of a decimal, before or after the point: more than any double has."""
+
+
+def rows_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """A frame's rows, with the numbers of short floats as the shortest decimals of their own type: 1.1 stays 1.1."""
+    short = [
+        pl.Series(
+            column.name, [_widened(value, column.dtype) for value in column.to_list()], dtype=pl.Float64
+        )
+        for column in frame
+        if column.dtype in SHORT_FLOATS
+    ]
+    return frame.with_columns(short).to_dicts()
+
+
+def _widened(value: float | None, dtype: pl.DataType) -> float | None:
+    own: type[np.floating[Any]] = np.float32 if dtype == pl.Float32 else np.float16
+    return None if value is None else float(str(own(value)))
+
+
+def number_of(literal: str) -> float | Decimal:
+    """A number of a JSON file: a float, or where that would not keep all of its digits, a decimal."""
+    number, exact = float(literal), Decimal(literal)
+    return number if Decimal(repr(number)) == exact else exact
+
+
+def text_of(value: Any) -> str:
+    """The text of a cell: a text itself, or a number without an exponent.
+
+    Raises TypeError or ValueError, which says what the cell is, for anything else: also for a boolean, of which nobody
+    knows how a completion would spell it.
+    """
+    if value is None:
+        raise ValueError("is missing")
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("holds half of a UTF-16 pair, which no file can store")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise TypeError(f"is a {type(value).__name__}, not a text or a number")
+    if isinstance(value, int):
+        return str(value)
+    if not Decimal(value).is_finite():
+        raise ValueError(f"is {value}, not a number")
+    if isinstance(value, float):
+        return np.format_float_positional(value, trim="0")
+    if abs(value.adjusted()) > MOST_DIGITS:
+        raise ValueError(f"is {value}, which is out of range")
+    return format(value, "f")

@@ -1,0 +1,52 @@
+"""Held-out prompts beside those for training: whether they are asked alike, and whether they are other questions."""
+
+from collections.abc import Iterable
+
+from common.config import DataConfig, RunConfig
+from common.data.datasets import read_rows
+from common.data.prompts import prompt_template
+from common.errors import UserError
+
+
+def remarks(config: RunConfig, held_out: Iterable[str], training: Iterable[str]) -> list[str]:
+    """What a reader of held-out figures must know, in lines: another template, questions that are also trained on."""
+    data = config.held_out
+    assert data is not None, "there are held-out prompts"
+    return [*_other_template(config.data, data), *_shared(list(held_out), training)]
+
+
+def remarks_beside_data(config: RunConfig, held_out: Iterable[str]) -> list[str]:
+    """The same where the prompts for training, those of [data], have not been read; they need not be there."""
+    try:
+        training = [row.question for row in read_rows(config.data, config)]
+    except UserError as error:
+        return [
+            *remarks(config, held_out, ()),
+            f"whether held-out prompts are also training prompts cannot be told: {error}",
+        ]
+    return remarks(config, held_out, training)
+
+
+def _other_template(training: DataConfig, held_out: DataConfig) -> list[str]:
+    ours, theirs = prompt_template(training), prompt_template(held_out)
+    if ours == theirs:
+        return []
+    return [
+        f"held-out prompts are asked in another template, {theirs!r}, than training prompts, {ours!r}: "
+        "set evaluate.data.template to that of [data] if this is not meant"
+    ]
+
+
+def _shared(held_out: list[str], training: Iterable[str]) -> list[str]:
+    known = {_normalised(question) for question in training}
+    shared = sum(_normalised(question) in known for question in held_out)
+    if not shared:
+        return []
+    return [
+        f"{shared:,} of {len(held_out):,} held-out prompts are also training prompts: their accuracy says little about "
+        "new questions; take other rows for evaluate.data"
+    ]
+
+
+def _normalised(question: str) -> str:
+    return " ".join(question.split())
