@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 from common.errors import UserError
+from common.files import UNWRITABLE
+from common.messages import leave, prepare_output, print_json
 
 # Read when torch is imported. OpenMP threads that wait by spinning crawl as soon as anything else wants their cores;
 # a short spin before they sleep keeps small models fast.
@@ -69,7 +71,8 @@ def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides 
     if path.exists():
         console.print(f"nothing to do: {path} exists")
         return
-    build_base_model(path, seed=settings.seed, progress=console.print)
+    with _libraries_logged(settings.run):
+        build_base_model(path, seed=settings.seed, progress=console.print)
 
 
 @app.command()
@@ -107,11 +110,11 @@ def vstar(
     if (adaptive is None) != (budget is None):
         raise UserError("--adaptive and --budget go together, for example --adaptive 0.05 --budget 100000")
     settings = load_config(config, overrides or (), run)
-    from stage1_vstar.adaptive import Rule
-    from stage1_vstar.run import run_stage1
+    with _ending_cleanly(), _libraries_logged(settings.run):
+        from stage1_vstar.adaptive import Rule
+        from stage1_vstar.run import run_stage1
 
-    rule = None if adaptive is None or budget is None else Rule(target_se=adaptive, budget=budget)
-    with _ending_cleanly():
+        rule = None if adaptive is None or budget is None else Rule(target_se=adaptive, budget=budget)
         run_stage1(settings, console, shard=part, adaptive=rule, allow_mismatch=allow_mismatch or ())
 
 
@@ -128,12 +131,15 @@ def train(
     Another objective: --set train.objective.name=grpo (docs/objectives.md lists them). Those that need nothing of
     stage 1 take their prompts from [data], or with --vstar those that the file keeps.
     """
+    from common.packages import refuse_missing
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    from stage2_train.run import run_stage2
+    for package in ("deepspeed", "peft", "tensorboard"):
+        refuse_missing(package, "this is a command of stage 2", "make setup")
+    with _ending_cleanly("what is in the last checkpoint"), _libraries_logged(settings.run):
+        from stage2_train.run import run_stage2
 
-    with _ending_cleanly("what is in the last checkpoint"):
         run_stage2(settings, console, vstar_file, allow_mismatch or ())
 
 
@@ -180,9 +186,9 @@ def regrade(
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    from stage1_vstar.regrade import run_regrade
+    with _ending_cleanly(), _libraries_logged(settings.run):
+        from stage1_vstar.regrade import run_regrade
 
-    with _ending_cleanly():
         run_regrade(settings, console, as_json=as_json)
 
 
@@ -200,12 +206,14 @@ def forecast(
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    from stage2_train.forecast import forecast as forecast_training
-    from stage2_train.forecast import show, to_json
+    source = _vstar_path(settings.run, vstar_file)
+    with _libraries_logged(settings.run):
+        from stage2_train.forecast import forecast as forecast_training
+        from stage2_train.forecast import show, to_json
 
-    figures = forecast_training(settings, _vstar_path(settings.run, vstar_file), gpus=gpus, gpu_gib=gpu_gib)
+        figures = forecast_training(settings, source, gpus=gpus, gpu_gib=gpu_gib)
     if as_json:
-        print(to_json(figures))
+        print_json(to_json(figures))
     else:
         show(figures, console)
 
@@ -233,9 +241,6 @@ def evaluate(
 
     settings = load_config(config, overrides or (), run)
     paths = run_paths(settings.run)
-    from stage2_train.evaluate import evaluate as evaluate_models
-    from stage2_train.evaluate import show
-
     if model is None and not paths.model.is_dir():
         raise UserError(f"there is no {paths.model}: run `python cli.py train` first, or give a --model")
     models = (
@@ -243,14 +248,17 @@ def evaluate(
         if model is None
         else {"model": model}
     )
-    results = evaluate_models(
-        settings, list(models.values()), Console(stderr=True, highlight=False, markup=False)
-    )
+    with _libraries_logged(settings.run):
+        from stage2_train.evaluate import evaluate as evaluate_models
+        from stage2_train.evaluate import show
+
+        notices = Console(stderr=True, highlight=False, markup=False)
+        results = evaluate_models(settings, list(models.values()), notices)
     if model is None:
         for name, result in zip(models, results, strict=True):
             write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
     if as_json:
-        print(json.dumps(results if model is None else results[0], indent=2))
+        print_json(json.dumps(results if model is None else results[0], indent=2))
     else:
         for result in results:
             show(result, console)
@@ -324,7 +332,7 @@ def filter_command(
     with _writing(output or source):
         filtered = filter_prompts(source, output, rules)
     if as_json:
-        print(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
+        print_json(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
     else:
         for line in filtered.lines():
             console.print(line, soft_wrap=True)
@@ -351,7 +359,7 @@ def sweep(
     source = _vstar_path(run, vstar_file)
     swept = run_sweep(source, beta1=beta1 or (), num_samples=num_samples or ())
     if as_json:
-        print(swept.to_json())
+        print_json(swept.to_json())
     else:
         show(swept, console)
         console.print(
@@ -371,7 +379,7 @@ def inspect(
 
     figures = describe(_vstar_path(run, vstar_file))
     if as_json:
-        print(to_json(figures))
+        print_json(to_json(figures))
     else:
         show(figures, console)
 
@@ -404,26 +412,40 @@ def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"interrupted: {kept} is kept; the same command continues", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)
+        # After the mistake of another process, whose launcher then ends this one, it would be beside the point.
+        leave(130, f"interrupted: {kept} is kept; the same command continues", unless_said=True)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _libraries_logged(run: str) -> AbstractContextManager[None]:
+    """Meanwhile libraries speak to a log of the run."""
+    from common.library_log import libraries_logged
+    from common.runs import run_paths
+
+    return libraries_logged(run_paths(run).libraries_log)
+
+
+def main() -> None:
+    """Run a command. What a user can mend ends it with one line and exit code 2."""
+    prepare_output()
     try:
-        yield
+        try:
+            app()
+        except SystemExit:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            raise
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun each rank finds the same mistake
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.stdout.flush()
-        # Engines and grader processes may still be up: leave without waiting for their threads.
-        os._exit(2)
+        leave(2, f"error: {' '.join(str(error).split())}")
+    except BrokenPipeError:  # whoever read the output has enough
+        os._exit(1)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        place = error.filename or "standard output"
+        leave(2, f"error: {place}: {error.strerror}; make room, or correct the path or its permissions")
 
 
 if __name__ == "__main__":
-    with _one_line_errors():
-        app()
+    main()

@@ -16,6 +16,7 @@ from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
 from common.grading import GraderPool, Outcome, fingerprint
+from common.messages import print_json
 from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.sampling.generate import write_graded
@@ -121,7 +122,7 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
         CHANGES.write(changes, made_of, regraded.changes)
         write_text(regraded.summary, summary.to_json() + "\n")
     if as_json:
-        print(summary.to_json())
+        print_json(summary.to_json())
     else:
         show(summary, changes, regraded.root, console)
 

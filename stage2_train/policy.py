@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from common.files import writing_to
 from stage2_train.batch import TokenBatch, TokenLogprobs
-from stage2_train.checkpoint import writing_to
 from stage2_train.config import Config
 from stage2_train.learner import Learner
 from stage2_train.logprobs import VocabularyHead, load_model, token_logprobs
@@ -103,7 +103,7 @@ class Policy:
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            with writing_to(temporary, self._ranks):
+            with writing_to(temporary):
                 self.learner.module.model.save_pretrained(temporary, state_dict=state)
                 if self._adapter:
                     self._adapter.save(temporary / "adapter", adapter_state)

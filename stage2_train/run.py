@@ -3,9 +3,7 @@
 A re-run continues or does nothing.
 """
 
-import importlib.util
 import json
-import os
 from collections.abc import Collection
 from contextlib import ExitStack, closing
 from functools import partial
@@ -15,15 +13,16 @@ from rich.console import Console
 
 from common.engines import EngineBuilder, build_engine
 from common.errors import UserError
-from common.files import write_text
+from common.files import write_text, writing_to
 from common.grading import GraderPool
+from common.packages import refuse_missing
 from common.runs import RunPaths, exclusive_run, run_paths
 from stage2_train.checkpoint import latest_state, newest_intact, read_state
 from stage2_train.completions import forget_completions
 from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
 from stage2_train.metrics import MetricsLog
-from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.ranks import Ranks, join_ranks, launched_processes
 from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw, train
@@ -50,9 +49,7 @@ def run_stage2(
     Everything a user can get wrong is checked before a model loads. `observers` watch each iteration before all
     others. Raises UserError.
     """
-    if os.environ.get("RANK", "0") != "0":
-        console = Console(quiet=True)
-    _refuse_uneven_split(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _refuse_uneven_split(config, launched_processes())
     _refuse_missing_wandb(config)
     paths = run_paths(config.run)
     if vstar_file is None and config.train.reads_stage1:
@@ -63,6 +60,8 @@ def run_stage2(
                 "`python cli.py vstar`, or choose an objective that does without stage 1, such as grpo"
             )
     ranks = join_ranks(config.seed)
+    if not ranks.is_main:
+        console = Console(quiet=True)
     data = prepare(config, vstar_file, allow_mismatch, ranks)
     with ExitStack() as job:
         pool = job.enter_context(GraderPool(config.grader))
@@ -115,7 +114,8 @@ def _train(
         log = None
         if ranks.is_main:
             begin = done + 1 if done else 0
-            forget_completions(paths.completions, begin)
+            with writing_to(paths.completions):
+                forget_completions(paths.completions, begin)
             log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
             ending.enter_context(closing(log))
         watchers = [*observers, *_watchers(trainer, paths, console, log)]
@@ -165,8 +165,8 @@ def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
 
 
 def _refuse_missing_wandb(config: Config) -> None:
-    if config.train.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError("train.wandb_project is set but wandb is not installed: .venv/bin/pip install wandb")
+    if config.train.wandb_project is not None:
+        refuse_missing("wandb", "train.wandb_project is set", ".venv/bin/pip install wandb")
 
 
 def _refuse_uneven_split(config: Config, processes: int) -> None:

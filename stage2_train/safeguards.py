@@ -27,9 +27,10 @@ GENTLER = "lower train.learning_rate or raise train.warmup_steps, and start agai
 class StopRequest:
     """SIGTERM or Ctrl-C asks for an end with a checkpoint after the running iteration; the second one ends at once."""
 
-    def __init__(self) -> None:
-        """Not asked for yet."""
+    def __init__(self, *, is_main: bool) -> None:
+        """Not asked for yet; the main rank will say that it was heard."""
         self.is_made = False
+        self._is_main = is_main
 
     def __enter__(self) -> Self:
         self._before = {
@@ -47,7 +48,7 @@ class StopRequest:
         if self.is_made:
             raise KeyboardInterrupt
         self.is_made = True
-        if os.environ.get("RANK", "0") == "0":
+        if self._is_main:
             # print() is not to be called from a signal's handler: it may be interrupting itself.
             os.write(2, b"ending after this iteration with a checkpoint; a second signal ends at once\n")
 

@@ -36,7 +36,7 @@ def train(trainer: "Trainer", watchers: Sequence[Watcher], *, first: int, last: 
 
     Raises KeyboardInterrupt where SIGTERM or Ctrl-C asked for it, after the watchers' turn.
     """
-    with StopRequest() as stop:
+    with StopRequest(is_main=trainer.ranks.is_main) as stop:
         if first == 1:
             start = Turn(number=0, metrics={}, rollouts=[], is_last=False)
             for watcher in watchers:
