@@ -16,7 +16,7 @@ from rich.console import Console
 
 from common.errors import UserError
 from common.files import UNWRITABLE
-from common.messages import leave, prepare_output, print_json
+from common.messages import leave, prepare_output, print_json, say_defect
 
 # Read when torch is imported. OpenMP threads that wait by spinning crawl as soon as anything else wants their cores;
 # a short spin before they sleep keeps small models fast.
@@ -445,6 +445,8 @@ def main() -> None:
             raise
         place = error.filename or "standard output"
         leave(2, f"error: {place}: {error.strerror}; make room, or correct the path or its permissions")
+    finally:
+        sys.excepthook = say_defect  # typer has put its own there
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A link is followed: the file that it points to is replaced. Raises UserError where the disk is full, the folder
     cannot be written to, or the path is that of a folder, a device or a pipe; the final name is untouched then.
     """
+    refuse_unless_file(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}.tmp")
-    refuse_unless_file(path)
     try:
         with writing_to(path):
             target.parent.mkdir(parents=True, exist_ok=True)

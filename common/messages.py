@@ -36,7 +36,6 @@ def prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.excepthook = _say_defect
 
 
 def print_json(document: str) -> None:
@@ -78,6 +77,11 @@ def say_once(message: str, *, unless_said: bool = False) -> None:
             os.close(note)
 
 
+def say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of what no user can mend; for sys.excepthook."""
+    say_once("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
 def _open_note() -> int | None:
     """The locked file of what this job's processes have said; None for a process alone, or where it cannot be had."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -106,7 +110,3 @@ def _said_since(started: float, note: int | None) -> set[str]:
     lines = os.pread(note, os.fstat(note).st_size, 0).decode().splitlines()
     entries = [line.split() for line in lines if line.count(" ") == 1]
     return {digest for seconds, digest in entries if float(seconds) >= started}
-
-
-def _say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    say_once("".join(traceback.format_exception(kind, error, trace)).rstrip())

@@ -142,7 +142,7 @@ def run_paths(run: str) -> RunPaths:
     """
     if not is_run_name(run):
         raise UserError(f"run should match pattern '{RUN_NAME}', found {run!r}; give the name of a run")
-    return RunPaths(Path(os.environ.get("ASTAR_PO_ARTIFACTS", REPOSITORY / "artifacts")) / run)
+    return RunPaths(Path(os.environ.get("ASTAR_PO_ARTIFACTS") or REPOSITORY / "artifacts") / run)
 
 
 def is_run_name(text: str) -> bool:
