@@ -12,8 +12,8 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from common.console import Output
 from common.errors import UserError
 from common.files import UNWRITABLE
 from common.messages import leave, prepare_output, print_json, say_defect
@@ -34,9 +34,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(highlight=False, markup=False)  # model and data text may look like markup
+console = Output()
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's TOML file; see configs/.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Option(
+        "--config", "-c", help="The run's TOML file; see configs/.", show_default="configs/demo.toml"
+    ),
+]
 Run = Annotated[
     str | None, typer.Option("--run", help="Artifacts go to artifacts/RUN; by default the config's run.")
 ]
@@ -59,7 +64,7 @@ RunName = Annotated[str, typer.Option("--run", help="The run whose artifact is r
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
 
-@app.command("base-model")
+@app.command("base-model", short_help="Pre-train the demo's tiny reference model.")
 def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None) -> None:
     """Pre-train the demo's tiny reference model from scratch (about a minute, no download)."""
     from common.demo.base_model import build_base_model
@@ -75,7 +80,7 @@ def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides 
         build_base_model(path, seed=settings.seed, progress=console.print)
 
 
-@app.command()
+@app.command(short_help="Stage 1: sample, grade and estimate V̂*.")
 def vstar(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -118,7 +123,7 @@ def vstar(
         run_stage1(settings, console, shard=part, adaptive=rule, allow_mismatch=allow_mismatch or ())
 
 
-@app.command()
+@app.command(short_help="Stage 2: train.")
 def train(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -140,6 +145,7 @@ def train(
     with _ending_cleanly("what is in the last checkpoint"), _libraries_logged(settings.run):
         from stage2_train.run import run_stage2
 
+        console.outlives_its_reader = True
         run_stage2(settings, console, vstar_file, allow_mismatch or ())
 
 
@@ -158,7 +164,7 @@ def needs_stage1(
     raise typer.Exit(0 if needed else 1)
 
 
-@app.command()
+@app.command(short_help="Add the samples of other runs to a run.")
 def merge(
     sources: Annotated[list[str], typer.Argument(help="Runs by name, or folders that hold samples/.")],
     run: Annotated[str, typer.Option("--run", help="The run that the samples are added to.")],
@@ -175,7 +181,7 @@ def merge(
     merge_runs(sources, run, console, allow_mismatch or ())
 
 
-@app.command()
+@app.command(short_help="Grade a run's completions anew, and compare.")
 def regrade(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -192,7 +198,7 @@ def regrade(
         run_regrade(settings, console, as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="What stage 2 will take.")
 def forecast(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -218,7 +224,7 @@ def forecast(
         show(figures, console)
 
 
-@app.command()
+@app.command(short_help="Accuracy and KL on held-out prompts.")
 def evaluate(
     model: Annotated[
         Path | None,
@@ -252,8 +258,7 @@ def evaluate(
         from stage2_train.evaluate import evaluate as evaluate_models
         from stage2_train.evaluate import show
 
-        notices = Console(stderr=True, highlight=False, markup=False)
-        results = evaluate_models(settings, list(models.values()), notices)
+        results = evaluate_models(settings, list(models.values()), Output(stderr=True))
     if model is None:
         for name, result in zip(models, results, strict=True):
             write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
@@ -264,7 +269,7 @@ def evaluate(
             show(result, console)
 
 
-@app.command()
+@app.command(short_help="A run on one page.")
 def report(run: RunName = "demo") -> None:
     """A run on one page, report/report.html: distributions, samples, cost, provenance, and what training did."""
     from common.report import write_report
@@ -273,7 +278,7 @@ def report(run: RunName = "demo") -> None:
     write_report(run_paths(run), console)
 
 
-@app.command()
+@app.command(short_help="V̂* under a new β1 or by another estimator.")
 def rescore(
     beta1: Annotated[float, typer.Option("--beta1", help="β1 from 0 (best reward) to inf (mean).")],
     run: RunName = "demo",
@@ -290,10 +295,10 @@ def rescore(
         raise UserError(f"--beta1 must be 0 or more (inf is the mean), found {beta1}")
     source = _vstar_path(run, vstar_file)
     with _writing(output or source):
-        console.print(rescore_file(source, output or source, beta1, estimator), soft_wrap=True)
+        console.print(rescore_file(source, output or source, beta1, estimator))
 
 
-@app.command("filter")
+@app.command("filter", short_help="Choose the prompts to train on.")
 def filter_command(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
@@ -335,10 +340,10 @@ def filter_command(
         print_json(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
     else:
         for line in filtered.lines():
-            console.print(line, soft_wrap=True)
+            console.print(line)
 
 
-@app.command()
+@app.command(short_help="Which N, which β1.")
 def sweep(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
@@ -362,13 +367,10 @@ def sweep(
         print_json(swept.to_json())
     else:
         show(swept, console)
-        console.print(
-            f"{sweep_file(source, 'png')}, .svg and .json: the same as plots, and more figures",
-            soft_wrap=True,
-        )
+        console.print(f"{sweep_file(source, 'png')}, .svg and .json: the same as plots, and more figures")
 
 
-@app.command()
+@app.command(short_help="What is in an artifact.")
 def inspect(
     run: RunName = "demo",
     vstar_file: VstarFile = None,

@@ -119,7 +119,7 @@ def _train(
             log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
             ending.enter_context(closing(log))
         watchers = [*observers, *_watchers(trainer, paths, console, log)]
-        train(trainer, watchers, first=done + 1, last=last)
+        train(trainer, watchers, console, first=done + 1, last=last)
 
 
 def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsLog | None) -> list[Watcher]:
