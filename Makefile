@@ -4,11 +4,14 @@
 # ACCELERATOR=cpu|cuda overrides what is found on this machine. NPROC=4 trains on four processes.
 
 SHELL := /bin/bash
+# For a shell: one word, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
 PYTHON ?= python3
 ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 CONFIG ?= configs/demo.toml
 ifndef RUN
-RUN := $(shell $(PYTHON) -c 'import tomllib; print(tomllib.load(open("$(CONFIG)", "rb"))["run"])' 2>/dev/null)
+RUN := $(shell $(PYTHON) -c 'import re, sys, tomllib; run = tomllib.load(open(sys.argv[1], "rb"))["run"]; \
+	print(run if re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", run) else "")' $(call quoted,$(CONFIG)) 2>/dev/null)
 endif
 NPROC ?= 1
 ARGS ?=
@@ -16,12 +19,23 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 ARTIFACTS := $(if $(ASTAR_PO_ARTIFACTS),$(ASTAR_PO_ARTIFACTS),artifacts)
-FOLDER := $(ARTIFACTS)/$(or $(RUN),unknown)
+# As in common/runs.py. The names of targets have no spaces.
+ifneq ($(RUN),)
+ifneq ($(shell printf %s $(call quoted,$(RUN)) | LC_ALL=C grep -cxE '[A-Za-z0-9][A-Za-z0-9._-]*'),1)
+$(error RUN=$(RUN): a run's name is of letters, digits, ".", "_" and "-", and begins with a letter or digit)
+endif
+endif
+ifneq ($(words $(VENV)),1)
+$(error VENV=$(VENV): give a folder whose path has no spaces)
+endif
+FOLDER = $(call quoted,$(ARTIFACTS)/$(or $(RUN),unknown))
 # Without a RUN the config is missing or wrong: the command line says what about it.
-OPTIONS = --config $(CONFIG) $(if $(RUN),--run $(RUN)) $(ARGS)
+OPTIONS = --config $(call quoted,$(CONFIG)) $(if $(RUN),--run $(RUN)) $(ARGS)
 INSTALLED := $(VENV)/.$(ACCELERATOR)
 # The demo's config points at a base model of its own making; other configs bring theirs.
-BASE_MODEL := $(if $(shell grep -s '{run}/base_model' $(CONFIG)),$(FOLDER)/base_model)
+BASE_MODEL := $(if $(shell grep -s '{run}/base_model' -- $(call quoted,$(CONFIG))),yes)
+IF_MISSING = [ -e $(FOLDER)/$(1) ] ||
+MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python cli.py base-model $(OPTIONS))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -60,20 +74,17 @@ setup: $(INSTALLED)-train ## Install everything that both stages need into .venv
 
 setup-stage1: $(INSTALLED)-stage1 ## Install what stage 1 and the offline commands need (no deepspeed)
 
-base-model: $(FOLDER)/base_model ## Pre-train the demo's reference model
+base-model: $(INSTALLED)-stage1 ## Pre-train the demo's reference model
+	@$(call IF_MISSING,base_model) $(BIN)/python cli.py base-model $(OPTIONS)
 
-$(FOLDER)/base_model: | $(INSTALLED)-stage1
-	@$(BIN)/python cli.py base-model $(OPTIONS)
-
-vstar: $(INSTALLED)-stage1 $(BASE_MODEL) ## Stage 1: sample, grade, estimate V̂*; continues where it stopped
+vstar: $(INSTALLED)-stage1 ## Stage 1: sample, grade, estimate V̂*; continues where it stopped
+	@$(MAKE_BASE_MODEL)
 	@$(BIN)/python cli.py vstar $(OPTIONS)
 
-$(FOLDER)/vstar.parquet: | $(INSTALLED)-stage1 $(BASE_MODEL)
-	@$(BIN)/python cli.py vstar $(OPTIONS)
-
-train: $(INSTALLED)-train $(BASE_MODEL) ## Stage 2: train, after stage 1 where the objective needs it; continues where it stopped
+train: $(INSTALLED)-train ## Stage 2: train, after stage 1 where the objective needs it; continues where it stopped
+	@$(MAKE_BASE_MODEL)
 	@if [ ! -e $(FOLDER)/vstar.parquet ] && $(BIN)/python cli.py needs-stage1 $(OPTIONS) 2>/dev/null; then \
-		$(MAKE) --no-print-directory $(FOLDER)/vstar.parquet; \
+		$(MAKE) --no-print-directory vstar; \
 	fi
 	@$(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC) --) cli.py train $(OPTIONS)
 
@@ -112,4 +123,4 @@ lock: $(INSTALLED)-stage1 ## Pin the requirements anew
 	@$(BIN)/pip install -q uv && PATH="$(BIN):$$PATH" requirements/lock.sh
 
 clean: ## Remove a run's artifacts (RUN=…)
-	$(if $(RUN),,$(error RUN is empty: name the run to remove, make clean RUN=...))rm -rf "$(FOLDER)"
+	$(if $(RUN),,$(error RUN is empty: name the run to remove, make clean RUN=...))rm -rf -- $(FOLDER)

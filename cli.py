@@ -6,16 +6,18 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from common.console import Terminal
 from common.errors import UserError
+from common.files import UNWRITABLE
+from common.messages import leave, prepare_output, print_json, say_defect
 
 # Read when torch is imported. OpenMP threads that wait by spinning crawl as soon as anything else wants their cores;
 # a short spin before they sleep keeps small models fast.
@@ -33,9 +35,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(highlight=False, markup=False)  # model and data text may look like markup
+console = Terminal()
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's TOML file; see configs/.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Option(
+        "--config", "-c", help="The run's TOML file; see configs/.", show_default="configs/demo.toml"
+    ),
+]
 Run = Annotated[
     str | None, typer.Option("--run", help="Artifacts go to artifacts/RUN; by default the config's run.")
 ]
@@ -58,7 +65,7 @@ RunName = Annotated[str, typer.Option("--run", help="The run whose artifact is r
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
 
-@app.command("base-model")
+@app.command("base-model", short_help="Pre-train the demo's tiny reference model.")
 def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None) -> None:
     """Pre-train the demo's tiny reference model from scratch (about a minute, no download)."""
     from common.demo.base_model import build_base_model
@@ -70,10 +77,11 @@ def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides 
     if path.exists():
         console.print(f"nothing to do: {path} exists")
         return
-    build_base_model(path, seed=settings.seed, progress=console.print)
+    with _libraries_logged(settings.run):
+        build_base_model(path, seed=settings.seed, progress=console.print)
 
 
-@app.command()
+@app.command(short_help="Stage 1: sample, grade and estimate V̂*.")
 def vstar(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -115,12 +123,12 @@ def vstar(
     if (adaptive is None) != (budget is None):
         raise UserError("--adaptive and --budget go together, for example --adaptive 0.05 --budget 100000")
     settings = load_config(config, overrides or (), run)
-    from stage1_vstar.adaptive import Rule
-    from stage1_vstar.run import run_stage1
-    from stage2_train.preflight import refusals
+    with _ending_cleanly(), _libraries_logged(settings.run):
+        from stage1_vstar.adaptive import Rule
+        from stage1_vstar.run import run_stage1
+        from stage2_train.preflight import refusals
 
-    rule = None if adaptive is None or budget is None else Rule(target_se=adaptive, budget=budget)
-    with _ending_cleanly():
+        rule = None if adaptive is None or budget is None else Rule(target_se=adaptive, budget=budget)
         run_stage1(
             settings,
             console,
@@ -132,7 +140,7 @@ def vstar(
         )
 
 
-@app.command()
+@app.command(short_help="Stage 2: train.")
 def train(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -145,12 +153,16 @@ def train(
     Another objective: --set train.objective.name=grpo (docs/objectives.md lists them). Those that need nothing of
     stage 1 take their prompts from [data], or with --vstar those that the file keeps.
     """
+    from common.packages import refuse_missing
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    from stage2_train.run import run_stage2
+    for package in ("deepspeed", "peft", "tensorboard"):
+        refuse_missing(package, "this is a command of stage 2", "make setup")
+    with _ending_cleanly("what is in the last checkpoint"), _libraries_logged(settings.run):
+        from stage2_train.run import run_stage2
 
-    with _ending_cleanly("what is in the last checkpoint"):
+        console.outlives_its_reader = True
         run_stage2(settings, console, vstar_file, allow_mismatch or ())
 
 
@@ -169,7 +181,7 @@ def needs_stage1(
     raise typer.Exit(0 if needed else 1)
 
 
-@app.command()
+@app.command(short_help="Add the samples of other runs to a run.")
 def merge(
     sources: Annotated[list[str], typer.Argument(help="Runs by name, or folders that hold samples/.")],
     run: Annotated[str, typer.Option("--run", help="The run that the samples are added to.")],
@@ -186,7 +198,7 @@ def merge(
     merge_runs(sources, run, console, allow_mismatch or ())
 
 
-@app.command()
+@app.command(short_help="Grade a run's completions anew, and compare.")
 def regrade(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -197,13 +209,13 @@ def regrade(
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    from stage1_vstar.regrade import run_regrade
+    with _ending_cleanly(), _libraries_logged(settings.run):
+        from stage1_vstar.regrade import run_regrade
 
-    with _ending_cleanly():
         run_regrade(settings, console, as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="What stage 2 will take.")
 def forecast(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -217,17 +229,19 @@ def forecast(
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    from stage2_train.forecast import forecast as forecast_training
-    from stage2_train.forecast import show, to_json
+    source = _vstar_path(settings.run, vstar_file)
+    with _libraries_logged(settings.run):
+        from stage2_train.forecast import forecast as forecast_training
+        from stage2_train.forecast import show, to_json
 
-    figures = forecast_training(settings, _vstar_path(settings.run, vstar_file), gpus=gpus, gpu_gib=gpu_gib)
+        figures = forecast_training(settings, source, gpus=gpus, gpu_gib=gpu_gib)
     if as_json:
-        print(to_json(figures))
+        print_json(to_json(figures))
     else:
         show(figures, console)
 
 
-@app.command()
+@app.command(short_help="Accuracy and KL on held-out prompts.")
 def evaluate(
     model: Annotated[
         Path | None,
@@ -250,9 +264,6 @@ def evaluate(
 
     settings = load_config(config, overrides or (), run)
     paths = run_paths(settings.run)
-    from stage2_train.evaluate import evaluate as evaluate_models
-    from stage2_train.evaluate import show
-
     if model is None and not paths.model.is_dir():
         raise UserError(f"there is no {paths.model}: run `python cli.py train` first, or give a --model")
     models = (
@@ -260,20 +271,22 @@ def evaluate(
         if model is None
         else {"model": model}
     )
-    results = evaluate_models(
-        settings, list(models.values()), Console(stderr=True, highlight=False, markup=False)
-    )
+    with _libraries_logged(settings.run):
+        from stage2_train.evaluate import evaluate as evaluate_models
+        from stage2_train.evaluate import show
+
+        results = evaluate_models(settings, list(models.values()), Terminal(stderr=True))
     if model is None:
         for name, result in zip(models, results, strict=True):
             write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
     if as_json:
-        print(json.dumps(results if model is None else results[0], indent=2))
+        print_json(json.dumps(results if model is None else results[0], indent=2))
     else:
         for result in results:
             show(result, console)
 
 
-@app.command()
+@app.command(short_help="A run on one page.")
 def report(run: RunName = "demo") -> None:
     """A run on one page, report/report.html: distributions, samples, cost, provenance, and what training did."""
     from common.report import write_report
@@ -282,7 +295,7 @@ def report(run: RunName = "demo") -> None:
     write_report(run_paths(run), console)
 
 
-@app.command()
+@app.command(short_help="V̂* under a new β1 or by another estimator.")
 def rescore(
     beta1: Annotated[float, typer.Option("--beta1", help="β1 from 0 (best reward) to inf (mean).")],
     run: RunName = "demo",
@@ -299,10 +312,10 @@ def rescore(
         raise UserError(f"--beta1 must be 0 or more (inf is the mean), found {beta1}")
     source = _vstar_path(run, vstar_file)
     with _writing(output or source):
-        console.print(rescore_file(source, output or source, beta1, estimator), soft_wrap=True)
+        console.print(rescore_file(source, output or source, beta1, estimator))
 
 
-@app.command("filter")
+@app.command("filter", short_help="Choose the prompts to train on.")
 def filter_command(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
@@ -341,13 +354,13 @@ def filter_command(
     with _writing(output or source):
         filtered = filter_prompts(source, output, rules)
     if as_json:
-        print(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
+        print_json(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
     else:
         for line in filtered.lines():
-            console.print(line, soft_wrap=True)
+            console.print(line)
 
 
-@app.command()
+@app.command(short_help="Which N, which β1.")
 def sweep(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
@@ -368,16 +381,13 @@ def sweep(
     source = _vstar_path(run, vstar_file)
     swept = run_sweep(source, beta1=beta1 or (), num_samples=num_samples or ())
     if as_json:
-        print(swept.to_json())
+        print_json(swept.to_json())
     else:
         show(swept, console)
-        console.print(
-            f"{sweep_file(source, 'png')}, .svg and .json: the same as plots, and more figures",
-            soft_wrap=True,
-        )
+        console.print(f"{sweep_file(source, 'png')}, .svg and .json: the same as plots, and more figures")
 
 
-@app.command()
+@app.command(short_help="What is in an artifact.")
 def inspect(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
@@ -388,7 +398,7 @@ def inspect(
 
     figures = describe(_vstar_path(run, vstar_file))
     if as_json:
-        print(to_json(figures))
+        print_json(to_json(figures))
     else:
         show(figures, console)
 
@@ -421,26 +431,42 @@ def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"interrupted: {kept} is kept; the same command continues", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)
+        # After the mistake of another process, whose launcher then ends this one, it would be beside the point.
+        leave(130, f"interrupted: {kept} is kept; the same command continues", unless_said=True)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _libraries_logged(run: str) -> AbstractContextManager[None]:
+    """Meanwhile libraries speak to a log of the run."""
+    from common.library_log import libraries_logged
+    from common.runs import run_paths
+
+    return libraries_logged(run_paths(run).libraries_log)
+
+
+def main() -> None:
+    """Run a command. What a user can mend ends it with one line and exit code 2."""
+    prepare_output()
     try:
-        yield
+        try:
+            app()
+        except SystemExit:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            raise
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun each rank finds the same mistake
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.stdout.flush()
-        # Engines and grader processes may still be up: leave without waiting for their threads.
-        os._exit(2)
+        leave(2, f"error: {' '.join(str(error).split())}")
+    except BrokenPipeError:  # whoever read the output has enough
+        os._exit(1)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        place = error.filename or "standard output"
+        leave(2, f"error: {place}: {error.strerror}; make room, or correct the path or its permissions")
+    finally:
+        sys.excepthook = say_defect  # typer has put its own there
 
 
 if __name__ == "__main__":
-    with _one_line_errors():
-        app()
+    main()

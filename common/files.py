@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,30 +17,83 @@ from common.errors import UserError
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to; give it the final name once it is whole and on disk.
 
-    Raises UserError where the disk is full or the folder cannot be written to; the final name is untouched then.
+    A link is followed: the file that it points to is replaced. Raises UserError where the disk is full, the folder
+    cannot be written to, or the path is that of a folder, a device or a pipe; the final name is untouched then.
     """
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    refuse_unless_file(path)
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    temporary = target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except BaseException as error:
+        with writing_to(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            temporary.replace(target)
+            sync(target.parent)
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            raise UserError(
-                f"cannot write {path}: {os.strerror(error.errno)}; what was written before is whole. Make room, "
-                "correct the permissions or give another path, and start the command again: it continues from there"
-            ) from error
-        raise
 
 
-_UNWRITABLE = {
+def refuse_unless_file(path: Path) -> None:
+    """Raise UserError if something is at the path that is no regular file, or if it stands for an open stream."""
+    if path.absolute().parent in _STREAMS:
+        raise UserError(
+            f"cannot write {path}: it is a device or an open stream; give the path of a file (`--json`, where a "
+            "command has it, prints to standard output)"
+        )
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device, a pipe or a socket"
+        raise UserError(f"cannot write {path}: it is a {kind}; give the path of a file")
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Raise UserError where work fails because the file or folder at `path` can no longer be written.
+
+    Not every library says so: whether the disk is full shows in writing a little more.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or (cause := _unwritable(error, path)) is None:
+            raise
+        raise UserError(
+            f"cannot write {path}: {cause}; what was written before is whole. Make room, correct the permissions or "
+            "give another path, and start the same command again: it continues from there"
+        ) from error
+
+
+def _unwritable(error: Exception, path: Path) -> str | None:
+    """Why nothing more can be written, if that is what went wrong."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (named := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(named[1])
+    if number is None:
+        number = _probe(path if path.is_dir() else path.parent)
+    return os.strerror(number) if number in UNWRITABLE else None
+
+
+def _probe(folder: Path) -> int | None:
+    """The number of the error that writing a little to the folder gives; None if it can be written."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error.errno
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return None
+
+
+UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 }
+"""The errors of a file system that are the user's to mend."""
+_PROBE_BYTES = 2**20
+_STREAMS = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}
 
 LEFTOVER_SECONDS = 24 * 3600.0
 

@@ -16,5 +16,8 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(compact=True),
         console=console,
         disable=not console.is_terminal,
+        # What libraries say would otherwise appear above the bar.
+        redirect_stdout=False,
+        redirect_stderr=False,
         speed_estimate_period=RATE_WINDOW_SECONDS,
     )

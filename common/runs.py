@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
+from common.files import writing_to
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -56,6 +57,11 @@ class RunPaths:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def libraries_log(self) -> Path:
+        """What libraries said while commands worked on the run."""
+        return self.root / "libraries.log"
 
     @property
     def checkpoints(self) -> Path:
@@ -130,9 +136,23 @@ class Regraded:
         return self.root / "summary.json"
 
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a run may be called: it is the name of a folder in artifacts/."""
+
+
 def run_paths(run: str) -> RunPaths:
-    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS where that is set."""
-    return RunPaths(Path(os.environ.get("ASTAR_PO_ARTIFACTS", REPOSITORY / "artifacts")) / run)
+    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS where that is set.
+
+    Raises UserError for what is no name of a run, such as a path that leads out of artifacts/.
+    """
+    if not is_run_name(run):
+        raise UserError(f"run should match pattern '{RUN_NAME}', found {run!r}; give the name of a run")
+    return RunPaths(Path(os.environ.get("ASTAR_PO_ARTIFACTS") or REPOSITORY / "artifacts") / run)
+
+
+def is_run_name(text: str) -> bool:
+    """Whether a run may be called so."""
+    return re.fullmatch(RUN_NAME, text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +209,8 @@ def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[N
                         pass
             ours = paths.root / f".{job}-{shard.index}-of-{shard.count}.lock"
             claim.enter_context(_locked(ours, job))
-            ours.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
+            with writing_to(ours):
+                ours.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
 
 

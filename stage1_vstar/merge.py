@@ -10,7 +10,7 @@ from rich.console import Console
 
 from common.errors import UserError
 from common.provenance import Allowance, read_provenance
-from common.runs import RunPaths, exclusive_run, run_paths
+from common.runs import RunPaths, exclusive_run, is_run_name, run_paths
 from common.store import (
     ADDRESS,
     GRADE_FILES,
@@ -72,7 +72,9 @@ def merge_runs(
 
 def samples_folder(source: str) -> Path:
     """The folder of a source's samples. Raises UserError if it has none."""
-    candidates = [run_paths(source).samples, Path(source) / "samples", Path(source)]
+    candidates = [Path(source) / "samples", Path(source)]
+    if is_run_name(source):
+        candidates.insert(0, run_paths(source).samples)
     for folder in candidates:
         if sample_files(folder):
             return folder

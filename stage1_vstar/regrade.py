@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig
+from common.console import Terminal
 from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
 from common.grading import GraderPool, Outcome, fingerprint
+from common.messages import print_json
 from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.sampling.generate import write_graded
@@ -85,7 +87,7 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
     Text is never rewritten and nothing is generated. The new table, the changed prompts and a summary appear in
     artifacts/<run>/regraded/<grader>/; the old table stays. A re-run continues. Raises UserError.
     """
-    notices = Console(stderr=True, highlight=False, markup=False) if as_json else console
+    notices = Terminal(stderr=True) if as_json else console
     paths = run_paths(config.run)
     grader = fingerprint(config.grader)
     if not sample_files(paths.samples):
@@ -121,7 +123,7 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
         CHANGES.write(changes, made_of, regraded.changes)
         write_text(regraded.summary, summary.to_json() + "\n")
     if as_json:
-        print(summary.to_json())
+        print_json(summary.to_json())
     else:
         show(summary, changes, regraded.root, console)
 

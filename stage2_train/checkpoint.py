@@ -15,17 +15,14 @@ Data order, rollout seeds and random states are functions of the config's seed a
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from common.errors import UserError
-from common.files import file_digest, sync
+from common.files import file_digest, sync, writing_to
 from stage2_train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -39,8 +36,6 @@ ROLLOUTS = "rollouts.json"
 HISTORY = "history.parquet"
 MANIFEST = "manifest.json"
 HASHING_THREADS = 8
-PROBE_BYTES = 2**20
-"""Written after a failure to write, to see whether the disk is full."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -78,7 +73,7 @@ def write(
     A collective operation; `state`, `rollouts` and `history` are the main rank's. Raises UserError for a full disk.
     """
     temporary = ranks.from_main(_unfinished(folder, state["iteration"]) if ranks.is_main else folder)
-    with writing_to(temporary, ranks):
+    with writing_to(temporary):
         for name, learner in parts.items():
             learner.save(temporary, name)
         ranks.wait()
@@ -95,31 +90,6 @@ def load(checkpoint: Path, parts: "Mapping[str, Learner]") -> None:
     """Take over what `write` was given of each part; a collective operation."""
     for name, learner in parts.items():
         learner.load(checkpoint, name)
-
-
-@contextmanager
-def writing_to(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Raise UserError where writing fails because nothing more can be written to the folder.
-
-    torch and safetensors report a full disk without its number: whether it was one shows in writing a little more.
-    """
-    try:
-        yield
-    except Exception as error:
-        probe = folder / "probe"
-        try:
-            probe.write_bytes(bytes(PROBE_BYTES))
-        except OSError as cause:
-            message = (
-                f"cannot write {folder}: {cause.strerror}; the checkpoints made before are whole. Make room and "
-                "start the same command again: it continues from the last of them"
-            )
-            if not ranks.is_main:  # whose message nobody would see
-                print(f"rank {ranks.rank}: {message}", file=sys.stderr)
-            raise UserError(message) from error
-        finally:
-            probe.unlink(missing_ok=True)
-        raise
 
 
 def read_rollouts(checkpoint: Path) -> list[list[dict[str, Any]]]:

@@ -10,13 +10,13 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from common.files import whole_lines, write_text
+from common.files import whole_lines, write_text, writing_to
 from common.progress import progress_bar
 from common.runs import RunPaths
 from stage2_train.config import Config
@@ -58,8 +58,9 @@ class MetricsLog:
         self, config: Config, paths: RunPaths, console: Console, *, first_iteration: int, last: int
     ) -> None:
         """Continue after `first_iteration` − 1: what was logged of later iterations belonged to a lost run."""
-        from torch.utils.tensorboard import SummaryWriter
+        from stage2_train.tensorboard_file import TensorBoardFile
 
+        self._paths = paths
         self._console = console
         self._last = last
         self._bar = progress_bar(console)
@@ -69,7 +70,8 @@ class MetricsLog:
         ]
         write_text(paths.metrics, "".join(kept))
         self._file = paths.metrics.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(paths.tensorboard), purge_step=first_iteration)
+        with writing_to(paths.tensorboard):
+            self._board = TensorBoardFile(paths.tensorboard, first_step=first_iteration)
         self._wandb: Any = None
         if config.train.wandb_project is not None:
             import wandb
@@ -80,22 +82,27 @@ class MetricsLog:
         self._bar.start()
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush everything; a line that could not be written has been complained of."""
         self._bar.stop()
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            with suppress(OSError):
+                file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def write(self, iteration: int, metrics: Metrics) -> None:
-        """Log one iteration; its line is on disk when this returns, before any checkpoint that continues after it."""
+        """Log one iteration; its line is on disk when this returns, before any checkpoint that continues after it.
+
+        Raises UserError where the disk is full.
+        """
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, iteration)
+        with writing_to(self._paths.metrics):
+            self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with writing_to(self._paths.tensorboard):
+            self._board.write(iteration, metrics)
         if self._wandb is not None:
             self._wandb.log(metrics, step=iteration)
         self._console.print(self._line(iteration, metrics), highlight=False, soft_wrap=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.checkpoint_names import CheckpointNames, named_state, refuse_other_names
+from common.files import writing_to
 from common.output_layer import freeze_all_but_text
 from stage2_train.batch import TokenBatch, TokenLogprobs
-from stage2_train.checkpoint import writing_to
 from stage2_train.config import Config
 from stage2_train.exported import broken_weight, refuse_broken, write_model
 from stage2_train.learner import Learner
@@ -111,7 +111,7 @@ class Policy:
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            with writing_to(temporary, self._ranks):
+            with writing_to(temporary):
                 write_model(temporary, state, self._names, self._folder, self._dtype)
                 if self._adapter:
                     self._adapter.save(temporary / "adapter", adapter_state)

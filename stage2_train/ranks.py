@@ -104,11 +104,25 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 """A process without others, for work that needs no device."""
 
 
+def launched_processes() -> int:
+    """How many processes the launcher says to have started; 1 without a launcher. Raises UserError for no number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(
+            f"WORLD_SIZE is {text!r} in the environment: unset it, or start training with torchrun"
+        )
+    return int(text)
+
+
 def join_ranks(seed: int) -> Ranks:
     """Initialise torch.distributed, before any vLLM engine: one that came first would be taken for the job's group.
 
-    Under torchrun the launcher's environment says who we are; without it the job is this process alone.
+    Under torchrun the launcher's environment says who we are; without it the job is this process alone, whatever RANK
+    says. Raises UserError where the others are not there.
     """
+    expected = launched_processes()
+    if expected == 1:
+        os.environ.update(RANK="0", LOCAL_RANK="0")
     launcher = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -124,8 +138,13 @@ def join_ranks(seed: int) -> Ranks:
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    expected = int(os.environ["WORLD_SIZE"])
+        try:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        except (dist.DistError, ValueError) as error:
+            raise UserError(
+                f"rank {os.environ['RANK']} of {expected} found no others at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} ({error}); start all with torchrun, or unset RANK and WORLD_SIZE"
+            ) from error
     assert dist.get_world_size() == expected, (
         f"{dist.get_world_size()} ranks joined, the launcher started {expected}"
     )

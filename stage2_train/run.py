@@ -3,9 +3,7 @@
 A re-run continues or does nothing.
 """
 
-import importlib.util
 import json
-import os
 from collections.abc import Collection
 from contextlib import ExitStack, closing
 from functools import partial
@@ -16,8 +14,9 @@ from rich.console import Console
 from common.data.held_out import remarks
 from common.engines import EngineBuilder, build_engine
 from common.errors import UserError
-from common.files import write_text
+from common.files import write_text, writing_to
 from common.grading import GraderPool
+from common.packages import refuse_missing
 from common.parity import PARITY
 from common.provenance import ACCEPTED, Allowance
 from common.runs import RunPaths, exclusive_run, run_paths
@@ -28,7 +27,7 @@ from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
 from stage2_train.metrics import MetricsLog
 from stage2_train.parity import ParityGate, parity_draw
-from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.ranks import Ranks, join_ranks, launched_processes
 from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
 from stage2_train.scorers import PolicyScorer, Scorer
 from stage2_train.sources.sampler import Sampler
@@ -56,9 +55,7 @@ def run_stage2(
     Everything a user can get wrong is checked before a model loads. `observers` watch each iteration before all
     others. Raises UserError.
     """
-    if os.environ.get("RANK", "0") != "0":
-        console = Console(quiet=True)
-    _refuse_uneven_split(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _refuse_uneven_split(config, launched_processes())
     _refuse_missing_wandb(config)
     paths = run_paths(config.run)
     if vstar_file is None and config.train.reads_stage1:
@@ -69,6 +66,8 @@ def run_stage2(
                 "`python cli.py vstar`, or choose an objective that does without stage 1, such as grpo"
             )
     ranks = join_ranks(config.seed)
+    if not ranks.is_main:
+        console = Console(quiet=True)
     data = prepare(config, vstar_file, allow_mismatch, ranks)
     with ExitStack() as job:
         pool = job.enter_context(GraderPool(config.grader))
@@ -124,12 +123,13 @@ def _train(
         log = None
         if ranks.is_main:
             begin = done + 1 if done else 0
-            forget_completions(paths.completions, begin)
+            with writing_to(paths.completions):
+                forget_completions(paths.completions, begin)
             log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
             ending.enter_context(closing(log))
         gate = _parity_gate(trainer, allowance, console)
         watchers = [*observers, gate, *_watchers(trainer, paths, console, log)]
-        train(trainer, watchers, first=done + 1, last=last)
+        train(trainer, watchers, console, first=done + 1, last=last)
 
 
 def _parity_gate(trainer: Trainer, allowance: Allowance, console: Console) -> ParityGate:
@@ -196,8 +196,8 @@ def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
 
 
 def _refuse_missing_wandb(config: Config) -> None:
-    if config.train.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError("train.wandb_project is set but wandb is not installed: .venv/bin/pip install wandb")
+    if config.train.wandb_project is not None:
+        refuse_missing("wandb", "train.wandb_project is set", ".venv/bin/pip install wandb")
 
 
 def _refuse_uneven_split(config: Config, processes: int) -> None:

@@ -6,9 +6,13 @@ Each refusal depends on figures of the whole batch, so that all ranks raise it a
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
+from rich.console import Console
+
+from common.console import Terminal
 from common.errors import UserError
 from common.rollout import Rollout
 from stage2_train.metrics import Metrics
@@ -25,11 +29,23 @@ GENTLER = "lower train.learning_rate or raise train.warmup_steps, and start agai
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C asks for an end with a checkpoint after the running iteration; the second one ends at once."""
+    """SIGTERM or Ctrl-C asks for an end with a checkpoint after the running iteration; the second one ends at once.
 
-    def __init__(self) -> None:
-        """Not asked for yet."""
-        self.is_made = False
+    So does whoever closes the pipe that the main rank's console writes to.
+    """
+
+    def __init__(self, console: Console, *, is_main: bool) -> None:
+        """Not asked for yet; the main rank will say that it was heard."""
+        self._is_signalled = False
+        self._console = console
+        self._is_main = is_main
+
+    @property
+    def is_made(self) -> bool:
+        """Whether this rank was asked."""
+        return self._is_signalled or (
+            isinstance(self._console, Terminal) and self._console.has_lost_its_reader
+        )
 
     def __enter__(self) -> Self:
         self._before = {
@@ -44,12 +60,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.is_made:
+        if self._is_signalled:
             raise KeyboardInterrupt
-        self.is_made = True
-        if os.environ.get("RANK", "0") == "0":
+        self._is_signalled = True
+        if self._is_main:
             # print() is not to be called from a signal's handler: it may be interrupting itself.
-            os.write(2, b"ending after this iteration with a checkpoint; a second signal ends at once\n")
+            with suppress(OSError):  # Ctrl-C may have ended the reader too
+                os.write(2, b"ending after this iteration with a checkpoint; a second signal ends at once\n")
 
 
 def refuse_divergence(number: int, metrics: Metrics) -> None:

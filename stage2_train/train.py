@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from common.rollout import Prompt, Rollout
 from common.seeds import derive_seed
@@ -31,12 +32,14 @@ from stage2_train.sources.sampler import Draw, Sampler
 from stage2_train.watchers import Turn, Watcher
 
 
-def train(trainer: "Trainer", watchers: Sequence[Watcher], *, first: int, last: int) -> None:
+def train(
+    trainer: "Trainer", watchers: Sequence[Watcher], console: Console, *, first: int, last: int
+) -> None:
     """Run iterations `first` to `last`, each of which the watchers see in their order; before the first one, number 0.
 
-    Raises KeyboardInterrupt where SIGTERM or Ctrl-C asked for it, after the watchers' turn.
+    Raises KeyboardInterrupt where a StopRequest asked for it, after the watchers' turn.
     """
-    with StopRequest() as stop:
+    with StopRequest(console, is_main=trainer.ranks.is_main) as stop:
         if first == 1:
             start = Turn(number=0, metrics={}, rollouts=[], is_last=False)
             for watcher in watchers:

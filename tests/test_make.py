@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
 from torch.distributed.run import parse_args
 
 from tests.conftest import ROOT
@@ -87,6 +89,42 @@ def test_an_objective_without_vstar_is_trained_without_stage_1() -> None:
 def test_only_a_config_that_uses_the_demo_model_builds_it() -> None:
     assert "cli.py base-model" in make("-n", "vstar")
     assert "cli.py base-model" not in make("-n", "vstar", "CONFIG=configs/math-qwen2.5-7b.toml")
+
+
+@pytest.mark.parametrize("run", ["../..", ".", "..", "a b", "a/b", "-rf", "a;b", "$HOME", "", "é"])
+def test_clean_removes_nothing_but_a_run(run: str, tmp_path: Path) -> None:
+    """It refuses whatever else it is given in one line."""
+    (tmp_path / "kept").mkdir()
+    environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(tmp_path / "artifacts")}
+    (tmp_path / "artifacts").mkdir()
+    result = subprocess.run(
+        ["make", "clean", f"RUN={run.replace('$', '$$')}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "RUN" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "kept"]
+
+
+def test_paths_may_have_spaces_and_any_characters(tmp_path: Path) -> None:
+    config = tmp_path / "it's my gén.toml"
+    config.write_text((ROOT / "configs" / "demo.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    commands = make("-n", "vstar", f"CONFIG={config}", f"ASTAR_PO_ARTIFACTS={tmp_path}/my é")
+    (line,) = [line for line in commands.splitlines() if "cli.py vstar" in line]
+    assert shlex.split(line)[2:] == ["vstar", "--config", str(config), "--run", "demo"]
+    (line,) = [line for line in commands.splitlines() if "cli.py base-model" in line]
+    assert shlex.split(line)[:3] == ["[", "-e", f"{tmp_path}/my é/demo/base_model"]
+
+
+def test_a_virtual_environment_whose_path_has_spaces_is_refused_in_a_line() -> None:
+    result = subprocess.run(["make", "setup", "VENV=my env"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert re.fullmatch(r".*VENV=my env: give a folder whose path has no spaces\..*\n", result.stderr)
 
 
 def test_every_pinned_requirement_is_exact_and_names_no_index() -> None:

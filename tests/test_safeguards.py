@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from stage2_train.learner import MAX_SKIPPED_STEPS
 from stage2_train.ranks import Ranks
 from stage2_train.safeguards import refuse_divergence, refuse_unjudged
 from stage2_train.sources.sampler import Draw, Sampler
-from tests.conftest import RunCli
+from tests.conftest import ROOT, RunCli
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 from tests.train_steps import ScriptedEngine
 from tests.training_jobs import ranks_found
@@ -141,6 +143,40 @@ def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(
         first = sampler.attempt(draw)
         with pytest.raises(RuntimeError, match="illegal memory access"):
             sampler.settle(draw, first, list)
+
+
+READER_LEAVES = """
+import os, signal, sys
+from common.console import Terminal
+from stage2_train.safeguards import StopRequest
+ours, theirs = os.pipe()
+os.close(ours)
+kept = os.dup(2)
+for standard in (1, 2):
+    os.dup2(theirs, standard)
+said = []
+for signalled in (False, True):
+    console = Terminal()
+    console.outlives_its_reader = True
+    with StopRequest(console, is_main=True) as stop:
+        said.append(stop.is_made)
+        if signalled:
+            signal.raise_signal(signal.SIGINT)
+            said.append(stop.is_made)
+        console.print("a line")
+        said.append(stop.is_made)
+    os.dup2(theirs, 1)
+os.write(kept, repr(said).encode())
+os._exit(0)
+"""
+
+
+def test_whoever_closes_the_pipe_of_the_output_asks_for_an_end_and_breaks_nothing() -> None:
+    """As `train | head` does, and Ctrl-C in `train 2>&1 | tee log`, which ends tee at once."""
+    result = subprocess.run(
+        [sys.executable, "-c", READER_LEAVES], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stderr) == (0, "[False, True, False, True, True]")
 
 
 WELL = {"completion/truncated": 0.9, "kl/sequence": 60.0, "kl/token": 0.1}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer
+from common.packages import refuse_missing
 from common.rollout import Completion, SampleRequest
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def build_engine(
     `beside_trainer` says that the device and the process are shared with a training job.
     """
     if config.engine.backend == "vllm":
+        refuse_missing("vllm", 'engine.backend is "vllm"', 'make setup, or set it to "transformers"')
         from common.engines.vllm_engine import VllmEngine
 
         return VllmEngine(config, folder, renderer, beside_trainer=beside_trainer)

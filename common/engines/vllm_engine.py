@@ -314,5 +314,5 @@ def _set_environment() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("vllm").setLevel(LOGGING_LEVEL)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")

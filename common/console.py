@@ -1,0 +1,30 @@
+"""The terminal that commands speak to."""
+
+from typing import Any
+
+from rich.console import Console
+
+
+class Terminal(Console):
+    """Text is printed as it is: a line stays a line, however narrow the terminal and whatever looks like markup."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        """Standard output, or standard error."""
+        super().__init__(stderr=stderr, highlight=False, markup=False)
+        self.outlives_its_reader = False
+        """Whether to fall silent where a pipe is closed, instead of ending the process: for work that ends in order."""
+        self.has_lost_its_reader = False
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's; only tables are fitted into the terminal."""
+        options.setdefault("soft_wrap", all(isinstance(each, str) for each in objects))
+        super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output has enough. Raises SystemExit, unless the work outlives that."""
+        self.has_lost_its_reader = True
+        try:
+            super().on_broken_pipe()  # leaves the console quiet
+        except SystemExit:
+            if not self.outlives_its_reader:
+                raise

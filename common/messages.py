@@ -1,0 +1,112 @@
+"""What a command says: its last words reach the user, whoever of a job's processes has them and whatever the terminal.
+
+The processes of a training job often find the same mistake. Whichever is first says it, before the launcher ends the
+others, and notes so in a file of the temporary folder. A note counts only for processes that were there when it was
+made, so that what an earlier job said silences nobody.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+STARTED = time.monotonic()
+"""Seconds since the machine's start, the same clock in all processes."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+
+
+def prepare_output() -> None:
+    """Have all three standard streams, and none that lacks a character: it shows what it cannot encode as an escape."""
+    for standard in range(3):
+        try:
+            os.fstat(standard)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the place of the one that was closed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_json(document: str) -> None:
+    """Print a JSON document; where standard output lacks one of its characters all of them are JSON's own escapes."""
+    try:
+        document.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        document = _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], document)
+    print(document)
+
+
+def leave(status: int, message: str, *, unless_said: bool = False) -> NoReturn:
+    """Say the last words and end this process at once, whatever its engines, graders and threads are doing."""
+    say_once(message, unless_said=unless_said)
+    with suppress(OSError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    os._exit(status)
+
+
+def say_once(message: str, *, unless_said: bool = False) -> None:
+    """Print to standard error, once for all processes of a training job that share it.
+
+    With `unless_said`, not where one of them has already said why the job ends.
+    """
+    note = _open_note()
+    try:
+        said = _said_since(STARTED, note)
+        digest = hashlib.sha256(message.encode("utf-8", "replace")).hexdigest()
+        if digest in said or (unless_said and said):
+            return
+        with suppress(OSError):  # nobody reads it any more
+            print(message, file=sys.stderr, flush=True)
+        if note is not None:
+            with suppress(OSError):
+                os.write(note, f"{time.monotonic()} {digest}\n".encode())
+    finally:
+        if note is not None:
+            os.close(note)
+
+
+def say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of what no user can mend; for sys.excepthook."""
+    say_once("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
+def _open_note() -> int | None:
+    """The locked file of what this job's processes have said; None for a process alone, or where it cannot be had."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    try:
+        stream = os.fstat(2)
+        job = (
+            *(_BOOT.read_text(), os.uname().nodename, os.getppid(), stream.st_dev, stream.st_ino),
+            *(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")),
+        )
+        name = f"astar-po-{hashlib.sha256(repr(job).encode()).hexdigest()[:32]}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        note = os.open(Path(tempfile.gettempdir(), name), flags, 0o600)
+        fcntl.flock(
+            note, fcntl.LOCK_EX
+        )  # until it is closed: whoever waits knows that the message has been printed
+    except OSError:
+        return None
+    return note
+
+
+def _said_since(started: float, note: int | None) -> set[str]:
+    """The digests of messages."""
+    if note is None:
+        return set()
+    lines = os.pread(note, os.fstat(note).st_size, 0).decode().splitlines()
+    entries = [line.split() for line in lines if line.count(" ") == 1]
+    return {digest for seconds, digest in entries if float(seconds) >= started}

@@ -1,0 +1,234 @@
+"""A message reaches the user: from whichever process has it, and in whatever encoding the terminal has."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.fakes import write_artifact
+
+COMMANDS = ("vstar", "train", "forecast", "evaluate", "regrade")
+
+SAYS_WHEN_TOLD = """
+import sys
+from common.messages import say_once
+print("ready", flush=True)
+sys.stdin.readline()
+say_once(sys.argv[1], unless_said=len(sys.argv) > 2)
+"""
+
+FAILS_ON_RANK_1 = """
+import os, time
+from common.errors import UserError
+import cli
+@cli.app.command("fail")
+def fail():
+    if os.environ["RANK"] == "1":
+        raise UserError("only rank 1 found it")
+    with cli._ending_cleanly():
+        time.sleep(60)
+cli.main()
+"""
+
+BOTH_BREAK = """
+import cli
+@cli.app.command("break")
+def breaks():
+    assert False, "our own defect"
+cli.main()
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """That of a process without a launcher, and the changes."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONIOENCODING")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    return {**kept, "COLUMNS": "200", **changes}
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs, in whose path stand characters of Latin-1 and beyond Unicode's first plane."""
+    folder = tmp_path_factory.mktemp("messages") / "é😀"
+    outcomes = {"p1": ["correct", "wrong"], "p2": ["wrong", "wrong"], "p3": ["correct", "correct"]}
+    write_artifact(folder / "demo" / "vstar.parquet", outcomes)
+    return folder
+
+
+def cli(
+    *arguments: str, artifacts: Path, stdout: int | None = subprocess.PIPE, **changes: str
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, ROOT / "cli.py", *arguments],
+        cwd=artifacts,
+        env=environment(ASTAR_PO_ARTIFACTS=str(artifacts), **changes),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_is_said_whatever_rank_a_scheduler_has_given_the_process(
+    command: str, artifacts: Path
+) -> None:
+    for world in ({"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}):
+        result = cli(command, "--config", "none.toml", artifacts=artifacts, **world)
+        assert result.returncode == 2
+        assert result.stderr.startswith(b"error: cannot read the config none.toml")
+
+
+class Rank:
+    """A process of a job whose standard error is `stderr`; it is running when this returns."""
+
+    def __init__(self, *says: str, folder: Path, stderr: int) -> None:
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1", "TMPDIR": str(folder)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SAYS_WHEN_TOLD, *says],
+            cwd=ROOT,
+            env=environment(**job),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def speak(self) -> None:
+        """Have it say what it has to say, and end."""
+        with self._process as process:
+            process.communicate("now\n", timeout=60)
+            assert process.returncode == 0
+
+
+def said(file: Path) -> list[str]:
+    """The lines since the last call."""
+    lines = file.read_text().splitlines()
+    os.truncate(file, 0)
+    return lines
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[int]:
+    """A file that processes share as their standard error: tmp_path / terminal."""
+    descriptor = os.open(tmp_path / "terminal", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_processes_of_a_job_say_the_same_thing_once_and_those_of_a_later_job_say_it_again(
+    tmp_path: Path, terminal: int
+) -> None:
+    first, second = (Rank("wrong", folder=tmp_path, stderr=terminal) for _ in range(2))
+    other = Rank("wrong in another way", folder=tmp_path, stderr=terminal)
+    interrupted = Rank("interrupted", "unless said", folder=tmp_path, stderr=terminal)
+    for rank in (first, second, other, interrupted):
+        rank.speak()
+    assert said(tmp_path / "terminal") == ["wrong", "wrong in another way"]
+    for words in (["interrupted", "unless said"], ["wrong"]):
+        Rank(*words, folder=tmp_path, stderr=terminal).speak()
+    assert said(tmp_path / "terminal") == ["interrupted", "wrong"]
+
+
+def test_processes_that_write_to_different_places_each_say_it(tmp_path: Path, terminal: int) -> None:
+    here = Rank("wrong", folder=tmp_path, stderr=terminal)
+    with (tmp_path / "rank-1").open("w") as file:
+        there = Rank("wrong", folder=tmp_path, stderr=file.fileno())
+        here.speak()
+        there.speak()
+    assert said(tmp_path / "terminal") == said(tmp_path / "rank-1") == ["wrong"]
+
+
+def test_a_message_that_cannot_be_noted_for_the_others_is_said(tmp_path: Path, terminal: int) -> None:
+    Rank("wrong", folder=tmp_path / "none", stderr=terminal).speak()
+    assert said(tmp_path / "terminal") == ["wrong"]
+
+
+def torchrun(program: str, *arguments: str, folder: Path) -> list[str]:
+    """What a program that fails on two processes says of it itself: what torchrun adds begins with its date or name."""
+    (folder / "program.py").write_text(program)
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"),
+            *(folder / "program.py", *arguments),
+        ],
+        env=environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    return result.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "line"),
+    [
+        (
+            "import cli; cli.main()",
+            ["train", "-c", "none.toml"],
+            "error: cannot read the config none.toml: No such",
+        ),
+        (FAILS_ON_RANK_1, ["fail"], "error: only rank 1 found it"),
+        (BOTH_BREAK, ["break"], "AssertionError: our own defect"),
+    ],
+    ids=["a mistake of all", "a mistake that one rank finds", "a defect"],
+)
+def test_under_torchrun_what_is_wrong_is_said_once(
+    tmp_path: Path, program: str, arguments: list[str], line: str
+) -> None:
+    lines = torchrun(program, *arguments, folder=tmp_path)
+    assert sum(each.startswith(line) for each in lines) == 1, "\n".join(lines)
+    assert not any("interrupted" in each for each in lines)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", r"\u03b21 0.5 \u2192 0.5, mean V\u0302*"), ("utf-8", "β1 0.5 → 0.5, mean V̂*")],
+)
+def test_every_encoding_gets_text_and_valid_json(encoding: str, shown: str, artifacts: Path) -> None:
+    line = cli("rescore", "--beta1", "0.5", artifacts=artifacts, PYTHONIOENCODING=encoding)
+    assert line.returncode == 0, line.stderr
+    assert shown in line.stdout.decode(encoding)
+    document = cli("inspect", "--json", artifacts=artifacts, PYTHONIOENCODING=encoding)
+    assert document.returncode == 0, document.stderr
+    found = json.loads(document.stdout.decode(encoding))
+    assert found["path"] == str(artifacts / "demo" / "vstar.parquet")
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly(artifacts: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    for arguments in (("filter",), ("filter", "--json")):
+        result = cli(*arguments, artifacts=artifacts, stdout=theirs)
+        assert (result.returncode, result.stderr) == (1, b"")
+    mistake = cli("inspect", "--run", "none", artifacts=artifacts, stdout=theirs)
+    assert mistake.stderr.startswith(b"error: there is no ")
+    os.close(theirs)
+
+
+def test_a_full_disk_behind_standard_output_is_said(artifacts: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        for arguments in (("filter",), ("filter", "--json")):
+            result = cli(*arguments, artifacts=artifacts, stdout=full.fileno())
+            assert result.returncode == 2
+            assert re.fullmatch(rb"error: standard output: No space left on device; .*\n", result.stderr)
+
+
+def test_a_closed_standard_output_is_no_mistake(artifacts: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'cli.py'} inspect >&-"
+    result = subprocess.run(
+        command,
+        shell=True,
+        env=environment(ASTAR_PO_ARTIFACTS=str(artifacts)),
+        capture_output=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
