@@ -16,7 +16,7 @@ from common.doubts import doubts
 from common.engines import EngineBuilder, build_engine
 from common.errors import DamagedFile, UserError
 from common.files import write_text
-from common.grading import fingerprint
+from common.grading import fingerprint, negative_rewards_warning
 from common.model_files import model_identity, reference_model
 from common.model_reading import ModelReading, describe_model, read_model
 from common.parity import PARITY
@@ -272,8 +272,10 @@ def record(
 
 def doubtful(rows: pl.DataFrame, store: SampleStore) -> list[str]:
     """What is wrong with the result as a whole, with a completion for the eye."""
-    if not (lines := doubts(rows)):
-        return []
+    lines = doubts(rows)
+    negative = negative_rewards_warning(*(rows[name].explode() for name in ("outcomes", "rewards")))
+    if not lines:
+        return [negative] if negative else []
     columns = [pl.col(name) for name in ("prompt", "answer", "completion", "completion_tokens", "outcome")]
     example = store.samples_of([rows["prompt_id"][0]], columns).row(0, named=True)
     return [

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cli(
-    *arguments: str, artifacts: Path, stdout: int | None = subprocess.PIPE, **changes: str
+    *arguments: str, artifacts: Path, stdout: Any = subprocess.PIPE, **changes: str
 ) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, ROOT / "cli.py", *arguments],
@@ -157,7 +158,7 @@ def torchrun(program: str, *arguments: str, folder: Path) -> list[str]:
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"),
-            *(folder / "program.py", *arguments),
+            *(str(folder / "program.py"), *arguments),
         ],
         env=environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
         capture_output=True,
