@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from common.console import Output
+from common.console import Terminal
 from common.errors import UserError
 from common.files import UNWRITABLE
 from common.messages import leave, prepare_output, print_json, say_defect
@@ -34,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Output()
+console = Terminal()
 
 ConfigFile = Annotated[
     Path,
@@ -258,7 +258,7 @@ def evaluate(
         from stage2_train.evaluate import evaluate as evaluate_models
         from stage2_train.evaluate import show
 
-        results = evaluate_models(settings, list(models.values()), Output(stderr=True))
+        results = evaluate_models(settings, list(models.values()), Terminal(stderr=True))
     if model is None:
         for name, result in zip(models, results, strict=True):
             write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")

@@ -1,11 +1,11 @@
-"""The terminal that commands speak to."""
+"""What commands print to."""
 
 from typing import Any
 
 from rich.console import Console
 
 
-class Output(Console):
+class Terminal(Console):
     """Text is printed as it is: a line stays a line, however narrow the terminal and whatever looks like markup."""
 
     def __init__(self, *, stderr: bool = False) -> None:

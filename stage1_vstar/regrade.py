@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig
-from common.console import Output
+from common.console import Terminal
 from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
@@ -87,7 +87,7 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
     Text is never rewritten and nothing is generated. The new table, the changed prompts and a summary appear in
     artifacts/<run>/regraded/<grader>/; the old table stays. A re-run continues. Raises UserError.
     """
-    notices = Output(stderr=True) if as_json else console
+    notices = Terminal(stderr=True) if as_json else console
     paths = run_paths(config.run)
     grader = fingerprint(config.grader)
     if not sample_files(paths.samples):

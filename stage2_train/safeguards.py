@@ -12,7 +12,7 @@ from typing import Self
 
 from rich.console import Console
 
-from common.console import Output
+from common.console import Terminal
 from common.errors import UserError
 from common.rollout import Rollout
 from stage2_train.metrics import Metrics
@@ -43,7 +43,9 @@ class StopRequest:
     @property
     def is_made(self) -> bool:
         """Whether this rank was asked."""
-        return self._is_signalled or (isinstance(self._console, Output) and self._console.has_lost_its_reader)
+        return self._is_signalled or (
+            isinstance(self._console, Terminal) and self._console.has_lost_its_reader
+        )
 
     def __enter__(self) -> Self:
         self._before = {

@@ -147,7 +147,7 @@ def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(
 
 READER_LEAVES = """
 import os, signal, sys
-from common.console import Output
+from common.console import Terminal
 from stage2_train.safeguards import StopRequest
 ours, theirs = os.pipe()
 os.close(ours)
@@ -156,7 +156,7 @@ for standard in (1, 2):
     os.dup2(theirs, standard)
 said = []
 for signalled in (False, True):
-    console = Output()
+    console = Terminal()
     console.outlives_its_reader = True
     with StopRequest(console, is_main=True) as stop:
         said.append(stop.is_made)
