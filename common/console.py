@@ -1,4 +1,4 @@
-"""The terminal that commands speak to."""
+"""What commands print to."""
 
 from typing import Any
 
