@@ -119,20 +119,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        # The tokenizers library raises bare Exceptions for a damaged file.
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
-            raise
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a damaged file the libraries raise anything
         raise UserError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
 
 
 def _control_token_ids(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequence[int]) -> frozenset[int]:
     """Those of EOS, BOS, padding and the like; an EOS id may also be that of a word, which is text."""
     special = set(tokenizer.all_special_ids)
-    with suppress(
-        NotImplementedError
-    ):  # by mistral-common's tokenizers, whose special tokens are all among those
+    with suppress(NotImplementedError):  # mistral-common's have all of theirs among those
         special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     control = {getattr(tokenizer, f"{name}_token_id") for name in CONTROL_TOKENS}
     return frozenset(control.union(eos_token_ids) & special)
