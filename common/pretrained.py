@@ -1,0 +1,153 @@
+"""transformers' models: the one place that builds them, for the trainer, the rollout engine and the checks.
+
+The classes are transformers' own, found by config.json's model_type. Neither code in the folder nor what another
+library has registered for that type is used: vLLM does so, and lives in the same process.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+from transformers.utils import logging
+
+from common.checkpoint_names import note_conversions
+from common.errors import UserError
+from common.model_files import read_json
+from common.weight_files import stored_shapes
+
+RANDOM = re.compile("drop|jitter")
+"""Settings of a config that make a model random while it trains."""
+AGAIN = "download the model again"
+
+
+def load_causal_lm(folder: Path, dtype: str) -> PreTrainedModel:
+    """The language model in `folder` with its weights in this dtype, on the host. Raises UserError for a bad folder."""
+    return load_pretrained(model_class(read_config(folder), folder), folder, dtype)
+
+
+def empty_causal_lm(folder: Path) -> PreTrainedModel:
+    """The language model in `folder` without weights, on the meta device.
+
+    Raises UserError for a bad folder, also where the weights' headers show that they are not this model's.
+    """
+    config = read_config(folder)
+    kind = model_class(config, folder)
+    with refusing(folder), _quiet(), torch.device("meta"):
+        model = kind(_own_config(kind, config))
+    missing = note_conversions(model, stored_shapes(folder))
+    if missing:
+        raise UserError(f"{folder}: the weights do not fit config.json: missing {_some(missing)}; {AGAIN}")
+    return model
+
+
+def load_pretrained(kind: type[PreTrainedModel], folder: Path, dtype: str, **options: Any) -> PreTrainedModel:
+    """A model of this class with the weights in `folder`. Raises UserError unless the files hold all of its weights.
+
+    With options of the class's config, such as `num_labels`, weights that these add may be new.
+    """
+    config = _own_config(kind, read_config(folder, **options))
+    with refusing(folder), _quiet():
+        loaded: Any = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    model: PreTrainedModel
+    loading: dict[str, Any]
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    wrong = [
+        f"{name} of shape {list(found)} for {list(needed)}"
+        for name, found, needed in loading["mismatched_keys"]
+    ]
+    if (missing and not options) or wrong:
+        raise UserError(
+            f"{folder}: the weights do not fit config.json: "
+            f"{f'missing {_some(missing)}' if missing and not options else _some(wrong)}; {AGAIN}"
+        )
+    return model
+
+
+def read_config(folder: Path, **options: Any) -> Any:
+    """transformers' reading of a model's config.json. Raises UserError where it has no such model."""
+    kind: Any = read_json(folder / "config.json").get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise UserError(
+            f"{folder}: transformers {transformers.__version__} has no models of type {kind!r}, and code that comes "
+            "with a model is not run; use a model that transformers and vLLM have themselves"
+        )
+    with refusing(folder), _quiet():
+        return getattr(transformers, CONFIG_MAPPING_NAMES[kind]).from_pretrained(folder, **options)
+
+
+def model_class(config: Any, folder: Path) -> type[PreTrainedModel]:
+    """The class of the language model that a config is of. Raises UserError if there is none."""
+    mapping: Any
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            kind: type[PreTrainedModel] = mapping[type(config)]
+            return kind
+    raise UserError(
+        f"{folder}: models of type {config.model_type} do not continue texts; use a causal language model"
+    )
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """What transformers raises meanwhile becomes one line: of a bad folder it raises anything."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+        raise UserError(
+            f"{folder}: transformers cannot load the model ({type(error).__name__}: {' '.join(lines[:3])}); "
+            "download it again, or use another model"
+        ) from error
+
+
+def _own_config(kind: type[PreTrainedModel], config: Any) -> Any:
+    """The part of a config that a class is built from: a text model's is nested in that of one that reads more.
+
+    What would be random in training is off: completions are drawn from the model without dropout, and their log-probs
+    are those of the same model. Attention is computed as the config says.
+    """
+    text = config.get_text_config()
+    for part in (config, text):
+        for name, value in vars(part).items():
+            if RANDOM.search(name) and isinstance(value, float | int) and not isinstance(value, bool):
+                setattr(part, name, 0.0)
+        if getattr(part, "attn_logit_softcapping", None):
+            # torch's fused attention knows no soft cap, and transformers leaves it out without a word.
+            part._attn_implementation = "eager"
+    return text if kind.config_class is type(text) else config
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a progress bar, and without warnings of what is an error here."""
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
