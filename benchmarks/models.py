@@ -114,66 +114,83 @@ def length(prompt: str, completion: str, answer: str) -> float:
     return len(completion) % 8 / 8
 
 
+class Kept:
+    """An engine that outlives the job that it is built for, to be asked for log-probs of the weights it has."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+
+    def build(self, *arguments: Any, **options: Any) -> "Kept":
+        """What a job calls to build its engine."""
+        from common.engines import build_engine
+
+        self._engine = build_engine(*arguments, **options)
+        return self
+
+    def close(self) -> None:
+        """What a job calls at its end."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def gap(self, folder: Path, config: Any) -> list[float]:
+        """The largest and the mean difference to the trainer's log-probs of a token; closes the engine."""
+        found = differences(self._engine, folder, config)
+        self._engine.close()
+        return [float(found.max()), float(found.mean())]
+
+
 def gaps(folder: Path, config: Any) -> dict[str, Any]:
     """The pipeline, and how far engine and trainer were apart at each of its steps."""
     from rich.console import Console
 
-    from common.engines import build_engine
     from common.runs import run_paths
     from stage1_vstar.run import run_stage1
     from stage2_train.evaluate import evaluate
     from stage2_train.run import run_stage2
 
-    quiet = Console(file=io.StringIO())
-    run_stage1(config, quiet, build_engine=build_engine)
-    found: dict[str, Any] = {"reference": gap(folder / "model", config)}
+    quiet, paths, engine = Console(file=io.StringIO()), run_paths(config.run), Kept()
+    run_stage1(config, quiet, build_engine=engine.build)
+    found: dict[str, Any] = {"reference": engine.gap(folder / "model", config)}
     run_stage2(config, quiet)
-    paths = run_paths(config.run)
     lines = paths.metrics.read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line).get("engine/logprob_gap") for line in lines]
     found["iterations"] = [each for each in logged if each is not None]
-    found["exported"] = gap(paths.model, config)
-    (result,) = evaluate(config, [paths.model], quiet)
-    return found | {"kl": result["kl_sequence"]}
+    engine = Kept()
+    (result,) = evaluate(config, [paths.model], quiet, build_engine=engine.build)
+    return found | {"exported": engine.gap(paths.model, config), "kl": result["kl_sequence"]}
 
 
-def gap(folder: Path, config: Any) -> list[float]:
-    """The largest and the mean difference between the engine's and the trainer's log-prob of a token."""
+def differences(engine: Any, folder: Path, config: Any) -> Any:
+    """Between the engine's log-probs of some tokens and those of the model in `folder`, absolute."""
     import torch
 
     from common.data.prompts import PromptRenderer, load_prompts
-    from common.engines import build_engine
     from common.rollout import SampleRequest
     from stage2_train.batch import TokenSequence, token_batches
     from stage2_train.logprobs import load_model, token_logprobs
 
-    renderer = PromptRenderer(folder, config.data)
-    prompts = load_prompts(config.data, config, renderer)[:CHECKS]
-    engine = build_engine(config, folder, renderer, beside_trainer=False)
+    prompts = load_prompts(config.data, config, PromptRenderer(folder, config.data))[:CHECKS]
     requests = [
         SampleRequest(key=place, prompt_token_ids=tuple(prompt.token_ids), seed=place, with_logprobs=True)
         for place, prompt in enumerate(prompts)
     ]
-    completions = sorted(
-        engine.generate(requests, config.sampling), key=lambda completion: int(str(completion.key))
-    )
-    engine.close()
+    completions = {each.key: each for each in engine.generate(requests, config.sampling)}
     sequences = [
-        [
-            TokenSequence(
-                row=place, prompt_token_ids=request.prompt_token_ids, completion_token_ids=each.token_ids
-            )
-        ]
-        for place, (request, each) in enumerate(zip(requests, completions, strict=True))
+        TokenSequence(
+            row=place,
+            prompt_token_ids=request.prompt_token_ids,
+            completion_token_ids=completions[place].token_ids,
+        )
+        for place, request in enumerate(requests)
     ]
     module = load_model(folder, config).eval()
-    differences = []
-    for batch in token_batches(sequences, 400, pad_token_id=0):
-        theirs = [value for place in batch.rows for value in completions[place].sampled_logprobs or ()]
+    found = []
+    for batch in token_batches([[each] for each in sequences], 400, pad_token_id=0):
+        theirs = [value for place in batch.rows for value in completions[place].sampled_logprobs]
         with torch.no_grad():
-            differences.append((token_logprobs(module, batch).logprobs_K - torch.tensor(theirs)).abs())
-    all_K = torch.cat(differences)
-    return [float(all_K.max()), float(all_K.mean())]
+            found.append((token_logprobs(module, batch).logprobs_K - torch.tensor(theirs)).abs())
+    return torch.cat(found)
 
 
 def page(folder: Path) -> str:

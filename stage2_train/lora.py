@@ -81,7 +81,7 @@ class Adapter:
                 layer.lora_A[ADAPTER].get_parameter("weight"),
                 layer.lora_B[ADAPTER].get_parameter("weight"),
                 layer.scaling[ADAPTER],
-                is_transposed=layer.fan_in_fan_out,
+                is_transposed=bool(getattr(layer, "fan_in_fan_out", False)),
             )
             for name, layer in model.named_modules()
             if isinstance(layer, LoraLayer)
