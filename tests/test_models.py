@@ -1,9 +1,10 @@
 """Every architecture of benchmarks/architectures.py, tiny and random: what stage 2 does with it, without an engine.
 
-With `-m slow` each goes through both engines too, in processes of their own.
+A few go through the whole pipeline, all of them with both engines under `-m slow`.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.architectures import ARCHITECTURES, Architecture, named, write_model
 from common.checkpoint_names import CheckpointNames, named_state, refuse_other_names
+from common.engines.vllm_repairs import PatchedClasses
 from common.errors import UserError
 from common.output_layer import freeze_all_but_text
 from common.pretrained import empty_causal_lm, load_causal_lm
@@ -25,11 +27,15 @@ from stage2_train.config import Config, LoraConfig
 from stage2_train.exported import write_model as write_export
 from stage2_train.logprobs import LogprobModel, token_logprobs
 from stage2_train.lora import Adapter, linear_layers, unadapted
+from tests import warm
+from tests.conftest import ROOT
 from tests.stage2_runs import tiny_config
 from tests.test_logprobs import naive, one_batch, ragged
 
 TOLERANCE = 1e-5
 """Of log-probs in float32 (measured: 4e-6, of entropies)."""
+ENGINE_TOLERANCE = 1e-4
+"""Of an engine's log-probs in float32 (measured: 3e-6)."""
 TRANSFORMED = {
     "Gemma 2",
     "Gemma 4 (text)",
@@ -342,3 +348,66 @@ def test_what_an_engine_would_sample_otherwise_is_refused_by_name(tmp_path: Path
     config = tiny_config(tmp_path, folder)
     with pytest.raises(UserError, match=r'gpt_oss: vLLM.* set engine.backend = "transformers"'):
         refuse_untrainable(folder, config)
+
+
+WHOLE = [("DeepSeek-V2", "vllm"), ("SmolLM3", "vllm"), ("Gemma 4", "transformers")]
+"""Experts that vLLM packs on a CPU; a class that vLLM patches; one that reads images too, with a soft cap."""
+
+
+def through_the_pipeline(name: str, backend: str, folder: Path) -> dict[str, Any]:
+    finished = warm.run(
+        ["-m", "tests.model_pipeline", name, backend, "float32", folder],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    row: dict[str, Any] = json.loads((folder / "row.json").read_text())
+    return row
+
+
+@pytest.mark.parametrize(("name", "backend"), WHOLE)
+def test_engine_and_trainer_agree_all_along(name: str, backend: str, tmp_path: Path) -> None:
+    check_gaps(through_the_pipeline(name, backend, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+@pytest.mark.parametrize("name", [each.name for each in ARCHITECTURES])
+def test_every_architecture_trains_or_is_refused(name: str, backend: str, tmp_path: Path) -> None:
+    row = through_the_pipeline(name, backend, tmp_path)
+    if "refused" in row:
+        assert backend == "vllm"
+        assert 'engine.backend = "transformers"' in row["refused"]
+    else:
+        check_gaps(row)
+
+
+def check_gaps(row: dict[str, Any]) -> None:
+    gaps = [*row["reference"], *row["iterations"], *row["exported"]]
+    assert len(row["iterations"]) == 2
+    assert max(gaps) < ENGINE_TOLERANCE, row
+    assert row["kl"] > 100 * ENGINE_TOLERANCE, "the weights have moved"
+
+
+def test_classes_that_vllm_rewrites_are_given_back_and_its_own_model_keeps_them() -> None:
+    class Compiled:
+        pass
+
+    class Model(torch.nn.Linear):
+        pass
+
+    classes = PatchedClasses()
+    classes.note(Model)
+    before = dict(vars(Model))
+    ours = Model(2, 2)
+    Model.__bases__ = (*Model.__bases__, Compiled)
+    Model.__call__ = lambda *_: "compiled"  # type: ignore[method-assign]
+    engines = torch.nn.ModuleList([Model(2, 2)])
+    classes.restore()
+    assert dict(vars(Model)) == before
+    assert not issubclass(Model, Compiled)
+    classes.adopt(engines)
+    assert engines[0](1) == "compiled"
+    assert isinstance(engines[0], Compiled)
+    assert isinstance(ours(torch.ones(2)), Tensor)

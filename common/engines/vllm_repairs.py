@@ -137,13 +137,14 @@ def repack_output_layer(model: nn.Module) -> None:
 
 def rotate_heads_on_a_cpu() -> None:
     """Let rotary embeddings be right for queries of shape (token, head, width), on which vLLM's CPU kernel is wrong."""
-    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.model_executor.layers.rotary_embedding import base
 
-    kernel = RotaryEmbedding.forward_cpu
+    embedding: Any = base.RotaryEmbedding
+    kernel = embedding.forward_cpu
     if kernel.__name__ == "forward_cpu":
 
         def repaired(self: Any, positions: Tensor, query: Tensor, key: Tensor | None = None) -> Any:
             forward = kernel if query.ndim == 2 else type(self).forward_native
             return forward(self, positions, query, key)
 
-        RotaryEmbedding.forward_cpu = repaired
+        embedding.forward_cpu = repaired
