@@ -98,6 +98,7 @@ GEMMA_TEXT: dict[str, Any] = {"tie_word_embeddings": True, "sliding_window": 16,
 GEMMA4_TEXT: dict[str, Any] = {
     "tie_word_embeddings": True,
     "sliding_window": 16,
+    "head_dim": 32,
     "global_head_dim": 32,
     "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": 576,
@@ -287,8 +288,9 @@ def write_model(architecture: Architecture, folder: Path, *, seed: int = 0, dtyp
         "pad_token_id": ids["pad"],
         "dtype": dtype,
     }
-    known = AutoConfig.for_model(architecture.model_type)
-    numbers = {**{key: value for key, value in DENSE.items() if hasattr(known, key)}, **architecture.config}
+    blank = AutoConfig.for_model(architecture.model_type)
+    known = {*blank.to_dict(), *blank.attribute_map}
+    numbers = {**{key: value for key, value in DENSE.items() if key in known}, **architecture.config}
     if "text_config" in numbers:
         numbers = {**architecture.config, **special, "text_config": {**numbers["text_config"], **special}}
         numbers["tie_word_embeddings"] = numbers["text_config"]["tie_word_embeddings"]

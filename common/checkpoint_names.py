@@ -156,7 +156,7 @@ def note_conversions(model: PreTrainedModel, stored: Iterable[str]) -> list[str]
         for name in sorted(stored, key=dot_natural_key)
     }
     used = [rule for rule in rules if rule.was_used()]
-    model._weight_conversions = used
+    model._weight_conversions = used  # type: ignore[assignment]
     others = {name for rule in used for name in _further_targets(rule, found)}
     return sorted(named_state(model).keys() - found - others)
 

@@ -20,8 +20,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.utils import logging
 
+from common.checkpoint_names import note_conversions
 from common.errors import UserError
 from common.model_files import read_json
+from common.weights import read_weights
 
 RANDOM = re.compile("drop|jitter")
 """Settings of a config that make a model random while it trains."""
@@ -41,7 +43,11 @@ def empty_causal_lm(folder: Path) -> PreTrainedModel:
     config = read_config(folder)
     kind = model_class(config, folder)
     with refusing(folder), _quiet(), torch.device("meta"):
-        return kind(_own_config(kind, config))
+        model = kind(_own_config(kind, config))
+    missing = note_conversions(model, read_weights(folder).shapes)
+    if missing:
+        raise UserError(f"{folder}: the weights do not fit config.json: missing {_some(missing)}; {AGAIN}")
+    return model
 
 
 def load_pretrained(kind: type[PreTrainedModel], folder: Path, dtype: str, **options: Any) -> PreTrainedModel:

@@ -81,7 +81,7 @@ class Adapter:
                 layer.lora_A[ADAPTER].get_parameter("weight"),
                 layer.lora_B[ADAPTER].get_parameter("weight"),
                 layer.scaling[ADAPTER],
-                is_transposed=layer.fan_in_fan_out,
+                is_transposed=bool(getattr(layer, "fan_in_fan_out", False)),
             )
             for name, layer in model.named_modules()
             if isinstance(layer, LoraLayer)
@@ -141,7 +141,7 @@ def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]
     if trunk is model.base_model:
         return sorted(names)
     place = next(name for name, module in model.named_modules() if module is trunk)
-    return rf"{re.escape(place)}\..*\.({'|'.join(map(re.escape, sorted(names)))})"
+    return rf"{re.escape(place)}\.(?:.*\.)?({'|'.join(map(re.escape, sorted(names)))})"
 
 
 def linear_layers(model: PreTrainedModel) -> set[str]:

@@ -21,6 +21,7 @@ from common.engines.vllm_repairs import (
     RenewedLayers,
     forget_packed_experts,
     repack_output_layer,
+    rotate_heads_on_a_cpu,
     unpatched_classes,
 )
 from common.errors import UserError
@@ -73,6 +74,7 @@ class VllmEngine:
             options["enforce_eager"] = config.engine.enforce_eager
             options["enable_sleep_mode"] = beside_trainer and config.engine.sleep_while_training
         else:
+            rotate_heads_on_a_cpu()
             options["enforce_eager"] = True
             options["kv_cache_memory_bytes"] = round(config.engine.cpu_kv_cache_gib * 2**30)
             # Compiling the sampler's two small helpers takes ten seconds that they never win back on a CPU.

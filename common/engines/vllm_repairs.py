@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UserError
 
@@ -133,3 +133,18 @@ def repack_output_layer(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def rotate_heads_on_a_cpu() -> None:
+    """Let rotary embeddings be right for queries of shape (token, head, width), on which vLLM's CPU kernel is wrong."""
+    from vllm.model_executor.layers.rotary_embedding import base
+
+    embedding: Any = base.RotaryEmbedding
+    kernel = embedding.forward_cpu
+    if kernel.__name__ == "forward_cpu":
+
+        def repaired(self: Any, positions: Tensor, query: Tensor, key: Tensor | None = None) -> Any:
+            forward = kernel if query.ndim == 2 else type(self).forward_native
+            return forward(self, positions, query, key)
+
+        embedding.forward_cpu = repaired
