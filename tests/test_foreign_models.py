@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from common.data.prompts import PromptRenderer
 from common.engines import build_engine
+from common.engines.loadable import loadable_folder
 from common.errors import UserError
 from common.runs import run_paths
+from common.weights import read_weights
 from stage2_train.config import Config
 from stage2_train.data import prepare
 from stage2_train.forecast import forecast
@@ -212,3 +214,15 @@ def test_what_training_will_refuse_is_said_before_it_is_sampled_for(folder: Path
     run(config)
     with pytest.raises(UserError, match=r"sampling\.top_p is 0\.9"):
         prepare(config, run_paths(config.run).vstar)
+
+
+def test_an_engine_is_shown_the_model_without_the_weights_that_are_not_its_own(folder: Path) -> None:
+    with loadable_folder(folder) as shown:
+        assert shown == folder
+    save_file({"tok_embeddings.weight": torch.zeros(9, 9)}, folder / "consolidated.safetensors")
+    with loadable_folder(folder) as shown:
+        assert {file.name for file in shown.iterdir()} == {
+            file.name for file in folder.iterdir() if file.name != "consolidated.safetensors"
+        }
+        assert read_weights(shown).shapes == read_weights(folder).shapes
+    assert not shown.exists()

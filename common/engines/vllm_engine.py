@@ -16,6 +16,7 @@ import torch.distributed as dist
 from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer, longest_allowed_prompt
 from common.engines.endings import is_truncated
+from common.engines.loadable import loadable_folder
 from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.engines.vllm_repairs import (
     RenewedLayers,
@@ -88,9 +89,11 @@ class VllmEngine:
         gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
-        with unpatched_classes() as classes, _refusing(folder):
+        with unpatched_classes() as classes, _refusing(folder), loadable_folder(folder) as loadable:
             self.llm: vllm.LLM | None = vllm.LLM(
-                model=str(folder),
+                model=str(loadable),
+                config_format="hf",
+                tokenizer_mode="hf",
                 dtype=config.model.dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=config.engine.max_num_seqs,
