@@ -126,7 +126,7 @@ def vstar(
     with _ending_cleanly(), _libraries_logged(settings.run):
         from stage1_vstar.adaptive import Rule
         from stage1_vstar.run import run_stage1
-        from stage2_train.preflight import refusals
+        from stage2_train.preflight import foresight
 
         rule = None if adaptive is None or budget is None else Rule(target_se=adaptive, budget=budget)
         run_stage1(
@@ -136,7 +136,7 @@ def vstar(
             adaptive=rule,
             allow_mismatch=allow_mismatch or (),
             check=check,
-            foresee=partial(refusals, settings),
+            foresee=partial(foresight, settings),
         )
 
 

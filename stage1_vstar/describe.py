@@ -194,7 +194,8 @@ def _summary(figures: Description) -> RenderableType:
         else describe_model(
             context["model"], [str(number) for number in identity["prompt"]["eos_token_ids"]]
         ),
-        "`train` refuses": "; ".join(context.get("model", {}).get("training_refuses", [])) or "nothing known",
+        "foreseen": "; ".join(context.get("model", {}).get("foreseen", []))
+        or "nothing that `train` would refuse",
         "prompt template": repr(identity["prompt"]["template"]),
         "sampling": ", ".join(f"{name} {value}" for name, value in identity["sampling"].items()),
         "grader": identity["grader"]

@@ -104,8 +104,8 @@ def run_stage1(
     A shard draws its prompts' samples only; the run without one, once all are there, finds nothing to draw and writes
     the file. `adaptive` goes on with more samples for the prompts that need them; a file that was written so remembers
     it. `check` says whether the engine's log-probs are compared with a plain forward pass, by default those of a small
-    model; `foresee` says of the model's folder what training will refuse. Everything a user can get wrong is checked
-    before the model loads. Raises UserError.
+    model; `foresee` says of the model's folder what training will refuse or leave as it is. Everything a user can get
+    wrong is checked before the model loads. Raises UserError.
     """
     if adaptive is not None and shard != WHOLE:
         raise UserError(
@@ -119,12 +119,12 @@ def run_stage1(
     if renderer is None:
         console.print(f"shard {shard} holds no prompt: nothing to do")
         return
-    limits = foresee(folder)
-    for line in introduction(model, renderer, limits):
+    foreseen = foresee(folder)
+    for line in (introduction(model, renderer), *foreseen):
         console.print(line, soft_wrap=True)
     with exclusive_run(paths, "vstar", shard):
         provenance = stage1_provenance(config, renderer, model_identity(folder, paths.known_weights))
-        provenance.context["model"] = {**model.document(), "training_refuses": list(limits)}
+        provenance.context["model"] = {**model.document(), "foreseen": list(foreseen)}
         work = open_work(config, prompts, provenance, shard, adaptive, allow_mismatch, console)
         is_checked = model.parameters <= SMALL_MODEL if check is None else check
         engine_check = partial(check_engine, config, folder, work.store, work.allowance, console)
@@ -152,14 +152,11 @@ def run_stage1(
             console.print(line, soft_wrap=True)
 
 
-def introduction(model: ModelReading, renderer: PromptRenderer, limits: Sequence[str]) -> list[str]:
-    """What the model is, and what training will refuse."""
+def introduction(model: ModelReading, renderer: PromptRenderer) -> str:
+    """What the model is, in a line."""
     tokens = renderer.tokenizer.convert_ids_to_tokens(list(renderer.eos_token_ids))
     ends = [f"{number} ({token})" for number, token in zip(renderer.eos_token_ids, tokens, strict=True)]
-    return [
-        describe_model(model.document(), ends),
-        *(f"note: `train` will refuse this: {line}" for line in limits),
-    ]
+    return describe_model(model.document(), ends)
 
 
 def open_work(

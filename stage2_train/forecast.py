@@ -24,7 +24,7 @@ from common.vstar_file import read_vstar
 from stage2_train.config import Config
 from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, expected_first_batch
 from stage2_train.memory import memory_per_gpu, read_shape
-from stage2_train.preflight import refused_settings
+from stage2_train.preflight import foresight_of_settings
 
 TOKENIZED_PROMPTS = 2000
 """So many prompts, chosen at random, stand for all in the number of prompt tokens."""
@@ -50,7 +50,7 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
         )
     folder = reference_model(config)
     model = read_model(folder).document()
-    refused = [*refused_settings(config), *provenance.context.get("model", {}).get("training_refuses", [])]
+    foreseen = [*foresight_of_settings(config), *provenance.context.get("model", {}).get("foreseen", [])]
     turns = config.train.iterations_over(kept.height)
     visits = turns * config.train.batch_size
     completions = visits * config.train.objective.group_size
@@ -59,7 +59,7 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
         "path": str(vstar_file),
         "model": model,
         "eos_token_ids": provenance.identity["prompt"]["eos_token_ids"],
-        "training_refuses": list(dict.fromkeys(refused)),
+        "foreseen": list(dict.fromkeys(foreseen)),
         "filters": provenance.context.get("filters", []),
         "iterations": turns,
         "optimizer_steps": turns * config.train.steps_per_iteration,
@@ -150,7 +150,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     rows = {
         "file": figures["path"],
         "model": describe_model(figures["model"], [str(number) for number in figures["eos_token_ids"]]),
-        "`train` refuses": "; ".join(figures["training_refuses"]) or "nothing known",
+        **({"foreseen": "; ".join(figures["foreseen"])} if figures["foreseen"] else {}),
         "prompts": f"{figures['kept']:,} kept of {figures['prompts']:,}, each visited "
         + (
             f"{visits['least']}"

@@ -1,7 +1,6 @@
 """The policy under training: a learner whose weights have the names of a Hugging Face checkpoint."""
 
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from stage2_train.config import Config
 from stage2_train.exported import broken_weight, refuse_broken, write_model
 from stage2_train.learner import Learner
 from stage2_train.logprobs import VocabularyHead, load_model, token_logprobs
-from stage2_train.lora import Adapter, LowRankUpdate, keep_trained_weights, unadapted
+from stage2_train.lora import Adapter, LowRankUpdate, keep_trained_weights
 from stage2_train.ranks import Ranks
 
 GATHERED_ELEMENTS = 2**26
@@ -35,11 +34,6 @@ class Policy:
         self._names = CheckpointNames(module.model)
         refuse_other_names(self._names, folder)
         freeze_all_but_text(module.model)
-        if config.train.lora is not None and ranks.is_main and (names := sorted(unadapted(module.model))):
-            print(
-                f"train.lora: weights called {', '.join(names)} get no adapter and stay as they are",
-                file=sys.stderr,
-            )
         self._adapter = Adapter(module.model, config) if config.train.lora is not None else None
         if not all(parameter.requires_grad for parameter in module.parameters()):
             # DeepSpeed leaves frozen weights out of a checkpoint by one name; an output layer has two or three.

@@ -18,14 +18,34 @@ def refuse_first(config: Config, folder: Path) -> None:
         raise problem
 
 
-def refusals(config: Config, folder: Path) -> list[str]:
-    """All that training will refuse, a line each."""
-    return [str(problem) for problem in _problems(config, folder)]
+def foresight(config: Config, folder: Path) -> list[str]:
+    """What training will refuse, and what it will leave as it is, a line each."""
+    problems = list(_problems(config, folder))
+    return [*map(_refused, problems), *([] if problems else remarks(config, folder))]
 
 
-def refused_settings(config: Config) -> list[str]:
+def foresight_of_settings(config: Config) -> list[str]:
     """What training will refuse whatever the model is, a line each; imports no torch."""
-    return [str(problem) for problem in _settings(config)]
+    return [_refused(problem) for problem in _settings(config)]
+
+
+def remarks(config: Config, folder: Path) -> list[str]:
+    """What training leaves as it is where one could think otherwise, a line each."""
+    if config.train.lora is None:
+        return []
+    from common.pretrained import empty_causal_lm
+    from stage2_train.lora import unadapted
+
+    names = sorted(unadapted(empty_causal_lm(folder)))
+    return (
+        [f"train.lora: weights called {', '.join(names)} get no adapter and stay as they are"]
+        if names
+        else []
+    )
+
+
+def _refused(problem: UserError) -> str:
+    return f"`train` will refuse this: {problem}"
 
 
 def _problems(config: Config, folder: Path) -> Iterator[UserError]:

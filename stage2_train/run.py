@@ -20,6 +20,7 @@ from common.packages import refuse_missing
 from common.parity import PARITY
 from common.provenance import ACCEPTED, Allowance
 from common.runs import RunPaths, exclusive_run, run_paths
+from stage2_train import preflight
 from stage2_train.checkpoint import latest_state, newest_intact, read_state
 from stage2_train.collate import Cutter
 from stage2_train.completions import forget_completions
@@ -174,7 +175,7 @@ def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsL
 
 
 def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
-    """What is about to be trained, in two lines, and what there is to say of held-out prompts."""
+    """What is about to be trained, in two lines, and what there is to say of it."""
     train, stage1 = config.train, data.stage1
     lines = [f"{len(data.prompts):,} prompts of [data]"]
     if stage1 is not None:
@@ -188,6 +189,7 @@ def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
     if data.held_out:
         training = [prompt.text for prompt in data.prompts]
         lines += remarks(config, [prompt.text for prompt in data.held_out], training)
+    lines += preflight.remarks(config, data.folder)
     return [
         *lines,
         f"{data.iterations(config)} iterations of {completions} completions, "

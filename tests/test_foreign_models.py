@@ -18,6 +18,7 @@ from common.weights import read_weights
 from stage2_train.config import Config
 from stage2_train.data import prepare
 from stage2_train.forecast import forecast
+from stage2_train.preflight import foresight
 from tests import stage1_runs
 from tests.fakes import change_json, tiny_config
 from tests.stage1_runs import Engines, rows_of, run, write_questions
@@ -203,14 +204,11 @@ def test_a_result_without_any_reward_is_doubted_with_an_example_and_not_trained_
 
 
 def test_what_training_will_refuse_is_said_before_it_is_sampled_for(folder: Path, engines: Engines) -> None:
-    from stage2_train.preflight import refusals
-
     config = config_of(folder, sampling={"top_p": 0.9}, train={"lora": {"target_modules": ["c_attn"]}})
-    lines = refusals(config, folder)
-    assert [line.partition(":")[0] for line in lines] == [
-        "sampling.top_p is 0.9",
-        "train.lora.target_modules",
-    ]
+    lines = foresight(config, folder)
+    assert len(lines) == 2
+    assert lines[0].startswith("`train` will refuse this: sampling.top_p is 0.9")
+    assert lines[1].startswith("`train` will refuse this: train.lora.target_modules")
     run(config)
     with pytest.raises(UserError, match=r"sampling\.top_p is 0\.9"):
         prepare(config, run_paths(config.run).vstar)
