@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 
@@ -51,10 +51,13 @@ def stored_weights(folder: Path) -> "Iterator[tuple[str, Tensor]]":
                 yield name, weights.get_tensor(name)
 
 
-def _opened(file: Path, framework: str):  # type: ignore[no-untyped-def]
+def _opened(file: Path, framework: str) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(file, framework=framework)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {error}; download the model again") from error
+    except (OSError, MemoryError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read {file}, no whole safetensors file ({str(error) or type(error).__name__}); download the "
+            "model again"
+        ) from error

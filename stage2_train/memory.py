@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from common.data.prompts import longest_allowed_prompt
 from common.errors import UserError
 from common.model_files import model_numbers
+from common.weight_files import stored_shapes
 from stage2_train.config import Config, LoraConfig
 from stage2_train.objectives.protocol import TrainsCritic
 
@@ -75,17 +74,9 @@ def read_shape(folder: Path) -> Shape:
 
 
 def _parameters(folder: Path, *, tied: bool) -> int:
-    sizes: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {path}: {error}; download the model again") from error
+    sizes = {name: math.prod(shape) for name, shape in stored_shapes(folder).items()}
     if tied:
         sizes.pop("lm_head.weight", None)
-    if not sizes:
-        raise UserError(f"{folder} holds no *.safetensors weights; convert the model to safetensors first")
     return sum(sizes.values())
 
 
