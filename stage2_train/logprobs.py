@@ -132,7 +132,8 @@ class LinearLogprobs(torch.autograd.Function):
                     transformed_RC = _transformed(
                         linear_RC.requires_grad_(bool(ctx.transform)), ctx.transform
                     )
-                logits_RC = transformed_RC.detach().div_(ctx.temperature)
+                logits_RC = transformed_RC.detach()
+                logits_RC = logits_RC / ctx.temperature if ctx.transform else logits_RC.div_(ctx.temperature)
                 log_softmax_RC = logits_RC.sub_(normaliser_K[rows, None])
                 factor = scaled_K1[rows]
                 if scaled_entropy_K1 is not None:

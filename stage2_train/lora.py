@@ -130,13 +130,19 @@ def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str]
 
     The output layer is none of them: log-probs read its weight directly.
     """
-    trunk = text_trunk(model)
-    linear = linear_layers(model) - unadapted(model)
+    trunk, without = text_trunk(model), unadapted(model)
+    linear = linear_layers(model) - without
     names = linear if isinstance(chosen, str) else set(chosen)
+    choice = f'choose of {", ".join(sorted(linear))}, or "all-linear"'
+    if refused := sorted(names & without):
+        raise UserError(
+            f"train.lora.target_modules: no adapter can be put beside this model's {', '.join(refused)}: the names of "
+            f"weights that transformers keeps for all experts together, or that kernels read directly; {choice}"
+        )
     if unknown := sorted(names - linear):
         raise UserError(
             f"train.lora.target_modules: the model has no linear layers called {', '.join(unknown)} before its output "
-            f'layer that an adapter can be put beside; choose of {", ".join(sorted(linear))}, or "all-linear"'
+            f"layer; {choice}"
         )
     if trunk is model.base_model:
         return sorted(names)

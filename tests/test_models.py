@@ -24,9 +24,10 @@ from common.pretrained import empty_causal_lm, load_causal_lm
 from common.trainable import refuse_untrainable
 from common.weights import read_weights, stored_weights
 from stage2_train.config import Config, LoraConfig
+from stage2_train.exported import broken_weight, refuse_broken
 from stage2_train.exported import write_model as write_export
 from stage2_train.logprobs import LogprobModel, token_logprobs
-from stage2_train.lora import Adapter, linear_layers, unadapted
+from stage2_train.lora import Adapter, linear_layers, refuse_unknown_layers, unadapted
 from tests import warm
 from tests.conftest import ROOT
 from tests.stage2_runs import tiny_config
@@ -341,6 +342,20 @@ def test_other_copies_of_the_weights_in_the_folder_are_not_read(qwen: Path) -> N
         UserError, match=r"lacks model-00001-of-00001.safetensors of model.safetensors.index.json"
     ):
         read_weights(qwen)
+
+
+def test_a_policy_that_is_not_finite_is_not_exported() -> None:
+    weights = {"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}
+    assert broken_weight({"a": weights["a"]}) is None
+    with pytest.raises(UserError, match="its weight b is not finite"):
+        refuse_broken(broken_weight(weights))
+
+
+def test_layers_that_get_no_adapter_are_refused_by_name(qwen: Path) -> None:
+    for name in ("down_proj", "gate_up_proj"):
+        with pytest.raises(UserError, match=f"no adapter can be put beside this model's {name}"):
+            refuse_unknown_layers(qwen, LoraConfig(target_modules=("q_proj", name)))
+    refuse_unknown_layers(qwen, LoraConfig(target_modules=("q_proj",)))
 
 
 def test_what_an_engine_would_sample_otherwise_is_refused_by_name(tmp_path: Path) -> None:

@@ -243,6 +243,23 @@ def test_an_engine_sleeps_until_it_is_given_weights(fake: tuple[RolloutEngine, F
     assert llm.told == ["wake weights", *load, "wake kv_cache", "reset_prefix_cache", *awake]
 
 
+def test_what_vllm_cannot_load_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
+) -> None:
+    import vllm
+
+    def broken(**_: Any) -> None:
+        raise ValueError("1 validation error\n  no such kernel\n  see the log\n  and more")
+
+    monkeypatch.setattr(vllm, "LLM", broken)
+    config = tiny_config(tmp_path, tiny_model)
+    with pytest.raises(
+        UserError, match=r"\(ValueError: 1 validation error no such kernel see the log\); .*transformers"
+    ):
+        build_engine(config, tiny_model, PromptRenderer(tiny_model, config.data), beside_trainer=False)
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("fake", [(True, False), (False, True)], indirect=True)
 def test_an_engine_without_a_trainer_or_a_gpu_stays_awake(fake: tuple[RolloutEngine, FakeLLM]) -> None:
     engine, llm = fake

@@ -75,11 +75,11 @@ class VllmEngine:
             options["enforce_eager"] = config.engine.enforce_eager
             options["enable_sleep_mode"] = beside_trainer and config.engine.sleep_while_training
         else:
-            rotate_heads_on_a_cpu()
             options["enforce_eager"] = True
             options["kv_cache_memory_bytes"] = round(config.engine.cpu_kv_cache_gib * 2**30)
             # Compiling the sampler's two small helpers takes ten seconds that they never win back on a CPU.
             current_platform.simple_compile_backend = "eager"
+            rotate_heads_on_a_cpu()  # imports what would be compiled
             # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".
             options["max_num_batched_tokens"] = max(65536, max_model_len)
         if processes > 1:
