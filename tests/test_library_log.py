@@ -116,7 +116,7 @@ def test_where_the_log_cannot_be_written_that_is_said_and_nothing_is_lost(
 def test_a_progress_bar_of_a_library_is_for_a_terminal_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     for is_terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda shown=is_terminal: shown)

@@ -266,9 +266,9 @@ def become(order: Mapping[str, Any], files: Sequence[int], path: list[str]) -> i
     for standard, file in enumerate(files):
         os.dup2(file, standard)
         os.close(file)
-    # As the interpreter makes them: the old ones remember whether the server's files could be sought in.
-    sys.stdout = open(1, "w", encoding="utf-8", line_buffering=os.isatty(1), closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", line_buffering=True, closefd=False)  # noqa: SIM115
+    # The old ones remember whether the server's files could be sought in.
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
