@@ -56,7 +56,7 @@ def load_pretrained(kind: type[PreTrainedModel], folder: Path, dtype: str, **opt
     With options of the class's config, such as `num_labels`, weights that these add may be new.
     """
     config = _own_config(kind, read_config(folder, **options))
-    stored_shapes(folder)  # says of a damaged file which one it is
+    read_weights(folder)  # says of a damaged file which one it is
     with refusing(folder), _quiet():
         loaded: Any = kind.from_pretrained(
             folder,

@@ -80,6 +80,13 @@ MISTAKES = {
     ),
     "no artifact to rescore": Mistake("rescore --run none --beta1 1", ("there is no", "cli.py vstar")),
     "no artifact to filter": Mistake("filter --run none", ("there is no", "cli.py vstar")),
+    "a run outside the artifacts": Mistake(
+        "inspect --run ../../x", ("run should match pattern '^[A-Za-z0-9]", "found '../../x'")
+    ),
+    "an output that is no file": Mistake(
+        "rescore --run filtered --beta1 1 -o /dev/stdout",
+        ("cannot write /dev/stdout: it is a device", "--json"),
+    ),
     "an artifact that is no Parquet file": Mistake(
         "inspect --vstar data.jsonl", ("data.jsonl is not a readable Parquet file",)
     ),

@@ -79,8 +79,14 @@ def cli(
 def test_a_mistake_is_said_whatever_rank_a_scheduler_has_given_the_process(
     command: str, artifacts: Path
 ) -> None:
-    for world in ({"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}):
-        result = cli(command, "--config", "none.toml", artifacts=artifacts, **world)
+    for world_size in ("1", "2"):
+        result = cli(
+            *(command, "--config", "none.toml"),
+            artifacts=artifacts,
+            RANK="1",
+            WORLD_SIZE=world_size,
+            MASTER_PORT="1",
+        )
         assert result.returncode == 2
         assert result.stderr.startswith(b"error: cannot read the config none.toml")
 
@@ -155,11 +161,9 @@ def test_a_message_that_cannot_be_noted_for_the_others_is_said(tmp_path: Path, t
 def torchrun(program: str, *arguments: str, folder: Path) -> list[str]:
     """What a program that fails on two processes says of it itself: what torchrun adds begins with its date or name."""
     (folder / "program.py").write_text(program)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")
     result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"),
-            *(str(folder / "program.py"), *arguments),
-        ],
+        [sys.executable, *launcher, str(folder / "program.py"), *arguments],
         env=environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,

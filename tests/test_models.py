@@ -338,9 +338,7 @@ def test_other_copies_of_the_weights_in_the_folder_are_not_read(qwen: Path) -> N
     (qwen / "model.safetensors.index.json").write_text(json.dumps(index))
     assert read_weights(qwen).shapes == before
     (qwen / "model-00001-of-00001.safetensors").unlink()
-    with pytest.raises(
-        UserError, match=r"lacks model-00001-of-00001.safetensors of model.safetensors.index.json"
-    ):
+    with pytest.raises(UserError, match="lacks 1 of the 1 weight files"):
         read_weights(qwen)
 
 

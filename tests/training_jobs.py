@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import transformers  # noqa: F401
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: F401
 
 import common.engines.transformers_engine  # noqa: F401
+import stage2_train.tensorboard_file  # noqa: F401
 from stage2_train.config import Config
 from stage2_train.metrics import Metrics, MetricsLog
 from stage2_train.run import run_stage2

@@ -223,7 +223,8 @@ def import_libraries() -> None:
     import pyarrow.parquet  # noqa: F401
     import vllm.model_executor.models.qwen2
     import vllm.v1.worker.cpu_worker  # noqa: F401
-    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    from tensorboard.compat.proto import event_pb2  # noqa: F401
+    from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: F401
     from vllm import LLM  # noqa: F401
 
@@ -265,6 +266,9 @@ def become(order: Mapping[str, Any], files: Sequence[int], path: list[str]) -> i
     for standard, file in enumerate(files):
         os.dup2(file, standard)
         os.close(file)
+    # The old ones remember whether the server's files could be sought in.
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
