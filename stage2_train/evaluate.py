@@ -15,7 +15,7 @@ from rich.console import Console
 
 from common.config import SamplingParams
 from common.data.prompts import PromptRenderer, check_context, load_prompts, usable_prompts
-from common.engines import EngineBuilder, RolloutEngine, build_engine
+from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
 from common.model_files import reference_model, resolve_model
@@ -30,9 +30,7 @@ from stage2_train.sources.rollouts import collect_rollouts
 BOOTSTRAP_RESAMPLES = 2000
 
 
-def evaluate(
-    config: Config, models: Sequence[Path], console: Console, build_engine: EngineBuilder = build_engine
-) -> list[dict[str, Any]]:
+def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[dict[str, Any]]:
     """Evaluate models of one architecture on the config's held-out prompts, one after the other.
 
     Raises UserError before it loads anything.
