@@ -144,6 +144,7 @@ def gaps(folder: Path, config: Any) -> dict[str, Any]:
     """The pipeline, and how far engine and trainer were apart at each of its steps."""
     from rich.console import Console
 
+    from common.data.prompts import PromptRenderer
     from common.runs import run_paths
     from stage1_vstar.run import run_stage1
     from stage2_train.evaluate import evaluate
@@ -156,8 +157,9 @@ def gaps(folder: Path, config: Any) -> dict[str, Any]:
     lines = paths.metrics.read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line).get("engine/logprob_gap") for line in lines]
     found["iterations"] = [each for each in logged if each is not None]
-    engine = Kept()
-    (result,) = evaluate(config, [paths.model], quiet, build_engine=engine.build)
+    (result,) = evaluate(config, [paths.model], quiet)
+    renderer = PromptRenderer(paths.model, config.data)
+    engine = Kept().build(config, paths.model, renderer, beside_trainer=False)
     return found | {"exported": engine.gap(paths.model, config), "kl": result["kl_sequence"]}
 
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from common.errors import UserError
 from common.grading import GraderConfig
+from common.runs import RUN_NAME
 
 
 def _not_nan(value: float) -> float:
@@ -202,7 +203,7 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """One run, artifacts/<run>: what both stages read. Stage 2 adds its own section (stage2_train/config.py)."""
 
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    run: Annotated[str, Field(pattern=RUN_NAME)]
     seed: Seed = 0
     model: ModelConfig
     data: DataConfig

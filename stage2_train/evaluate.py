@@ -22,7 +22,7 @@ from common.data.prompts import (
     refuse_none_usable,
     usable_prompts,
 )
-from common.engines import EngineBuilder, RolloutEngine, build_engine
+from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
 from common.model_files import model_identity, reference_model, resolve_model
@@ -40,9 +40,7 @@ from stage2_train.sources.rollouts import collect_rollouts
 BOOTSTRAP_RESAMPLES = 2000
 
 
-def evaluate(
-    config: Config, models: Sequence[Path], console: Console, build_engine: EngineBuilder = build_engine
-) -> list[dict[str, Any]]:
+def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[dict[str, Any]]:
     """Evaluate models on the config's held-out prompts, one after the other.
 
     Raises UserError before it loads anything.

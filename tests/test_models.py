@@ -397,6 +397,7 @@ def test_every_architecture_trains_or_is_refused(name: str, backend: str, tmp_pa
 
 
 def check_gaps(row: dict[str, Any]) -> None:
+    assert "refused" not in row, row
     gaps = [*row["reference"], *row["iterations"], *row["exported"]]
     assert len(row["iterations"]) == 2
     assert max(gaps) < ENGINE_TOLERANCE, row

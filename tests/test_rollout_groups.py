@@ -137,7 +137,7 @@ def test_a_group_that_does_not_divide_the_processes_is_refused_before_a_model_lo
     config = tiny_config(tmp_path, tiny_model, engine={"training_tensor_parallel_size": 2})
     renderer = PromptRenderer(tiny_model, config.data)
     with pytest.raises(UserError, match=r"training_tensor_parallel_size 2 cannot group .* found 1; start a"):
-        build_engine(config, tmp_path / "no model", renderer, beside_trainer=True)
+        build_engine(config, tiny_model, renderer, beside_trainer=True)
 
 
 @pytest.mark.parametrize(
