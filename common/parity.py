@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.provenance import Allowance
+from common.rollout import Completion
 
 PARITY = "parity"
 """The name by which a gap is accepted."""
@@ -66,6 +67,11 @@ class Gap:
     def is_within(self, bound: Bound) -> bool:
         """False where a log-prob was no number."""
         return self.largest <= bound.largest and self.mean <= bound.mean
+
+
+def engine_logprobs(completion: Completion) -> Sequence[float]:
+    """The engine's log-probs of a completion's tokens; nan where it has not given any."""
+    return completion.sampled_logprobs or [math.nan] * len(completion.token_ids)
 
 
 def refuse_gap(gap: Gap, sides: str, *, dtype: str, backend: str, allowance: Allowance, remedy: str) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from common.config import RunConfig, SamplingParams
 from common.engines import RolloutEngine
-from common.parity import COMPLETIONS, TOKENS, Gap, plain_logprobs, refuse_gap
+from common.parity import COMPLETIONS, TOKENS, Gap, engine_logprobs, plain_logprobs, refuse_gap
 from common.provenance import Allowance
 from common.rollout import Prompt, SampleRequest
 from common.seeds import derive_seed
@@ -43,7 +43,7 @@ def check_engine(
     ]
     completions = sorted(engine.generate(requests, sampling), key=lambda each: int(str(each.key)))
     gap = Gap.between(
-        [each.sampled_logprobs or () for each in completions],
+        [engine_logprobs(each) for each in completions],
         plain_logprobs(
             folder,
             config.model.dtype,

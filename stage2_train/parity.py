@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from common.parity import COMPLETIONS, TOKENS, Gap, refuse_gap
+from common.parity import COMPLETIONS, TOKENS, Gap, engine_logprobs, refuse_gap
 from common.provenance import Allowance
 from common.rollout import Rollout
 from common.seeds import derive_seed
@@ -71,7 +71,7 @@ class ParityGate:
             return
         self._is_over = turn.number > 0
         rollouts = self._source.now(self._draw, turn.number)
-        sampled = [rollout.completion.sampled_logprobs or () for rollout in rollouts]
+        sampled = [engine_logprobs(rollout.completion) for rollout in rollouts]
         when = f"after iteration {turn.number}" if turn.number else "before the first iteration"
         for name, scorer in self._scorers.items():
             if name == REFERENCE and turn.number:

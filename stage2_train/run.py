@@ -53,8 +53,8 @@ def run_stage2(
 ) -> None:
     """Train and export the policy to artifacts/<run>/model; a re-run continues.
 
-    Everything a user can get wrong is checked before a model loads. `observers` watch each iteration before all
-    others. Raises UserError.
+    Everything a user can get wrong is checked before a model loads. `observers` watch each iteration right after
+    engine and trainer have been compared. Raises UserError.
     """
     _refuse_uneven_split(config, launched_processes())
     _refuse_missing_wandb(config)
@@ -129,7 +129,7 @@ def _train(
             log = MetricsLog(config, paths, console, first_iteration=begin, last=last)
             ending.enter_context(closing(log))
         gate = _parity_gate(trainer, allowance, console)
-        watchers = [*observers, gate, *_watchers(trainer, paths, console, log)]
+        watchers = [gate, *observers, *_watchers(trainer, paths, console, log)]
         train(trainer, watchers, console, first=done + 1, last=last)
 
 

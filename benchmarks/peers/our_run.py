@@ -19,6 +19,7 @@ from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer
 from common.engines import EngineBuilder, build_engine
 from common.engines.vllm_engine import VllmEngine
+from common.parity import PARITY
 from common.rollout import Completion, SampleRequest
 from stage2_train.config import Config
 from stage2_train.run import run_stage2
@@ -52,6 +53,9 @@ class ForcedEngine(VllmEngine):
         parameters = super()._sampling_params(request, sampling)
         parameters.min_tokens = parameters.max_tokens = self._lengths[request.prompt_token_ids]
         return parameters
+
+    def _completion(self, request: SampleRequest, output: "vllm.CompletionOutput", limit: int) -> Completion:
+        return super()._completion(request, output, self._lengths[request.prompt_token_ids])
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         """As VllmEngine.generate, without log-probs."""
@@ -92,7 +96,8 @@ def main() -> None:
         return ForcedEngine(config, folder, renderer, lengths)
 
     builder: EngineBuilder = build_forced if lengths else build_engine
-    run_stage2(config, Console(), Path(job.vstar), build_engine=builder, observers=[clock])
+    allowed = [PARITY] if lengths else []  # a forced end has no log-prob of the model's
+    run_stage2(config, Console(), Path(job.vstar), allowed, builder, observers=[clock])
     if lengths:
         expected, found = sorted(lengths.values()), sorted(clock.completion_tokens)
         assert found == expected, f"completions of {found} tokens, not of {expected}"
