@@ -134,9 +134,10 @@ def eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     """
     numbers = model_numbers(folder)
     path = folder / GENERATION_CONFIG
-    named = read_json(path) if path.is_file() else numbers.document
     path = path if path.is_file() else numbers.path
-    found = named.get("eos_token_id")
+    found = read_json(path).get("eos_token_id")
+    if found is None and path == numbers.path:
+        found = numbers.document.get("eos_token_id")  # that of its text_config
     ids = found if isinstance(found, list) else [] if found is None else [found]
     ids = [*ids, *([] if tokenizer_eos is None else [tokenizer_eos])]
     if wrong := [each for each in ids if type(each) is not int or each < 0]:

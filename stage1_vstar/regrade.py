@@ -155,7 +155,9 @@ def grade_missing(store: SampleStore, config: RunConfig) -> None:
     with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:
         collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
         try:
-            for frame in store.ungraded():
+            for number, frame in enumerate(store.ungraded()):
+                if number == 0:
+                    pool.try_out(frame["prompt"][0], frame["answer"][0])
                 for row in frame.iter_rows(named=True):
                     pool.submit(
                         tuple(row[name] for name in JUDGED),

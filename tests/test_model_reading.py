@@ -120,7 +120,9 @@ def test_without_a_generation_config_those_of_the_config_count_as_in_both_librar
     (folder / "generation_config.json").unlink()
     set_config(folder, eos_token_id=[5, 6])
     assert ends(folder, 1) == (1, 5, 6)
-    set_config(folder, eos_token_id=None, text_config={"eos_token_id": 8})
+    set_config(folder, text_config={"eos_token_id": 8})
+    assert ends(folder, None) == (5, 6)
+    set_config(folder, eos_token_id=None)
     assert ends(folder, None) == (8,)
     set_config(folder, text_config=None)
     with pytest.raises(
