@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import torch
+
 from common.checkpoint_names import CheckpointNames, refuse_other_names
 from common.config import RunConfig
 from common.errors import UserError
@@ -28,8 +30,11 @@ def refuse_untrainable(folder: Path, config: RunConfig) -> None:
         return
     kind = model.config.model_type
     reason = VLLM_REFUSES.get(kind)
-    reads_images = model.config.get_text_config() is not model.config
+    text = model.config.get_text_config()
+    reads_images, is_gated_delta = text is not model.config, hasattr(text, "linear_num_value_heads")
     if reads_images and importlib.util.find_spec("torchvision") is None:
         reason = "it reads images too, for which vLLM needs torchvision, which is not installed"
+    if is_gated_delta and config.model.dtype == "float32" and not torch.cuda.is_available():
+        reason = "vLLM computes gated delta rules on a CPU in bfloat16 only"
     if reason:
         raise UserError(f'{folder}: models of type {kind}: {reason}; set engine.backend = "transformers"')

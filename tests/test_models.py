@@ -356,10 +356,14 @@ def test_layers_that_get_no_adapter_are_refused_by_name(qwen: Path) -> None:
     refuse_unknown_layers(qwen, LoraConfig(target_modules=("q_proj",)))
 
 
-def test_what_an_engine_would_sample_otherwise_is_refused_by_name(tmp_path: Path) -> None:
-    folder = write_model(named("gpt-oss"), tmp_path)
+@pytest.mark.parametrize("name", ["gpt-oss", "Cohere 2", "Qwen3-Next"])
+def test_what_an_engine_would_sample_otherwise_or_not_at_all_is_refused_by_name(
+    name: str, tmp_path: Path
+) -> None:
+    folder = write_model(named(name), tmp_path)
     config = tiny_config(tmp_path, folder)
-    with pytest.raises(UserError, match=r'gpt_oss: vLLM.* set engine.backend = "transformers"'):
+    kind = named(name).model_type
+    with pytest.raises(UserError, match=rf'models of type {kind}: .*; set engine.backend = "transformers"'):
         refuse_untrainable(folder, config)
 
 
