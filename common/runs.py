@@ -35,7 +35,7 @@ class RunPaths:
     @property
     def known_weights(self) -> Path:
         """What has been found of the model's files, so that they are not read whole again."""
-        return self.root / "weights.json"
+        return self.root / ".weights.json"
 
     @property
     def samples(self) -> Path:

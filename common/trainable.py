@@ -3,13 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-import torch
-
-from common.checkpoint_names import CheckpointNames, refuse_other_names
 from common.config import RunConfig
 from common.errors import UserError
-from common.output_layer import logit_transform
-from common.pretrained import empty_causal_lm
 
 VLLM_REFUSES = {
     "gpt_oss": "vLLM's own class does not take over new weights for experts while it runs",
@@ -23,6 +18,12 @@ def refuse_untrainable(folder: Path, config: RunConfig) -> None:
 
     It is built without weights; of the weights' files the headers are read.
     """
+    import torch
+
+    from common.checkpoint_names import CheckpointNames, refuse_other_names
+    from common.output_layer import logit_transform
+    from common.pretrained import empty_causal_lm
+
     model = empty_causal_lm(folder)
     logit_transform(model)
     refuse_other_names(CheckpointNames(model), folder)

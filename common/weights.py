@@ -215,8 +215,8 @@ class _Known:
         return self._found[path]
 
     def keep(self) -> None:
-        """Write it down, if there is anything new."""
-        if self._memory and self._is_new:
+        """Write it down, if there is anything new, and a run to keep it beside."""
+        if self._memory and self._is_new and self._memory.parent.is_dir():
             document = {name: asdict(found) for name, found in self._found.items()}
             write_text(self._memory, json.dumps(document, indent=1))
 

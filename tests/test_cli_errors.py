@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import IDENTITY, write_artifact
+from tests.fakes import IDENTITY, change_json, write_artifact
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,7 +116,7 @@ MISTAKES = {
         ),
     ),
     "a tokenizer without EOS": Mistake(
-        f"{VSTAR} --set model.path=no_eos", ("the tokenizer has no EOS token", "set eos_token")
+        f"{VSTAR} --set model.path=no_eos", ("config.json names an EOS token", "set eos_token")
     ),
     "a missing model": Mistake(
         f"{VSTAR} --set model.path=./nowhere/model",
@@ -198,6 +198,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = json.loads((root / "no_eos" / "tokenizer_config.json").read_text())
     settings["eos_token"] = None
     (root / "no_eos" / "tokenizer_config.json").write_text(json.dumps(settings))
+    change_json(root / "no_eos" / "config.json", eos_token_id=None)
 
     outcomes = {"p1": ["correct", "wrong"], "p2": ["wrong", "wrong"]}
     write_artifact(root / "artifacts" / "filtered" / "vstar.parquet", outcomes)

@@ -21,12 +21,11 @@ CRASH = Outcome.VERIFIER_CRASH
 class Renderer:
     """A token is a letter."""
 
-    class tokenizer:
-        pad_token_id = 0
-        eos_token_id = 1
+    eos_token_ids = (1,)
+    pad_token_id = 0
 
     def decode(self, token_ids: Any) -> str:
-        return "".join(chr(token) for token in token_ids if token != self.tokenizer.eos_token_id)
+        return "".join(chr(token) for token in token_ids if token not in self.eos_token_ids)
 
 
 def rollout(prompt: int, text: str, reward: float, outcome: Outcome = Outcome.WRONG, **grade: Any) -> Rollout:
@@ -135,9 +134,7 @@ def test_engine_log_probs_are_a_column_where_some_were_asked_for() -> None:
 
 def ended(one: Rollout) -> Rollout:
     """The rollout with the token that ends a completion, which adds nothing to its text."""
-    completion = replace(
-        one.completion, token_ids=(*one.completion.token_ids, Renderer.tokenizer.eos_token_id)
-    )
+    completion = replace(one.completion, token_ids=(*one.completion.token_ids, Renderer.eos_token_ids[0]))
     return replace(one, completion=completion)
 
 

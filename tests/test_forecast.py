@@ -52,6 +52,7 @@ QWEN = {
     "num_key_value_heads": 2,
     "vocab_size": 151936,
     "tie_word_embeddings": True,
+    "model_type": "qwen2",
 }
 
 
@@ -677,11 +678,15 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
         {**QWEN, "head_dim": 0},
     ):
         (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
-        with pytest.raises(UserError, match=r"config\.json.*(Llama or Mistral kind|no JSON object)"):
+        with pytest.raises(
+            UserError, match=r"config\.json.*(Llama or Mistral kind|no JSON object|not say model_type)"
+        ):
             forecast(hollow, vstar, gpus=1, gpu_gib=80)
     (tmp_path / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes(b"half a header")
-    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors.*download the model again"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors is no whole safetensors file.*download the model again"
+    ):
         forecast(hollow, vstar, gpus=1, gpu_gib=80)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no \*\.safetensors weights"):

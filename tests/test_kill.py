@@ -28,7 +28,8 @@ WATCHED = """
 from pathlib import Path
 
 def reward(prompt, completion, answer):
-    Path(__file__).with_name("graded").touch()
+    if completion:  # an empty one only tries the function out
+        Path(__file__).with_name("graded").touch()
     return 1.0
 """
 

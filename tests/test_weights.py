@@ -139,7 +139,7 @@ def test_what_no_library_loads_may_hold_anything_but_belongs_to_the_hash(tmp_pat
 def test_a_file_is_read_whole_once_and_again_only_when_its_size_or_time_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, memory, read = sharded(tmp_path / "model"), tmp_path / "run" / "weights.json", []
+    folder, memory, read = sharded(tmp_path / "model"), tmp_path / "weights.json", []
     digest = file_digest
 
     def counting(path: Path) -> str:
