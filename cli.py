@@ -258,7 +258,7 @@ def evaluate(
 ) -> None:
     """Greedy accuracy, sampled pass@1 and pass@k, and KL to the reference on held-out prompts."""
     from common.files import write_text
-    from common.model_files import reference_model
+    from common.model.files import reference_model
     from common.runs import run_paths
     from stage2_train.config import load_config
 

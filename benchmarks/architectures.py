@@ -275,7 +275,7 @@ def write_model(architecture: Architecture, folder: Path, *, seed: int = 0, dtyp
     import torch
     from transformers import AutoConfig
 
-    from common.pretrained import model_class
+    from common.model.pretrained import model_class
 
     conventions = architecture.tokenizer
     ids = write_tokenizer(conventions, folder)

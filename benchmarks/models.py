@@ -69,7 +69,7 @@ def measured(name: str, backend: str, dtype: str, folder: Path) -> dict[str, Any
     """What came of a model: its class and gaps, each the largest and the mean over tokens, or why it was refused."""
     os.environ |= {"ASTAR_PO_ARTIFACTS": str(folder / "artifacts"), "HF_HUB_OFFLINE": "1"}
     from common.errors import UserError
-    from common.pretrained import model_class, read_config
+    from common.model.pretrained import model_class, read_config
 
     model = write_model(named(name), folder / "model", dtype=dtype)
     row = {"class": model_class(read_config(model), model).__name__}

@@ -25,7 +25,7 @@ from benchmarks.tables import markdown
 from common.data.prompts import PromptRenderer, load_prompts
 from common.engines.vllm_engine import VllmEngine
 from common.grading import GraderPool
-from common.model_files import model_identity, reference_model
+from common.model.files import model_identity, reference_model
 from common.provenance import Provenance
 from common.sampling.generate import generate_samples
 from common.sampling.missing import Missing

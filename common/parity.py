@@ -104,7 +104,7 @@ def plain_logprobs(
     """Log-probs by the model's own forward pass in main memory; `sequences` are ids of prompts and completions."""
     import torch
 
-    from common.pretrained import load_causal_lm
+    from common.model.pretrained import load_causal_lm
 
     model = load_causal_lm(folder, dtype).eval()
     found = []

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from common.beta_binomial import dropped_share, fit_prior
 from common.doubts import doubts
-from common.model_reading import describe_model
+from common.model.reading import describe_model
 from common.provenance import ACCEPTED
 from common.value import estimate_vstar
 from common.vstar_file import estimator_of, read_vstar

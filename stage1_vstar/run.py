@@ -17,8 +17,9 @@ from common.engines import EngineBuilder, build_engine
 from common.errors import DamagedFile, UserError
 from common.files import write_text
 from common.grading import fingerprint, negative_rewards_warning
-from common.model_files import model_identity, reference_model
-from common.model_reading import ModelReading, describe_model, read_model
+from common.model.files import model_identity, reference_model
+from common.model.reading import ModelReading, describe_model, read_model
+from common.model.trainable import refuse_untrainable
 from common.parity import PARITY
 from common.provenance import (
     ACCEPTED,
@@ -34,7 +35,6 @@ from common.runs import WHOLE, Shard, exclusive_run, run_paths
 from common.sampling.executor import LocalExecutor
 from common.sampling.missing import Missing
 from common.store import SampleStore, set_aside_damaged
-from common.trainable import refuse_untrainable
 from common.vstar_file import estimator_of, read_vstar, write_vstar
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Rule
 from stage1_vstar.engine_check import SMALL_MODEL, check_engine, unchecked

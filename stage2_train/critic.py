@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from common.errors import UserError
-from common.pretrained import load_pretrained, read_config
+from common.model.pretrained import load_pretrained, read_config
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config
 from stage2_train.learner import Learner

@@ -25,14 +25,14 @@ from common.data.prompts import (
 from common.doubts import doubts, equal_reward
 from common.errors import UserError
 from common.grading import GraderPool, fingerprint, negative_rewards_warning
-from common.model_files import model_identity, reference_model
-from common.model_reading import read_model
+from common.model.files import model_identity, reference_model
+from common.model.reading import read_model
+from common.model.trainable import refuse_untrainable
 from common.parity import PARITY
 from common.provenance import Allowance, Provenance, differences, sampling_identity
 from common.rollout import Prompt
 from common.runs import run_paths
 from common.seeds import derive_seed
-from common.trainable import refuse_untrainable
 from common.vstar_file import read_vstar
 from stage2_train.config import Config, TrainConfig
 from stage2_train.first_batch import FirstBatch, expected_first_batch

@@ -25,13 +25,13 @@ from common.data.prompts import (
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
-from common.model_files import model_identity, reference_model, resolve_model
-from common.model_reading import read_model
+from common.model.files import model_identity, reference_model, resolve_model
+from common.model.reading import read_model
+from common.model.trainable import refuse_untrainable
+from common.model.weights import stored_weights
 from common.rollout import Prompt, Rollout
 from common.runs import run_paths
 from common.seeds import derive_seed
-from common.trainable import refuse_untrainable
-from common.weights import stored_weights
 from stage2_train.batch import TokenSequence, sum_by, token_batches
 from stage2_train.config import Config
 from stage2_train.logprobs import load_model, token_logprobs

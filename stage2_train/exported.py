@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from common.checkpoint_names import CheckpointNames
 from common.errors import UserError
-from common.model_files import read_json
-from common.weights import stored_weights
+from common.model.checkpoint_names import CheckpointNames
+from common.model.files import read_json
+from common.model.weights import stored_weights
 
 COPIED = (
     "generation_config.json",

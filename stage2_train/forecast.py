@@ -17,8 +17,8 @@ from rich.text import Text
 
 from common.data.prompts import prompt_template
 from common.errors import UserError
-from common.model_files import reference_model
-from common.model_reading import describe_model, read_model
+from common.model.files import reference_model
+from common.model.reading import describe_model, read_model
 from common.value import Floats
 from common.vstar_file import read_vstar
 from stage2_train.config import Config

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.output_layer import LogitTransform, logit_transform, output_layer, text_trunk
-from common.pretrained import load_causal_lm
+from common.model.output_layer import LogitTransform, logit_transform, output_layer, text_trunk
+from common.model.pretrained import load_causal_lm
 from stage2_train.batch import TokenBatch, TokenLogprobs
 from stage2_train.config import Config
 

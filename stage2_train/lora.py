@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from common.checkpoint_names import CheckpointNames
 from common.errors import UserError
-from common.output_layer import text_trunk
-from common.pretrained import empty_causal_lm
+from common.model.checkpoint_names import CheckpointNames
+from common.model.output_layer import text_trunk
+from common.model.pretrained import empty_causal_lm
 from common.seeds import derive_seed
 from stage2_train.config import Config
 from stage2_train.config import LoraConfig as Settings

@@ -11,8 +11,8 @@ from typing import Any
 
 from common.data.prompts import longest_allowed_prompt
 from common.errors import UserError
-from common.model_files import model_numbers
-from common.weights import read_weights
+from common.model.files import model_numbers
+from common.model.weights import read_weights
 from stage2_train.config import Config, LoraConfig
 from stage2_train.objectives.protocol import TrainsCritic
 

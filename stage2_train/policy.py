@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from common.checkpoint_names import CheckpointNames, named_state, refuse_other_names
 from common.files import writing_to
-from common.output_layer import freeze_all_but_text
+from common.model.checkpoint_names import CheckpointNames, named_state, refuse_other_names
+from common.model.output_layer import freeze_all_but_text
 from stage2_train.batch import TokenBatch, TokenLogprobs
 from stage2_train.config import Config
 from stage2_train.exported import broken_weight, refuse_broken, write_model

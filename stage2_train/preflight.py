@@ -33,7 +33,7 @@ def remarks(config: Config, folder: Path) -> list[str]:
     """What training leaves as it is where one could think otherwise, a line each."""
     if config.train.lora is None:
         return []
-    from common.pretrained import empty_causal_lm
+    from common.model.pretrained import empty_causal_lm
     from stage2_train.lora import unadapted
 
     names = sorted(unadapted(empty_causal_lm(folder)))

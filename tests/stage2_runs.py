@@ -9,7 +9,7 @@ import polars as pl
 
 from common.data.prompts import PromptRenderer, load_prompts
 from common.grading import fingerprint
-from common.model_files import model_identity
+from common.model.files import model_identity
 from common.provenance import Provenance, sampling_identity
 from common.vstar_file import write_vstar
 from stage2_train.config import Config

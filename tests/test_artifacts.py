@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import UserError
 from common.files import atomic_path, write_text
-from common.model_files import model_identity, reference_model, resolve_model
+from common.model.files import model_identity, reference_model, resolve_model
 from common.provenance import context, differences
 from common.runs import REPOSITORY, exclusive_run, run_paths
 from tests.fakes import tiny_config

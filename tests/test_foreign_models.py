@@ -13,8 +13,8 @@ from common.data.prompts import PromptRenderer
 from common.engines import build_engine
 from common.engines.loadable import loadable_folder
 from common.errors import UserError
+from common.model.weights import read_weights
 from common.runs import run_paths
-from common.weights import read_weights
 from stage2_train.config import Config
 from stage2_train.data import prepare
 from stage2_train.forecast import forecast

@@ -12,7 +12,7 @@ from common.data.prompts import check_fit
 from common.engines.shared_engine import refuse_wrong_size
 from common.engines.vllm_engine import context_length
 from common.errors import UserError
-from common.model_files import model_numbers, reference_model
+from common.model.files import model_numbers, reference_model
 from common.rollout import Prompt
 from stage2_train.memory import read_shape
 from tests.fakes import tiny_config

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from common.model_files import model_identity
-from common.model_reading import describe_model, eos_token_ids, read_model
+from common.model.files import model_identity
+from common.model.reading import describe_model, eos_token_ids, read_model
 from tests.fakes import change_json
 
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.architectures import ARCHITECTURES, Architecture, named, write_model
-from common.checkpoint_names import CheckpointNames, named_state, refuse_other_names
 from common.engines.vllm_repairs import PatchedClasses
 from common.errors import UserError
-from common.output_layer import freeze_all_but_text
-from common.pretrained import empty_causal_lm, load_causal_lm
-from common.trainable import refuse_untrainable
-from common.weights import read_weights, stored_weights
+from common.model.checkpoint_names import CheckpointNames, named_state, refuse_other_names
+from common.model.output_layer import freeze_all_but_text
+from common.model.pretrained import empty_causal_lm, load_causal_lm
+from common.model.trainable import refuse_untrainable
+from common.model.weights import read_weights, stored_weights
 from stage2_train.config import Config, LoraConfig
 from stage2_train.exported import broken_weight, refuse_broken
 from stage2_train.exported import write_model as write_export

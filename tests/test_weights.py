@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import weights as module
 from common.errors import UserError
 from common.files import file_digest
-from common.weights import INDEX, SINGLE, read_weights, weights_hash
+from common.model import weights as module
+from common.model.weights import INDEX, SINGLE, read_weights, weights_hash
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

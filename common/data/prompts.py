@@ -13,8 +13,8 @@ from common.config import DataConfig, RunConfig
 from common.data.datasets import FORMATS, read_pairs, refuse_bad_golds
 from common.errors import UserError, first_line
 from common.grading import GraderPool
-from common.model_files import model_numbers
-from common.model_reading import eos_token_ids
+from common.model.files import model_numbers
+from common.model.reading import eos_token_ids
 from common.rollout import Prompt
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.weights import read_weights
+from common.model.weights import read_weights
 
 
 @contextmanager

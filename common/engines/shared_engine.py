@@ -9,7 +9,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from common.errors import UserError
-from common.model_files import model_numbers
+from common.model.files import model_numbers
 from common.rollout import SampleRequest
 
 T = TypeVar("T")

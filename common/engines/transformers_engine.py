@@ -9,11 +9,11 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from common.checkpoint_names import CheckpointNames
 from common.config import RunConfig, SamplingParams
 from common.data.prompts import PromptRenderer
 from common.engines.endings import is_truncated
-from common.pretrained import load_causal_lm
+from common.model.checkpoint_names import CheckpointNames
+from common.model.pretrained import load_causal_lm
 from common.rollout import Completion, SampleRequest
 
 

@@ -26,7 +26,7 @@ from common.engines.vllm_repairs import (
     unpatched_classes,
 )
 from common.errors import UserError
-from common.model_files import model_numbers
+from common.model.files import model_numbers
 from common.rollout import Completion, SampleRequest
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from common.errors import UserError
-from common.weights import read_weights
+from common.model.weights import read_weights
 
 
 class CheckpointNames:

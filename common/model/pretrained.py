@@ -20,10 +20,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.utils import logging
 
-from common.checkpoint_names import note_conversions
 from common.errors import UserError
-from common.model_files import read_json
-from common.weights import read_weights
+from common.model.checkpoint_names import note_conversions
+from common.model.files import read_json
+from common.model.weights import read_weights
 
 RANDOM = re.compile("drop|jitter")
 """Settings of a config that make a model random while it trains."""

@@ -20,9 +20,9 @@ def refuse_untrainable(folder: Path, config: RunConfig) -> None:
     """
     import torch
 
-    from common.checkpoint_names import CheckpointNames, refuse_other_names
-    from common.output_layer import logit_transform
-    from common.pretrained import empty_causal_lm
+    from common.model.checkpoint_names import CheckpointNames, refuse_other_names
+    from common.model.output_layer import logit_transform
+    from common.model.pretrained import empty_causal_lm
 
     model = empty_causal_lm(folder)
     logit_transform(model)

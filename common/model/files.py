@@ -9,8 +9,8 @@ from typing import Any
 from common.config import RunConfig
 from common.errors import UserError
 from common.files import hash_files
+from common.model.weights import read_weights, weights_hash
 from common.runs import run_paths
-from common.weights import read_weights, weights_hash
 
 
 def resolve_model(path: str, revision: str | None) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.model_files import ModelNumbers, model_numbers, read_json
-from common.weights import Weights, read_weights
+from common.model.files import ModelNumbers, model_numbers, read_json
+from common.model.weights import Weights, read_weights
 
 GENERATION_CONFIG = "generation_config.json"
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
