@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
-from common.console import Terminal
 from common.errors import UserError
 from common.files import UNWRITABLE
-from common.messages import leave, prepare_output, print_json, say_defect
+from common.terminal.console import Terminal
+from common.terminal.messages import leave, prepare_output, print_json, say_defect
 
 # Read when torch is imported. OpenMP threads that wait by spinning crawl as soon as anything else wants their cores;
 # a short spin before they sleep keeps small models fast.
@@ -439,8 +439,8 @@ def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
 
 def _libraries_logged(run: str) -> AbstractContextManager[None]:
     """Meanwhile libraries speak to a log of the run."""
-    from common.library_log import libraries_logged
     from common.runs import run_paths
+    from common.terminal.library_log import libraries_logged
 
     return libraries_logged(run_paths(run).libraries_log)
 

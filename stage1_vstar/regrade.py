@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig
-from common.console import Terminal
 from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
 from common.grading import GraderPool, Outcome, fingerprint
-from common.messages import print_json
 from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.sampling.generate import write_graded
 from common.sampling.grader_check import GraderCheck
 from common.sampling.writer import FragmentWriter
 from common.store import JUDGED, SampleStore, original_text, sample_files, set_aside_damaged
+from common.terminal.console import Terminal
+from common.terminal.messages import print_json
 from common.vstar_file import VSTAR, read_vstar, write_vstar
 from stage1_vstar.table import vstar_rows
 

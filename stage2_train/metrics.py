@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from common.files import whole_lines, write_text, writing_to
-from common.progress import progress_bar
 from common.runs import RunPaths
+from common.terminal.progress import progress_bar
 from stage2_train.config import Config
 
 Metrics = dict[str, float]

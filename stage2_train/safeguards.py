@@ -12,9 +12,9 @@ from typing import Self
 
 from rich.console import Console
 
-from common.console import Terminal
 from common.errors import UserError
 from common.rollout import Rollout
+from common.terminal.console import Terminal
 from stage2_train.metrics import Metrics
 
 ENDLESS = 0.95

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.library_log import libraries_logged
+from common.terminal.library_log import libraries_logged
 from tests.conftest import ROOT
 
 LIBRARY = """
@@ -37,7 +37,7 @@ def test_each_line_of_a_library_is_in_the_log_once_and_none_is_on_the_terminal(
 ) -> None:
     """In a process of its own: pytest takes warnings and the log for itself."""
     program = (
-        "import sys, runpy, pathlib; from common.library_log import libraries_logged\n"
+        "import sys, runpy, pathlib; from common.terminal.library_log import libraries_logged\n"
         "with libraries_logged(pathlib.Path(sys.argv[1])): runpy.run_path(sys.argv[2])"
     )
     log = tmp_path / "libraries.log"

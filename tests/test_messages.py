@@ -18,7 +18,7 @@ COMMANDS = ("vstar", "train", "forecast", "evaluate", "regrade")
 
 SAYS_WHEN_TOLD = """
 import sys
-from common.messages import say_once
+from common.terminal.messages import say_once
 print("ready", flush=True)
 sys.stdin.readline()
 say_once(sys.argv[1], unless_said=len(sys.argv) > 2)

@@ -147,7 +147,7 @@ def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(
 
 READER_LEAVES = """
 import os, signal, sys
-from common.console import Terminal
+from common.terminal.console import Terminal
 from stage2_train.safeguards import StopRequest
 ours, theirs = os.pipe()
 os.close(ours)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from common.progress import progress_bar
+from common.terminal.progress import progress_bar
 
 BAR_SECONDS = 0.1
 LOG_SECONDS = 30.0
