@@ -24,8 +24,8 @@ def doubts(rows: pl.DataFrame) -> list[str]:
         )
     elif (outcomes == Outcome.TRUNCATED).all():
         found.append(
-            "every completion was cut off at sampling.max_completion_tokens: raise it, or the model writes another EOS "
-            "token than those named above (eos_token_id in generation_config.json), or it was not trained to stop, as "
+            "every completion was cut off at sampling.max_completion_tokens: raise it, or the model writes an EOS "
+            "token that is no end here (eos_token_id in its generation_config.json), or it was not trained to stop, as "
             "a base model under a chat template"
         )
     elif outcomes.is_in([outcome.value for outcome in UNJUDGED]).all():

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -141,9 +141,14 @@ def file_digest(path: Path) -> str:
 
 def hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
     """A hash of the names and contents of a folder's files that match any pattern."""
-    digest = hashlib.sha256()
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    for file in files:
-        digest.update(file.name.encode() + b"\0")
-        digest.update(bytes.fromhex(file_digest(file)))
-    return digest.hexdigest()[:32] if files else ""
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    return joint_hash({file: file_digest(file) for file in files})
+
+
+def joint_hash(digests: Mapping[Path, str]) -> str:
+    """A hash of the names of files and of their digests; empty for none."""
+    joint = hashlib.sha256()
+    for file in sorted(digests):
+        joint.update(file.name.encode() + b"\0")
+        joint.update(bytes.fromhex(digests[file]))
+    return joint.hexdigest()[:32] if digests else ""

@@ -207,7 +207,7 @@ def _refuse_nothing_to_learn(kept: pl.DataFrame, file: Path, allowance: Allowanc
     line = f"{EQUAL_REWARDS}: each of the {samples:,} samples of stage 1 has the reward {reward:g}"
     if not allowance.permits(EQUAL_REWARDS, line):
         raise UserError(
-            f"{file}: {line}, so there is nothing to learn from: {' '.join(doubts(kept))} To train all the same: "
+            f"{file}: {line}, so there is nothing to learn from: {'; '.join(doubts(kept))}. To train all the same: "
             f"--allow-mismatch {EQUAL_REWARDS}"
         )
 

@@ -4,10 +4,10 @@ Reads no weights.
 """
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from common.errors import UserError
+from common.packages import refuse_missing
 from stage2_train.config import Config
 from stage2_train.objectives.protocol import TrainsCritic
 
@@ -69,10 +69,7 @@ def _settings(config: Config) -> Iterator[UserError]:
 
 def _layers(config: Config, folder: Path) -> None:
     if config.train.lora is not None:
-        if find_spec("peft") is None:
-            raise UserError(
-                "train.lora needs peft, which is not installed here: `make setup` where you train"
-            )
+        refuse_missing("peft", "train.lora is set", "`make setup` where you train")
         from stage2_train.lora import refuse_unknown_layers
 
         refuse_unknown_layers(folder, config.train.lora)

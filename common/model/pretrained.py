@@ -23,11 +23,10 @@ from transformers.utils import logging
 from common.errors import UserError
 from common.model.checkpoint_names import note_conversions
 from common.model.files import read_json
-from common.model.weights import read_weights
+from common.model.weights import AGAIN, read_weights
 
 RANDOM = re.compile("drop|jitter")
 """Settings of a config that make a model random while it trains."""
-AGAIN = "download the model again"
 
 
 def load_causal_lm(folder: Path, dtype: str) -> PreTrainedModel:

@@ -1,10 +1,10 @@
 """Whether a model can be sampled from and trained, said before a model loads or a token is paid for."""
 
-import importlib.util
 from pathlib import Path
 
 from common.config import RunConfig
 from common.errors import UserError
+from common.packages import is_installed
 
 VLLM_REFUSES = {
     "gpt_oss": "vLLM's own class does not take over new weights for experts while it runs",
@@ -33,7 +33,7 @@ def refuse_untrainable(folder: Path, config: RunConfig) -> None:
     reason = VLLM_REFUSES.get(kind)
     text = model.config.get_text_config()
     reads_images, is_gated_delta = text is not model.config, hasattr(text, "linear_num_value_heads")
-    if reads_images and importlib.util.find_spec("torchvision") is None:
+    if reads_images and not is_installed("torchvision"):
         reason = "it reads images too, for which vLLM needs torchvision, which is not installed"
     if is_gated_delta and config.model.dtype == "float32" and not torch.cuda.is_available():
         reason = "vLLM computes gated delta rules on a CPU in bfloat16 only"

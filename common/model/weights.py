@@ -1,6 +1,5 @@
 """A model's weights as files: which ones are loaded, what their headers say, their hashes, whether all are finite."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
-from common.files import file_digest, write_text
+from common.files import file_digest, joint_hash, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,18 +159,15 @@ def weights_hash(weights: Weights, memory: Path | None = None) -> str:
     """
     known = _Known(memory)
     files = sorted([*weights.files, *weights.unread])
-    all_found = [known.of(file, is_loaded=file in weights.files) for file in files]
+    all_found = {file: known.of(file, is_loaded=file in weights.files) for file in files}
     known.keep()
-    digest = hashlib.sha256()
-    for file, found in zip(files, all_found, strict=True):
+    for file, found in all_found.items():
         if found.not_finite is not None:
             raise UserError(
                 f"{file}: {found.not_finite} holds NaN or infinity, so it can neither be sampled from nor trained; "
                 f"{AGAIN}, or take an earlier checkpoint"
             )
-        digest.update(file.name.encode() + b"\0")
-        digest.update(bytes.fromhex(found.sha256))
-    return digest.hexdigest()[:32]
+    return joint_hash({file: found.sha256 for file, found in all_found.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
