@@ -41,7 +41,8 @@ def check_engine(
         )
         for number, prompt in enumerate(chosen)
     ]
-    completions = sorted(engine.generate(requests, sampling), key=lambda each: int(str(each.key)))
+    found = {each.key: each for each in engine.generate(requests, sampling)}
+    completions = [found[number] for number in range(len(chosen))]
     gap = Gap.between(
         [engine_logprobs(each) for each in completions],
         plain_logprobs(

@@ -12,14 +12,14 @@ from rich.console import Console
 from common.config import RunConfig
 from common.data.datasets import read_pairs
 from common.data.prompts import PromptRenderer, check_fit, prompt_id, prompts_from_pairs
-from common.doubts import doubts
+from common.doubts import doubts, equal_reward
 from common.engines import EngineBuilder, build_engine
 from common.errors import DamagedFile, UserError
 from common.files import write_text
 from common.grading import fingerprint, negative_rewards_warning
 from common.model.files import model_identity, reference_model
-from common.model.reading import ModelReading, describe_model, read_model
-from common.model.trainable import refuse_untrainable
+from common.model.reading import ModelReading, describe_model
+from common.model.trainable import read_trainable
 from common.parity import PARITY
 from common.provenance import (
     ACCEPTED,
@@ -113,8 +113,7 @@ def run_stage1(
             f"draw the first {config.vstar.num_samples} samples of each with --shard, then run --adaptive without it"
         )
     paths, folder = run_paths(config.run), reference_model(config)
-    model = read_model(folder)
-    refuse_untrainable(folder, config)
+    model = read_trainable(folder, config)
     prompts, renderer = read_prompts(config, folder, shard, console)
     if renderer is None:
         console.print(f"shard {shard} holds no prompt: nothing to do")
@@ -271,14 +270,19 @@ def doubtful(rows: pl.DataFrame, store: SampleStore) -> list[str]:
     """What is wrong with the result as a whole, with a completion for the eye."""
     lines = doubts(rows)
     negative = negative_rewards_warning(*(rows[name].explode() for name in ("outcomes", "rewards")))
+    warnings = [*(f"warning: {line}" for line in lines), *([negative] if negative else [])]
     if not lines:
-        return [negative] if negative else []
+        return warnings
     columns = [pl.col(name) for name in ("prompt", "answer", "completion", "completion_tokens", "outcome")]
     example = store.samples_of([rows["prompt_id"][0]], columns).row(0, named=True)
     return [
-        *(f"warning: {line}" for line in lines),
+        *warnings,
         "for example: " + ", ".join(f"{name} {excerpt(value)}" for name, value in example.items()),
-        "`train` will not start on this; mend the cause and run `vstar` under another --run",
+        *(
+            ["`train` will not start on this; mend the cause and run `vstar` under another --run"]
+            if equal_reward(rows) is not None
+            else []
+        ),
     ]
 
 

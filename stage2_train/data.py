@@ -26,8 +26,7 @@ from common.doubts import doubts, equal_reward
 from common.errors import UserError
 from common.grading import GraderPool, fingerprint, negative_rewards_warning
 from common.model.files import model_identity, reference_model
-from common.model.reading import read_model
-from common.model.trainable import refuse_untrainable
+from common.model.trainable import read_trainable
 from common.parity import PARITY
 from common.provenance import Allowance, Provenance, differences, sampling_identity
 from common.rollout import Prompt
@@ -127,8 +126,7 @@ def prepare(
     """
     table = None if vstar_file is None else (vstar_file, *read_vstar(vstar_file))
     folder = reference_model(config)
-    read_model(folder)
-    refuse_untrainable(folder, config)
+    read_trainable(folder, config)
     refuse_first(config, folder)
     renderer = PromptRenderer(folder, config.data)
     known = run_paths(config.run).known_weights

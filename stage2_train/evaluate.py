@@ -26,8 +26,7 @@ from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
 from common.model.files import model_identity, reference_model, resolve_model
-from common.model.reading import read_model
-from common.model.trainable import refuse_untrainable
+from common.model.trainable import read_trainable
 from common.model.weights import stored_weights
 from common.rollout import Prompt, Rollout
 from common.runs import run_paths
@@ -53,8 +52,7 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
     renderer = PromptRenderer(reference, data)
     networks = []
     for folder in folders:
-        read_model(folder)
-        refuse_untrainable(folder, config)
+        read_trainable(folder, config)
         networks.append(model_identity(folder, run_paths(config.run).known_weights)["config"])
         if PromptRenderer(folder, data).identity() != renderer.identity():
             raise UserError(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from common.config import RunConfig
 from common.errors import UserError
+from common.model.reading import ModelReading, read_model
 from common.packages import is_installed
 
 VLLM_REFUSES = {
@@ -11,6 +12,13 @@ VLLM_REFUSES = {
     "cohere2": "vLLM's sliding window is one token longer than transformers'",
 }
 """Types of models that vLLM 0.32 has, but samples from other distributions than the trained ones; and why."""
+
+
+def read_trainable(folder: Path, config: RunConfig) -> ModelReading:
+    """The model in `folder` as it describes itself. Raises UserError unless both stages can use it."""
+    model = read_model(folder)
+    refuse_untrainable(folder, config)
+    return model
 
 
 def refuse_untrainable(folder: Path, config: RunConfig) -> None:
