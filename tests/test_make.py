@@ -12,14 +12,20 @@ from torch.distributed.run import parse_args
 from tests.conftest import ROOT
 
 
-def make(*arguments: str, path: Path | None = None) -> str:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
-    }
-    environment["ASTAR_PO_ARTIFACTS"] = "/nonexistent"
+def run_make(
+    *arguments: str, artifacts: Path | str = "/nonexistent", path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What make says when a user calls it, which it also does where `make test` is what runs the tests."""
+    of_make = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    environment = {name: value for name, value in os.environ.items() if name not in of_make}
+    environment["ASTAR_PO_ARTIFACTS"] = str(artifacts)
     if path is not None:
         environment["PATH"] = f"{path}:{environment['PATH']}"
-    result = subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def make(*arguments: str, path: Path | None = None) -> str:
+    result = run_make(*arguments, path=path)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -95,15 +101,8 @@ def test_only_a_config_that_uses_the_demo_model_builds_it() -> None:
 def test_clean_removes_nothing_but_a_run(run: str, tmp_path: Path) -> None:
     """It refuses whatever else it is given in one line."""
     (tmp_path / "kept").mkdir()
-    environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(tmp_path / "artifacts")}
     (tmp_path / "artifacts").mkdir()
-    result = subprocess.run(
-        ["make", "clean", f"RUN={run.replace('$', '$$')}"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    result = run_make("clean", f"RUN={run.replace('$', '$$')}", artifacts=tmp_path / "artifacts")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
@@ -122,7 +121,7 @@ def test_paths_may_have_spaces_and_any_characters(tmp_path: Path) -> None:
 
 
 def test_a_virtual_environment_whose_path_has_spaces_is_refused_in_a_line() -> None:
-    result = subprocess.run(["make", "setup", "VENV=my env"], cwd=ROOT, capture_output=True, text=True)
+    result = run_make("setup", "VENV=my env")
     assert result.returncode == 2
     assert re.fullmatch(r".*VENV=my env: give a folder whose path has no spaces\..*\n", result.stderr)
 
