@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import UNWRITABLE
 from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
@@ -36,6 +36,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 console = Terminal()
+
+ROOM_ON_A_GPU = (
+    "What takes less: for the engine, engine.gpu_memory_utilization (beside the trainer, "
+    "engine.training_gpu_memory_utilization) and engine.max_num_seqs; for the trainer, train.tokens_per_micro_batch, "
+    "train.zero_stage = 3, train.offload_optimizer, train.offload_reference and train.lora. `python cli.py forecast` "
+    "says how much a run needs"
+)
 
 ConfigFile = Annotated[
     Path,
@@ -464,6 +471,11 @@ def main() -> None:
             raise
         place = error.filename or "standard output"
         leave(2, f"error: {place}: {error.strerror}; make room, or correct the path or its permissions")
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        leave(2, f"error: the GPU's memory is full: {first_line(error)} {ROOM_ON_A_GPU}")
     finally:
         sys.excepthook = say_defect  # typer has put its own there
 

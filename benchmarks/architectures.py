@@ -301,14 +301,20 @@ def write_model(architecture: Architecture, folder: Path, *, seed: int = 0, dtyp
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model: Any = model_class(config, folder)._from_config(config, dtype=getattr(torch, dtype))
-        for parameter in model.parameters():
-            # Biases and norms start at 0 and 1, where a wrong one would not be seen.
-            parameter.add_(0.02 * torch.randn_like(parameter))
+        for weight in [*model.parameters(), *buffers_of_weights(model)]:
+            # Biases and norms start at 0 and 1, where a wrong one would not be seen; so do biases of routers.
+            weight.add_(0.02 * torch.randn_like(weight))
     model.generation_config.pad_token_id = ids["pad"]
     model.save_pretrained(folder)
     if not conventions.generation_config:
         (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
+
+
+def buffers_of_weights(model: Any) -> list[Any]:
+    """The buffers that a checkpoint holds, such as those that choose among experts."""
+    stored = model.state_dict()
+    return [buffer for name, buffer in model.named_buffers() if name in stored and buffer.is_floating_point()]
 
 
 def write_tokenizer(conventions: Conventions, folder: Path) -> dict[str, Any]:

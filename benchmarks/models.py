@@ -5,7 +5,8 @@
 
 Each model, engine and dtype is a process of its own: `vstar`, two iterations of `train` that move the weights well,
 the export, `evaluate` of it. Results are kept in --folder, so that a run that was stopped goes on, and
-docs/models.md is written from all that are there.
+docs/models.md is written from all that are there. Gemma 3 270M is a real one, for who has its packages, see
+benchmarks/gemma.py; in float32 training it takes 14 GiB.
 """
 
 import argparse
@@ -13,17 +14,19 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architectures import ARCHITECTURES, Architecture, named, write_model
+from benchmarks import gemma
+from benchmarks.architectures import ARCHITECTURES, named, write_model
 from benchmarks.processes import alone
 from benchmarks.tables import markdown
 
 BACKENDS = ("vllm", "transformers")
 DTYPES = ("float32", "bfloat16")
 PAGE = Path("docs/models.md")
+NAMES = [*(each.name for each in ARCHITECTURES), gemma.NAME]
 CHECKS = 16
 """Completions whose log-probs the engine and the trainer are compared on, for each model that is loaded."""
 
@@ -31,9 +34,10 @@ INTRODUCTION = """\
 # Models
 
 Written by `python -m benchmarks.models`: a tiny random model of each architecture (two layers, its family's tokenizer
-conventions) goes through stage 1, two iterations of stage 2, the export and its evaluation. A gap is the largest
-difference between the engine's and the trainer's log-prob of a sampled token, in nats: before training, in iteration 2,
-that is after the engine took over new weights, and after the exported model was loaded anew. In float32 it is rounding.
+conventions) goes through stage 1, two iterations of stage 2, the export and its evaluation; Gemma 3 270M is a real one.
+A gap is the largest difference between the engine's and the trainer's log-prob of a sampled token, in nats: before
+training, in iteration 2, that is after the engine took over new weights, and after the exported model was loaded anew.
+In float32 it is rounding.
 {machine}
 
 A model is refused in one line, before anything is sampled, where the engine would sample from another distribution than
@@ -45,8 +49,7 @@ Code that comes with a model is not run.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    names = [each.name for each in ARCHITECTURES]
-    parser.add_argument("--model", nargs="+", default=names, choices=names)
+    parser.add_argument("--model", nargs="+", default=NAMES[:-1], choices=NAMES)
     parser.add_argument("--backend", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--folder", type=Path, default=Path("artifacts/models"))
@@ -71,15 +74,19 @@ def measured(name: str, backend: str, dtype: str, folder: Path) -> dict[str, Any
     from common.errors import UserError
     from common.model.pretrained import model_class, read_config
 
-    model = write_model(named(name), folder / "model", dtype=dtype)
+    if name == gemma.NAME:
+        model = gemma.write_gemma(folder / "model", dtype=dtype)
+    else:
+        model = write_model(named(name), folder / "model", dtype=dtype)
     row = {"class": model_class(read_config(model), model).__name__}
+    learning_rate = 1e-5 if name == gemma.NAME else 5e-3
     try:
-        return row | gaps(folder, config_of(folder, backend, dtype))
+        return row | gaps(folder, config_of(folder, backend, dtype, learning_rate))
     except UserError as error:
         return row | {"refused": str(error).replace(f"{model}: ", "").replace(str(model), "the model")}
 
 
-def config_of(folder: Path, backend: str, dtype: str) -> Any:
+def config_of(folder: Path, backend: str, dtype: str, learning_rate: float) -> Any:
     from stage2_train.config import Config
 
     questions = [
@@ -98,7 +105,7 @@ def config_of(folder: Path, backend: str, dtype: str) -> Any:
             "engine": {"backend": backend, "max_num_seqs": 16},
             "vstar": {"num_samples": 2},
             "train": {
-                "learning_rate": 5e-3,
+                "learning_rate": learning_rate,
                 "batch_size": 16,
                 "mini_batch_size": 8,
                 "iterations": 2,
@@ -199,38 +206,31 @@ def differences(engine: Any, folder: Path, config: Any) -> Any:
 
 def page(folder: Path) -> str:
     """docs/models.md from the rows in a folder."""
-    found = {
-        (dtype, backend, each.name): json.loads(row.read_text())
-        for dtype in DTYPES
-        for backend in BACKENDS
-        for each in ARCHITECTURES
-        if (row := folder / dtype / backend / each.name.replace(" ", "_") / "row.json").exists()
-    }
     parts = [INTRODUCTION.format(machine=machine())]
     for dtype in DTYPES:
         for backend in BACKENDS:
-            rows = [
-                (each, found[dtype, backend, each.name])
-                for each in ARCHITECTURES
-                if (dtype, backend, each.name) in found
-            ]
+            rows = {
+                name: json.loads(row.read_text())
+                for name in NAMES
+                if (row := folder / dtype / backend / name.replace(" ", "_") / "row.json").exists()
+            }
             if rows:
                 parts.append(section(f"{backend}, {dtype}", rows))
     return "\n".join(parts)
 
 
-def section(title: str, rows: Sequence[tuple[Architecture, dict[str, Any]]]) -> str:
+def section(title: str, rows: Mapping[str, dict[str, Any]]) -> str:
     header = ("model", "class", "before training", "mean", "iteration 2", "exported", "mean")
     cells = [
         (
-            each.name,
+            name,
             row["class"],
             *(f"{value:.1e}" for value in (*row["reference"], row["iterations"][-1], *row["exported"])),
         )
-        for each, row in rows
+        for name, row in rows.items()
         if "refused" not in row
     ]
-    refused = [f"- **{each.name}**: {row['refused']}" for each, row in rows if "refused" in row]
+    refused = [f"- **{name}**: {row['refused']}" for name, row in rows.items() if "refused" in row]
     table = markdown(header, cells) if cells else ""
     return f"## {title}\n\n{table}\n" + ("\nRefused:\n\n" + "\n".join(refused) + "\n" if refused else "")
 

@@ -4,6 +4,7 @@ It has imported everything, so that a job starts in milliseconds; each job is a 
 from tests/training_jobs.py.
 """
 
+import gc
 import io
 import json
 import os
@@ -133,6 +134,7 @@ def job(order: dict[str, Any]) -> None:
 
 def serve(job: Callable[[dict[str, Any]], None]) -> None:
     """Fork a process that does the job for each order that is read; say its id, then its wait status."""
+    gc.freeze()  # DeepSpeed collects garbage at each start of ZeRO-3: what was imported is none
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             os.setsid()

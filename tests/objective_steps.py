@@ -24,7 +24,14 @@ from tests.train_steps import ScriptedEngine, WatchedUpdate
 
 ITERATIONS = 3
 RESUMED_AFTER = 2
+RESUMED_BY_RANKS = ("astar_po", "ppo", "spo")
+"""Objectives that several ranks resume too: the first, and those whose runs remember something of their own."""
 Weights = dict[str, torch.Tensor]
+
+
+def is_resumed(processes: int, objective: str) -> bool:
+    """Whether a case ends with its last iteration once more, from a checkpoint."""
+    return processes == 1 or objective in RESUMED_BY_RANKS
 
 
 @dataclass
@@ -97,7 +104,7 @@ class Run:
 
 
 def run(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool, folder: Path) -> dict[str, Any]:
-    """Three iterations straight on, and the last of them again from a checkpoint of the second."""
+    """Three iterations straight on, and in some cases the last of them again from a checkpoint of the second."""
     whole = Run(config, data, ranks, pool)
     start = whole.weights()
     watched = WatchedUpdate(whole.trainer)
@@ -105,17 +112,19 @@ def run(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool, fold
     whole.iterations(1, RESUMED_AFTER)
     whole.trainer.save(folder, RESUMED_AFTER, None)
     whole.iterations(RESUMED_AFTER + 1, ITERATIONS)
-    again = Run(config, data, ranks, pool)
-    assert again.trainer.resume(folder / f"iteration-{RESUMED_AFTER:06d}") == RESUMED_AFTER
-    again.iterations(RESUMED_AFTER + 1, ITERATIONS)
-    for ended in (whole, again):
-        ended.trainer.source.close()
+    whole.trainer.source.close()
+    resumed: dict[str, Any] = {}
+    if is_resumed(ranks.world_size, config.train.objective.name):
+        again = Run(config, data, ranks, pool)
+        assert again.trainer.resume(folder / f"iteration-{RESUMED_AFTER:06d}") == RESUMED_AFTER
+        again.iterations(RESUMED_AFTER + 1, ITERATIONS)
+        again.trainer.source.close()
+        resumed = {"resumed": again.weights(), "resumed metrics": again.metrics}
     return {
+        **resumed,
         "start": start,
         "weights": whole.weights(),
-        "resumed": again.weights(),
         "metrics": whole.metrics,
-        "resumed metrics": again.metrics,
         "slices": [len(step.step.slices) for step in watched.steps],
         "counts": asdict(counts),
     }

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from common.config import SamplingParams
 from common.data.prompts import PromptRenderer
 from common.engines import RolloutEngine, build_engine
+from common.errors import UserError
 from common.rollout import Completion, SampleRequest
 from stage2_train.batch import TokenSequence, token_batches
 from stage2_train.config import Config
@@ -261,6 +263,26 @@ def test_an_engine_goes_on_after_its_caller_lost_interest(
     stream.close()  # type: ignore[attr-defined]
     completions = sample(engine, batch)
     assert completions[first.key] == first
+
+
+def test_what_vllm_raises_while_it_samples_is_one_line_and_its_traceback_is_kept(
+    folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine: Any = new_engine(config, folder, "vllm", max_num_seqs=16)
+    core = engine.llm.llm_engine
+
+    def fails() -> None:
+        raise ValueError("no kernel\nfor heads of 6")
+
+    monkeypatch.setattr(core, "step", fails)
+    message = r"vLLM failed while it sampled \(ValueError: no kernel for heads of 6\); start .*engine.backend"
+    with pytest.raises(UserError, match=message):
+        list(engine.generate(requests(PromptRenderer(folder, config.data)), SAMPLING))
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    monkeypatch.undo()
+    sample(engine, requests(PromptRenderer(folder, config.data)))
+    engine.close()
 
 
 def test_a_held_out_prompt_may_be_longer_than_a_training_prompt(tmp_path: Path, tiny_model: Path) -> None:

@@ -15,10 +15,8 @@ from tests.conftest import ROOT
 def run_make(
     *arguments: str, artifacts: Path | str = "/nonexistent", path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """What make says when a user calls it, which it also does where `make test` is what runs the tests."""
-    of_make = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
-    environment = {name: value for name, value in os.environ.items() if name not in of_make}
-    environment["ASTAR_PO_ARTIFACTS"] = str(artifacts)
+    """What make says to a user, with nothing of the `make test ARGS=…` that may be running the tests."""
+    environment = {"PATH": os.environ["PATH"], "ASTAR_PO_ARTIFACTS": str(artifacts)}
     if path is not None:
         environment["PATH"] = f"{path}:{environment['PATH']}"
     return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -46,6 +46,16 @@ cli.main()
 """
 
 
+FILLS_THE_GPU = """
+import torch
+import cli
+@cli.app.command("fill")
+def fill():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nSee the documentation")
+cli.main()
+"""
+
+
 def environment(**changes: str) -> dict[str, str]:
     """That of a process without a launcher, and the changes."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONIOENCODING")
@@ -237,3 +247,18 @@ def test_a_closed_standard_output_is_no_mistake(artifacts: Path) -> None:
         timeout=60,
     )
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_full_gpu_is_said_with_what_takes_less() -> None:
+    """torch's own exception, made by hand: the tests have no GPU."""
+    result = subprocess.run(
+        [sys.executable, "-c", FILLS_THE_GPU, "fill"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    line = r"error: the GPU's memory is full: CUDA out of memory\. Tried to allocate 2\.00 GiB\. What takes less: .*\n"
+    assert re.fullmatch(line, result.stderr)

@@ -14,7 +14,7 @@ import torch
 
 from common.config import SamplingParams
 from common.data.prompts import PromptRenderer, load_prompts
-from common.errors import UserError
+from common.errors import EngineFailed, UserError
 from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
 from common.runs import run_paths
@@ -88,15 +88,18 @@ def test_completions_that_were_not_judged_are_as_if_they_were_not_there(
 class MortalEngine(ScriptedEngine):
     """Dies after some completions of its first batch; the next one built lives longer."""
 
-    def __init__(self, renderer: PromptRenderer, completions: int | None) -> None:
+    def __init__(
+        self, renderer: PromptRenderer, completions: int | None, error: Exception | None = None
+    ) -> None:
         super().__init__(renderer)
         self.completions = completions
+        self.error = error or RuntimeError("CUDA error: an illegal memory access")
         self.closed = False
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         for number, completion in enumerate(super().generate(requests, sampling)):
             if number == self.completions:
-                raise RuntimeError("CUDA error: an illegal memory access")
+                raise self.error
             yield completion
 
     def close(self) -> None:
@@ -110,11 +113,21 @@ def setting(tmp_path: Path, tiny_model: Path) -> tuple[Config, PromptRenderer, l
     return config, renderer, load_prompts(config.data, config, renderer)[:8]
 
 
+def engine_failed() -> EngineFailed:
+    """As the vLLM engine says it."""
+    failed = EngineFailed("vLLM failed while it sampled (RuntimeError: CUDA error); start the job again")
+    failed.__cause__ = RuntimeError("CUDA error: an illegal memory access")
+    return failed
+
+
+@pytest.mark.parametrize("error", [None, engine_failed()], ids=["anything", "in a line"])
 def test_an_engine_that_dies_is_built_anew_and_draws_the_same_with_the_current_weights(
-    setting: tuple[Config, PromptRenderer, list[Prompt]], capsys: pytest.CaptureFixture[str]
+    error: Exception | None,
+    setting: tuple[Config, PromptRenderer, list[Prompt]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config, renderer, prompts = setting
-    engines = [MortalEngine(renderer, 3), MortalEngine(renderer, None)]
+    engines = [MortalEngine(renderer, 3, error), MortalEngine(renderer, None)]
     waiting = iter(engines)
     weights = [("a", torch.tensor(7.0))]
     draw = Draw(prompts=prompts, places=range(8), seed=5)
@@ -131,6 +144,17 @@ def test_an_engine_that_dies_is_built_anew_and_draws_the_same_with_the_current_w
     assert [engine.weights for engine in engines] == [{}, {"a": torch.tensor(7.0)}]
     said = capsys.readouterr().err
     assert said.count("warning: rank 0: the rollout engine died (RuntimeError: CUDA error") == 1
+
+
+def test_what_a_group_of_ranks_cannot_go_on_after_ends_the_job(
+    setting: tuple[Config, PromptRenderer, list[Prompt]],
+) -> None:
+    config, renderer, prompts = setting
+    with GraderPool(config.grader) as pool:
+        died = UserError("vLLM failed while it sampled")
+        sampler = Sampler(lambda: MortalEngine(renderer, 3, died), pool, config.sampling, ALONE)
+        with pytest.raises(UserError, match="vLLM failed"):
+            sampler.attempt(Draw(prompts=prompts, places=range(8), seed=5))
 
 
 def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from common.engines.vllm_repairs import (
     rotate_heads_on_a_cpu,
     unpatched_classes,
 )
-from common.errors import UserError
+from common.errors import EngineFailed, UserError, cause
 from common.model.files import model_numbers
 from common.rollout import Completion, SampleRequest
 
@@ -89,7 +89,14 @@ class VllmEngine:
         gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
-        with unpatched_classes() as classes, _refusing(folder), loadable_folder(folder) as loadable:
+        with (
+            unpatched_classes() as classes,
+            _in_one_line(
+                f"{folder}: vLLM cannot load the model",
+                'correct what it says, or set engine.backend = "transformers"',
+            ),
+            loadable_folder(folder) as loadable,
+        ):
             self.llm: vllm.LLM | None = vllm.LLM(
                 model=str(loadable),
                 config_format="hf",
@@ -117,8 +124,9 @@ class VllmEngine:
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         """Keep a window of requests in the engine and yield each completion as it ends.
 
-        The ranks of a group run all their requests together; each yields its own. Raises UserError where a group's
-        engine dies: the other ranks are then stuck in a step that needs this one, and only the whole job can go on.
+        The ranks of a group run all their requests together; each yields its own. Raises EngineFailed where vLLM
+        fails, within a group UserError: its other ranks are then stuck in a step that needs this one, and only the
+        whole job can go on.
         """
         shared = self._group.share(requests) if self._group else ((True, request) for request in requests)
         with closing(self._outputs(shared, sampling)) as outputs:
@@ -131,13 +139,6 @@ class VllmEngine:
                 if self._group:
                     deque(outputs, maxlen=0)
                 raise
-            except Exception as error:
-                if self._group is None or isinstance(error, UserError):
-                    raise
-                raise UserError(
-                    f"the rollout engine of this group of processes died ({type(error).__name__}: {error}); start "
-                    "the job again: it continues after its last checkpoint"
-                ) from error
 
     def _outputs(
         self, requests: Iterable[tuple[bool, SampleRequest]], sampling: SamplingParams
@@ -159,21 +160,32 @@ class VllmEngine:
                     _, request = item
                     self._serial += 1
                     name = str(self._serial)
-                    engine.add_request(
-                        name,
-                        {"prompt_token_ids": list(request.prompt_token_ids)},
-                        self._sampling_params(request, sampling),
-                    )
+                    with self._failing_in_one_line():
+                        engine.add_request(
+                            name,
+                            {"prompt_token_ids": list(request.prompt_token_ids)},
+                            self._sampling_params(request, sampling),
+                        )
                     running[name] = item
                 if not running:
                     break
-                for output in engine.step():
+                with self._failing_in_one_line():
+                    finished = engine.step()
+                for output in finished:
                     if output.finished:
                         assert isinstance(output, vllm.RequestOutput)
                         yield *running.pop(output.request_id), output.outputs[0]
         finally:
             if running:
                 engine.abort_request(list(running))
+
+    def _failing_in_one_line(self) -> AbstractContextManager[None]:
+        return _in_one_line(
+            "vLLM failed while it sampled",
+            "start the job again: it goes on from what is kept; if it fails again, set "
+            'engine.backend = "transformers"',
+            EngineFailed if self._group is None else UserError,
+        )
 
     def _sampling_params(self, request: SampleRequest, sampling: SamplingParams) -> "vllm.SamplingParams":
         import vllm
@@ -264,16 +276,15 @@ class VllmEngine:
 
 
 @contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    """What vLLM raises while it loads a model becomes one line."""
+def _in_one_line(failure: str, advice: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """What vLLM raises meanwhile becomes one line; its traceback goes where a run keeps what libraries say."""
     try:
         yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"{folder}: vLLM cannot load the model ({type(error).__name__}: {' '.join(lines[:3])}); correct what it "
-            'says, or set engine.backend = "transformers"'
-        ) from error
+        logging.getLogger(__name__).error(failure, exc_info=True)
+        raise kind(f"{failure} ({cause(error)}); {advice}") from error
 
 
 def _executor(group: str) -> Any:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.utils import logging
 
-from common.errors import UserError
+from common.errors import UserError, cause
 from common.model.checkpoint_names import note_conversions
 from common.model.files import read_json
 from common.model.weights import AGAIN, read_weights
@@ -112,10 +112,8 @@ def refusing(folder: Path) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
         raise UserError(
-            f"{folder}: transformers cannot load the model ({type(error).__name__}: {' '.join(lines[:3])}); "
-            "download it again, or use another model"
+            f"{folder}: transformers cannot load the model ({cause(error)}); download it again, or use another model"
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from common.config import SamplingParams
 from common.engines import RolloutEngine
-from common.errors import UserError
+from common.errors import EngineFailed, UserError, cause
 from common.grading import GraderPool
 from common.rollout import Prompt, Rollout
 from stage2_train.ranks import Ranks
@@ -60,13 +60,13 @@ class Sampler:
                 self._engine.load_weights(weights)
                 weights.clear()
             return self._collect(draw)
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001  an engine may die of anything
+        except Exception as error:  # an engine may die of anything
+            if isinstance(error, UserError) and not isinstance(error, EngineFailed):
+                raise
             if self._is_ending.is_set():
                 return None
             print(
-                f"warning: rank {self._ranks.rank}: the rollout engine died ({type(error).__name__}: {error}); "
+                f"warning: rank {self._ranks.rank}: the rollout engine died ({cause(error.__cause__ or error)}); "
                 "it is built anew with the current weights and draws its batch again",
                 file=sys.stderr,
             )
