@@ -149,16 +149,15 @@ class Kept:
 
 def gaps(folder: Path, config: Any) -> dict[str, Any]:
     """The pipeline, and how far engine and trainer were apart at each of its steps."""
-    from rich.console import Console
-
     from common.data.prompts import PromptRenderer
     from common.runs import run_paths
+    from common.terminal.console import Terminal
     from stage1_vstar.run import run_stage1
     from stage2_train.data import EQUAL_REWARDS
     from stage2_train.evaluate import evaluate
     from stage2_train.run import run_stage2
 
-    quiet, paths, engine = Console(file=io.StringIO()), run_paths(config.run), Kept()
+    quiet, paths, engine = Terminal(file=io.StringIO()), run_paths(config.run), Kept()
     run_stage1(config, quiet, build_engine=engine.build)
     found: dict[str, Any] = {"reference": engine.gap(folder / "model", config)}
     # A random model may never write its end: what counts here are the gaps.

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 import cli  # noqa: F401  the thread settings of the command line
 from benchmarks import bare_vllm
@@ -30,6 +29,7 @@ from common.provenance import Provenance
 from common.sampling.generate import generate_samples
 from common.sampling.missing import Missing
 from common.store import SampleStore
+from common.terminal.console import Terminal
 from stage1_vstar.run import stage1_provenance
 from stage2_train.config import Config, load_config
 
@@ -81,7 +81,7 @@ def _stage1(
 ) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         store = SampleStore(Path(folder) / "samples", provenance)
-        console = Console(file=io.StringIO())
+        console = Terminal(file=io.StringIO())
         began = time.perf_counter()
         generate_samples(missing, engine, pool, store, config.sampling, config.seed, console)
         seconds = time.perf_counter() - began

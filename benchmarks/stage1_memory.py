@@ -17,12 +17,11 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.processes import peak_mib, resident_mib
 from benchmarks.training import ScriptedEngine
 from common.rollout import Completion, SampleRequest
 from common.runs import run_paths
+from common.terminal.console import Terminal
 from common.vstar_file import read_vstar
 from stage1_vstar.run import run_stage1
 from stage2_train.config import Config
@@ -70,7 +69,7 @@ def stream(model: Path, samples: int, num_samples: int, folder: Path) -> float:
         }
     )
     os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
-    console = Console(file=io.StringIO())
+    console = Terminal(file=io.StringIO())
     run_stage1(config, console, check=False, build_engine=lambda *_, **__: ScriptedEngine(writer(samples)))
     rows = read_vstar(run_paths("memory").vstar)[0]
     assert rows["num_samples"].sum() == samples // num_samples * num_samples

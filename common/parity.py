@@ -69,22 +69,30 @@ class Gap:
         return self.largest <= bound.largest and self.mean <= bound.mean
 
 
+def accepted_gaps(lines: Iterable[str]) -> list[str]:
+    """Those of a file's accepted mismatches that are gaps."""
+    return [line for line in lines if line.startswith(f"{PARITY}:")]
+
+
 def engine_logprobs(completion: Completion) -> Sequence[float]:
     """The engine's log-probs of a completion's tokens; nan where it has not given any."""
     return completion.sampled_logprobs or [math.nan] * len(completion.token_ids)
 
 
-def refuse_gap(gap: Gap, sides: str, *, dtype: str, backend: str, allowance: Allowance, remedy: str) -> None:
-    """Raise UserError for a gap beyond the bound of the dtype, unless it is allowed; `sides` says what is compared."""
+def refuse_gap(gap: Gap, sides: str, *, dtype: str, backend: str, allowance: Allowance, remedy: str) -> str:
+    """Raise UserError for a gap beyond the bound of the dtype, unless it is allowed; `sides` says what is compared.
+
+    Returns what was found, in a line.
+    """
     bound = BOUNDS[dtype]
     if gap.is_within(bound):
-        return
+        return f"{sides} agree: {gap}"
     line = (
         f"parity: {sides} give the same {gap.tokens} tokens log-probs that differ by {gap.mean:.2g} nats on average "
         f"and {gap.largest:.2g} at most, where {dtype} allows {bound.mean:g} and {bound.largest:g}"
     )
     if allowance.permits(PARITY, line):
-        return
+        return f"accepted: {line}"
     other = "transformers" if backend == "vllm" else "vllm"
     finer = (
         ""

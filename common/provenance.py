@@ -95,6 +95,11 @@ class Provenance:
     identity: dict[str, Any]
     context: dict[str, Any]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its version wrote down all that this one compares."""
+        return UNRECORDED not in json.dumps(self.identity["model"])
+
     def refused(self, found: dict[str, Any], allowance: Allowance) -> dict[str, str]:
         """The fields in which another identity differs and may not, each with both values in words."""
         lines = differences(self.identity, found)

@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.files import atomic_path, file_digest, remove_leftovers
 from common.grading import OUTCOMES
 from common.provenance import (
+    ACCEPTED,
     MIGRATIONS,
     SCHEMA_VERSION,
     STRICT,
@@ -109,9 +110,14 @@ class SampleStore:
         self._graded_otherwise: list[Path] = []
         self._other_grades_count = False
         self._since = time.monotonic()
+        accepted: dict[str, None] = {}
         for fragment in self.fragments():
-            ours = self.check(fragment).identity["grader"] == self._grader
+            found = self.check(fragment)
+            accepted |= dict.fromkeys(found.context.get(ACCEPTED, []))
+            ours = found.identity["grader"] == self._grader
             (self._graded if ours else self._graded_otherwise).append(fragment)
+        self.accepted = list(accepted)
+        """What was accepted when the samples were drawn."""
 
     @property
     def _grader(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +16,7 @@ from common.beta_binomial import dropped_share, fit_prior
 from common.doubts import doubts
 from common.model.reading import describe_model
 from common.provenance import ACCEPTED
+from common.terminal.console import Terminal
 from common.value import estimate_vstar
 from common.vstar_file import estimator_of, read_vstar
 from stage1_vstar.table import success_groups
@@ -151,7 +152,7 @@ def to_json(figures: Description) -> str:
     return json.dumps({**asdict(figures), "beta1": beta1}, indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def show(figures: Description, console: Console) -> None:
+def show(figures: Description, console: Terminal) -> None:
     """Print the figures: provenance, summary, histogram of pass rates."""
     console.print(
         Group(_summary(figures), Text(), Text("pass rate, prompts"), _bars(figures.pass_rate_histogram))
@@ -194,8 +195,7 @@ def _summary(figures: Description) -> RenderableType:
         else describe_model(
             context["model"], [str(number) for number in identity["prompt"]["eos_token_ids"]]
         ),
-        "foreseen": "; ".join(context.get("model", {}).get("foreseen", []))
-        or "nothing that `train` would refuse",
+        "foreseen by vstar": _foreseen(context.get("model")),
         "prompt template": repr(identity["prompt"]["template"]),
         "sampling": ", ".join(f"{name} {value}" for name, value in identity["sampling"].items()),
         "grader": identity["grader"]
@@ -208,6 +208,13 @@ def _summary(figures: Description) -> RenderableType:
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _foreseen(model: dict[str, Any] | None) -> str:
+    """What the job that made the file said of training with its config."""
+    if model is None:
+        return "–"
+    return "; ".join(model["foreseen"]) or "nothing that `train` would refuse"
 
 
 def _adaptive(rule: dict[str, Any] | None) -> str:

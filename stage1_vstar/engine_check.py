@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from common.config import RunConfig, SamplingParams
 from common.engines import RolloutEngine
 from common.parity import COMPLETIONS, TOKENS, Gap, engine_logprobs, plain_logprobs, refuse_gap
@@ -12,6 +10,7 @@ from common.provenance import Allowance
 from common.rollout import Prompt, SampleRequest
 from common.seeds import derive_seed
 from common.store import SampleStore
+from common.terminal.console import Terminal
 
 SMALL_MODEL = 1_000_000_000
 """Parameters up to which a second copy of the model in main memory goes without asking."""
@@ -22,7 +21,7 @@ def check_engine(
     folder: Path,
     store: SampleStore,
     allowance: Allowance,
-    console: Console,
+    console: Terminal,
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
 ) -> None:
@@ -55,7 +54,7 @@ def check_engine(
             ],
         ),
     )
-    refuse_gap(
+    found_out = refuse_gap(
         gap,
         f"the engine ({config.engine.backend}) and a plain forward pass by transformers",
         dtype=config.model.dtype,
@@ -64,8 +63,4 @@ def check_engine(
         remedy="no sample has been drawn",
     )
     store.provenance = store.provenance.accepting(allowance)
-    console.print(f"the engine's log-probs are those of a plain forward pass: {gap}", soft_wrap=True)
-
-
-def unchecked(engine: RolloutEngine, prompts: Sequence[Prompt]) -> None:
-    """For models of which there is no room for a second copy."""
+    console.print(found_out)

@@ -6,7 +6,6 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from common.errors import UserError
 from common.provenance import Allowance, read_provenance
@@ -23,10 +22,11 @@ from common.store import (
     sample_files,
     set_aside_damaged,
 )
+from common.terminal.console import Terminal
 
 
 def merge_runs(
-    sources: Sequence[str], run: str, console: Console, allow_mismatch: Collection[str] = ()
+    sources: Sequence[str], run: str, console: Terminal, allow_mismatch: Collection[str] = ()
 ) -> None:
     """Add the samples of the sources, runs by name or folders, that `run` lacks. The sources are only read.
 
@@ -36,12 +36,14 @@ def merge_runs(
     folders = [samples_folder(source) for source in sources]
     with exclusive_run(target, "vstar"):
         for line in set_aside_damaged(target.samples):
-            console.print(line, soft_wrap=True)
+            console.print(line)
         whole = {folder: whole_files(folder, console) for folder in folders}
         every = [*sample_files(target.samples), *(file for files in whole.values() for file in files)]
         if not every:
             raise UserError(f"every file of {', '.join(sources)} is damaged: there is nothing to add")
-        provenance, allowance = read_provenance(every[0]), Allowance(allow_mismatch)
+        all_found = [read_provenance(file) for file in every]
+        provenance = next((found for found in all_found if found.is_whole), all_found[0])
+        allowance = Allowance(allow_mismatch)
         allowance.refuse_unknown([*provenance.fields(), "prompt.tokens"])
         store = SampleStore(target.samples, provenance, allowance)
         graders = {str(store.check(file).identity["grader"]) for file in every}
@@ -56,17 +58,15 @@ def merge_runs(
                 add_bytes(target.samples, GRADE_FILES, file.read_bytes())
             found = addresses(samples).height
             added = there.height - before
-            console.print(f"{folder}: {added:,} samples added, {found - added:,} were there", soft_wrap=True)
+            console.print(f"{folder}: {added:,} samples added, {found - added:,} were there")
     if len(graders) > 1:
         console.print(
             f"the samples were graded by {', '.join(sorted(graders))}: `python cli.py regrade --run {run}` has one "
             "grader judge all",
-            soft_wrap=True,
         )
     console.print(
         f"{target.samples}: {there.height:,} samples of {there['prompt_id'].n_unique():,} prompts; "
         f"`python cli.py vstar --run {run}` estimates V̂* from them",
-        soft_wrap=True,
     )
 
 
@@ -83,14 +83,14 @@ def samples_folder(source: str) -> Path:
     )
 
 
-def whole_files(folder: Path, console: Console) -> list[Path]:
+def whole_files(folder: Path, console: Terminal) -> list[Path]:
     """A source's files without the damaged ones, which are named: their samples have to be drawn anew."""
     files = []
     for file in [*sample_files(folder), *sorted(folder.glob(f"{GRADE_FILES}-*.parquet"))]:
         if (problem := damage(file)) is None:
             files.append(file)
         else:
-            console.print(f"{file} is damaged ({problem}) and was left out", soft_wrap=True)
+            console.print(f"{file} is damaged ({problem}) and was left out")
     return files
 
 

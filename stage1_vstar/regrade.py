@@ -8,7 +8,6 @@ from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
-from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig
@@ -81,7 +80,7 @@ class Summary:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
 
-def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -> None:
+def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) -> None:
     """Grade every cached completion with the config's grader, and compare with the grades of vstar.parquet.
 
     Text is never rewritten and nothing is generated. The new table, the changed prompts and a summary appear in
@@ -94,7 +93,7 @@ def run_regrade(config: RunConfig, console: Console, *, as_json: bool = False) -
         raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
     with exclusive_run(paths, "vstar"):
         for line in set_aside_damaged(paths.samples):
-            notices.print(f"{line}; `vstar` draws its samples anew", soft_wrap=True)
+            notices.print(f"{line}; `vstar` draws its samples anew")
         store = open_store(paths, grader)
         if ungraded := store.ungraded_count():
             notices.print(f"{ungraded:,} completions to grade by {grader}")
@@ -229,14 +228,13 @@ def summarise(
     )
 
 
-def show(summary: Summary, changes: pl.DataFrame, folder: Path, console: Console) -> None:
+def show(summary: Summary, changes: pl.DataFrame, folder: Path, console: Terminal) -> None:
     """The summary, and the prompts that change most."""
     rate, vstar = summary.pass_rate, summary.mean_vstar
     console.print(
         f"{summary.before} → {summary.after}: {summary.changed_prompts:,} of {summary.prompts:,} prompts "
         f"change, pass rate {rate.before:.4f} → {rate.after:.4f}, mean V̂* {vstar.before:.4f} → {vstar.after:.4f}, "
         f"mean |ΔV̂*| {summary.mean_absolute_delta_vstar:.4f}",
-        soft_wrap=True,
     )
     for move, count in summary.changed_outcomes.items():
         console.print(f"  {move}: {count:,} samples")
@@ -253,5 +251,4 @@ def show(summary: Summary, changes: pl.DataFrame, folder: Path, console: Console
     console.print(
         f"{folder}: vstar.parquet (train on it with `--vstar`), changes.parquet, summary.json; "
         "flags set by `filter` are not carried over",
-        soft_wrap=True,
     )

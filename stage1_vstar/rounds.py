@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from rich.console import Console
 
 from common.config import RunConfig
 from common.errors import UserError
@@ -17,6 +16,7 @@ from common.provenance import Provenance
 from common.rollout import Prompt
 from common.sampling.missing import Missing
 from common.store import SampleStore
+from common.terminal.console import Terminal
 from common.value import Floats
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Counts, Places, Round, Rule, allocate
 from stage1_vstar.table import prompt_table
@@ -60,7 +60,7 @@ def draw_adaptively(
     store: SampleStore,
     draw: Callable[[Missing], None],
     config: RunConfig,
-    console: Console,
+    console: Terminal,
 ) -> tuple[pl.DataFrame, Allocation]:
     """Draw more samples of the prompts whose interval of V* is wide, once all have their first ones.
 
@@ -76,10 +76,10 @@ def draw_adaptively(
     samples = FirstSamples(prompts=chosen, table=prompt_table(chosen), store=store, draw=draw)
 
     def announce(number: int, each: Round) -> None:
-        console.print(round_line(number, each, rule, len(chosen)), soft_wrap=True)
+        console.print(round_line(number, each, rule, len(chosen)))
 
     allocation = allocate(rule, num_samples, config.vstar.beta1, samples.rewards, len(chosen), announce)
-    console.print(end_line(allocation), soft_wrap=True)
+    console.print(end_line(allocation))
     others = grades.filter(~pl.col("prompt_id").is_in(complete.implode()))
     return pl.concat([samples.grades(allocation.sizes_P), others]), allocation
 
@@ -115,7 +115,7 @@ def first_grades(store: SampleStore, table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def recorded_rule(old: Provenance, path: Path, config: RunConfig, console: Console) -> Rule | None:
+def recorded_rule(old: Provenance, path: Path, config: RunConfig, console: Terminal) -> Rule | None:
     """The rule that the existing file was drawn by: it stays in force."""
     if (record := old.context.get(ADAPTIVE)) is None:
         return None
@@ -123,6 +123,5 @@ def recorded_rule(old: Provenance, path: Path, config: RunConfig, console: Conso
     console.print(
         f"{path} was made with --adaptive {rule.target_se:g} --budget {rule.budget}, which stays in force; "
         f"move it away for {config.vstar.num_samples} samples of each prompt",
-        soft_wrap=True,
     )
     return rule

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import polars as pl
-from rich.console import Console
 
 from common.config import RunConfig
 from common.data.datasets import read_pairs
@@ -20,7 +19,7 @@ from common.grading import fingerprint, negative_rewards_warning
 from common.model.files import model_identity, reference_model
 from common.model.reading import ModelReading, describe_model
 from common.model.trainable import read_trainable
-from common.parity import PARITY
+from common.parity import PARITY, accepted_gaps
 from common.provenance import (
     ACCEPTED,
     Allowance,
@@ -35,9 +34,10 @@ from common.runs import WHOLE, Shard, exclusive_run, run_paths
 from common.sampling.executor import LocalExecutor
 from common.sampling.missing import Missing
 from common.store import SampleStore, set_aside_damaged
+from common.terminal.console import Terminal
 from common.vstar_file import estimator_of, read_vstar, write_vstar
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Rule
-from stage1_vstar.engine_check import SMALL_MODEL, check_engine, unchecked
+from stage1_vstar.engine_check import SMALL_MODEL, check_engine
 from stage1_vstar.rounds import draw_adaptively, recorded_rule
 from stage1_vstar.table import prompt_table, vstar_rows
 
@@ -90,7 +90,7 @@ class Drawn:
 
 def run_stage1(
     config: RunConfig,
-    console: Console,
+    console: Terminal,
     *,
     shard: Shard = WHOLE,
     adaptive: Rule | None = None,
@@ -120,7 +120,7 @@ def run_stage1(
         return
     foreseen = foresee(folder)
     for line in (introduction(model, renderer), *foreseen):
-        console.print(line, soft_wrap=True)
+        console.print(line)
     with exclusive_run(paths, "vstar", shard):
         provenance = stage1_provenance(config, renderer, model_identity(folder, paths.known_weights))
         provenance.context["model"] = {**model.document(), "foreseen": list(foreseen)}
@@ -135,7 +135,7 @@ def run_stage1(
             shard,
             console,
             build_engine,
-            engine_check if is_checked else unchecked,
+            engine_check if is_checked else None,
         ) as executor:
             executor.draw(work.missing)
             if shard != WHOLE:
@@ -148,7 +148,7 @@ def run_stage1(
         rows, provenance = estimate(work, drawn, config)
         record(rows, provenance, work.old, config, console)
         for line in doubtful(rows, work.store):
-            console.print(line, soft_wrap=True)
+            console.print(line)
 
 
 def introduction(model: ModelReading, renderer: PromptRenderer) -> str:
@@ -165,7 +165,7 @@ def open_work(
     shard: Shard,
     rule: Rule | None,
     allow_mismatch: Collection[str],
-    console: Console,
+    console: Terminal,
 ) -> Work:
     """Open the run's samples and its old file, refuse what does not belong to it, and find what is missing."""
     paths = run_paths(config.run)
@@ -173,9 +173,6 @@ def open_work(
     known = old.provenance.context.get(ACCEPTED, []) if old else []
     allowance = Allowance(allow_mismatch, known)
     allowance.refuse_unknown([*provenance.fields(), "prompt.tokens", PARITY])
-    for line in known:
-        if line.startswith(f"{PARITY}:"):  # of samples that are there already
-            allowance.permits(PARITY, line)
     if old:
         provenance.refuse_unless_same(
             old.provenance,
@@ -184,12 +181,13 @@ def open_work(
             allowance=allowance,
         )
     for line in set_aside_damaged(paths.samples):
-        console.print(f"{line}; its samples will be drawn anew", soft_wrap=True)
+        console.print(f"{line}; its samples will be drawn anew")
     if old and rule is None and shard == WHOLE:
         rule = recorded_rule(old.provenance, paths.vstar, config, console)
     if rule is not None:
         rule.refuse_impossible(len(prompts), config.vstar.num_samples, config.vstar.beta1)
     store = checked_store(paths.samples, provenance, allowance, console)
+    allowance.used.update(dict.fromkeys(accepted_gaps([*known, *store.accepted])))
     table = prompt_table(prompts)
     missing = Missing(prompts, ~store.present(table, config.vstar.num_samples))
     store.provenance = provenance.accepting(allowance)
@@ -206,7 +204,7 @@ def open_work(
 
 
 def checked_store(
-    samples: Path, provenance: Provenance, allowance: Allowance, console: Console
+    samples: Path, provenance: Provenance, allowance: Allowance, console: Terminal
 ) -> SampleStore:
     """The run's samples. Raises UserError for grades of another grader that are not accepted."""
     store = SampleStore(samples, provenance, allowance)
@@ -222,7 +220,7 @@ def checked_store(
     return store
 
 
-def draw_the_rest(work: Work, executor: LocalExecutor, config: RunConfig, console: Console) -> Drawn:
+def draw_the_rest(work: Work, executor: LocalExecutor, config: RunConfig, console: Terminal) -> Drawn:
     """The grades of all prompts' samples, after the rule, where there is one, has had more of them drawn."""
     num_samples = config.vstar.num_samples
     if work.rule is None:
@@ -250,7 +248,7 @@ def estimate(work: Work, drawn: Drawn, config: RunConfig) -> tuple[pl.DataFrame,
 
 
 def record(
-    rows: pl.DataFrame, provenance: Provenance, old: Written | None, config: RunConfig, console: Console
+    rows: pl.DataFrame, provenance: Provenance, old: Written | None, config: RunConfig, console: Terminal
 ) -> None:
     """Write vstar.parquet, unless the old one says the same; tell what becomes of the old one."""
     path = run_paths(config.run).vstar
@@ -294,7 +292,7 @@ def excerpt(value: object) -> str:
 
 
 def read_prompts(
-    config: RunConfig, folder: Path, shard: Shard, console: Console
+    config: RunConfig, folder: Path, shard: Shard, console: Terminal
 ) -> tuple[list[Prompt], PromptRenderer | None]:
     """The shard's prompts, rendered and checked against the model's context; a shard may hold none."""
     pairs = [pair for pair in read_pairs(config.data, config) if shard.holds(prompt_id(*pair))]
@@ -311,7 +309,7 @@ def read_prompts(
     return prompts, renderer
 
 
-def read_old(path: Path, console: Console) -> Written | None:
+def read_old(path: Path, console: Terminal) -> Written | None:
     """The file that an earlier run has written; a damaged one is set aside, since it can be computed anew."""
     if not path.exists():
         return None
@@ -322,7 +320,6 @@ def read_old(path: Path, console: Console) -> Written | None:
         path.replace(aside)
         console.print(
             f"{error}; moved to {aside}, written anew without what `filter` and `--adaptive` did",
-            soft_wrap=True,
         )
         return None
     return Written(rows=rows, provenance=provenance)
@@ -354,10 +351,8 @@ def carry_over_filter(
 
 def is_same(rows: pl.DataFrame, provenance: Provenance, old: Written) -> bool:
     """Whether a file already says what would be written."""
-    said = (
-        {name: each.context.get(name) for name in (ACCEPTED, ADAPTIVE)}
-        for each in (provenance, old.provenance)
-    )
+    kept = (ACCEPTED, ADAPTIVE, *(["model"] if "model" in old.provenance.context else []))
+    said = ({name: each.context.get(name) for name in kept} for each in (provenance, old.provenance))
     return (
         not differences(provenance.identity, old.provenance.identity)
         and len({json.dumps(lines) for lines in said}) == 1

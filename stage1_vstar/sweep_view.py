@@ -6,9 +6,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from common.terminal.console import Terminal
 from stage1_vstar.sweep import Cell, Sweep, SweepFile
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ _STYLES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def show(swept: SweepFile, console: Console) -> None:
+def show(swept: SweepFile, console: Terminal) -> None:
     """Print what depends on N, then one table of N by β1 for each figure; 80 columns hold the standard β1."""
     figures = swept.figures
-    console.print(swept.path, soft_wrap=True)
+    console.print(swept.path)
     console.print(f"{figures.prompts:,} prompts, up to {figures.max_num_samples} samples each")
     for table in (_by_num_samples(figures), *(_by_beta1(figures, *table) for table in _TABLES.items())):
         console.print()

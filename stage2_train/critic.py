@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
-from common.errors import UserError
-from common.model.pretrained import load_pretrained, read_config
+from common.model.pretrained import load_pretrained, token_classifier
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config
 from stage2_train.learner import Learner
@@ -57,16 +55,6 @@ class Critic:
         return values
 
 
-def refuse_without_head(folder: Path) -> None:
-    """Raise UserError unless transformers has a token classifier of the kind of the model in `folder`."""
-    kind = read_config(folder)
-    if type(kind) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"{folder}: for models of type {kind.model_type} transformers has no token classifier, which a critic is; "
-            "use another model, or an objective without a critic, such as grpo"
-        )
-
-
 def value_head(model: Any) -> nn.Linear:
     """The layer from hidden states to a value."""
     head: nn.Linear = model.score if hasattr(model, "score") else model.classifier
@@ -74,8 +62,7 @@ def value_head(model: Any) -> nn.Linear:
 
 
 def _load(folder: Path, config: Config) -> Any:
-    kind: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(read_config(folder))]
-    model = load_pretrained(kind, folder, config.model.dtype, num_labels=1)
+    model = load_pretrained(token_classifier(folder), folder, config.model.dtype, num_labels=1)
     head = value_head(model)
     with torch.no_grad():
         for parameter in head.parameters():

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 
 from common.config import SamplingParams
 from common.data.held_out import remarks_beside_data
@@ -25,12 +24,13 @@ from common.data.prompts import (
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
-from common.model.files import model_identity, reference_model, resolve_model
+from common.model.files import network_hash, reference_model, resolve_model
 from common.model.trainable import read_trainable
-from common.model.weights import stored_weights
+from common.model.weights import read_weights, stored_weights, weights_hash
 from common.rollout import Prompt, Rollout
 from common.runs import run_paths
 from common.seeds import derive_seed
+from common.terminal.console import Terminal
 from stage2_train.batch import TokenSequence, sum_by, token_batches
 from stage2_train.config import Config
 from stage2_train.logprobs import load_model, token_logprobs
@@ -39,7 +39,7 @@ from stage2_train.sources.rollouts import collect_rollouts
 BOOTSTRAP_RESAMPLES = 2000
 
 
-def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[dict[str, Any]]:
+def evaluate(config: Config, models: Sequence[Path], console: Terminal) -> list[dict[str, Any]]:
     """Evaluate models on the config's held-out prompts, one after the other.
 
     Raises UserError before it loads anything.
@@ -50,10 +50,9 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
     reference = reference_model(config)
     folders = [resolve_model(str(model), None) for model in models]
     renderer = PromptRenderer(reference, data)
-    networks = []
     for folder in folders:
         read_trainable(folder, config)
-        networks.append(model_identity(folder, run_paths(config.run).known_weights)["config"])
+        weights_hash(read_weights(folder), run_paths(config.run).known_weights)  # refuses what is not finite
         if PromptRenderer(folder, data).identity() != renderer.identity():
             raise UserError(
                 f"{folder} and the reference {reference} render prompts differently, so KL would mean nothing; "
@@ -61,22 +60,24 @@ def evaluate(config: Config, models: Sequence[Path], console: Console) -> list[d
             )
     prompts = load_prompts(data, config, renderer)
     check_fit(prompts, config, reference, data)
-    engine = None
+    engine: RolloutEngine | None = None
+    network = ""
     results = []
     with GraderPool(config.grader) as pool:
         prompts = usable_prompts(prompts, data, pool)
         refuse_none_usable(prompts, data)
         for line in remarks_beside_data(config, [prompt.text for prompt in prompts]):
-            console.print(line, soft_wrap=True)
-        for folder, network in zip(folders, networks, strict=True):
+            console.print(line)
+        for folder in folders:
             console.print(f"evaluating {folder} on {len(prompts):,} prompts")
             # Its workers may be other processes, which weights in memory do not reach.
-            takes_weights = network == networks[0] and config.engine.tensor_parallel_size == 1
+            takes_weights = network == network_hash(folder) and config.engine.tensor_parallel_size == 1
             if engine is not None and not takes_weights:
                 engine.close()
                 engine = None
             if engine is None:
                 engine = build_engine(config, folder, renderer, beside_trainer=False)
+                network = network_hash(folder)
             else:
                 engine.load_weights(stored_weights(folder))
             greedy, sampled = sample_both_ways(config, prompts, engine, pool)
@@ -209,7 +210,7 @@ def sequence_logprobs(
     return result
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(result: dict[str, Any], console: Terminal) -> None:
     """The figures in a few lines."""
     low, high = result["pass_at_1_interval_95"]
     console.print(

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -19,12 +18,13 @@ from common.data.prompts import prompt_template
 from common.errors import UserError
 from common.model.files import reference_model
 from common.model.reading import describe_model, read_model
+from common.terminal.console import Terminal
 from common.value import Floats
 from common.vstar_file import read_vstar
 from stage2_train.config import Config
 from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, expected_first_batch
 from stage2_train.memory import memory_per_gpu, read_shape
-from stage2_train.preflight import foresight_of_settings
+from stage2_train.preflight import foresight
 
 TOKENIZED_PROMPTS = 2000
 """So many prompts, chosen at random, stand for all in the number of prompt tokens."""
@@ -50,7 +50,6 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
         )
     folder = reference_model(config)
     model = read_model(folder).document()
-    foreseen = [*foresight_of_settings(config), *provenance.context.get("model", {}).get("foreseen", [])]
     turns = config.train.iterations_over(kept.height)
     visits = turns * config.train.batch_size
     completions = visits * config.train.objective.group_size
@@ -59,7 +58,7 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
         "path": str(vstar_file),
         "model": model,
         "eos_token_ids": provenance.identity["prompt"]["eos_token_ids"],
-        "foreseen": list(dict.fromkeys(foreseen)),
+        "foreseen": foresight(config, folder),
         "filters": provenance.context.get("filters", []),
         "iterations": turns,
         "optimizer_steps": turns * config.train.steps_per_iteration,
@@ -144,7 +143,7 @@ def to_json(figures: dict[str, Any]) -> str:
     return json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def show(figures: dict[str, Any], console: Console) -> None:
+def show(figures: dict[str, Any], console: Terminal) -> None:
     """Print the figures: the run, then a GPU's memory by component."""
     tokens, visits, saved = figures["tokens"], figures["visits_a_prompt"], figures["saved_by_filter"]
     rows = {
@@ -174,7 +173,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     console.print()
     console.print(_memory_table(figures["memory"]))
     for assumption in figures["memory"]["assumptions"]:
-        console.print(f"  assumes: {assumption}", soft_wrap=True)
+        console.print(f"  assumes: {assumption}")
 
 
 def _tokens_line(total: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ The frozen model without its adapter is the reference model, so no second one is
 Shapes: _I a layer's inputs, _O its outputs, _R the adapter's rank.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from common.errors import UserError
-from common.model.checkpoint_names import CheckpointNames
-from common.model.output_layer import text_trunk
-from common.model.pretrained import empty_causal_lm
 from common.seeds import derive_seed
+from stage2_train.adapted_layers import adapted_layers
 from stage2_train.config import Config
-from stage2_train.config import LoraConfig as Settings
 
 ADAPTER = "default"
 """peft's name for a model's only adapter."""
-EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.weight$")
-"""A weight of one expert, as checkpoints have it."""
 WEIGHTS_FILE = "adapter_model.safetensors"
 """What PeftModel.from_pretrained looks for."""
 
@@ -64,7 +57,7 @@ class Adapter:
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=_targets(model, lora.target_modules),
+            target_modules=adapted_layers(model, lora.target_modules),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else None,
             revision=config.model.revision,
@@ -118,56 +111,3 @@ def keep_trained_weights(module: nn.Module, state: dict[str, Any], prefix: str, 
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     for name in [name for name in state if name.removeprefix(prefix) not in trained]:
         del state[name]
-
-
-def refuse_unknown_layers(folder: Path, lora: Settings) -> None:
-    """Raise UserError unless the model in `folder` has the layers to adapt; its weights are not read."""
-    _targets(empty_causal_lm(folder), lora.target_modules)
-
-
-def _targets(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str] | str:
-    """What peft shall adapt: names of layers, or a pattern where the model has other parts with layers of these names.
-
-    The output layer is none of them: log-probs read its weight directly.
-    """
-    trunk, without = text_trunk(model), unadapted(model)
-    linear = linear_layers(model) - without
-    names = linear if isinstance(chosen, str) else set(chosen)
-    choice = f'choose of {", ".join(sorted(linear))}, or "all-linear"'
-    if refused := sorted(names & without):
-        raise UserError(
-            f"train.lora.target_modules: no adapter can be put beside this model's {', '.join(refused)}: the names of "
-            f"weights that transformers keeps for all experts together, or that kernels read directly; {choice}"
-        )
-    if unknown := sorted(names - linear):
-        raise UserError(
-            f"train.lora.target_modules: the model has no linear layers called {', '.join(unknown)} before its output "
-            f"layer; {choice}"
-        )
-    if trunk is model.base_model:
-        return sorted(names)
-    place = next(name for name, module in model.named_modules() if module is trunk)
-    return rf"{re.escape(place)}\.(?:.*\.)?({'|'.join(map(re.escape, sorted(names)))})"
-
-
-def linear_layers(model: PreTrainedModel) -> set[str]:
-    """The names of the linear layers before the output layer."""
-    modules = text_trunk(model).named_modules()
-    return {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
-
-
-def unadapted(model: PreTrainedModel) -> set[str]:
-    """The names of weights that no adapter can be put beside.
-
-    transformers keeps the weights of all experts of a layer in one tensor; peft takes the names that they have in a
-    checkpoint for these, also where an ordinary layer is called so. The kernels of a state-space layer read the weight
-    of its output projection directly, past an adapter.
-    """
-    experts = {found[1] for name in CheckpointNames(model).shapes if (found := EXPERT.search(name))}
-    whole = {
-        name.split(".")[-1]
-        for name, weight in text_trunk(model).named_parameters()
-        if weight.ndim == 3 and ".experts." in name
-    }
-    state_space = any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules())
-    return experts | whole | ({"out_proj"} if state_space else set())

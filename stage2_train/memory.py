@@ -63,7 +63,7 @@ def read_shape(folder: Path) -> Shape:
         parameters=read_weights(folder).count(tied=model.is_tied),
         hidden=hidden,
         layers=model.need("num_hidden_layers"),
-        intermediate=model.need("intermediate_size"),
+        intermediate=model.get("intermediate_size") or 4 * hidden,  # as in GPT-2, which need not say it
         heads=heads,
         queries=heads * width,
         keys=(model.get("num_key_value_heads") or heads) * width,

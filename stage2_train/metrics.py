@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from common.files import whole_lines, write_text, writing_to
 from common.runs import RunPaths
+from common.terminal.console import Terminal
 from common.terminal.progress import progress_bar
 from stage2_train.config import Config
 
@@ -55,7 +55,7 @@ class MetricsLog:
     """Writes each iteration's metrics everywhere they go. For the main rank alone."""
 
     def __init__(
-        self, config: Config, paths: RunPaths, console: Console, *, first_iteration: int, last: int
+        self, config: Config, paths: RunPaths, console: Terminal, *, first_iteration: int, last: int
     ) -> None:
         """Continue after `first_iteration` − 1: what was logged of later iterations belonged to a lost run."""
         from stage2_train.tensorboard_file import TensorBoardFile
@@ -105,7 +105,7 @@ class MetricsLog:
             self._board.write(iteration, metrics)
         if self._wandb is not None:
             self._wandb.log(metrics, step=iteration)
-        self._console.print(self._line(iteration, metrics), highlight=False, soft_wrap=True)
+        self._console.print(self._line(iteration, metrics))
         self._bar.update(self._task, completed=iteration, description=f"iteration {iteration}/{self._last}")
 
     def _line(self, iteration: int, metrics: Metrics) -> str:

@@ -5,12 +5,11 @@ The engine loads the reference's weights itself; from then on it is given the po
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
-
 from common.parity import COMPLETIONS, TOKENS, Gap, engine_logprobs, refuse_gap
 from common.provenance import Allowance
 from common.rollout import Rollout
 from common.seeds import derive_seed
+from common.terminal.console import Terminal
 from stage2_train.batch import TokenSequence
 from stage2_train.collate import Cutter
 from stage2_train.config import Config
@@ -49,7 +48,7 @@ class ParityGate:
         ranks: Ranks,
         config: Config,
         allowance: Allowance,
-        console: Console,
+        console: Terminal,
     ) -> None:
         """`draw` is what is compared; `scorers` are the trainer's policy, and its reference where it has one."""
         self._source = source
@@ -77,9 +76,11 @@ class ParityGate:
             if name == REFERENCE and turn.number:
                 continue  # no longer the policy's
             gap = Gap.worst(self._ranks.gather([Gap.between(sampled, self._logprobs(scorer, rollouts))]))
-            self._refuse(gap, f"{when} the engine ({self._config.engine.backend}) and the trainer's {name}")
+            said = self._refuse(
+                gap, f"{when} the engine ({self._config.engine.backend}) and the trainer's {name}"
+            )
             if name == POLICY:
-                self._console.print(f"{when} engine and trainer agree on the policy: {gap}", soft_wrap=True)
+                self._console.print(said)
 
     def _logprobs(self, scorer: Scorer, rollouts: Sequence[Rollout]) -> list[list[float]]:
         sequences = [TokenSequence.of(row, rollout) for row, rollout in enumerate(rollouts)]
@@ -90,8 +91,8 @@ class ParityGate:
             found |= {row: values.tolist() for row, values in zip(batch.rows, by_row, strict=True)}
         return [found[row] for row in range(len(rollouts))]
 
-    def _refuse(self, gap: Gap, sides: str) -> None:
-        refuse_gap(
+    def _refuse(self, gap: Gap, sides: str) -> str:
+        return refuse_gap(
             gap,
             sides,
             dtype=self._config.model.dtype,

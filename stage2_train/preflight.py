@@ -1,13 +1,12 @@
-"""What training refuses of a config and its model, told before anything is paid for: `vstar` says it.
+"""What training refuses of a config and its model, told before anything is paid for: `vstar` and `forecast` say it.
 
-Reads no weights.
+Reads no weights, and needs no library that only training needs.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from common.packages import refuse_missing
 from stage2_train.config import Config
 from stage2_train.objectives.protocol import TrainsCritic
 
@@ -20,13 +19,9 @@ def refuse_first(config: Config, folder: Path) -> None:
 
 def foresight(config: Config, folder: Path) -> list[str]:
     """What training will refuse, and what it will leave as it is, a line each."""
-    problems = list(_problems(config, folder))
-    return [*map(_refused, problems), *([] if problems else remarks(config, folder))]
-
-
-def foresight_of_settings(config: Config) -> list[str]:
-    """What training will refuse whatever the model is, a line each; imports no torch."""
-    return [_refused(problem) for problem in _settings(config)]
+    if problems := list(_problems(config, folder)):
+        return [f"`train` will refuse this: {problem}" for problem in problems]
+    return remarks(config, folder)
 
 
 def remarks(config: Config, folder: Path) -> list[str]:
@@ -34,7 +29,7 @@ def remarks(config: Config, folder: Path) -> list[str]:
     if config.train.lora is None:
         return []
     from common.model.pretrained import empty_causal_lm
-    from stage2_train.lora import unadapted
+    from stage2_train.adapted_layers import unadapted
 
     names = sorted(unadapted(empty_causal_lm(folder)))
     return (
@@ -42,10 +37,6 @@ def remarks(config: Config, folder: Path) -> list[str]:
         if names
         else []
     )
-
-
-def _refused(problem: UserError) -> str:
-    return f"`train` will refuse this: {problem}"
 
 
 def _problems(config: Config, folder: Path) -> Iterator[UserError]:
@@ -69,14 +60,13 @@ def _settings(config: Config) -> Iterator[UserError]:
 
 def _layers(config: Config, folder: Path) -> None:
     if config.train.lora is not None:
-        refuse_missing("peft", "train.lora is set", "`make setup` where you train")
-        from stage2_train.lora import refuse_unknown_layers
+        from stage2_train.adapted_layers import refuse_unknown_layers
 
         refuse_unknown_layers(folder, config.train.lora)
 
 
 def _critic(config: Config, folder: Path) -> None:
     if isinstance(config.train.objective, TrainsCritic):
-        from stage2_train.critic import refuse_without_head
+        from common.model.pretrained import token_classifier
 
-        refuse_without_head(folder)
+        token_classifier(folder)

@@ -9,8 +9,6 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from common.data.held_out import remarks
 from common.engines import EngineBuilder, build_engine
 from common.errors import UserError
@@ -20,6 +18,7 @@ from common.packages import refuse_missing
 from common.parity import PARITY
 from common.provenance import ACCEPTED, Allowance
 from common.runs import RunPaths, exclusive_run, run_paths
+from common.terminal.console import Terminal
 from stage2_train import preflight
 from stage2_train.checkpoint import latest_state, newest_intact, read_state
 from stage2_train.collate import Cutter
@@ -45,7 +44,7 @@ from stage2_train.watchers import (
 
 def run_stage2(
     config: Config,
-    console: Console,
+    console: Terminal,
     vstar_file: Path | None = None,
     allow_mismatch: Collection[str] = (),
     build_engine: EngineBuilder = build_engine,
@@ -57,7 +56,7 @@ def run_stage2(
     engine and trainer have been compared. Raises UserError.
     """
     _refuse_uneven_split(config, launched_processes())
-    _refuse_missing_wandb(config)
+    _refuse_missing_packages(config)
     paths = run_paths(config.run)
     if vstar_file is None and config.train.reads_stage1:
         vstar_file = paths.vstar
@@ -68,7 +67,7 @@ def run_stage2(
             )
     ranks = join_ranks(config.seed)
     if not ranks.is_main:
-        console = Console(quiet=True)
+        console = Terminal(quiet=True)
     data = prepare(config, vstar_file, allow_mismatch, ranks)
     with ExitStack() as job:
         pool = job.enter_context(GraderPool(config.grader))
@@ -84,9 +83,7 @@ def run_stage2(
         if ranks.is_main:
             job.enter_context(exclusive_run(paths, "train"))
         checkpoint = ranks.from_main(
-            newest_intact(paths.checkpoints, partial(console.print, soft_wrap=True))
-            if ranks.is_main
-            else None
+            newest_intact(paths.checkpoints, console.print) if ranks.is_main else None
         )
         refuse_other_world(paths, ranks, read_state(checkpoint) if checkpoint else {})
         engine = partial(build_engine, config, data.folder, data.renderer, beside_trainer=True)
@@ -106,7 +103,7 @@ def _train(
     trainer: Trainer,
     paths: RunPaths,
     checkpoint: Path | None,
-    console: Console,
+    console: Terminal,
     observers: Collection[Watcher],
     allowance: Allowance,
 ) -> None:
@@ -117,7 +114,7 @@ def _train(
     if ranks.is_main:
         write_text(paths.config, config.to_json())
     for line in _describe(config, trainer.data, ranks):
-        console.print(line, soft_wrap=True)
+        console.print(line)
     last = trainer.data.iterations(config)
     with ExitStack() as ending:
         ending.enter_context(closing(trainer.source))
@@ -133,7 +130,7 @@ def _train(
         train(trainer, watchers, console, first=done + 1, last=last)
 
 
-def _parity_gate(trainer: Trainer, allowance: Allowance, console: Console) -> ParityGate:
+def _parity_gate(trainer: Trainer, allowance: Allowance, console: Terminal) -> ParityGate:
     config, ranks, parts = trainer.config, trainer.ranks, trainer.parts
     scorers: dict[str, Scorer] = {"policy": PolicyScorer(parts.policy, ranks)}
     if "reference" in parts.scorers:
@@ -150,7 +147,7 @@ def _parity_gate(trainer: Trainer, allowance: Allowance, console: Console) -> Pa
     )
 
 
-def _watchers(trainer: Trainer, paths: RunPaths, console: Console, log: MetricsLog | None) -> list[Watcher]:
+def _watchers(trainer: Trainer, paths: RunPaths, console: Terminal, log: MetricsLog | None) -> list[Watcher]:
     """In the order in which they see an iteration: the log has what others add, a checkpoint is of a sound policy."""
     config, data, ranks = trainer.config, trainer.data, trainer.ranks
     watchers: list[Watcher] = []
@@ -197,7 +194,9 @@ def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
     ]
 
 
-def _refuse_missing_wandb(config: Config) -> None:
+def _refuse_missing_packages(config: Config) -> None:
+    if config.train.lora is not None:
+        refuse_missing("peft", "train.lora is set", "make setup")
     if config.train.wandb_project is not None:
         refuse_missing("wandb", "train.wandb_project is set", ".venv/bin/pip install wandb")
 

@@ -10,8 +10,6 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
-from rich.console import Console
-
 from common.errors import UserError
 from common.rollout import Rollout
 from common.terminal.console import Terminal
@@ -34,7 +32,7 @@ class StopRequest:
     So does whoever closes the pipe that the main rank's console writes to.
     """
 
-    def __init__(self, console: Console, *, is_main: bool) -> None:
+    def __init__(self, console: Terminal, *, is_main: bool) -> None:
         """Not asked for yet; the main rank will say that it was heard."""
         self._is_signalled = False
         self._console = console

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from common.rollout import Prompt, Rollout
 from common.seeds import derive_seed
+from common.terminal.console import Terminal
 from stage2_train import checkpoint
 from stage2_train.batch import ABSENT, Batch
 from stage2_train.checkpoint import CRITIC, POLICY
@@ -33,7 +33,7 @@ from stage2_train.watchers import Turn, Watcher
 
 
 def train(
-    trainer: "Trainer", watchers: Sequence[Watcher], console: Console, *, first: int, last: int
+    trainer: "Trainer", watchers: Sequence[Watcher], console: Terminal, *, first: int, last: int
 ) -> None:
     """Run iterations `first` to `last`, each of which the watchers see in their order; before the first one, number 0.
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
-
 from common.rollout import Rollout
+from common.terminal.console import Terminal
 from stage2_train.completions import write_completions
 from stage2_train.data import Stage1
 from stage2_train.first_batch import FirstBatch
@@ -87,7 +86,7 @@ class Evaluation:
 class FirstBatchCheck:
     """Compares the first iteration with what stage 1's samples let expect of it."""
 
-    def __init__(self, expected: FirstBatch, console: Console) -> None:
+    def __init__(self, expected: FirstBatch, console: Terminal) -> None:
         self._expected = expected
         self._console = console
 
@@ -98,7 +97,7 @@ class FirstBatchCheck:
         turn.metrics |= self._expected.bounds()
         loss, reward = turn.metrics[FORECAST_LOSS], turn.metrics["reward/mean"]
         if warning := self._expected.warning(loss, reward):
-            self._console.print(warning, soft_wrap=True)
+            self._console.print(warning)
 
 
 class Log:

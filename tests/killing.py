@@ -113,9 +113,8 @@ def killed_at(write: int) -> None:
 
 
 def job(order: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from common.sampling import writer as writer
+    from common.terminal.console import Terminal
     from stage1_vstar.run import run_stage1
     from stage2_train.config import Config
     from tests.fakes import ScriptedEngine
@@ -126,7 +125,7 @@ def job(order: dict[str, Any]) -> None:
         killed_at(order["at_write"])
     run_stage1(
         Config.model_validate(order["config"]),
-        Console(file=io.StringIO()),
+        Terminal(file=io.StringIO()),
         check=False,
         build_engine=lambda *_, **__: engine,
     )

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from common.data.prompts import PromptRenderer
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
+from common.terminal.console import Terminal
 from stage2_train.config import Config
 from stage2_train.run import run_stage2
 
@@ -64,7 +64,7 @@ def main(order: dict[str, Any]) -> None:
     config = Config.model_validate(order["config"])
     build = faulty_engine(order["fault"])
     try:
-        run_stage2(config, Console(width=400), Path(order["vstar"]), order["allowed"], build)
+        run_stage2(config, Terminal(width=400), Path(order["vstar"]), order["allowed"], build)
     except UserError as error:
         print("error:", error)
         raise SystemExit(2) from error

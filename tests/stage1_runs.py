@@ -14,13 +14,13 @@ from typing import Any, Self
 
 import polars as pl
 import pytest
-from rich.console import Console
 
 from common.engines import EngineBuilder, build_engine
 from common.provenance import read_provenance
 from common.rollout import SampleRequest
 from common.runs import WHOLE, Shard, run_paths
 from common.store import SampleStore
+from common.terminal.console import Terminal
 from common.vstar_file import read_vstar
 from stage1_vstar.adaptive import Rule
 from stage1_vstar.run import run_stage1
@@ -75,7 +75,7 @@ def run(
     printed = io.StringIO()
     run_stage1(
         config,
-        Console(file=printed, width=200, markup=False),
+        Terminal(file=printed, width=200),
         shard=shard,
         adaptive=adaptive,
         allow_mismatch=allow_mismatch,

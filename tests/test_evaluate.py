@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from common.config import SamplingParams
 from common.data.prompts import PromptRenderer
 from common.errors import UserError
 from common.rollout import Completion, SampleRequest
+from common.terminal.console import Terminal
 from stage2_train import evaluate as module
 from stage2_train.batch import TokenSequence
 from stage2_train.config import Config
 from stage2_train.evaluate import bootstrap_interval, evaluate, pass_at_k, sequence_logprobs, show
 from tests.conftest import save_tiny_model
+from tests.fakes import change_json
 from tests.stage2_runs import tiny_config
 
 
@@ -118,8 +119,8 @@ def engine(config: Config, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     return exam
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO())
+def quiet() -> Terminal:
+    return Terminal(file=io.StringIO())
 
 
 def evaluate_one(config: Config, model: Path) -> dict[str, Any]:
@@ -197,6 +198,25 @@ def test_a_second_model_is_loaded_into_the_engine_of_the_first(
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
+def test_weights_go_into_an_engine_of_their_own_network_alone(
+    config: Config, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third model is the first one's network, and the engine by then the second one's."""
+    save_tiny_model(tmp_path / "other", seed=1)
+    change_json(tmp_path / "other" / "config.json", rope_theta=500.0)
+    save_tiny_model(tmp_path / "trained", seed=2)
+    exams: list[ExamEngine] = []
+
+    def build(*_: Any, **__: Any) -> ExamEngine:
+        exams.append(ExamEngine(PromptRenderer(tiny_model, config.data)))
+        return exams[-1]
+
+    monkeypatch.setattr(module, "build_engine", build)
+    evaluate(config, [tiny_model, tmp_path / "other", tmp_path / "trained"], quiet())
+    assert [len(exam.loaded) for exam in exams] == [0, 0, 0]
+    assert all(exam.closed for exam in exams)
+
+
 def test_a_sharded_model_is_loaded_whole(
     config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
 ) -> None:
@@ -240,7 +260,7 @@ def test_without_held_out_prompts_there_is_nothing_to_evaluate_on(config: Config
 
 
 def test_the_figures_are_shown_as_text(config: Config, tiny_model: Path, engine: ExamEngine) -> None:
-    console = Console(file=io.StringIO(), width=200)
+    console = Terminal(file=io.StringIO(), width=200)
     show(evaluate_one(config, tiny_model), console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
@@ -274,7 +294,7 @@ def test_held_out_prompts_that_were_trained_on_are_counted(
     training = Path(config.data.path)
     held_out = Path(config.evaluate.data.path).read_text(encoding="utf-8").splitlines(keepends=True)
     training.write_text(training.read_text(encoding="utf-8") + "".join(held_out[:2]), encoding="utf-8")
-    console = Console(file=io.StringIO(), width=80)
+    console = Terminal(file=io.StringIO(), width=80)
     evaluate(config, [tiny_model], console)
     assert isinstance(console.file, io.StringIO)
     assert "2 of 5 held-out prompts are also training prompts" in console.file.getvalue()

@@ -18,10 +18,10 @@ import numpy as np
 import polars as pl
 import pytest
 from numpy.typing import NDArray
-from rich.console import Console
 
 from common.demo.base_model import build_tokenizer
 from common.errors import UserError
+from common.terminal.console import Terminal
 from common.value import estimate_vstar
 from common.vstar_file import read_vstar, write_vstar
 from stage2_train.config import Config
@@ -316,7 +316,7 @@ def simulated_training(
     expected = first_batch(rows, BATCH)
     assert expected is not None
     printed = StringIO()
-    check = FirstBatchCheck(expected, Console(file=printed, width=80))
+    check = FirstBatchCheck(expected, Terminal(file=printed, width=80))
     turns = []
     for number in (1, 2):
         loss, reward = batch_figures(rows, rewards(temperature, 1 + also_accepts), rng)

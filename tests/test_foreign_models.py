@@ -1,7 +1,11 @@
 """Models as people have them: what would make V̂* another policy's is used rightly, or refused before a model loads."""
 
+import io
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,16 @@ from common.engines import build_engine
 from common.engines.loadable import loadable_folder
 from common.errors import UserError
 from common.model.weights import read_weights
+from common.provenance import read_provenance
 from common.runs import run_paths
+from common.terminal.console import Terminal
+from stage1_vstar.run import run_stage1
 from stage2_train.config import Config
 from stage2_train.data import prepare
 from stage2_train.forecast import forecast
 from stage2_train.preflight import foresight
 from tests import stage1_runs
+from tests.conftest import ROOT
 from tests.fakes import change_json, tiny_config
 from tests.stage1_runs import Engines, rows_of, run, write_questions
 
@@ -214,13 +222,71 @@ def test_what_training_will_refuse_is_said_before_it_is_sampled_for(folder: Path
         prepare(config, run_paths(config.run).vstar)
 
 
-def test_an_engine_is_shown_the_model_without_the_weights_that_are_not_its_own(folder: Path) -> None:
-    with loadable_folder(folder) as shown:
-        assert shown == folder
+def test_forecast_says_what_training_refuses_of_the_config_as_it_is_now(
+    folder: Path, engines: Engines
+) -> None:
+    def draw(config: Config) -> str:
+        printed = io.StringIO()
+        foresee = partial(foresight, config)
+        run_stage1(config, Terminal(file=printed), foresee=foresee, check=False, build_engine=engines.build)
+        return printed.getvalue()
+
+    config = config_of(folder, train={"lora": {"target_modules": ["c_attn"]}})
+    draw(config)
+    vstar = run_paths(config.run).vstar
+    [line] = read_provenance(vstar).context["model"]["foreseen"]
+    assert line.startswith("`train` will refuse this: train.lora.target_modules")
+    mended = config_of(folder, train={"lora": {"target_modules": ["q_proj"]}})
+    assert forecast(mended, vstar, gpus=1, gpu_gib=80)["foreseen"] == []
+    draw(mended)
+    assert read_provenance(vstar).context["model"]["foreseen"] == []
+    assert "nothing to do" in draw(mended)
+
+
+WITHOUT_TRAINING_LIBRARIES = """
+import importlib.abc, importlib.util, sys
+def is_missing(name):
+    return name.partition(".")[0] in ("deepspeed", "peft")
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if is_missing(name):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Missing())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if is_missing(name) else find_spec(name, *rest)
+from pathlib import Path
+from stage2_train.config import Config
+from stage2_train.preflight import foresight
+config = Config.model_validate_json(sys.argv[1])
+for objective in ({"name": "ppo"}, {"name": "astar_po"}):
+    train = {"objective": objective, "lora": {"target_modules": ["q_proj"]}}
+    print(foresight(Config.model_validate({**config.model_dump(), "train": train}), Path(sys.argv[2])))
+"""
+
+
+def test_a_machine_for_stage_1_alone_foresees_what_training_refuses(folder: Path) -> None:
+    """It has neither deepspeed nor peft; that it lacks them says nothing of the machine that trains."""
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRAINING_LIBRARIES, config_of(folder).model_dump_json(), folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[]\n[]\n"
+
+
+def test_an_engine_is_shown_the_model_without_the_weights_that_are_not_its_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert loadable_folder(folder, tmp_path / "run") == folder
     save_file({"tok_embeddings.weight": torch.zeros(9, 9)}, folder / "consolidated.safetensors")
-    with loadable_folder(folder) as shown:
-        assert {file.name for file in shown.iterdir()} == {
-            file.name for file in folder.iterdir() if file.name != "consolidated.safetensors"
-        }
-        assert read_weights(shown).shapes == read_weights(folder).shapes
-    assert not shown.exists()
+    shown = loadable_folder(folder, tmp_path / "run")
+    assert {file.name for file in shown.iterdir()} == {
+        file.name for file in folder.iterdir() if file.name != "consolidated.safetensors"
+    }
+    assert read_weights(shown).shapes == read_weights(folder).shapes
+    assert loadable_folder(folder, tmp_path / "run") == shown  # where it may have been compiled for already
+    (folder / "added_tokens.json").write_text("{}")
+    assert loadable_folder(folder, tmp_path / "run") != shown

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from common.data.held_out import remarks, remarks_beside_data
 from common.data.prompts import PromptRenderer
 from common.errors import UserError
 from common.grading import GraderPool
+from common.terminal.console import Terminal
 from stage2_train import run as module
 from stage2_train.config import Config
 from stage2_train.data import prepare
@@ -38,7 +38,7 @@ def refusal(config: Config, folder: Path) -> str:
     with pytest.raises(UserError) as of_training, GraderPool(config.grader) as pool:
         prepare(config, folder / "vstar.parquet").usable(config, pool, ALONE)
     with pytest.raises(UserError) as of_evaluation:
-        evaluate(config, [Path(config.model.path)], Console(quiet=True))
+        evaluate(config, [Path(config.model.path)], Terminal(quiet=True))
     assert str(of_training.value) == str(of_evaluation.value)
     return str(of_training.value)
 

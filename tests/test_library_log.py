@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from common.terminal.console import Terminal
 from common.terminal.library_log import libraries_logged
 from tests.conftest import ROOT
 
@@ -61,7 +61,7 @@ def test_what_this_project_says_and_every_traceback_stay_on_the_terminal(
 ) -> None:
     with libraries_logged(tmp_path / "libraries.log"):
         print("someone debugs")
-        Console().print("a line of ours")
+        Terminal().print("a line of ours")
         try:
             raise ValueError("wrong")
         except ValueError:

@@ -8,12 +8,12 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from common.errors import UserError
-from common.provenance import METADATA_KEY, Provenance, read_provenance
+from common.provenance import METADATA_KEY, UNRECORDED, Provenance, read_provenance
 from common.runs import Shard, exclusive_run, run_paths
 from common.store import SampleStore, addresses, sample_files
+from common.terminal.console import Terminal
 from stage1_vstar.merge import merge_runs
 from stage1_vstar.regrade import run_regrade
 from tests.conftest import ROOT, RunCli
@@ -33,7 +33,7 @@ V1 = ROOT / "tests" / "formats" / "v1"
 def merge(*sources: str | Path, into: str = "joined", allow_mismatch: tuple[str, ...] = ()) -> str:
     """Merge; returns what was printed."""
     printed = io.StringIO()
-    merge_runs([str(source) for source in sources], into, Console(file=printed, width=200), allow_mismatch)
+    merge_runs([str(source) for source in sources], into, Terminal(file=printed, width=200), allow_mismatch)
     return printed.getvalue()
 
 
@@ -168,7 +168,7 @@ def test_grades_of_another_grader_travel_along(
 ) -> None:
     grader = {"name": write_grader(tmp_path, monkeypatch)}
     run(tiny_config(tiny_model, data_file, run="source"))
-    run_regrade(tiny_config(tiny_model, data_file, run="source", grader=grader), Console(file=io.StringIO()))
+    run_regrade(tiny_config(tiny_model, data_file, run="source", grader=grader), Terminal(file=io.StringIO()))
     grades = {path.name: path.read_bytes() for path in samples_of("source").glob("grades-*.parquet")}
     assert grades
     merge("source")
@@ -189,11 +189,11 @@ def test_grades_that_travel_along_judge_no_other_text(
     grader = {"name": write_grader(tmp_path, monkeypatch)}
     engines.next = ScriptedEngine(lambda _: "3")
     run(tiny_config(tiny_model, data_file, run="source"))
-    run_regrade(tiny_config(tiny_model, data_file, run="source", grader=grader), Console(file=io.StringIO()))
+    run_regrade(tiny_config(tiny_model, data_file, run="source", grader=grader), Terminal(file=io.StringIO()))
     engines.next = ScriptedEngine(lambda _: "2")
     run(tiny_config(tiny_model, data_file, run="joined"))
     assert "0 samples added" in merge("source")
-    run_regrade(tiny_config(tiny_model, data_file, run="joined", grader=grader), Console(file=io.StringIO()))
+    run_regrade(tiny_config(tiny_model, data_file, run="joined", grader=grader), Terminal(file=io.StringIO()))
     regraded = next((run_paths("joined").root / "regraded").glob("*/vstar.parquet"))
     judged = (
         pl.read_parquet(regraded).explode("rewards", "outcomes").filter(pl.col("outcomes") != "truncated")
@@ -295,6 +295,23 @@ def test_sources_of_another_identity_are_refused_before_anything_is_written_or_a
     merge(warm, cold, allow_mismatch=("sampling", "seed"))
     assert there("joined") == [("p1", 0), ("p2", 0)]
     assert before.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.usefixtures("artifacts")
+def test_what_an_older_version_did_not_write_down_lets_no_two_others_be_mixed(tmp_path: Path) -> None:
+    models = [{**IDENTITY["model"], "config": config} for config in (UNRECORDED, "one", "another")]
+    old, one, another = (
+        store_of(tmp_path / f"{number}", {f"p{number}": ["correct"]}, model=model)
+        for number, model in enumerate(models)
+    )
+    merge(old)
+    with pytest.raises(UserError, match=r'model\.config is "another" there and "one" here'):
+        merge(one, another)
+    assert there("joined") == [("p0", 0)]
+    merge(one)
+    with pytest.raises(UserError, match=r"model\.config is"):
+        merge(another)
+    assert there("joined") == [("p0", 0), ("p1", 0)]
 
 
 @pytest.mark.usefixtures("artifacts")

@@ -1,18 +1,21 @@
 """A model's config.json has one reader: whoever asks it for a number gets the same answer, or the same refusal."""
 
 import json
+import shutil
 from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from common.data.prompts import check_fit
 from common.engines.shared_engine import refuse_wrong_size
 from common.engines.vllm_engine import context_length
 from common.errors import UserError
-from common.model.files import model_numbers, reference_model
+from common.model.files import model_identity, model_numbers, network_hash, reference_model
+from common.model.weights import INDEX, SINGLE
 from common.rollout import Prompt
 from stage2_train.memory import read_shape
 from tests.fakes import tiny_config
@@ -30,12 +33,58 @@ def test_a_number_is_given_missing_or_refused(tmp_path: Path) -> None:
     assert (numbers.get("vocab_size"), numbers.get("head_dim"), numbers.get("layers")) == (7, None, None)
     assert numbers.need("vocab_size") == 7
     assert not numbers.is_tied
-    with pytest.raises(UserError, match=r"config\.json: hidden_size is 0, not a whole number above 0; use a"):
+    with pytest.raises(
+        UserError, match=r"config\.json: hidden_size is 0, not a whole number above 0; download"
+    ):
         numbers.get("hidden_size")
     with pytest.raises(UserError, match=r"intermediate_size is \[1\], not a whole number"):
         numbers.get("intermediate_size")
-    with pytest.raises(UserError, match=r"config\.json does not say head_dim; use a model of the Qwen"):
+    with pytest.raises(UserError, match=r"config\.json does not say head_dim; download"):
         numbers.need("head_dim")
+
+
+def test_gpt_2_has_other_names_for_its_numbers(tmp_path: Path) -> None:
+    write_config(tmp_path, {"n_positions": 5, "n_embd": 8, "n_layer": 2, "n_head": 4, "n_inner": None})
+    numbers = model_numbers(tmp_path)
+    assert numbers.need("max_position_embeddings") == 5
+    assert (numbers.need("hidden_size"), numbers.need("num_hidden_layers")) == (8, 2)
+    assert numbers.get("intermediate_size") is None
+    with pytest.raises(UserError, match="context"):
+        check_fit([PROMPT], tiny_config(tmp_path, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        ({"sliding_window": None}, True),
+        ({"rope_parameters": {"rope_theta": 5.0, "factor": None}}, True),
+        ({"use_cache": False, "transformers_version": "0", "eos_token_id": 3}, False),
+    ],
+)
+def test_a_network_is_all_that_its_config_says_of_it(
+    tmp_path: Path, change: dict[str, Any], is_another: bool
+) -> None:
+    """Also a null: without a key some kinds of model have a default, such as Mistral's window."""
+    document = {"model_type": "mistral", "rope_parameters": {"rope_theta": 5.0}}
+    write_config(tmp_path, document)
+    before = network_hash(tmp_path)
+    write_config(tmp_path, document | change)
+    assert (network_hash(tmp_path) != before) == is_another
+
+
+def test_which_weights_an_index_names_makes_another_model(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    for name, factor in (("a", 1.0), ("b", 2.0)):
+        save_file({key: factor * each for key, each in weights.items()}, folder / f"{name}.safetensors")
+    found = []
+    for name in ("a", "b"):
+        mapping = dict.fromkeys(weights, f"{name}.safetensors")
+        (folder / INDEX).write_text(json.dumps({"weight_map": mapping}))
+        found.append(model_identity(folder))
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[0]["config"] != found[1]["config"]
 
 
 def test_the_language_model_of_a_model_that_reads_more_than_text_is_meant(tmp_path: Path) -> None:

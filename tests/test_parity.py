@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.parity import BOUNDS, PARITY, Gap, plain_logprobs, refuse_gap
 from common.provenance import ACCEPTED, STRICT, Allowance, read_provenance
-from common.runs import run_paths
+from common.runs import Shard, run_paths
 from common.store import sample_files
 from stage2_train.config import Config
 from tests import stage1_runs, warm
@@ -56,14 +58,16 @@ def test_a_gap_beyond_the_bound_is_refused_with_what_was_found_and_what_to_try()
         assert text in str(caught.value)
     assert "model.dtype" not in str(caught.value)
     assert "--allow-mismatch parity" in str(caught.value)
-    refuse_gap(gap, "A and B", **{**said, "dtype": "bfloat16"}, allowance=STRICT)
+    agreed = refuse_gap(gap, "A and B", **{**said, "dtype": "bfloat16"}, allowance=STRICT)
+    assert agreed == f"A and B agree: {gap}"
     wide = Gap(largest=0.2, mean=0.1, tokens=7)
     with pytest.raises(UserError, match=r'engine\.backend = "vllm", or model\.dtype = "float32"'):
         refuse_gap(wide, "A", dtype="bfloat16", backend="transformers", remedy="", allowance=STRICT)
     allowance = Allowance([PARITY])
-    refuse_gap(gap, "A and B", **said, allowance=allowance)
+    accepted = refuse_gap(gap, "A and B", **said, allowance=allowance)
     [line] = allowance.used
     assert line.startswith("parity: A and B give")
+    assert accepted == f"accepted: {line}"
 
 
 # Stage 1.
@@ -78,7 +82,8 @@ def test_stage_one_says_that_the_engine_samples_from_the_model(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Path
 ) -> None:
     config = stage1(tiny_model, tmp_path, monkeypatch, "none")
-    assert "the engine's log-probs are those of a plain forward pass: " in stage1_runs.run(config, check=True)
+    said = "the engine (transformers) and a plain forward pass by transformers agree: "
+    assert said in stage1_runs.run(config, check=True)
     assert ACCEPTED not in read_provenance(artifacts / "test" / "vstar.parquet").context
 
 
@@ -90,7 +95,9 @@ def test_stage_one_draws_nothing_from_another_network_unless_that_is_accepted(
     with pytest.raises(UserError, match=r"the engine \(transformers\) and a plain forward pass .* differ by"):
         stage1_runs.run(config, check=True)
     assert sample_files(run_paths("test").samples) == []
-    stage1_runs.run(config, check=True, allow_mismatch=[PARITY])
+    said = stage1_runs.run(config, check=True, allow_mismatch=[PARITY])
+    assert "accepted: parity: the engine" in said
+    assert " agree: " not in said
     path = artifacts / "test" / "vstar.parquet"
     for file in (path, *sample_files(run_paths("test").samples)):
         [line] = read_provenance(file).context[ACCEPTED]
@@ -100,11 +107,30 @@ def test_stage_one_draws_nothing_from_another_network_unless_that_is_accepted(
     assert path.read_bytes() == before
 
 
-def test_plain_log_probs_are_those_of_the_sampling_temperature(tiny_model: Path) -> None:
-    warm_up, cold = (plain_logprobs(tiny_model, "float32", t, [((3, 4), (5, 6))])[0] for t in (1.0, 0.5))
-    assert len(warm_up) == len(cold) == 2
-    assert all(value < 0 for value in warm_up)
-    assert warm_up != cold
+def test_what_was_accepted_for_shards_is_in_the_file_that_is_made_of_them(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Path
+) -> None:
+    config = stage1(tiny_model, tmp_path, monkeypatch, "scaled logits")
+    for index in (1, 2):
+        stage1_runs.run(config, check=True, allow_mismatch=[PARITY], shard=Shard(index, 2))
+    assert "samples to draw" not in stage1_runs.run(config, check=True)
+    lines = read_provenance(artifacts / "test" / "vstar.parquet").context[ACCEPTED]
+    assert len(lines) == 2
+    assert all(line.startswith("parity: the engine") for line in lines)
+    assert "nothing to do" in stage1_runs.run(config, check=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_plain_log_probs_are_those_of_the_sampling_temperature(tiny_model: Path, temperature: float) -> None:
+    [found] = plain_logprobs(tiny_model, "float32", temperature, [((3, 4), (5, 6))])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([[3, 4, 5, 6]])).logits[0].double() / temperature
+    expected = [
+        float(logits_TV[place, token] - logits_TV[place].exp().sum().log())
+        for place, token in ((1, 5), (2, 6))
+    ]
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 # Stage 2.
@@ -135,8 +161,8 @@ def test_a_sound_engine_passes_before_the_first_iteration_and_after_the_first_lo
 ) -> None:
     result = train(prepared, tmp_path, backend, "none")
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    lines = [line for line in result.stdout.splitlines() if "agree on the policy" in line]
-    assert [line.partition(" engine")[0] for line in lines] == [
+    lines = [line for line in result.stdout.splitlines() if "trainer's policy agree" in line]
+    assert [line.partition(" the engine")[0] for line in lines] == [
         "before the first iteration",
         "after iteration 1",
     ]

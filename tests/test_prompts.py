@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import mistral_common
 import polars as pl
 import pytest
 from tokenizers import AddedToken, Regex, normalizers, processors
@@ -275,6 +276,20 @@ def test_a_tokenizer_that_is_missing_damaged_or_has_no_eos_is_named(
     (folder / "generation_config.json").write_text("{")
     shutil.copy(tiny_model / "tokenizer.json", folder)
     assert f"cannot read {folder}/generation_config.json" in refusal(tiny_config(folder, data_file))
+
+
+def test_mistrals_own_tokenizer_is_not_taken_where_there_is_another_and_refused_where_there_is_none(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Transformers prefers it, and it has neither a chat template nor a place in an export."""
+    folder = model_with(tiny_model, tmp_path / "model")
+    change_json(folder / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
+    expected = [prompt.token_ids for prompt in load(tiny_config(folder, data_file))]
+    own = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    shutil.copy(own, folder / "tekken.json")
+    assert [prompt.token_ids for prompt in load(tiny_config(folder, data_file))] == expected
+    (folder / "tokenizer.json").unlink()
+    assert "a tokenizer in Mistral's own format alone, tekken.json" in refusal(tiny_config(folder, data_file))
 
 
 def test_what_the_rendering_depends_on_is_in_its_identity(tiny_model: Path, data_file: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import polars as pl
 import pytest
-from rich.console import Console
 
 from common.errors import UserError
 from common.grading import Grade, GraderPool, fingerprint
 from common.provenance import read_provenance
 from common.runs import run_paths
 from common.store import original_text, sample_files
+from common.terminal.console import Terminal
 from common.vstar_file import read_vstar
 from stage1_vstar.describe import describe, to_json
 from stage1_vstar.filter import drop_rules, filter_prompts
@@ -83,7 +83,7 @@ def graded_by(
 def regrade(config: Config) -> str:
     """Regrade; returns what was printed."""
     printed = io.StringIO()
-    run_regrade(config, Console(file=printed, width=1000))
+    run_regrade(config, Terminal(file=printed, width=1000))
     return printed.getvalue()
 
 
@@ -493,6 +493,6 @@ def test_a_table_by_the_same_grader_leaves_standard_output_to_json(
 ) -> None:
     run(graded_by("regrade_a"))
     capsys.readouterr()
-    run_regrade(graded_by("regrade_a"), Console(), as_json=True)
+    run_regrade(graded_by("regrade_a"), Terminal(), as_json=True)
     printed = capsys.readouterr().out
     assert printed == "" or json.loads(printed)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from common.errors import UserError
 from common.report import write_report
 from common.runs import RunPaths
+from common.terminal.console import Terminal
 from tests.conftest import ROOT
 
 PNG = b"\x89PNG"
@@ -49,7 +49,7 @@ def trained(tmp_path: Path) -> RunPaths:
 
 def report(paths: RunPaths) -> str:
     printed = io.StringIO()
-    write_report(paths, Console(file=printed, width=80))
+    write_report(paths, Terminal(file=printed, width=80))
     return printed.getvalue()
 
 
@@ -77,7 +77,7 @@ def test_a_run_that_was_not_evaluated_has_curves_but_no_table(trained: RunPaths)
 
 def test_a_run_that_has_nothing_to_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has neither vstar.parquet nor metrics.jsonl: run"):
-        write_report(RunPaths(tmp_path), Console(quiet=True))
+        write_report(RunPaths(tmp_path), Terminal(quiet=True))
 
 
 def test_a_line_that_is_still_being_written_is_left_out(trained: RunPaths) -> None:
@@ -99,9 +99,9 @@ def test_a_folder_with_training_alone_has_a_page(trained: RunPaths) -> None:
 
 def test_the_report_needs_no_torch(trained: RunPaths) -> None:
     program = (
-        "import sys; from pathlib import Path; from rich.console import Console; "
+        "import sys; from pathlib import Path; from common.terminal.console import Terminal; "
         "from common.runs import RunPaths; from common.report import write_report; "
-        f"write_report(RunPaths(Path({str(trained.root)!r})), Console(quiet=True)); "
+        f"write_report(RunPaths(Path({str(trained.root)!r})), Terminal(quiet=True)); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -12,7 +12,6 @@ from typing import Any
 
 import polars as pl
 import pytest
-from rich.console import Console
 
 from common.provenance import Allowance, Provenance
 from common.report import write_report
@@ -24,6 +23,7 @@ from common.report.text import CHARACTERS_SHOWN, visible
 from common.rollout import SampleRequest
 from common.runs import RunPaths, run_paths
 from common.store import SampleStore, completion_hash, sample_files
+from common.terminal.console import Terminal
 from stage1_vstar.filter import Rule, filter_prompts
 from stage1_vstar.sweep_run import run_sweep
 from tests.chromium import Browser, needs_chromium
@@ -75,7 +75,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def reported(paths: RunPaths) -> RunPaths:
-    write_report(paths, Console(file=io.StringIO(), width=80))
+    write_report(paths, Terminal(file=io.StringIO(), width=80))
     return paths
 
 

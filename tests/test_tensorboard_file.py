@@ -37,14 +37,14 @@ def test_tensorboard_shows_what_was_written_and_forgets_what_a_lost_run_wrote(tm
 FULL_DISK = """
 import io, resource, sys
 from pathlib import Path
-from rich.console import Console
+from common.terminal.console import Terminal
 from common.errors import UserError
 from common.runs import RunPaths
 from stage2_train.metrics import MetricsLog
 from tests.stage2_runs import tiny_config
 folder, digits = Path(sys.argv[1]), int(sys.argv[2])
 config = tiny_config(folder, folder / "model")
-log = MetricsLog(config, RunPaths(folder), Console(file=io.StringIO()), first_iteration=0, last=100)
+log = MetricsLog(config, RunPaths(folder), Terminal(file=io.StringIO()), first_iteration=0, last=100)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     for iteration in range(100):

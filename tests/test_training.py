@@ -17,12 +17,12 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.provenance import differences
 from common.runs import RunPaths, run_paths
+from common.terminal.console import Terminal
 from common.vstar_file import read_vstar, write_vstar
 from stage2_train.completions import SHOWN
 from stage2_train.config import Config, LoraConfig
@@ -349,7 +349,7 @@ def rerun(
     """What a re-run of the finished `whole` says, in this process: it must end before it loads a model."""
     monkeypatch.setenv("ASTAR_PO_ARTIFACTS", str(finished.workspace.folder / "whole"))
     written = StringIO()
-    run_stage2(config, Console(file=written, width=200), vstar_file)
+    run_stage2(config, Terminal(file=written, width=200), vstar_file)
     return written.getvalue()
 
 
@@ -529,7 +529,7 @@ def test_the_log_forgets_what_came_after_the_checkpoint_and_a_line_cut_in_half(
     assert paths.root.is_relative_to(artifacts)
     paths.root.mkdir(parents=True)
     paths.metrics.write_text('{"iteration": 1, "a/b": 1}\n{"iteration": 2, "a/b": 2}\n{"iteration": 3, "a/b"')
-    log = MetricsLog(config, paths, Console(file=StringIO()), first_iteration=2, last=3)
+    log = MetricsLog(config, paths, Terminal(file=StringIO()), first_iteration=2, last=3)
     log.write(2, {"a/b": 5.0})
     log.close()
     rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
@@ -594,7 +594,7 @@ def test_a_log_file_gets_lines_and_a_terminal_a_bar_with_the_time_left(
     written = {}
     for is_terminal in (False, True):
         output = StringIO()
-        console = Console(file=output, width=100, force_terminal=is_terminal)
+        console = Terminal(file=output, width=100, force_terminal=is_terminal)
         log = MetricsLog(config, paths, console, first_iteration=1, last=4)
         log.write(1, metrics | {"reward/unjudged": 0.25, "train/skipped_steps": 1.0})
         log.write(2, metrics | {"reward/unjudged": 0.0, "train/skipped_steps": 0.0})

@@ -1,6 +1,7 @@
 """A model's weight files: those that the libraries load are read by their headers, hashed once, and must be whole."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -156,8 +157,27 @@ def test_a_file_is_read_whole_once_and_again_only_when_its_size_or_time_has_chan
     assert weights_hash(read_weights(folder), memory) != first
     assert read[6:] == ["model-00001.safetensors"]
 
+    status = (folder / "model-00001.safetensors").stat()
+    save(folder / "model-00001.safetensors", {"layers.1.weight": torch.full((2, 3), 9.0)})
+    os.utime(folder / "model-00001.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert weights_hash(read_weights(folder), memory) == weights_hash(read_weights(folder))
+
     memory.write_text("{")
     assert weights_hash(read_weights(folder), memory) == weights_hash(read_weights(folder))
+
+
+def test_a_file_is_looked_through_once_it_is_the_models_however_well_it_is_known(tmp_path: Path) -> None:
+    save(tmp_path / "good.safetensors", {"a": torch.ones(3)})
+    save(tmp_path / "bad.safetensors", {"a": torch.full((3,), float("nan"))})
+    memory = tmp_path / "weights.json"
+
+    def loads(name: str) -> None:
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+        weights_hash(read_weights(tmp_path), memory)
+
+    loads("good.safetensors")
+    with pytest.raises(UserError, match="a holds NaN"):
+        loads("bad.safetensors")
 
 
 def test_the_hash_is_that_of_earlier_versions(tmp_path: Path) -> None:

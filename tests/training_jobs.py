@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import transformers  # noqa: F401
-from rich.console import Console
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: F401
 
 import common.engines.transformers_engine  # noqa: F401
 import stage2_train.tensorboard_file  # noqa: F401
+from common.terminal.console import Terminal
 from stage2_train.config import Config
 from stage2_train.metrics import Metrics, MetricsLog
 from stage2_train.run import run_stage2
@@ -46,7 +46,7 @@ def train(order: dict[str, Any]) -> None:
                 os.killpg(0, signal.SIGKILL)
 
     MetricsLog.write = write_and_die  # type: ignore[assignment, method-assign]
-    run_stage2(Config.model_validate(order["config"]), Console(file=io.StringIO()), Path(order["vstar"]))
+    run_stage2(Config.model_validate(order["config"]), Terminal(file=io.StringIO()), Path(order["vstar"]))
 
 
 PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {

@@ -214,7 +214,7 @@ def import_libraries() -> None:
     """All that is not of this project, with what it would import itself when it is first used."""
     from common.engines.vllm_engine import _set_environment
 
-    _set_environment()
+    _set_environment("float32")
     import deepspeed  # noqa: F401
     import pandas  # noqa: F401  by pyarrow, where it is installed
     import peft  # noqa: F401

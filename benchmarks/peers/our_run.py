@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 import cli  # noqa: F401  the thread settings of the command line
 from benchmarks.peers.job import JsonFile, Report
 from benchmarks.processes import resident_mib
@@ -21,6 +19,7 @@ from common.engines import EngineBuilder, build_engine
 from common.engines.vllm_engine import VllmEngine
 from common.parity import PARITY
 from common.rollout import Completion, SampleRequest
+from common.terminal.console import Terminal
 from stage2_train.config import Config
 from stage2_train.run import run_stage2
 from stage2_train.watchers import Turn
@@ -97,7 +96,7 @@ def main() -> None:
 
     builder: EngineBuilder = build_forced if lengths else build_engine
     allowed = [PARITY] if lengths else []  # a forced end has no log-prob of the model's
-    run_stage2(config, Console(), Path(job.vstar), allowed, builder, observers=[clock])
+    run_stage2(config, Terminal(), Path(job.vstar), allowed, builder, observers=[clock])
     if lengths:
         expected, found = sorted(lengths.values()), sorted(clock.completion_tokens)
         assert found == expected, f"completions of {found} tokens, not of {expected}"

@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Self
 
-from rich.console import Console
-
 from benchmarks.peers.demo import OURS, THREADS, TRAINERS, run_job, run_trl
 from benchmarks.peers.environment import trl_python
 from benchmarks.peers.job import Job, Report
@@ -30,6 +28,7 @@ from benchmarks.tables import Column, comparison
 from benchmarks.training import ScriptedEngine, save_random_model
 from common.demo.word_problems import stream
 from common.rollout import Completion, SampleRequest
+from common.terminal.console import Terminal
 from stage2_train.config import Config
 
 VOCABULARY = 151_936
@@ -163,7 +162,7 @@ def write_vstar(config: Config, folder: Path) -> float:
 
     os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
     run_stage1(
-        config, Console(file=StringIO()), check=False, build_engine=lambda *_, **__: ScriptedEngine(write)
+        config, Terminal(file=StringIO()), check=False, build_engine=lambda *_, **__: ScriptedEngine(write)
     )
     (vstar,) = set(read_vstar(run_paths(config.run).vstar)[0]["vstar"])
     return float(vstar)

@@ -4,7 +4,6 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,8 @@ PROBES = ("What is 1 + 2?", "How many apples has Tom?")
 """Questions that no template may render alike."""
 
 SHOWN_CHARACTERS = 60
+
+MISTRALS_OWN = "tekken.json"
 
 CONTROL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """The special tokens that say something to programs. Others, such as `<answer>`, are text."""
@@ -118,8 +119,16 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a local model folder. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
+    options: dict[str, Any] = {}
+    if (folder / MISTRALS_OWN).is_file():
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            raise UserError(
+                f"{folder} has a tokenizer in Mistral's own format alone, {MISTRALS_OWN}; use the model with a "
+                "tokenizer.json, in Hugging Face format"
+            )
+        options["mistral_format"] = False  # which transformers prefers where mistral-common is installed
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # of a damaged file the libraries raise anything
         raise UserError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
 
@@ -127,8 +136,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def _control_token_ids(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequence[int]) -> frozenset[int]:
     """Those of EOS, BOS, padding and the like; an EOS id may also be that of a word, which is text."""
     special = set(tokenizer.all_special_ids)
-    with suppress(NotImplementedError):  # mistral-common's have all of theirs among those
-        special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     control = {getattr(tokenizer, f"{name}_token_id") for name in CONTROL_TOKENS}
     return frozenset(control.union(eos_token_ids) & special)
 

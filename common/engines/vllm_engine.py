@@ -28,6 +28,7 @@ from common.engines.vllm_repairs import (
 from common.errors import EngineFailed, UserError, cause
 from common.model.files import model_numbers
 from common.rollout import Completion, SampleRequest
+from common.runs import run_paths
 
 if TYPE_CHECKING:
     import vllm
@@ -56,7 +57,7 @@ class VllmEngine:
         if ranks_per_engine > 1:
             refuse_wrong_size(ranks_per_engine, processes, folder)
             self._group = SharedEngine(ranks_per_engine)
-        _set_environment()
+        _set_environment(config.model.dtype)
         import vllm
         from vllm.platforms import current_platform
 
@@ -95,12 +96,11 @@ class VllmEngine:
                 f"{folder}: vLLM cannot load the model",
                 'correct what it says, or set engine.backend = "transformers"',
             ),
-            loadable_folder(folder) as loadable,
         ):
             self.llm: vllm.LLM | None = vllm.LLM(
-                model=str(loadable),
+                model=str(loadable_folder(folder, run_paths(config.run).root)),
                 config_format="hf",
-                tokenizer_mode="hf",
+                skip_tokenizer_init=True,  # it is given token ids, and gives such
                 dtype=config.model.dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=config.engine.max_num_seqs,
@@ -319,9 +319,11 @@ def context_length(config: RunConfig, folder: Path) -> int:
     return min(needed, model_numbers(folder).get("max_position_embeddings") or needed)
 
 
-def _set_environment() -> None:
-    """What vLLM reads from the environment when it is imported; what the user has set stays."""
+def _set_environment(dtype: str) -> None:
+    """What vLLM and Triton read from the environment; what the user has set stays."""
     settings = {
+        # Triton's kernels otherwise round the factors of float32 products to 10 bits (TF32), which torch does not.
+        **({"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": LOGGING_LEVEL,
         "VLLM_NO_USAGE_STATS": "1",

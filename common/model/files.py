@@ -77,19 +77,39 @@ def model_identity(folder: Path, memory: Path | None = None) -> dict[str, Any]:
 
     What has been found of the weights is kept in `memory`, see `weights_hash`.
     """
-    config = _without_effectless(read_json(folder / "config.json"))
+    weights = read_weights(folder)
+    network = network_hash(folder)
+    if weights.unread:
+        # All files are in the hash of the weights; which of them the model is made of is not.
+        loaded = [file.name for file in weights.files]
+        network = hashlib.sha256(json.dumps([network, loaded]).encode()).hexdigest()[:32]
     return {
-        "weights": weights_hash(read_weights(folder), memory),
+        "weights": weights_hash(weights, memory),
         "tokenizer": hash_files(folder, TOKENIZER_FILES),
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:32],
+        "config": network,
     }
+
+
+def network_hash(folder: Path) -> str:
+    """A hash of what a model's config.json says of the network: of all but `WITHOUT_EFFECT`."""
+    config = _without_effectless(read_json(folder / "config.json"))
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _without_effectless(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    meant = {key: inner for key, inner in value.items() if key not in WITHOUT_EFFECT and inner is not None}
-    return {key: _without_effectless(inner) for key, inner in meant.items()}
+    return {key: _without_effectless(inner) for key, inner in value.items() if key not in WITHOUT_EFFECT}
+
+
+OTHER_NAMES = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "intermediate_size": "n_inner",
+}
+"""What GPT-2 and its kind call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +124,18 @@ class ModelNumbers:
 
     def get(self, name: str) -> int | None:
         """A number, or None where the file gives none. Raises UserError for anything but a whole number above 0."""
-        value = self.document.get(name)
+        value = self.document.get(name, self.document.get(OTHER_NAMES.get(name, "")))
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(
-                f"{self.path}: {name} is {json.dumps(value)}, not a whole number above 0; use a model of the Qwen, "
-                "Llama or Mistral kind, or download it again"
+                f"{self.path}: {name} is {json.dumps(value)}, not a whole number above 0; download the model again, or "
+                "use another one"
             )
         return value
 
     def need(self, name: str) -> int:
         """A number. Raises UserError where the file gives none."""
         if (value := self.get(name)) is None:
-            raise UserError(
-                f"{self.path} does not say {name}; use a model of the Qwen, Llama or Mistral kind, or download it again"
-            )
+            raise UserError(f"{self.path} does not say {name}; download the model again, or use another one")
         return value
 
     @property

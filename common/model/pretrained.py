@@ -15,6 +15,7 @@ import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
@@ -52,7 +53,7 @@ def empty_causal_lm(folder: Path) -> PreTrainedModel:
 def load_pretrained(kind: type[PreTrainedModel], folder: Path, dtype: str, **options: Any) -> PreTrainedModel:
     """A model of this class with the weights in `folder`. Raises UserError unless the files hold all of its weights.
 
-    With options of the class's config, such as `num_labels`, weights that these add may be new.
+    With options of the class's config, such as `num_labels`, weights outside the body that these add may be new.
     """
     config = _own_config(kind, read_config(folder, **options))
     read_weights(folder)  # says of a damaged file which one it is
@@ -67,16 +68,21 @@ def load_pretrained(kind: type[PreTrainedModel], folder: Path, dtype: str, **opt
     model: PreTrainedModel
     loading: dict[str, Any]
     model, loading = loaded
-    missing = sorted(loading["missing_keys"])
+    body = f"{model.base_model_prefix}."
+    missing = sorted(name for name in loading["missing_keys"] if not options or name.startswith(body))
     wrong = [
         f"{name} of shape {list(found)} for {list(needed)}"
         for name, found, needed in loading["mismatched_keys"]
     ]
-    if (missing and not options) or wrong:
+    if missing or wrong:
         raise UserError(
             f"{folder}: the weights do not fit config.json: "
-            f"{f'missing {_some(missing)}' if missing and not options else _some(wrong)}; {AGAIN}"
+            f"{f'missing {_some(missing)}' if missing else _some(wrong)}; {AGAIN}"
         )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # DeepSpeed keeps a policy's in its dtype, also those that transformers keeps in float32.
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     return model
 
 
@@ -102,6 +108,19 @@ def model_class(config: Any, folder: Path) -> type[PreTrainedModel]:
     raise UserError(
         f"{folder}: models of type {config.model_type} do not continue texts; use a causal language model"
     )
+
+
+def token_classifier(folder: Path) -> type[PreTrainedModel]:
+    """The class that puts a head for labels of tokens on the network in `folder`. Raises UserError if there is none."""
+    config = read_config(folder)
+    mapping: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    if type(config) not in mapping:
+        raise UserError(
+            f"{folder}: for models of type {config.model_type} transformers has no token classifier, which a critic "
+            "is; use another model, or an objective without a critic, such as grpo"
+        )
+    kind: type[PreTrainedModel] = mapping[type(config)]
+    return kind
 
 
 @contextmanager
@@ -142,10 +161,12 @@ def _some(names: list[str]) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without a progress bar, and without warnings of what is an error here."""
-    level = logging.get_verbosity()
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -28,8 +28,6 @@ EXPONENT = {
 }
 """By safetensors' name of a number format, how many bits it has and which of them are all set in NaN and infinity."""
 NUMBERS_AT_A_TIME = 2**22
-LONGEST_HEADER = 100 * 2**20
-"""Bytes; safetensors' own limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +153,7 @@ def stored_weights(folder: Path) -> "Iterator[tuple[str, Tensor]]":
 def weights_hash(weights: Weights, memory: Path | None = None) -> str:
     """A hash of a folder's safetensors files, names and contents. Raises UserError for numbers that are not finite.
 
-    What was found of each file is kept in `memory`, and not read again while its size and time stay the same.
+    What was found of each file is kept in `memory`, and not read again while its size and times stay the same.
     """
     known = _Known(memory)
     files = sorted([*weights.files, *weights.unread])
@@ -174,9 +172,12 @@ def weights_hash(weights: Weights, memory: Path | None = None) -> str:
 class _Found:
     """What reading a whole file has shown."""
 
-    size: int
-    mtime_ns: int
+    state: list[int]
+    """Bytes, and in ns the times of the last change of the contents, which archives and `touch` set to what they like,
+    and of the file."""
     sha256: str
+    is_loaded: bool
+    """Whether it was one of the model's, whose numbers are looked at."""
     not_finite: str | None
     """The first tensor with a number that is not finite."""
 
@@ -198,13 +199,14 @@ class _Known:
     def of(self, file: Path, *, is_loaded: bool) -> _Found:
         """What is known of a file, which is read if it has changed."""
         path, status = str(file.resolve()), file.stat()
+        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         known = self._found.get(path)
-        if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        if known and known.state == state and known.is_loaded >= is_loaded:
             return known
         self._is_new = True
         self._found[path] = _Found(
-            size=status.st_size,
-            mtime_ns=status.st_mtime_ns,
+            state=state,
+            is_loaded=is_loaded,
             sha256=file_digest(file),
             not_finite=_first_not_finite(file) if is_loaded else None,
         )

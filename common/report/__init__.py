@@ -6,7 +6,6 @@ Reads the run's artifacts only; no model, no torch. Whatever a run has so far is
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from common.errors import UserError
@@ -16,9 +15,10 @@ from common.report.evaluations import evaluation_rows
 from common.report.page import write_page
 from common.report.stage1 import read_stage1
 from common.runs import RunPaths
+from common.terminal.console import Terminal
 
 
-def write_report(paths: RunPaths, console: Console) -> None:
+def write_report(paths: RunPaths, console: Terminal) -> None:
     """Print the table, draw the curves, write the page. Raises UserError if there is nothing to report."""
     metrics = [json.loads(line) for line in whole_lines(paths.metrics)]
     if not metrics and not paths.vstar.exists():
@@ -36,10 +36,10 @@ def write_report(paths: RunPaths, console: Console) -> None:
         for suffix in ("png", "svg"):
             with atomic_path(paths.curves(suffix)) as temporary:
                 draw_training(metrics, temporary, suffix)
-        console.print(f"{paths.curves('png')} and .svg: the training curves", soft_wrap=True)
+        console.print(f"{paths.curves('png')} and .svg: the training curves")
     stage1 = read_stage1(paths.vstar) if paths.vstar.exists() else None
     page = write_page(paths, stage1, metrics, evaluations)
-    console.print(f"{page}: everything on a page; open it in a browser", soft_wrap=True)
+    console.print(f"{page}: everything on a page; open it in a browser")
 
 
 def _table(evaluations: dict[str, dict[str, Any]]) -> Table:

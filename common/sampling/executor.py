@@ -6,8 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-
 from common.config import RunConfig
 from common.data.prompts import PromptRenderer, usable_prompts
 from common.engines import EngineBuilder, RolloutEngine
@@ -18,6 +16,7 @@ from common.runs import WHOLE, Shard
 from common.sampling.generate import generate_samples
 from common.sampling.missing import Missing
 from common.store import SampleStore
+from common.terminal.console import Terminal
 
 EngineCheck = Callable[[RolloutEngine, Sequence[Prompt]], None]
 
@@ -32,11 +31,11 @@ class LocalExecutor:
         renderer: PromptRenderer,
         store: SampleStore,
         shard: Shard,
-        console: Console,
+        console: Terminal,
         build_engine: EngineBuilder,
-        check: EngineCheck,
+        check: EngineCheck | None,
     ) -> None:
-        """`check` is given the engine, and the prompts that it is about to serve, before it draws anything."""
+        """`check`, if any, is given the engine, and the prompts that it is about to serve, before it draws anything."""
         self._config = config
         self._folder = folder
         self._renderer = renderer
@@ -75,7 +74,8 @@ class LocalExecutor:
             )
             self._engine = self._build_engine(config, self._folder, self._renderer, beside_trainer=False)
             self._loaded.callback(self._engine.close)
-            self._check(self._engine, missing.prompts)
+            if self._check is not None:
+                self._check(self._engine, missing.prompts)
         generate_samples(
             missing,
             self._engine,
@@ -88,7 +88,7 @@ class LocalExecutor:
         )
 
 
-def only_gradable(missing: Missing, config: RunConfig, pool: GraderPool, console: Console) -> Missing:
+def only_gradable(missing: Missing, config: RunConfig, pool: GraderPool, console: Terminal) -> Missing:
     """The incomplete prompts whose reference answer the grader can use, with their missing samples."""
     incomplete = missing.incomplete()
     usable = {prompt.id for prompt in usable_prompts(incomplete.prompts, config.data, pool)}

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-
 from common.config import SamplingParams
 from common.engines import RolloutEngine
 from common.errors import UserError
@@ -16,6 +14,7 @@ from common.sampling.missing import Address, Missing
 from common.sampling.progress import SamplingProgress
 from common.sampling.writer import FragmentWriter
 from common.store import SampleStore, stored_text
+from common.terminal.console import Terminal
 
 
 def generate_samples(
@@ -25,7 +24,7 @@ def generate_samples(
     store: SampleStore,
     sampling: SamplingParams,
     seed: int,
-    console: Console,
+    console: Terminal,
     *,
     grader_proven: bool = False,
 ) -> None:

@@ -6,8 +6,8 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
+from common.terminal.console import Terminal
 from common.terminal.progress import progress_bar
 
 BAR_SECONDS = 0.1
@@ -17,7 +17,7 @@ LOG_SECONDS = 30.0
 class SamplingProgress:
     """Counts samples, prompts and tokens, and shows them with the rate and the time left."""
 
-    def __init__(self, missing_PN: NDArray[np.bool_], console: Console) -> None:
+    def __init__(self, missing_PN: NDArray[np.bool_], console: Terminal) -> None:
         """`missing_PN` marks the samples to draw of each prompt."""
         self._left_P: list[int] = missing_PN.sum(axis=1).tolist()
         self._all_prompts = sum(left > 0 for left in self._left_P)
@@ -52,7 +52,7 @@ class SamplingProgress:
     def _show(self, seconds: float) -> None:
         if self._bar.disable:
             left = seconds / self._done * (self._samples - self._done)
-            self._console.print(f"{self._state()}, {left:,.0f} s left", soft_wrap=True)
+            self._console.print(f"{self._state()}, {left:,.0f} s left")
         else:
             self._bar.update(self._task, completed=self._done, description=self._state())
 

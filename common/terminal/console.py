@@ -1,6 +1,6 @@
 """What commands print to."""
 
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
@@ -8,9 +8,25 @@ from rich.console import Console
 class Terminal(Console):
     """Text is printed as it is: a line stays a line, however narrow the terminal and whatever looks like markup."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        """Standard output, or standard error."""
-        super().__init__(stderr=stderr, highlight=False, markup=False)
+    def __init__(
+        self,
+        *,
+        stderr: bool = False,
+        file: IO[str] | None = None,
+        width: int | None = None,
+        quiet: bool = False,
+        force_terminal: bool | None = None,
+    ) -> None:
+        """Standard output, standard error or a file; the width, of tables, is by default the terminal's."""
+        super().__init__(
+            stderr=stderr,
+            file=file,
+            width=width,
+            quiet=quiet,
+            force_terminal=force_terminal,
+            highlight=False,
+            markup=False,
+        )
         self.outlives_its_reader = False
         """Whether to fall silent where a pipe is closed, instead of ending the process: for work that ends in order."""
         self.has_lost_its_reader = False

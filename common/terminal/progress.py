@@ -1,13 +1,14 @@
 """The progress bar of both stages: in a terminal only, a log file gets lines instead."""
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from common.terminal.console import Terminal
 
 RATE_WINDOW_SECONDS = 3600.0
 """The time left follows from the rate over this long: several of the longest iterations."""
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Terminal) -> Progress:
     """A bar with its task's description and the time left; it shows nothing unless the console is a terminal."""
     return Progress(
         BarColumn(bar_width=None),
