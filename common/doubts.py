@@ -7,6 +7,11 @@ from common.grading.outcome import UNJUDGED
 
 SHORTEST = 1
 """Tokens of a completion that holds nothing but its end."""
+ALL_TRUNCATED = (
+    "every completion was cut off at sampling.max_completion_tokens: raise it, or the model writes an EOS token that "
+    "is no end here (eos_token_id in its generation_config.json), or it was not trained to stop, as a base model under "
+    "a chat template"
+)
 
 
 def doubts(rows: pl.DataFrame) -> list[str]:
@@ -23,11 +28,7 @@ def doubts(rows: pl.DataFrame) -> list[str]:
             "(data.template), does the prompt end in an EOS token, are its weights whole?"
         )
     elif (outcomes == Outcome.TRUNCATED).all():
-        found.append(
-            "every completion was cut off at sampling.max_completion_tokens: raise it, or the model writes an EOS "
-            "token that is no end here (eos_token_id in its generation_config.json), or it was not trained to stop, as "
-            "a base model under a chat template"
-        )
+        found.append(ALL_TRUNCATED)
     elif outcomes.is_in([outcome.value for outcome in UNJUDGED]).all():
         found.append("the grader failed on every completion: see grader.name, timeout_seconds and memory_gib")
     elif (

@@ -141,7 +141,7 @@ def file_digest(path: Path) -> str:
 
 def hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
     """A hash of the names and contents of a folder's files that match any pattern."""
-    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     return joint_hash({file: file_digest(file) for file in files})
 
 

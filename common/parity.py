@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from common.config import RunConfig
 from common.errors import UserError
 from common.provenance import Allowance
 from common.rollout import Completion
@@ -26,10 +27,15 @@ TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """How far log-probs of a token may be apart, in nats: at most, and on average over the tokens."""
+    """How far log-probs of a token at temperature 1 may be apart, in nats: at most, and on average over the tokens."""
 
     largest: float
     mean: float
+
+    def at(self, temperature: float) -> "Bound":
+        """The bound of log-probs at a temperature: one below 1 stretches the logits, and their rounding with them."""
+        stretch = max(1.0, 1 / temperature)
+        return Bound(largest=stretch * self.largest, mean=stretch * self.mean)
 
 
 BOUNDS = {"float32": Bound(largest=1e-3, mean=1e-3), "bfloat16": Bound(largest=1.0, mean=0.05)}
@@ -79,20 +85,29 @@ def engine_logprobs(completion: Completion) -> Sequence[float]:
     return completion.sampled_logprobs or [math.nan] * len(completion.token_ids)
 
 
-def refuse_gap(gap: Gap, sides: str, *, dtype: str, backend: str, allowance: Allowance, remedy: str) -> str:
-    """Raise UserError for a gap beyond the bound of the dtype, unless it is allowed; `sides` says what is compared.
-
-    Returns what was found, in a line.
-    """
-    bound = BOUNDS[dtype]
+def judged(gap: Gap, sides: str, *, dtype: str, temperature: float) -> tuple[bool, str]:
+    """Whether a gap is within the bound of the dtype, and what was found, in a line; `sides` says what is compared."""
+    bound = BOUNDS[dtype].at(temperature or 1.0)
     if gap.is_within(bound):
-        return f"{sides} agree: {gap}"
-    line = (
+        return True, f"{sides} agree: {gap}"
+    return False, (
         f"parity: {sides} give the same {gap.tokens} tokens log-probs that differ by {gap.mean:.2g} nats on average "
         f"and {gap.largest:.2g} at most, where {dtype} allows {bound.mean:g} and {bound.largest:g}"
     )
+
+
+def refuse_gap(gap: Gap, sides: str, config: RunConfig, *, allowance: Allowance, remedy: str) -> str:
+    """Raise UserError for a gap beyond the bound of the model's dtype, unless it is allowed.
+
+    Returns what was found, in a line.
+    """
+    dtype = config.model.dtype
+    agrees, line = judged(gap, sides, dtype=dtype, temperature=config.sampling.temperature)
+    if agrees:
+        return line
     if allowance.permits(PARITY, line):
         return f"accepted: {line}"
+    backend = config.engine.backend
     other = "transformers" if backend == "vllm" else "vllm"
     finer = (
         ""

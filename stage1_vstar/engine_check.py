@@ -57,8 +57,7 @@ def check_engine(
     found_out = refuse_gap(
         gap,
         f"the engine ({config.engine.backend}) and a plain forward pass by transformers",
-        dtype=config.model.dtype,
-        backend=config.engine.backend,
+        config,
         allowance=allowance,
         remedy="no sample has been drawn",
     )

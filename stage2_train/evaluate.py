@@ -21,17 +21,20 @@ from common.data.prompts import (
     refuse_none_usable,
     usable_prompts,
 )
+from common.doubts import ALL_TRUNCATED
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.grading import GraderPool, Outcome
-from common.model.files import network_hash, reference_model, resolve_model
+from common.model.files import model_identity, network_hash, reference_model, resolve_model
 from common.model.trainable import read_trainable
 from common.model.weights import read_weights, stored_weights, weights_hash
+from common.parity import COMPLETIONS, Gap, engine_logprobs, judged
+from common.provenance import STRICT, Provenance, read_provenance
 from common.rollout import Prompt, Rollout
 from common.runs import run_paths
 from common.seeds import derive_seed
 from common.terminal.console import Terminal
-from stage2_train.batch import TokenSequence, sum_by, token_batches
+from stage2_train.batch import TokenSequence, token_batches
 from stage2_train.config import Config
 from stage2_train.logprobs import load_model, token_logprobs
 from stage2_train.sources.rollouts import collect_rollouts
@@ -48,6 +51,7 @@ def evaluate(config: Config, models: Sequence[Path], console: Terminal) -> list[
     if data is None:
         raise UserError("the config has no [evaluate.data] section: say which held-out prompts to use")
     reference = reference_model(config)
+    _refuse_other_reference(reference, config)
     folders = [resolve_model(str(model), None) for model in models]
     renderer = PromptRenderer(reference, data)
     for folder in folders:
@@ -82,12 +86,28 @@ def evaluate(config: Config, models: Sequence[Path], console: Terminal) -> list[
                 engine.load_weights(stored_weights(folder))
             greedy, sampled = sample_both_ways(config, prompts, engine, pool)
             refuse_unjudged(sampled)
+            if all(rollout.completion.truncated for rollout in (*greedy, *sampled)):
+                console.print(f"warning: {ALL_TRUNCATED}")
             results.append(summarise(config, folder, greedy, sampled))
     if engine is not None:
         engine.close()
     for result, sampled in results:
-        result |= kl_to_reference(sampled, Path(result["model"]), reference, config)
+        result |= kl_to_reference(sampled, Path(result["model"]), reference, config, console)
     return [result for result, _ in results]
+
+
+def _refuse_other_reference(reference: Path, config: Config) -> None:
+    """Raise UserError where the reference is no longer the model that the run's stage 1 has sampled from."""
+    paths = run_paths(config.run)
+    if not paths.vstar.is_file():
+        return
+    here = Provenance(identity={"model": model_identity(reference, paths.known_weights)}, context={})
+    there = Provenance(identity={"model": read_provenance(paths.vstar).identity["model"]}, context={})
+    if refused := here.refused(there.identity, STRICT):
+        raise UserError(
+            f"{reference} is not the model that {paths.vstar} is of: {'; '.join(refused.values())}; KL to it would "
+            "mean nothing: bring the reference back, or choose another --run"
+        )
 
 
 def sample_both_ways(
@@ -110,6 +130,7 @@ def sample_both_ways(
             seed=seed,
             places=places,
             group_size=config.evaluate.num_samples,
+            logprob_checks=COMPLETIONS,
         ),
     )
 
@@ -175,13 +196,26 @@ def bootstrap_interval(values_P: NDArray[np.float64], *, seed: int) -> tuple[flo
 
 
 def kl_to_reference(
-    rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config
+    rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config, console: Terminal
 ) -> dict[str, float]:
-    """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error (over prompts), a token's share."""
+    """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error (over prompts), a token's share.
+
+    Says whether the engine that drew them has the same log-probs of π.
+    """
     sequences = [TokenSequence.of(row, rollout) for row, rollout in enumerate(rollouts)]
-    ours = sequence_logprobs(sequences, model, config)
-    theirs = sequence_logprobs(sequences, reference, config)
-    log_ratio = ours - theirs
+    ours = completion_logprobs(sequences, model, config)
+    theirs = completion_logprobs(sequences, reference, config)
+    checked = [row for row, rollout in enumerate(rollouts) if rollout.completion.sampled_logprobs]
+    gap = Gap.between(
+        [engine_logprobs(rollouts[row].completion) for row in checked],
+        [ours[row].tolist() for row in checked],
+    )
+    sides = f"the engine ({config.engine.backend}) and a forward pass by transformers of {model}"
+    agrees, line = judged(gap, sides, dtype=config.model.dtype, temperature=config.sampling.temperature)
+    console.print(
+        line if agrees else f"warning: {line}: the figures above are of another network than its KL"
+    )
+    log_ratio = np.array([float((mine - other).sum()) for mine, other in zip(ours, theirs, strict=True)])
     tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
     by_prompt_P = log_ratio.reshape(-1, config.evaluate.num_samples).mean(axis=1)
     return {
@@ -194,20 +228,21 @@ def kl_to_reference(
 
 
 @torch.no_grad()
-def sequence_logprobs(
+def completion_logprobs(
     sequences: Sequence[TokenSequence], folder: Path, config: Config
-) -> NDArray[np.float64]:
-    """ln π(y|x) of each sequence under the model in `folder`, shape (B,)."""
+) -> list[NDArray[np.float64]]:
+    """The log-probs of each sequence's completion tokens under the model in `folder`, B arrays of shape (K,)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = load_model(folder, config).to(device).eval()
-    result = np.empty(len(sequences))
+    found: dict[int, NDArray[np.float64]] = {}
     for batch in token_batches(
         [[sequence] for sequence in sequences], config.train.tokens_per_micro_batch, pad_token_id=0
     ):
         tokens = batch.to(device)
-        logprobs_K = token_logprobs(module, tokens).logprobs_K
-        result[list(batch.rows)] = sum_by(logprobs_K, tokens.sequence_of_K, len(batch.rows)).cpu().numpy()
-    return result
+        logprobs_K = token_logprobs(module, tokens).logprobs_K.double().cpu()
+        parts = logprobs_K.split([len(sequences[row].completion_token_ids) for row in batch.rows])
+        found |= {row: part.numpy() for row, part in zip(batch.rows, parts, strict=True)}
+    return [found[row] for row in range(len(sequences))]
 
 
 def show(result: dict[str, Any], console: Terminal) -> None:

@@ -45,7 +45,7 @@ def write_model(
     text = json.dumps(_with_dtype(config, dtype), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     for pattern in COPIED:
-        for file in reference.glob(pattern):
+        for file in filter(Path.is_file, reference.glob(pattern)):
             shutil.copy2(file, folder)
 
 

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from common.data.prompts import prompt_template
-from common.errors import UserError
+from common.errors import UserError, cause
 from common.model.files import reference_model
 from common.model.reading import describe_model, read_model
+from common.model.weights import AGAIN, refuse_pointer
 from common.terminal.console import Terminal
 from common.value import Floats
 from common.vstar_file import read_vstar
@@ -134,7 +135,12 @@ def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float
     template = prompt_template(config.data)
     chosen = random.Random(0).sample(texts.to_list(), min(TOKENIZED_PROMPTS, len(texts)))
     rendered = chosen if template == "chat" else [template.replace("{prompt}", text) for text in chosen]
-    encodings = Tokenizer.from_file(str(file)).encode_batch(rendered, add_special_tokens=False)
+    refuse_pointer(file)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # of a damaged file it raises nothing more particular
+        raise UserError(f"{file} is no tokenizer ({cause(error)}); {AGAIN}") from error
+    encodings = tokenizer.encode_batch(rendered, add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings) / len(encodings)
 
 

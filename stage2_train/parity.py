@@ -95,8 +95,7 @@ class ParityGate:
         return refuse_gap(
             gap,
             sides,
-            dtype=self._config.model.dtype,
-            backend=self._config.engine.backend,
+            self._config,
             allowance=self._allowance,
             remedy="whatever this run has trained since it was started is suspect",
         )

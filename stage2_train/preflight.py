@@ -6,6 +6,7 @@ Reads no weights, and needs no library that only training needs.
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.data.datasets import read_rows
 from common.errors import UserError
 from stage2_train.config import Config
 from stage2_train.objectives.protocol import TrainsCritic
@@ -41,7 +42,7 @@ def remarks(config: Config, folder: Path) -> list[str]:
 
 def _problems(config: Config, folder: Path) -> Iterator[UserError]:
     yield from _settings(config)
-    for check in (_layers, _critic):
+    for check in (_layers, _critic, _engine, _held_out):
         try:
             check(config, folder)
         except UserError as error:
@@ -63,6 +64,19 @@ def _layers(config: Config, folder: Path) -> None:
         from stage2_train.adapted_layers import refuse_unknown_layers
 
         refuse_unknown_layers(folder, config.train.lora)
+
+
+def _engine(config: Config, folder: Path) -> None:
+    if (size := config.engine.training_tensor_parallel_size) > 1:
+        from common.engines.shared_engine import refuse_wrong_size
+
+        refuse_wrong_size(size, size, folder)
+
+
+def _held_out(config: Config, folder: Path) -> None:
+    """Of a file on this machine; whether the hub has a data set is asked where it is used."""
+    if config.held_out is not None and config.held_out.is_file:
+        read_rows(config.held_out, config)
 
 
 def _critic(config: Config, folder: Path) -> None:

@@ -114,24 +114,33 @@ def launched_processes() -> int:
     return int(text)
 
 
+def _refuse_incomplete_launch(processes: int) -> None:
+    """Raise UserError unless the environment says who this process is and where the others meet."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        text = os.environ.get(name, "")
+        if not text or (name != "MASTER_ADDR" and not text.isdecimal()):
+            raise UserError(
+                f"WORLD_SIZE is {processes} in the environment, but {name} is {text!r}: start training with torchrun, "
+                "which sets all of them, or unset WORLD_SIZE to train in one process"
+            )
+    if int(os.environ["RANK"]) >= processes:
+        raise UserError(
+            f"RANK is {os.environ['RANK']} in the environment, of WORLD_SIZE {processes}: ranks count from 0; start "
+            "training with torchrun"
+        )
+
+
 def join_ranks(seed: int) -> Ranks:
     """Initialise torch.distributed, before any vLLM engine: one that came first would be taken for the job's group.
 
     Under torchrun the launcher's environment says who we are; without it the job is this process alone, whatever RANK
-    says. Raises UserError where the others are not there.
+    and MASTER_ADDR say. Raises UserError where the others are not there.
     """
     expected = launched_processes()
     if expected == 1:
-        os.environ.update(RANK="0", LOCAL_RANK="0")
-    launcher = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    for name, value in launcher.items():
-        os.environ.setdefault(name, value)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    else:
+        _refuse_incomplete_launch(expected)
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

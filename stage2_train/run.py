@@ -37,6 +37,7 @@ from stage2_train.watchers import (
     Divergence,
     Evaluation,
     FirstBatchCheck,
+    FirstBatchDoubts,
     Log,
     Watcher,
 )
@@ -163,7 +164,9 @@ def _watchers(trainer: Trainer, paths: RunPaths, console: Terminal, log: Metrics
                 stage1=data.stage1,
             )
         )
-    if data.stage1 and data.stage1.first_batch:
+    if data.stage1 is None:
+        watchers.append(FirstBatchDoubts(ranks, console))
+    elif data.stage1.first_batch:
         watchers.append(FirstBatchCheck(data.stage1.first_batch, console))
     if log:
         watchers.append(Log(log))

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import polars as pl
+
+from common.doubts import doubts
+from common.grading import negative_rewards_warning
 from common.rollout import Rollout
 from common.terminal.console import Terminal
 from stage2_train.completions import write_completions
@@ -97,6 +101,31 @@ class FirstBatchCheck:
         turn.metrics |= self._expected.bounds()
         loss, reward = turn.metrics[FORECAST_LOSS], turn.metrics["reward/mean"]
         if warning := self._expected.warning(loss, reward):
+            self._console.print(warning)
+
+
+class FirstBatchDoubts:
+    """Says of the first batch what nobody can have wanted, where there is no stage 1 that has said it before."""
+
+    def __init__(self, ranks: Ranks, console: Terminal) -> None:
+        self._ranks = ranks
+        self._console = console
+
+    def after(self, turn: Turn) -> None:
+        """A collective operation in the first iteration."""
+        if turn.number != 1:
+            return
+        drawn = self._ranks.gather(
+            [
+                (one.grade.outcome.value, one.grade.reward, len(one.completion.token_ids))
+                for one in turn.rollouts
+            ]
+        )
+        outcomes, rewards, tokens = (list(column) for column in zip(*drawn, strict=True))
+        rows = pl.DataFrame({"outcomes": [outcomes], "rewards": [rewards], "completion_tokens": [tokens]})
+        for line in doubts(rows):
+            self._console.print(f"warning: of the first batch, {line}")
+        if warning := negative_rewards_warning(outcomes, rewards):
             self._console.print(warning)
 
 

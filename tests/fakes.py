@@ -83,7 +83,7 @@ class ScriptedEngine:
 def change_json(path: Path, /, **values: Any) -> None:
     """Write these values into a JSON file; None removes one."""
     document = json.loads(path.read_text(encoding="utf-8")) | values
-    kept = {key: value for key, value in document.items() if value is not None}
+    kept = {key: value for key, value in document.items() if key not in values or value is not None}
     path.write_text(json.dumps(kept), encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from safetensors.torch import load_file, save_file
 from common.config import SamplingParams
 from common.data.prompts import PromptRenderer
 from common.errors import UserError
+from common.model.files import model_identity
 from common.rollout import Completion, SampleRequest
+from common.runs import run_paths
 from common.terminal.console import Terminal
 from stage2_train import evaluate as module
 from stage2_train.batch import TokenSequence
 from stage2_train.config import Config
-from stage2_train.evaluate import bootstrap_interval, evaluate, pass_at_k, sequence_logprobs, show
+from stage2_train.evaluate import bootstrap_interval, completion_logprobs, evaluate, pass_at_k, show
 from tests.conftest import save_tiny_model
-from tests.fakes import change_json
+from tests.fakes import IDENTITY, change_json, write_artifact
 from tests.stage2_runs import tiny_config
 
 
@@ -174,9 +177,11 @@ def test_another_models_distance_is_the_mean_log_ratio_of_its_completions(
         for number, row in enumerate(bodies)
         for index, answer in enumerate(row)
     ]
-    ratio = sequence_logprobs(sequences, tmp_path / "other", config) - sequence_logprobs(
-        sequences, tiny_model, config
+    ours, theirs = (
+        np.array([each.sum() for each in completion_logprobs(sequences, folder, config)])
+        for folder in (tmp_path / "other", tiny_model)
     )
+    ratio = ours - theirs
     assert abs(ratio.mean()) > 1e-3
     assert result["kl_sequence"] == pytest.approx(ratio.mean(), rel=1e-9)
     tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
@@ -215,6 +220,76 @@ def test_weights_go_into_an_engine_of_their_own_network_alone(
     evaluate(config, [tiny_model, tmp_path / "other", tmp_path / "trained"], quiet())
     assert [len(exam.loaded) for exam in exams] == [0, 0, 0]
     assert all(exam.closed for exam in exams)
+
+
+class SpeakingEngine(ExamEngine):
+    """Reports log-probs as the vLLM engine does: those of the model in `folder`."""
+
+    def __init__(self, renderer: PromptRenderer, folder: Path, config: Config) -> None:
+        super().__init__(renderer)
+        self.folder, self.config = folder, config
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        requests = list(requests)
+        prompts = {request.key: request for request in requests}
+        for completion in super().generate(requests, sampling):
+            request = prompts[completion.key]
+            sequence = TokenSequence(
+                row=0,
+                prompt_token_ids=request.prompt_token_ids,
+                completion_token_ids=completion.token_ids,
+            )
+            logprobs = None
+            if request.with_logprobs:
+                (found,) = completion_logprobs([sequence], self.folder, self.config)
+                logprobs = tuple(found.tolist())
+            yield replace(completion, sampled_logprobs=logprobs)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_engine_that_evaluated_another_network_is_warned_of(
+    is_same: bool, config: Config, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path / "other", seed=1)
+    of = tiny_model if is_same else tmp_path / "other"
+    speaking = SpeakingEngine(PromptRenderer(tiny_model, config.data), of, config)
+    monkeypatch.setattr(module, "build_engine", lambda *_, **__: speaking)
+    printed = io.StringIO()
+    evaluate(config, [tiny_model], Terminal(file=printed))
+    lines = [line for line in printed.getvalue().splitlines() if "forward pass by transformers" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: parity: the engine (") == (not is_same)
+    assert (" agree: " in lines[0]) == is_same
+
+
+def test_a_reference_that_was_edited_since_stage_1_is_refused(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path, artifacts: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    own = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+    paths = run_paths(own.run)
+    identity = {**IDENTITY, "model": model_identity(folder)}
+    write_artifact(paths.vstar, {"p1": ["correct", "wrong"]}, identity=identity)
+    assert evaluate_one(own, folder)["kl_sequence"] == 0.0
+    change_json(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5.0})
+    with pytest.raises(UserError, match=r"is not the model that .*vstar\.parquet is of: model\.config is"):
+        evaluate_one(own, folder)
+
+
+def test_a_model_that_never_ends_is_warned_of(
+    config: Config, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(ExamEngine):
+        def generate(
+            self, requests: Iterable[SampleRequest], sampling: SamplingParams
+        ) -> Iterator[Completion]:
+            return (replace(each, truncated=True) for each in super().generate(requests, sampling))
+
+    endless = Endless(PromptRenderer(tiny_model, config.data))
+    monkeypatch.setattr(module, "build_engine", lambda *_, **__: endless)
+    printed = io.StringIO()
+    evaluate(config, [tiny_model], Terminal(file=printed))
+    assert "warning: every completion was cut off at sampling.max_completion_tokens" in printed.getvalue()
 
 
 def test_a_sharded_model_is_loaded_whole(

@@ -44,6 +44,7 @@ Floats = NDArray[np.float64]
 
 ROOT = Path(__file__).parents[1]
 PROMPTS, SAMPLES, BATCH = 1000, 8, 256
+HAVE_DEFAULTS = ("num_key_value_heads", "intermediate_size")
 QWEN = {
     "hidden_size": 1536,
     "num_hidden_layers": 28,
@@ -673,13 +674,13 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
         {},
         [],
         *({**QWEN, name: value} for name in list(QWEN)[:6] for value in (0, -1, "1536", True)),
-        # transformers takes null for the default of the number of key heads and of the heads' width.
-        *({**QWEN, name: None} for name in list(QWEN)[:6] if name != "num_key_value_heads"),
+        # transformers takes null for the default of the number of key heads and of two widths.
+        *({**QWEN, name: None} for name in list(QWEN)[:6] if name not in HAVE_DEFAULTS),
         {**QWEN, "head_dim": 0},
     ):
         (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
         with pytest.raises(
-            UserError, match=r"config\.json.*(Llama or Mistral kind|no JSON object|not say model_type)"
+            UserError, match=r"config\.json.*(or use another one|no JSON object|not say model_type)"
         ):
             forecast(hollow, vstar, gpus=1, gpu_gib=80)
     (tmp_path / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")

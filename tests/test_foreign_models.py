@@ -13,17 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.architectures import named
+from benchmarks.architectures import write_model as write_tiny
 from common.data.prompts import PromptRenderer
 from common.engines import build_engine
 from common.engines.loadable import loadable_folder
 from common.errors import UserError
-from common.model.weights import read_weights
+from common.model.checkpoint_names import CheckpointNames
+from common.model.files import model_identity
+from common.model.pretrained import load_causal_lm
+from common.model.weights import read_weights, stored_weights
 from common.provenance import read_provenance
 from common.runs import run_paths
 from common.terminal.console import Terminal
 from stage1_vstar.run import run_stage1
 from stage2_train.config import Config
 from stage2_train.data import prepare
+from stage2_train.exported import write_model
 from stage2_train.forecast import forecast
 from stage2_train.preflight import foresight
 from tests import stage1_runs
@@ -63,9 +69,10 @@ def eos_in_config_alone(folder: Path) -> None:
     change_json(folder / "config.json", eos_token_id=0)
 
 
-def no_end_in_the_tokenizer(folder: Path) -> None:
-    change_tokenizer(folder, eos_token=None, pad_token=None)
-    change_json(folder / "generation_config.json", eos_token_id=0)
+def eos_beside_a_generation_config(folder: Path) -> None:
+    """Which does not name it."""
+    eos_in_config_alone(folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.7}')
 
 
 def padding_beyond_the_embedding(folder: Path) -> None:
@@ -75,7 +82,12 @@ def padding_beyond_the_embedding(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [eos_in_config_alone, no_end_in_the_tokenizer, padding_beyond_the_embedding]
+    "change",
+    [
+        eos_in_config_alone,
+        eos_beside_a_generation_config,
+        padding_beyond_the_embedding,
+    ],
 )
 def test_completions_are_those_of_the_model_wherever_its_end_and_its_padding_are_written(
     tiny_model: Path, folder: Path, artifacts: Path, monkeypatch: pytest.MonkeyPatch, change: Change
@@ -87,6 +99,27 @@ def test_completions_are_those_of_the_model_wherever_its_end_and_its_padding_are
     same = ["prompt_id", "rewards", "outcomes", "completion_tokens"]
     assert rows_of("after").select(same).equals(rows_of("before").select(same))
     assert "truncated" not in set(rows_of("after")["outcomes"].list.first())
+
+
+def test_a_tokenizer_that_names_neither_end_nor_padding_takes_the_models_end_for_both(tmp_path: Path) -> None:
+    folder = write_tiny(named("Qwen3"), tmp_path)
+    end = PromptRenderer(folder, config_of(folder).data).eos_token_ids
+    change_tokenizer(folder, tokenizer_class="TokenizersBackend", eos_token=None, pad_token=None)
+    renderer = PromptRenderer(folder, config_of(folder).data)
+    assert renderer.tokenizer.eos_token_id is renderer.tokenizer.pad_token_id is None
+    assert renderer.eos_token_ids == end
+    assert renderer.pad_token_id == end[0]
+
+
+def test_what_a_folder_holds_besides_files_is_in_nobodys_way(folder: Path, tmp_path: Path) -> None:
+    before = model_identity(folder)
+    for name in ("chat_templates", "tokenizer_old", "vocab"):
+        (folder / name).mkdir()
+    assert model_identity(folder) == before
+    model = load_causal_lm(folder, "float32")
+    (tmp_path / "export").mkdir()
+    write_model(tmp_path / "export", dict(stored_weights(folder)), CheckpointNames(model), folder, "float32")
+    assert model_identity(tmp_path / "export") == before
 
 
 # The same model.
@@ -125,16 +158,39 @@ def quantised(folder: Path) -> None:
     change_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
 
 
+def without_a_layer(folder: Path) -> None:
+    change_json(folder / "config.json", num_hidden_layers=1, layer_types=None)
+
+
+def without_biases(folder: Path) -> None:
+    """Qwen 2's attention has them, and Llama's has none."""
+    change_json(
+        folder / "config.json", model_type="llama", architectures=["LlamaForCausalLM"], layer_types=None
+    )
+
+
 REFUSED: list[tuple[Change, str]] = [
     (pointer, r"is a Git LFS pointer"),
     (cut, r"is no whole safetensors file"),
     (quantised, r"is quantised"),
+    (lambda folder: change_json(folder / "config.json", compression_config={"bits": 4}), r"is quantised"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), r"holds a PEFT adapter"),
     (lambda folder: (folder / "config.json").write_text("{"), r"cannot read .*config\.json"),
+    (without_a_layer, r"has no place for 12 of the checkpoint's weights, such as model\.layers\.1\."),
+    (without_biases, r"has no place for 6 of .*, such as model\.layers\.0\.self_attn\.k_proj\.bias"),
+    (
+        lambda folder: (folder / "generation_config.json").write_text('{"cache_implementation": "bogus"}'),
+        r"generation_config\.json: transformers cannot read it \(",
+    ),
     (
         lambda folder: change_json(folder / "config.json", model_type="brandnew"),
         r"no models of type 'brandnew'",
     ),
 ]
+
+
+OFFLINE = 6
+"""So many of them are refused without transformers."""
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
@@ -150,7 +206,7 @@ def test_every_command_refuses_a_folder_that_cannot_be_used_before_it_loads_a_mo
         "train": lambda: prepare(config, vstar),
         "forecast": lambda: forecast(config, vstar, gpus=1, gpu_gib=80),
     }
-    if message.startswith("no models"):
+    if (change, message) in REFUSED[OFFLINE:]:
         del commands["forecast"]  # which does not ask transformers
     for command in commands.values():
         with pytest.raises(UserError, match=message):
@@ -220,6 +276,24 @@ def test_what_training_will_refuse_is_said_before_it_is_sampled_for(folder: Path
     run(config)
     with pytest.raises(UserError, match=r"sampling\.top_p is 0\.9"):
         prepare(config, run_paths(config.run).vstar)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"evaluate": {"data": {"format": "generic", "path": "nowhere.jsonl"}}},
+            "no data file nowhere.jsonl",
+        ),
+        ({"engine": {"training_tensor_parallel_size": 3}}, "cannot split"),
+    ],
+)
+def test_what_training_needs_besides_stage_1_is_foreseen(
+    folder: Path, sections: dict[str, Any], message: str
+) -> None:
+    [line] = foresight(config_of(folder, **sections), folder)
+    assert line.startswith("`train` will refuse this: ")
+    assert message in line
 
 
 def test_forecast_says_what_training_refuses_of_the_config_as_it_is_now(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from common.errors import UserError
+from stage2_train.ranks import join_ranks
 from tests.conftest import ROOT
 from tests.fakes import write_artifact
 
@@ -138,6 +140,57 @@ def terminal(tmp_path: Path) -> Iterator[int]:
     descriptor = os.open(tmp_path / "terminal", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     yield descriptor
     os.close(descriptor)
+
+
+ALONE = """
+from stage2_train.ranks import join_ranks
+ranks = join_ranks(0)
+print(ranks.rank, ranks.world_size)
+"""
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29512"},
+        {"WORLD_SIZE": "1", "RANK": "3", "LOCAL_RANK": "x", "MASTER_ADDR": "nohost", "MASTER_PORT": "abc"},
+    ],
+)
+def test_one_process_trains_alone_whatever_a_scheduler_has_left_in_its_environment(
+    left_over: dict[str, str],
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        cwd=ROOT,
+        env=environment(**left_over),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout) == (0, "0 1\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", None), ("LOCAL_RANK", "x"), ("MASTER_PORT", "abc"), ("MASTER_ADDR", None), ("RANK", "2")],
+)
+def test_a_launch_that_lacks_something_says_what_instead_of_waiting(
+    name: str, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    for key, text in (whole | {name: value}).items():
+        if text is None:
+            monkeypatch.delenv(key, raising=False)
+        else:
+            monkeypatch.setenv(key, text)
+    with pytest.raises(UserError, match=rf"{name} is .* torchrun"):
+        join_ranks(0)
 
 
 def test_processes_of_a_job_say_the_same_thing_once_and_those_of_a_later_job_say_it_again(

@@ -112,8 +112,10 @@ def test_the_ends_are_those_of_the_tokenizer_and_the_generation_config(folder: P
     set_config(folder, eos_token_id=9)
     assert ends(folder, 3) == (3, 7)
     assert ends(folder, None) == (3, 7)
-    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert ends(folder, 3) == (3,)
+    for nothing in ('{"eos_token_id": null}', "{}"):
+        (folder / "generation_config.json").write_text(nothing)
+        assert ends(folder, 3) == (3, 9)
+        assert ends(folder, None) == (9,)
 
 
 def test_without_a_generation_config_those_of_the_config_count_as_in_both_libraries(folder: Path) -> None:
@@ -142,6 +144,7 @@ def test_an_end_that_the_model_cannot_write_is_refused_unless_there_is_another(f
     rows = read_model(folder).embedding_rows
     assert rows
     (folder / "generation_config.json").write_text("{}")
+    set_config(folder, eos_token_id=None)
     with pytest.raises(UserError, match=rf"the EOS token has id {rows}, but the model has {rows} token ids"):
         ends(folder, rows)
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')

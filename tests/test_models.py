@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoePreTrainedModel
 
 from benchmarks.architectures import ARCHITECTURES, Architecture, named, write_model
 from common.engines.vllm_repairs import PatchedClasses
 from common.errors import UserError
 from common.model.checkpoint_names import CheckpointNames, named_state, refuse_other_names
-from common.model.output_layer import freeze_all_but_text
+from common.model.output_layer import freeze_all_but_text, logit_transform
 from common.model.pretrained import empty_causal_lm, load_causal_lm, load_pretrained, token_classifier
 from common.model.trainable import refuse_untrainable
 from common.model.weights import read_weights, stored_weights
@@ -351,6 +352,19 @@ def test_all_weights_have_the_dtype_that_deepspeed_trains_them_in(
     monkeypatch.setattr(Qwen3MoePreTrainedModel, "_keep_in_fp32_modules_strict", {"gate.weight"})
     found = {weight.dtype for weight in load_causal_lm(qwen, "bfloat16").parameters()}
     assert found == {torch.bfloat16}
+
+
+def test_a_class_that_asks_a_part_of_its_body_for_hidden_states_is_followed() -> None:
+    """OPT's does."""
+    config = OPTConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        ffn_dim=16,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+    )
+    assert logit_transform(OPTForCausalLM(config)) is None
 
 
 def test_a_critic_lacks_nothing_but_its_head(qwen: Path) -> None:

@@ -45,11 +45,14 @@ def test_a_gap_is_over_all_tokens_and_one_that_is_no_number_is_beyond_every_boun
         Gap.between([[0.0]], [[]])
 
 
-def test_a_gap_beyond_the_bound_is_refused_with_what_was_found_and_what_to_try() -> None:
+def test_a_gap_beyond_the_bound_is_refused_with_what_was_found_and_what_to_try(tmp_path: Path) -> None:
+    def refuse(gap: Gap, allowance: Allowance = STRICT, *, dtype: str = "float32", **sections: Any) -> str:
+        config = stage1_config(tmp_path, tmp_path, model={"dtype": dtype}, **sections)
+        return refuse_gap(gap, "A and B", config, allowance=allowance, remedy="nothing was drawn")
+
     gap = Gap(largest=0.02, mean=0.01, tokens=7)
-    said = {"dtype": "float32", "backend": "vllm", "remedy": "nothing was drawn"}
     with pytest.raises(UserError) as caught:
-        refuse_gap(gap, "A and B", **said, allowance=STRICT)
+        refuse(gap)
     for text in (
         "A and B give the same 7 tokens",
         "0.01 nats on average and 0.02",
@@ -58,13 +61,13 @@ def test_a_gap_beyond_the_bound_is_refused_with_what_was_found_and_what_to_try()
         assert text in str(caught.value)
     assert "model.dtype" not in str(caught.value)
     assert "--allow-mismatch parity" in str(caught.value)
-    agreed = refuse_gap(gap, "A and B", **{**said, "dtype": "bfloat16"}, allowance=STRICT)
-    assert agreed == f"A and B agree: {gap}"
+    assert refuse(gap, dtype="bfloat16") == f"A and B agree: {gap}"
+    assert refuse(gap, sampling={"temperature": 0.02}) == f"A and B agree: {gap}"
     wide = Gap(largest=0.2, mean=0.1, tokens=7)
     with pytest.raises(UserError, match=r'engine\.backend = "vllm", or model\.dtype = "float32"'):
-        refuse_gap(wide, "A", dtype="bfloat16", backend="transformers", remedy="", allowance=STRICT)
+        refuse(wide, dtype="bfloat16", engine={"backend": "transformers"})
     allowance = Allowance([PARITY])
-    accepted = refuse_gap(gap, "A and B", **said, allowance=allowance)
+    accepted = refuse(gap, allowance)
     [line] = allowance.used
     assert line.startswith("parity: A and B give")
     assert accepted == f"accepted: {line}"

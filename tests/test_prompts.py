@@ -278,6 +278,30 @@ def test_a_tokenizer_that_is_missing_damaged_or_has_no_eos_is_named(
     assert f"cannot read {folder}/generation_config.json" in refusal(tiny_config(folder, data_file))
 
 
+def test_a_chat_template_that_writes_the_date_makes_the_same_prompt_every_day(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    template = "{{ strftime_now('%d %b %Y %f') }} {{ messages[0].content }}"
+    folder = model_with(tiny_model, tmp_path / "model", chat_template=template)
+    config = tiny_config(folder, data_file, data={"template": "chat"})
+    renderer = PromptRenderer(folder, config.data)
+    assert renderer.decode(renderer.render("How far?")) == "26 Jul 2024 000000 How far?"
+
+
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_tokenizer_that_is_a_pointer_or_missing_is_said_to_be(
+    tiny_model: Path, data_file: Path, tmp_path: Path, is_missing: bool
+) -> None:
+    folder = model_with(tiny_model, tmp_path / "model")
+    if is_missing:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    else:
+        (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    expected = "has no tokenizer" if is_missing else "tokenizer.json is a Git LFS pointer"
+    assert expected in refusal(tiny_config(folder, data_file))
+
+
 def test_mistrals_own_tokenizer_is_not_taken_where_there_is_another_and_refused_where_there_is_none(
     tiny_model: Path, data_file: Path, tmp_path: Path
 ) -> None:

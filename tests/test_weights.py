@@ -107,7 +107,7 @@ def test_a_file_that_is_no_whole_safetensors_file_is_named(tmp_path: Path, kind:
 
 
 def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"00002\.safetensors is a Git LFS pointer .* `git lfs pull`"):
+    with pytest.raises(UserError, match=r"00002\.safetensors is a Git LFS pointer; .* `git lfs pull`"):
         read_weights(broken(tmp_path, "pointer"))
 
 

@@ -4,16 +4,18 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import DataConfig, RunConfig
 from common.data.datasets import FORMATS, read_pairs, refuse_bad_golds
-from common.errors import UserError, first_line
+from common.errors import UserError, cause
 from common.grading import GraderPool
-from common.model.files import model_numbers
+from common.model.files import TOKENIZER_FILES, model_numbers
 from common.model.reading import eos_token_ids
+from common.model.weights import AGAIN, refuse_pointer
 from common.rollout import Prompt
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ PROBES = ("What is 1 + 2?", "How many apples has Tom?")
 SHOWN_CHARACTERS = 60
 
 MISTRALS_OWN = "tekken.json"
+
+DATE = datetime(2024, 7, 26)
+"""Today, for chat templates that write the date into a prompt; Llama 3's own where none is given."""
 
 CONTROL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """The special tokens that say something to programs. Others, such as `<answer>`, are text."""
@@ -74,7 +79,12 @@ class PromptRenderer:
         messages = [{"role": "user", "content": text}]
         try:
             return str(
-                self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    strftime_now=DATE.strftime,  # a prompt is the same on every day
+                )
             )
         except Exception as error:  # the template is a program that came with the model
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -120,6 +130,11 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {}
+    files = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()]
+    for file in files:
+        refuse_pointer(file)
+    if not files and not (folder / MISTRALS_OWN).is_file():
+        raise UserError(f"{folder} has no tokenizer, such as a tokenizer.json; {AGAIN}")
     if (folder / MISTRALS_OWN).is_file():
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             raise UserError(
@@ -130,7 +145,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # of a damaged file the libraries raise anything
-        raise UserError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
+        raise UserError(f"{folder} has no usable tokenizer ({cause(error)}); {AGAIN}") from error
 
 
 def _control_token_ids(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequence[int]) -> frozenset[int]:

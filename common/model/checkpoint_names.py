@@ -5,6 +5,7 @@ name renamed. It converts them when it loads and saves a whole model; here a few
 same rules, for engines that share a machine with the model.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -27,6 +28,9 @@ from transformers.core_model_loading import (
 
 from common.errors import UserError
 from common.model.weights import read_weights
+
+NUMBER = re.compile(r"\.\d+\.")
+"""A layer's, within a name."""
 
 
 class CheckpointNames:
@@ -146,19 +150,49 @@ def refuse_other_names(names: CheckpointNames, folder: Path) -> None:
 def note_conversions(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
     """Note on a model without weights by which rules a checkpoint with these names is read, as loading it would.
 
-    Returns the names of the model's weights that it does not have.
+    Returns the names of the model's weights that it does not have. Raises UserError for weights of the model's own
+    layers that the network has no place for, see `refuse_left_out`.
     """
     rules = get_model_conversion_mapping(model)
     renamings, converters = _split(rules)
     state = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {
-        rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
+    targets = {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
         for name in sorted(stored, key=dot_natural_key)
     }
+    found = set(targets.values())
     used = [rule for rule in rules if rule.was_used()]
     model._weight_conversions = used  # type: ignore[assignment]
     others = {name for rule in used for name in _further_targets(rule, found)}
+    refuse_left_out(model, [name for name, target in targets.items() if target not in state], targets)
     return sorted(named_state(model).keys() - found - others)
+
+
+def refuse_left_out(model: PreTrainedModel, unplaced: Iterable[str], targets: Mapping[str, str]) -> None:
+    """Raise UserError where tensors without a place in the network look like weights of its layers.
+
+    They do where the network has such a layer under another number, or has that layer with other weights: config.json
+    then describes another network than the weights are of, and every library drops them without a word. What the class
+    knows to ignore, and what else a checkpoint may hold, such as a value head, is left alone.
+    """
+    ignored = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
+    numbered = {NUMBER.sub(".#.", name) for name in model.state_dict()}
+    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    left_out = [
+        name
+        for name in unplaced
+        if (NUMBER.sub(".#.", targets[name]) in numbered or targets[name].rpartition(".")[0] in layers)
+        and not any(re.search(pattern, targets[name]) for pattern in ignored)
+    ]
+    if left_out:
+        raise UserError(
+            f"the network that config.json describes ({type(model).__name__}) has no place for {len(left_out)} of the "
+            f"checkpoint's weights, such as {left_out[0]}: they belong to different models; download the model again"
+        )
 
 
 def _further_targets(rule: WeightTransform, found: Iterable[str]) -> Iterator[str]:

@@ -12,6 +12,8 @@ from common.files import hash_files
 from common.model.weights import read_weights, weights_hash
 from common.runs import run_paths
 
+ADAPTER = "adapter_config.json"
+
 
 def resolve_model(path: str, revision: str | None) -> Path:
     """The local folder of a model: a given folder, or a hub model's snapshot (downloaded if need be).
@@ -20,6 +22,11 @@ def resolve_model(path: str, revision: str | None) -> Path:
     """
     folder = Path(path)
     if folder.is_dir():
+        if (folder / ADAPTER).is_file():
+            raise UserError(
+                f"{path} holds a PEFT adapter ({ADAPTER}), which is loaded or left out depending on the library: merge "
+                "it into its base model first (merge_and_unload, then save_pretrained)"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"{path} is no model in Hugging Face format: it has no config.json")
         return folder

@@ -116,7 +116,9 @@ class _Given:
         return self._output
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._body, name)
+        found = getattr(self._body, name)
+        # OPT's forward pass asks a part of its body, its decoder.
+        return _Given(found, self._output.last_hidden_state) if isinstance(found, nn.Module) else found
 
 
 class _Output:

@@ -16,10 +16,11 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from common.errors import UserError, cause
 from common.model.checkpoint_names import note_conversions
@@ -44,7 +45,10 @@ def empty_causal_lm(folder: Path) -> PreTrainedModel:
     kind = model_class(config, folder)
     with refusing(folder), _quiet(), torch.device("meta"):
         model = kind(_own_config(kind, config))
-    missing = note_conversions(model, read_weights(folder).shapes)
+    try:
+        missing = note_conversions(model, read_weights(folder).shapes)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     if missing:
         raise UserError(f"{folder}: the weights do not fit config.json: missing {_some(missing)}; {AGAIN}")
     return model
@@ -121,6 +125,20 @@ def token_classifier(folder: Path) -> type[PreTrainedModel]:
         )
     kind: type[PreTrainedModel] = mapping[type(config)]
     return kind
+
+
+def refuse_generation_config(folder: Path) -> None:
+    """Raise UserError for a generation_config.json that transformers cannot read, and would fail of with the model."""
+    file = folder / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return
+    try:
+        with _quiet():
+            GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(
+            f"{file}: transformers cannot read it ({cause(error)}); correct it, or download the model again"
+        ) from error
 
 
 @contextmanager

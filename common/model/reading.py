@@ -20,8 +20,10 @@ LOGIT_TRANSFORMS = (
     *("logits_mup_width_multiplier", "mup_width_scale", "output_multiplier"),
 )
 """Settings with which models change the logits after the output layer; for the description, nothing depends on them."""
-QUANTISED_FORMATS = ("F4", "F6", "F8", "I4", "U4")
+QUANTISED_FORMATS = ("F4", "F6", "F8", "I4", "U4", "I8", "U8")
 """Beginnings of safetensors' names of the formats that quantised weights are stored in."""
+QUANTISATION = ("quantization_config", "compression_config")
+"""Where config.json says that weights are quantised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,11 @@ def read_model(folder: Path) -> ModelReading:
     _refuse_other_kinds(folder, numbers.document)
     weights = read_weights(folder)
     if quantised := sorted(
-        form for form in set(weights.formats.values()) if form.startswith(QUANTISED_FORMATS)
+        {
+            form
+            for name, form in weights.formats.items()
+            if form.startswith(QUANTISED_FORMATS) and name.endswith("weight")
+        }
     ):
         raise _quantised(folder, f"weights stored as {', '.join(quantised)}")
     return ModelReading(
@@ -99,9 +105,10 @@ def _refuse_other_kinds(folder: Path, document: dict[str, Any]) -> None:
             f"{folder} is an encoder-decoder ({document['model_type']}), which reads a prompt another way; use a "
             "causal language model"
         )
-    if quantisation := document.get("quantization_config"):
-        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
-        raise _quantised(folder, f"quantization_config {method}")
+    for key in QUANTISATION:
+        if quantisation := document.get(key):
+            method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+            raise _quantised(folder, f"{key} {method}")
 
 
 def _quantised(folder: Path, found: str) -> UserError:
@@ -129,15 +136,19 @@ def _embedding_rows(folder: Path, numbers: ModelNumbers, weights: Weights) -> in
 def eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     """The ids that end a completion, in ascending order: those that vLLM and transformers stop at.
 
-    The tokenizer's own, and those of generation_config.json; where that file is missing, as in both libraries, those of
-    config.json. Raises UserError for none, or for what is no token id of the model.
+    The tokenizer's own, and those of generation_config.json; where it names none, or is missing, those of config.json.
+    Raises UserError for none, or for what is no token id of the model.
     """
     numbers = model_numbers(folder)
-    path = folder / GENERATION_CONFIG
-    path = path if path.is_file() else numbers.path
-    found = read_json(path).get("eos_token_id")
-    if found is None and path == numbers.path:
-        found = numbers.document.get("eos_token_id")  # that of its text_config
+    path, found = folder / GENERATION_CONFIG, None
+    if path.is_file():
+        found = read_json(path).get("eos_token_id")
+    if found is None:
+        path = numbers.path
+        own, of_text = read_json(path), numbers.document
+        found = next(
+            (each["eos_token_id"] for each in (own, of_text) if each.get("eos_token_id") is not None), None
+        )
     ids = found if isinstance(found, list) else [] if found is None else [found]
     ids = [*ids, *([] if tokenizer_eos is None else [tokenizer_eos])]
     if wrong := [each for each in ids if type(each) is not int or each < 0]:

@@ -30,9 +30,10 @@ def refuse_untrainable(folder: Path, config: RunConfig) -> None:
 
     from common.model.checkpoint_names import CheckpointNames, refuse_other_names
     from common.model.output_layer import logit_transform
-    from common.model.pretrained import empty_causal_lm
+    from common.model.pretrained import empty_causal_lm, refuse_generation_config
 
     model = empty_causal_lm(folder)
+    refuse_generation_config(folder)
     logit_transform(model)
     refuse_other_names(CheckpointNames(model), folder)
     if config.engine.backend != "vllm":

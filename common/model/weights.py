@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 AGAIN = "download the model again"
+POINTER = b"version https://git-lfs"
+"""How a Git LFS pointer begins."""
 
 EXPONENT = {
     "F16": (np.uint16, 0x7C00),
@@ -137,9 +140,16 @@ def _fault(file: Path, error: Exception) -> str:
             start = stream.read(64)
     except OSError as unreadable:
         return f"cannot be read: {unreadable.strerror}; correct its permissions, or {AGAIN}"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer instead of weights; fetch them with `git lfs pull`"
+    if start.startswith(POINTER):
+        return "is a Git LFS pointer; fetch what it stands for with `git lfs pull`"
     return f"is no whole safetensors file ({str(error).splitlines()[0]}): it was cut off or damaged; {AGAIN}"
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise UserError for what a clone without Git LFS leaves in a large file's place."""
+    with file.open("rb") as stream:
+        if stream.read(len(POINTER)) == POINTER:
+            raise UserError(f"{file} {_fault(file, ValueError())}")
 
 
 def stored_weights(folder: Path) -> "Iterator[tuple[str, Tensor]]":
@@ -216,7 +226,8 @@ class _Known:
         """Write it down, if there is anything new, and a run to keep it beside."""
         if self._memory and self._is_new and self._memory.parent.is_dir():
             document = {name: asdict(found) for name, found in self._found.items()}
-            write_text(self._memory, json.dumps(document, indent=1))
+            with suppress(OSError, UserError):  # then it is found again next time
+                write_text(self._memory, json.dumps(document, indent=1))
 
 
 def _first_not_finite(file: Path) -> str | None:
