@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ EXPONENT = {
 }
 """By safetensors' name of a number format, how many bits it has and which of them are all set in NaN and infinity."""
 NUMBERS_AT_A_TIME = 2**22
+MOST_HEADERS = 512
+"""Of files as they are now, which one command asks for again and again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +122,26 @@ def _refuse_missing_tensors(folder: Path, shapes: Mapping[str, object]) -> None:
         )
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
+def _header(file: Path) -> Mapping[str, Mapping[str, Any]]:
     """A file's tensors by name, once its header and its length have been found to agree."""
+    try:
+        return _header_of(file, _state(file))
+    except OSError as error:
+        raise UserError(f"{file} {_fault(file, error)}") from error
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """What tells whether a file is as it was.
+
+    Its bytes, and in ns the times of the last change of the contents, which archives and `touch` set to what they like,
+    and of the file.
+    """
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@lru_cache(maxsize=MOST_HEADERS)
+def _header_of(file: Path, state: tuple[int, int, int]) -> Mapping[str, Mapping[str, Any]]:
     try:
         with safe_open(file, framework="numpy"):  # checks that the tensors fill the file
             pass
@@ -182,9 +203,7 @@ def weights_hash(weights: Weights, memory: Path | None = None) -> str:
 class _Found:
     """What reading a whole file has shown."""
 
-    state: list[int]
-    """Bytes, and in ns the times of the last change of the contents, which archives and `touch` set to what they like,
-    and of the file."""
+    state: tuple[int, int, int]
     sha256: str
     is_loaded: bool
     """Whether it was one of the model's, whose numbers are looked at."""
@@ -202,14 +221,16 @@ class _Known:
         if memory and memory.is_file():
             try:
                 document = json.loads(memory.read_text(encoding="utf-8"))
-                self._found = {name: _Found(**values) for name, values in document.items()}
-            except (ValueError, TypeError, AttributeError):
+                self._found = {
+                    name: _Found(**{**values, "state": tuple(values["state"])})
+                    for name, values in document.items()
+                }
+            except (ValueError, TypeError, KeyError, AttributeError):
                 self._found = {}  # damaged: what it said is found again
 
     def of(self, file: Path, *, is_loaded: bool) -> _Found:
         """What is known of a file, which is read if it has changed."""
-        path, status = str(file.resolve()), file.stat()
-        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        path, state = str(file.resolve()), _state(file)
         known = self._found.get(path)
         if known and known.state == state and known.is_loaded >= is_loaded:
             return known
