@@ -156,9 +156,12 @@ def note_conversions(model: PreTrainedModel, stored: Iterable[str]) -> list[str]
     rules = get_model_conversion_mapping(model)
     renamings, converters = _split(rules)
     state = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    targets = {
+    renamed = {
         name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
         for name in sorted(stored, key=dot_natural_key)
+    }
+    targets = {
+        name: name if target not in state and name in state else target for name, target in renamed.items()
     }
     found = set(targets.values())
     used = [rule for rule in rules if rule.was_used()]
