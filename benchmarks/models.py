@@ -6,7 +6,7 @@
 Each model, engine and dtype is a process of its own: `vstar`, two iterations of `train` that move the weights well,
 the export, `evaluate` of it. Results are kept in --folder, so that a run that was stopped goes on, and
 docs/models.md is written from all that are there. Gemma 3 270M is a real one, for who has its packages, see
-benchmarks/gemma.py; in float32 training it takes 14 GiB.
+benchmarks/real_model.py; in float32 training it takes 14 GiB.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gemma
+from benchmarks import real_model
 from benchmarks.architectures import ARCHITECTURES, named, write_model
 from benchmarks.processes import alone
 from benchmarks.tables import markdown
@@ -26,7 +26,7 @@ from benchmarks.tables import markdown
 BACKENDS = ("vllm", "transformers")
 DTYPES = ("float32", "bfloat16")
 PAGE = Path("docs/models.md")
-NAMES = [*(each.name for each in ARCHITECTURES), gemma.NAME]
+NAMES = [*(each.name for each in ARCHITECTURES), real_model.NAME]
 CHECKS = 16
 """Completions whose log-probs the engine and the trainer are compared on, for each model that is loaded."""
 
@@ -74,12 +74,12 @@ def measured(name: str, backend: str, dtype: str, folder: Path) -> dict[str, Any
     from common.errors import UserError
     from common.model.pretrained import model_class, read_config
 
-    if name == gemma.NAME:
-        model = gemma.write_gemma(folder / "model", dtype=dtype)
+    if name == real_model.NAME:
+        model = real_model.write_real_model(folder / "model", dtype=dtype)
     else:
         model = write_model(named(name), folder / "model", dtype=dtype)
     row = {"class": model_class(read_config(model), model).__name__}
-    learning_rate = 1e-5 if name == gemma.NAME else 5e-3
+    learning_rate = 1e-5 if name == real_model.NAME else 5e-3
     try:
         return row | gaps(folder, config_of(folder, backend, dtype, learning_rate))
     except UserError as error:
