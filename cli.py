@@ -283,14 +283,16 @@ def evaluate(
         from stage2_train.evaluate import show
 
         results = evaluate_models(settings, list(models.values()), Terminal(stderr=True))
-    if model is None:
-        for name, result in zip(models, results, strict=True):
-            write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
-    if as_json:
-        print_json(json.dumps(results if model is None else results[0], indent=2))
-    else:
-        for result in results:
-            show(result, console)
+    try:  # where one of the two fails, the figures are not lost
+        if as_json:
+            print_json(json.dumps(results if model is None else results[0], indent=2))
+        else:
+            for result in results:
+                show(result, console)
+    finally:
+        if model is None:
+            for name, result in zip(models, results, strict=True):
+                write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
 
 
 @app.command(short_help="A run on one page.")
