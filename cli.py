@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from common.errors import UserError, first_line
-from common.files import UNWRITABLE
+from common.files import UNWRITABLE, meaning
 from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
 
@@ -283,14 +283,16 @@ def evaluate(
         from stage2_train.evaluate import show
 
         results = evaluate_models(settings, list(models.values()), Terminal(stderr=True))
-    if model is None:
-        for name, result in zip(models, results, strict=True):
-            write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
-    if as_json:
-        print_json(json.dumps(results if model is None else results[0], indent=2))
-    else:
-        for result in results:
-            show(result, console)
+    try:  # where one of the two fails, the figures are not lost
+        if as_json:
+            print_json(json.dumps(results if model is None else results[0], indent=2))
+        else:
+            for result in results:
+                show(result, console)
+    finally:
+        if model is None:
+            for name, result in zip(models, results, strict=True):
+                write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
 
 
 @app.command(short_help="A run on one page.")
@@ -421,8 +423,9 @@ def _writing(target: Path) -> Iterator[None]:
     """Keep `vstar` from writing a run's own table at the same time: it would undo what happens to it here."""
     from common.runs import RunPaths, exclusive_run
 
-    run = RunPaths(target.resolve().parent)
-    is_a_runs_own = target.resolve() == run.vstar and target.exists() and run.samples.is_dir()
+    place = Path(os.path.realpath(target))  # resolve() raises RuntimeError for a link to itself
+    run = RunPaths(place.parent)
+    is_a_runs_own = place == run.vstar and target.exists() and run.samples.is_dir()
     with exclusive_run(run, "vstar") if is_a_runs_own else nullcontext():
         yield
 
@@ -470,7 +473,7 @@ def main() -> None:
         if error.errno not in UNWRITABLE:
             raise
         place = error.filename or "standard output"
-        leave(2, f"error: {place}: {error.strerror}; make room, or correct the path or its permissions")
+        leave(2, f"error: {place}: {meaning(error.errno)}; make room, or correct the path or its permissions")
     except RuntimeError as error:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.OutOfMemoryError):

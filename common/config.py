@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from common.errors import UserError
 from common.grading import GraderConfig
 from common.runs import RUN_NAME
+from common.section import Section
 
 
 def _not_nan(value: float) -> float:
@@ -31,24 +32,14 @@ Beta1 = Annotated[float, Field(ge=0, allow_inf_nan=True), AfterValidator(_not_na
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """Of 32 bits, which is what the libraries take."""
 
+NumSamples = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Completions of a prompt: of each something is held in memory."""
+
 LOWEST_TEMPERATURE = 0.01
 """But for 0: below it vLLM samples at this temperature."""
 
 LOCAL_FILES = (".jsonl", ".json", ".parquet")
 """How the names of data files on this machine end."""
-
-
-class Section(BaseModel):
-    """A table of the TOML file: unknown keys are errors, numbers are finite, values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", allow_inf_nan=False)
-
-    def refuse_unused(self, *keys: str, because: str) -> None:
-        """Raise ValueError if one of these keys, which have no effect here, has another value than its default."""
-        defaults = {key: type(self).model_fields[key].default for key in keys}
-        if changed := [key for key, default in defaults.items() if getattr(self, key) != default]:
-            found = ", ".join(f"{key} = {getattr(self, key)!r}" for key in changed)
-            raise ValueError(f"{found} would have no effect: {because}")
 
 
 class ModelConfig(Section):
@@ -108,6 +99,10 @@ class DataConfig(Section):
                 *("name", "split"),
                 because=f"{self.path} is a local file, which is read whole; leave it out and give a file that holds "
                 "the rows you mean (name and split choose from a data set of the hub)",
+            )
+        if self.format != "word_problems" and not self.path and "path" in self.model_fields_set:
+            raise ValueError(
+                f"path should not be empty; give a {', '.join(LOCAL_FILES)} file, or a hub data set's name"
             )
         if self.limit is None:
             self.refuse_unused(
@@ -175,7 +170,7 @@ class EngineConfig(Section):
 class VstarConfig(Section):
     """Stage 1."""
 
-    num_samples: Annotated[int, Field(ge=1)] = 8
+    num_samples: NumSamples = 8
     beta1: Beta1 = 0.5
     drop_unsolved: bool = False
     """Mark prompts with pass@N = 0 as not to be trained on (the paper's optional line 6)."""
@@ -185,7 +180,7 @@ class EvaluateConfig(Section):
     """Held-out evaluation."""
 
     data: HeldOutConfig | None = None
-    num_samples: Annotated[int, Field(ge=1)] = 8
+    num_samples: NumSamples = 8
     """Sampled completions a prompt, for pass@1 and pass@k."""
     training_prompts: Annotated[int, Field(ge=1)] = 256
     """Held-out prompts for the evaluations during training, one sampled completion each."""
@@ -235,12 +230,12 @@ def read_config(kind: type[Run], path: Path, overrides: Sequence[str] = (), run:
     Raises UserError naming the file, each wrong key and what was found there.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(
             f"cannot read the config {path}: {error.strerror}; give one of configs/*.toml"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # beside what is no TOML, what Python cannot hold of it
         raise UserError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(document, override)
@@ -270,7 +265,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

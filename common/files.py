@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import re
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -36,15 +37,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def refuse_unless_file(path: Path) -> None:
-    """Raise UserError if something is at the path that is no regular file, or if it stands for an open stream."""
+    """Raise UserError if no regular file is or could be at the path, or if it stands for an open stream."""
     if path.absolute().parent in _STREAMS:
         raise UserError(
             f"cannot write {path}: it is a device or an open stream; give the path of a file (`--json`, where a "
             "command has it, prints to standard output)"
         )
-    if path.exists() and not path.is_file():
-        kind = "folder" if path.is_dir() else "device, a pipe or a socket"
-        raise UserError(f"cannot write {path}: it is a {kind}; give the path of a file")
+    if (obstacle := obstacle_at(path)) is not None:
+        raise UserError(f"cannot write {path}: {obstacle}")
+
+
+def obstacle_at(path: Path) -> str | None:
+    """What is at a path, or on the way to it, in place of a file, and what to do; None where one is or could be."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{meaning(error.errno)}; correct the path or its permissions"
+    if stat.S_ISREG(mode):
+        return None
+    kind = "folder" if stat.S_ISDIR(mode) else "device, a pipe or a socket"
+    return f"it is a {kind}; give the path of a file"
+
+
+def meaning(number: int | None) -> str:
+    """What an error of the file system says of the path that was used."""
+    return _MEANINGS.get(number) or os.strerror(number or 0)
+
+
+_MEANINGS: dict[int | None, str] = {
+    errno.EEXIST: "a file stands where the path has a folder",
+    errno.ENOTDIR: "a file stands where the path has a folder",
+    errno.ENOENT: "no file can be made in its folder",
+}
 
 
 @contextmanager
@@ -69,9 +95,9 @@ def _unwritable(error: Exception, path: Path) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (named := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(named[1])
-    if number is None:
+    if number in (None, errno.ENOENT):  # a file may be missing for many reasons
         number = _probe(path if path.is_dir() else path.parent)
-    return os.strerror(number) if number in UNWRITABLE else None
+    return meaning(number) if number in (*UNWRITABLE, errno.ENOENT) else None
 
 
 def _probe(folder: Path) -> int | None:
@@ -89,7 +115,7 @@ def _probe(folder: Path) -> int | None:
 
 UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
 }
 """The errors of a file system that are the user's to mend."""
 _PROBE_BYTES = 2**20
@@ -116,12 +142,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def whole_lines(path: Path) -> list[str]:
+def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file that others append to, with their ends; one that is still being written is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [line for line in lines if line.endswith(b"\n")]
 
 
 def sync(path: Path) -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from common.config import RunConfig
 from common.errors import DamagedFile, UserError
+from common.files import obstacle_at
 from common.runs import REPOSITORY
 
 if TYPE_CHECKING:
@@ -181,8 +182,10 @@ def read_provenance(
 ) -> Provenance:
     """The provenance of a file of any version up to the newest, without reading its rows; by default of stage 1's.
 
-    Raises UserError if it has none.
+    Raises UserError if it has none, and for a path at which no regular file can be.
     """
+    if (obstacle := obstacle_at(path)) is not None:
+        raise UserError(f"cannot read {path}: {obstacle}")
     try:
         metadata = pq.read_schema(path).metadata or {}
     except FileNotFoundError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
-from common.files import writing_to
+from common.files import meaning, writing_to
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -197,8 +197,8 @@ def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[N
         (paths.root / f".{job}.lock").touch()
     except OSError as error:
         raise UserError(
-            f"cannot write to {paths.root}: {error.strerror}; correct its permissions, or choose another folder with "
-            "ASTAR_PO_ARTIFACTS"
+            f"cannot write to {paths.root}: {meaning(error.errno)}; correct its permissions, or choose another folder "
+            "with ASTAR_PO_ARTIFACTS"
         ) from error
     with ExitStack() as claim:
         with _locked(paths.root / f".{job}.lock", job, wait=True):

@@ -39,7 +39,7 @@ from common.vstar_file import estimator_of, read_vstar, write_vstar
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Rule
 from stage1_vstar.engine_check import SMALL_MODEL, check_engine
 from stage1_vstar.rounds import draw_adaptively, recorded_rule
-from stage1_vstar.table import prompt_table, vstar_rows
+from stage1_vstar.table import UNSOLVED, prompt_table, vstar_rows
 
 EXCERPT = 300
 """Characters of a text that are shown of it."""
@@ -138,14 +138,21 @@ def run_stage1(
             engine_check if is_checked else None,
         ) as executor:
             executor.draw(work.missing)
-            if shard != WHOLE:
+            drawn = draw_the_rest(work, executor, config, console) if shard == WHOLE else None
+            if check and not executor.has_drawn:
+                console.print(
+                    "--check compared nothing: no sample is missing, so none was drawn; it compares before new ones "
+                    "are, of another --run or of a higher vstar.num_samples"
+                )
+            if drawn is None:
                 console.print(
                     f"shard {shard} of {paths.samples} is complete; "
                     f"when all are, `vstar` without --shard writes {paths.vstar}"
                 )
                 return
-            drawn = draw_the_rest(work, executor, config, console)
         rows, provenance = estimate(work, drawn, config)
+        for line in overruled(work.old, config):
+            console.print(line)
         record(rows, provenance, work.old, config, console)
         for line in doubtful(rows, work.store):
             console.print(line)
@@ -347,6 +354,17 @@ def carry_over_filter(
         for name in ("keep", "dropped_by")
     ]
     return rows.with_columns(flags), replace(provenance, context={**provenance.context, "filters": filters})
+
+
+def overruled(old: Written | None, config: RunConfig) -> list[str]:
+    """A line where `filter` has set flags that `drop_unsolved` would set otherwise, and which are kept."""
+    filters = old.provenance.context.get("filters", []) if old else []
+    if not filters or not config.vstar.drop_unsolved or UNSOLVED in filters:
+        return []
+    return [
+        f"vstar.drop_unsolved changes nothing: the flags stay as `filter` has set them ({', '.join(filters)}); to drop "
+        f"unsolved prompts too: `python cli.py filter --run {config.run}` with all the rules that you want"
+    ]
 
 
 def is_same(rows: pl.DataFrame, provenance: Provenance, old: Written) -> bool:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.config import RunConfig, Section, read_config
+from common.config import RunConfig, read_config
+from common.section import Section
 from stage2_train.objectives import AStarPO, ObjectiveConfig
 from stage2_train.objectives.protocol import STAGE1_COLUMNS, Column
 

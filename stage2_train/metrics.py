@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from common.files import whole_lines, write_text, writing_to
+from common.documents import read_metrics
+from common.files import write_text, writing_to
 from common.runs import RunPaths
 from common.terminal.console import Terminal
 from common.terminal.progress import progress_bar
@@ -65,9 +66,7 @@ class MetricsLog:
         self._last = last
         self._bar = progress_bar(console)
         self._task = self._bar.add_task("", total=last, completed=max(0, first_iteration - 1))
-        kept = [
-            line for line in whole_lines(paths.metrics) if json.loads(line)["iteration"] < first_iteration
-        ]
+        kept = [line for line, values in read_metrics(paths.metrics) if values["iteration"] < first_iteration]
         write_text(paths.metrics, "".join(kept))
         self._file = paths.metrics.open("a", encoding="utf-8")
         with writing_to(paths.tensorboard):

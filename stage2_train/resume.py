@@ -1,12 +1,12 @@
 """Whether a run is finished, or goes on from a checkpoint: what the two must share, and the refusal of all else."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from common.documents import read_document
 from common.errors import UserError
 from common.provenance import ACCEPTED, UNRECORDED, differences
 from common.runs import RunPaths
@@ -54,13 +54,22 @@ def record(config: Config, data: TrainingData) -> dict[str, Any]:
     return {"iterations": data.iterations(config), "origin": origin(config, data), ACCEPTED: accepted}
 
 
+class TrainedWith(BaseModel):
+    """What tells whether a trained model is the one that a run would give."""
+
+    iterations: int
+    origin: dict[str, Any]
+
+
 def is_finished(paths: RunPaths, trained_with: dict[str, Any]) -> bool:
     """Whether the exported model is what this run would give."""
     if not paths.trained_with.is_file():
         return False
-    found = json.loads(paths.trained_with.read_text(encoding="utf-8"))
-    same = not differences(trained_with["origin"], with_defaults(found["origin"]))
-    return same and bool(found["iterations"] == trained_with["iterations"])
+    found = read_document(
+        paths.trained_with, TrainedWith, "remove it: `train` exports the model of its last checkpoint again"
+    )
+    same = not differences(trained_with["origin"], with_defaults(found.origin))
+    return same and bool(found.iterations == trained_with["iterations"])
 
 
 def refuse_other_origin(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from common.data.held_out import remarks
+from common.documents import read_metrics
 from common.engines import EngineBuilder, build_engine
 from common.errors import UserError
 from common.files import write_text, writing_to
@@ -83,6 +84,7 @@ def run_stage2(
         refuse_other_origin(paths, trained_with["origin"], latest_state(paths.checkpoints), total)
         if ranks.is_main:
             job.enter_context(exclusive_run(paths, "train"))
+            read_metrics(paths.metrics)  # refuses a damaged one
         checkpoint = ranks.from_main(
             newest_intact(paths.checkpoints, console.print) if ranks.is_main else None
         )

@@ -128,6 +128,9 @@ def test_a_number_in_json_keeps_its_digits(tmp_path: Path, number: str, expected
         ("NaN", "row 2: answer is nan, not a number"),
         ("-Infinity", "row 2: answer is -inf, not a number"),
         ("1e999999999", "row 2: answer is 1E+999999999, which is out of range"),
+        ("1e99999999999999999999", "line 3 is no JSON: the number 1e99999999999999999999 is out of range"),
+        ('-0.1e-99999999999999999999, "other": 1', "line 3 is no JSON: the number -0.1e-999"),
+        ('1, "other": 1e99999999999999999999', "line 3 is no JSON: the number 1e999"),
         ('{"a": 1}', "row 2: answer is a dict, not a text or a number"),
         ('"\\ud83d"', "row 2: answer holds half of a UTF-16 pair"),
         ("9" * 5000, "line 3 is no JSON"),
@@ -199,6 +202,21 @@ def test_a_data_set_of_the_hub_gives_the_same_answers_as_a_file(monkeypatch: pyt
     missing = config.data.model_copy(update={"answer_field": "gold"})
     with pytest.raises(UserError, match="has no field gold, it has prompt, answer, other; set"):
         read_pairs(missing, config)
+
+
+def test_a_list_with_a_number_out_of_range_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[{"prompt": "x", "answer": 1, "other": 1e99999999999999999999}]')
+    with pytest.raises(UserError, match=r"^cannot read .*data\.json: the number 1e9{20} is out of range$"):
+        answers(path)
+
+
+def test_a_data_set_with_a_loading_script_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("import datasets\n")
+    with pytest.raises(UserError, match=r"^cannot load the data set .*scripted \(train\).*scripts") as told:
+        answers(tmp_path / "scripted")
+    assert "\n" not in str(told.value)
 
 
 def test_tests_that_are_no_texts_are_refused_with_their_row(tmp_path: Path) -> None:

@@ -86,6 +86,33 @@ MISTAKES = {
         "rescore --run filtered --beta1 1 -o /dev/stdout",
         ("cannot write /dev/stdout: it is a device", "--json"),
     ),
+    "an output that is a link to itself": Mistake(
+        "rescore --run filtered --beta1 1 -o loop",
+        ("cannot write loop: Too many levels of symbolic links; correct the path",),
+    ),
+    "an output below a file": Mistake(
+        "filter --run filtered -o data.jsonl/new.parquet",
+        ("cannot write data.jsonl/new.parquet: a file stands where the path has a folder",),
+    ),
+    "an output where no file can be": Mistake(
+        "rescore --run filtered --beta1 1 -o /proc/new.parquet",
+        ("cannot write /proc/new.parquet: no file can be made in its folder",),
+    ),
+    **{
+        f"a pipe to {command.partition(' ')[0]}": Mistake(
+            f"{command} --vstar pipe", ("cannot read pipe: it is a device, a pipe or a socket; give the",)
+        )
+        for command in (
+            *("inspect", "sweep", "rescore --beta1 1", "filter"),
+            *("forecast --config run.toml", "train --config run.toml"),
+        )
+    },
+    "an artifact that is a link to itself": Mistake(
+        "rescore --beta1 1 --vstar loop", ("cannot read loop: Too many levels of symbolic links",)
+    ),
+    "an artifact that is a folder": Mistake(
+        "filter --vstar empty", ("cannot read empty: it is a folder; give the path of a file",)
+    ),
     "an artifact that is no Parquet file": Mistake(
         "inspect --vstar data.jsonl", ("data.jsonl is not a readable Parquet file",)
     ),
@@ -191,6 +218,8 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def by_two(completion, answer): return 1.0\ndef text(prompt, completion, answer): return '1'\n"
     )
     (root / "empty").mkdir()
+    (root / "loop").symlink_to("loop")
+    os.mkfifo(root / "pipe")
     shutil.copytree(tiny_model, root / "model")
     shutil.copytree(tiny_model, root / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(tiny_model, root / "no_eos", ignore=shutil.ignore_patterns("generation_config.json"))

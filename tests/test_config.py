@@ -4,11 +4,15 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from common.errors import UserError
+from common.section import Section
 from stage2_train.config import Config, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +115,44 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
         ("train.objective.beta2=inf", "train.objective.beta2 should be a finite number, found inf"),
         ("train.lora.alpha=inf", "train.lora.alpha should be a finite number, found inf"),
         ("train.lora.dropout=nan", "train.lora.dropout should be a finite number, found nan"),
+        ("vstar.num_samples=true", "vstar: num_samples should be a number, found True"),
+        ("seed=false", "the file: seed should be a number, found False"),
+        ("data.limit=true", "data: limit should be a number, found True"),
+        ("sampling.temperature=false", "sampling: temperature should be a number, found False"),
+        ("grader.workers=true", "grader: workers should be a number, found True"),
+        ("train.zero_stage=true", "train: zero_stage should be a number, found True"),
+        ("train.adam_betas=[false, 0.9]", "train: adam_betas should be a number, found [False, 0.9]"),
+        ("train.objective.group_size=true", "train.objective: group_size should be a number, found True"),
+        ("model.path=''", "model: path should not be empty, found ''"),
+        ("model.revision=' '", "model: revision should not be empty, found ' '; leave it out"),
+        (
+            "data.path=''",
+            "data: path should not be empty; give a .jsonl, .json, .parquet file, or a hub data",
+        ),
+        ("data.split=''", "data: split should not be empty, found ''; leave it out"),
+        ("data.template=''", "data: template should not be empty, found ''; leave it out"),
+        ("data.prompt_field=''", "data: prompt_field should not be empty, found ''; leave it out"),
+        ("data.answer_field=''", "data: answer_field should not be empty, found ''; leave it out"),
+        ("data.format=''", "data.format should be 'gsm8k', 'math', 'openr1'"),
+        ("grader.name=''", "grader: name should not be empty, found ''"),
+        ("train.wandb_project=''", "train: wandb_project should not be empty, found ''; leave it out"),
+        (
+            "train.lora.target_modules=['q_proj', '']",
+            "train.lora: target_modules should not be empty, found ['q_proj', '']; leave it out",
+        ),
+        (
+            "vstar.num_samples=10000000000000",
+            "vstar.num_samples should be less than or equal to 1000000, found 10000000000000",
+        ),
+        ("evaluate.num_samples=1000001", "evaluate.num_samples should be less than or equal to 1000000"),
+        (
+            "sampling.max_completion_tokens=99999999999999999999999",
+            "sampling.max_completion_tokens should be less than or equal to 2147483647, found 999",
+        ),
+        ("data.limit='2147483648'", "data.limit should be less than or equal to 2147483647, found '2147"),
+        ("train.iterations=2147483648", "train.iterations should be less than or equal to 2147483647"),
+        ("grader.workers=2147483648", "grader.workers should be less than or equal to 1024"),
+        ("grader.timeout_seconds=1e-7", "grader.timeout_seconds should be greater than or equal to 0.1"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_place_and_what_was_found(
@@ -232,14 +274,41 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "grader is missing" in refusal(path)
 
 
+def tables(kind: Any) -> Iterator[type[BaseModel]]:
+    """The models that a type holds, itself included."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+        for field in kind.model_fields.values():
+            yield from tables(field.annotation)
+    for inner in get_args(kind):
+        yield from tables(inner)
+
+
+def test_what_holds_for_every_table_holds_for_each() -> None:
+    found = set(tables(Config))
+    assert {"GraderConfig", "HeldOutConfig", "LoraConfig", "GRPO"} < {table.__name__ for table in found}
+    assert [table for table in found if not issubclass(table, Section)] == []
+
+
+def test_a_whole_number_may_be_as_large_as_the_libraries_count(minimal: Path) -> None:
+    config = load_config(minimal, ["train.epochs=2147483647", "vstar.num_samples=1000000"])
+    assert (config.train.epochs, config.vstar.num_samples) == (2**31 - 1, 1_000_000)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_config(minimal: Path) -> None:
+    minimal.write_text(MINIMAL.lstrip(), encoding="utf-8-sig")
+    assert load_config(minimal).run == "test"
+
+
 def test_a_missing_file_and_invalid_toml_are_named(tmp_path: Path) -> None:
     assert f"cannot read the config {tmp_path / 'none.toml'}: No such file" in refusal(tmp_path / "none.toml")
     assert "Is a directory" in refusal(tmp_path)
     path = tmp_path / "broken.toml"
     path.write_text("run = \n")
     assert f"{path} is not valid TOML: Invalid value (at line 1" in refusal(path)
-    path.write_bytes(b'run = "\xff"')
-    assert f"{path} is not valid TOML" in refusal(path)
+    for content in (b'run = "\xff"', b"seed = " + b"9" * 5000, b"seed = " + b"[" * 5000):
+        path.write_bytes(content)
+        assert f"{path} is not valid TOML" in refusal(path)
 
 
 @pytest.mark.parametrize("override", ["beta1", "vstar.", ".beta1=1", "=1", "vstar..beta1=1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import resource
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from common.demo import word_problems
 from common.demo.base_model import END_OF_TEXT, PADDING, Pretraining, build_base_model, build_tokenizer
+from common.errors import UserError
 
 AWKWARD_TEXTS = [
     "Tom has 12 apples. He buys 3 more apples. How many apples are left?\n",
@@ -32,6 +34,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo") / "base"
     build_base_model(path, seed=0, recipe=TINY, progress=_silent)
     return path
+
+
+def test_a_disk_that_is_full_is_said_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Here no file may grow beyond a size; a full disk fails in the same call."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*/base: File too large; "):
+            build_base_model(tmp_path / "base", seed=0, recipe=TINY, progress=_silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _follow(solution: str, start: int) -> int:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cli
 from common.config import SamplingParams
 from common.data.prompts import PromptRenderer
 from common.errors import UserError
@@ -28,7 +29,7 @@ from stage2_train.config import Config
 from stage2_train.evaluate import bootstrap_interval, completion_logprobs, evaluate, pass_at_k, show
 from tests.conftest import save_tiny_model
 from tests.fakes import IDENTITY, change_json, write_artifact
-from tests.stage2_runs import tiny_config
+from tests.stage2_runs import as_toml, tiny_config
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])
@@ -342,6 +343,34 @@ def test_the_figures_are_shown_as_text(config: Config, tiny_model: Path, engine:
     for words in ("greedy accuracy  0.2000", "pass@1 sampled   0.5000", "pass@4 1.0000", "25.0% truncated"):
         assert words in text
     assert engine.closed
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "JSON"])
+def test_the_figures_are_printed_although_they_cannot_be_written(
+    config: Config,
+    tmp_path: Path,
+    artifacts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+) -> None:
+    run, toml = artifacts / config.run, tmp_path / "run.toml"
+    (run / "model").mkdir(parents=True)
+    (run / "evaluations").touch()
+    toml.write_text(as_toml(config), encoding="utf-8")
+    figures = dict.fromkeys(("greedy_accuracy", "pass_at_1", "kl_sequence", "kl_sequence_se"), 0.25)
+    figures |= {"kl_token": 0.5, "completion_tokens_mean": 7.0, "truncated": 0.0}
+    shown = {**figures, "pass_at_1_interval_95": [0.0, 1.0], "pass_at_k": {"1": 0.25}}
+    results = [
+        {**shown, "model": name, "prompts": 5, "samples_per_prompt": 1} for name in ("first", "second")
+    ]
+    monkeypatch.setattr(module, "evaluate", lambda *_: results)
+    with pytest.raises(UserError, match=r"^cannot write .*evaluations/reference\.json: a file stands where"):
+        cli.evaluate(config=toml, as_json=as_json)
+    printed = capsys.readouterr().out
+    assert (
+        (json.loads(printed) == results) if as_json else all(name in printed for name in ("first", "second"))
+    )
 
 
 def test_a_grader_that_can_judge_nothing_is_no_accuracy_of_zero(

@@ -1,5 +1,6 @@
 """Where files go: whole or absent, never in place of what is no file, never outside artifacts/."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -16,10 +17,15 @@ from stage1_vstar.merge import samples_folder
 from tests.conftest import ROOT
 
 OUTPUTS = {
-    "folder": "it is a folder",
-    "": "it is a folder",
-    "pipe": "it is a device, a pipe or a socket",
-    "link-to-device": "it is a device, a pipe or a socket",
+    "folder": "it is a folder; give the path of a file",
+    "": "it is a folder; give the path of a file",
+    "pipe": "it is a device, a pipe or a socket; give the path of a file",
+    "link-to-device": "it is a device, a pipe or a socket; give the path of a file",
+    "link-to-itself": "Too many levels of symbolic links; correct the path",
+    "file/new": "a file stands where the path has a folder; correct the path",
+    "file/new/new": "a file stands where the path has a folder; correct the path",
+    "link-below-file": "a file stands where the path has a folder; correct the path",
+    "/proc/new": "no file can be made in its folder; what was written before is whole",
     "/dev/full": "it is a device or an open stream",
     "/dev/stdout": "it is a device or an open stream",
     "/dev/fd/1": "it is a device or an open stream",
@@ -33,7 +39,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
     (tmp_path / "link-to-device").symlink_to("/dev/full")
+    (tmp_path / "link-to-itself").symlink_to("link-to-itself")
+    (tmp_path / "link-below-file").symlink_to("file/new")
     return tmp_path
 
 
@@ -41,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_no_regular_file_is_never_replaced(here: Path, output: str) -> None:
     before = {path.name: path.lstat() for path in here.iterdir()}
     device = Path("/dev/full").stat().st_ino
-    with pytest.raises(UserError, match=rf"cannot write .*: {OUTPUTS[output]}; give the path of a file"):
+    with pytest.raises(UserError, match=rf"^cannot write .*: {OUTPUTS[output]}"):
         write_text(Path(output), "text")
     assert {path.name: path.lstat() for path in here.iterdir()} == before
     assert Path("/dev/full").stat().st_ino == device
@@ -93,6 +102,22 @@ def test_a_full_disk_is_recognised_whatever_library_meets_it(tmp_path: Path) -> 
     assert len(lines) == 4, result.stderr
     for line in lines:
         assert line.startswith(f"cannot write {tmp_path}: File too large; what was written before is whole.")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENOTDIR])
+def test_an_error_of_the_disk_is_told_with_the_path(tmp_path: Path, number: int) -> None:
+    with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/file: "), writing_to(tmp_path / "file"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_folder_that_is_gone_is_told_and_a_file_that_is_missing_elsewhere_is_a_defect(
+    tmp_path: Path,
+) -> None:
+    gone = tmp_path / "gone" / "file"
+    with pytest.raises(UserError, match=r"gone/file: no file can be made in its folder"), writing_to(gone):
+        gone.touch()
+    with pytest.raises(FileNotFoundError), writing_to(tmp_path / "file"):
+        (tmp_path / "other").read_text()
 
 
 def test_a_defect_while_writing_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:

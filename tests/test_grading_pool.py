@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from common.grading import (
     Outcome,
     fingerprint,
     negative_rewards_warning,
+    rule_custom,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -258,18 +260,23 @@ def test_what_is_no_reward_function_is_refused_in_one_line_that_names_its_sectio
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "reason"),
+    [
+        ("raising_package", "raise RuntimeError('set API_KEY')", "RuntimeError: set API_KEY"),
+        ("leaving_package", "import sys; sys.exit(3)", "SystemExit: 3"),
+    ],
+)
 def test_a_module_whose_package_raises_says_why_it_is_not_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, reason: str
 ) -> None:
-    package = tmp_path / "raising_package"
+    package = tmp_path / name
     package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('set API_KEY')\n")
+    (package / "__init__.py").write_text(code)
     (package / "rewards.py").write_text("def reward(prompt, completion, answer): return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(
-        UserError, match=r"no module 'raising_package\.rewards' .* \(RuntimeError: set API_KEY\)"
-    ):
-        fingerprint(GraderConfig(name="raising_package.rewards:reward"))
+    with pytest.raises(UserError, match=rf"no module '{name}\.rewards' .* \({reason}\)"):
+        fingerprint(GraderConfig(name=f"{name}.rewards:reward"))
 
 
 def test_a_module_that_is_missing_is_no_fault_of_the_reference_answers(
@@ -321,6 +328,41 @@ def test_a_reward_that_is_no_number_whatever_the_completion_is_refused_before_an
         f"grader.name = 'returning_rewards:reward' returns what is no reward: {expected}; "
         "it must be a function (prompt, completion, answer) -> float"
     )
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("np.bool_(True)", 1.0),
+        ("np.float32(0.25)", 0.25),
+        ("np.int64(-3)", -3.0),
+        ("np.array(0.5)", 0.5),
+        ("np.array(True)", 1.0),
+        ("torch.tensor(0.5)", 0.5),
+        ("torch.tensor(False)", 0.0),
+        ("[(np.int64(1), np.bool_(True)), (torch.tensor(2), np.array(0.5))]", 1.5),
+    ],
+)
+def test_a_scalar_of_another_library_is_the_number_that_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str, expected: float
+) -> None:
+    (tmp_path / "scalar_rewards.py").write_text(f"import numpy as np\nimport torch\n{RETURNS}")
+    monkeypatch.syspath_prepend(tmp_path)
+    grade = rule_custom.grade("scalar_rewards:reward", "", "two", returned)
+    assert (grade.is_judged, grade.reward) == (True, expected)
+
+
+@pytest.mark.parametrize(
+    "returned", ["np.array([0.5])", "np.str_('1')", "np.array('1')", "torch.ones(2)", "np.datetime64('2024')"]
+)
+def test_an_array_and_a_scalar_that_is_no_number_are_no_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str
+) -> None:
+    (tmp_path / "scalar_rewards.py").write_text(f"import numpy as np\nimport torch\n{RETURNS}")
+    monkeypatch.syspath_prepend(tmp_path)
+    grade = rule_custom.grade("scalar_rewards:reward", "", "two", returned)
+    assert not grade.is_judged
+    assert re.search(r"the reward is a \w+, not a number", str(grade.reason))
 
 
 def test_a_reward_of_none_leaves_the_completion_unjudged_like_an_exception(

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from tokenizers import AddedToken, Regex, normalizers, processors
 
+from common.config import DataConfig
 from common.data.prompts import (
     TEMPLATES,
     PromptRenderer,
@@ -417,7 +418,8 @@ def test_a_file_that_is_missing_or_no_parquet_is_named(tiny_model: Path, tmp_pat
     assert "there is no data file" in refusal(tiny_config(tiny_model, tmp_path / "none.jsonl"))
     (tmp_path / "data.parquet").write_text("no parquet")
     assert "cannot read" in refusal(tiny_config(tiny_model, tmp_path / "data.parquet"))
-    assert "data.path is missing" in refusal(tiny_config(tiny_model, tmp_path, data={"path": ""}))
+    unnamed = tiny_config(tiny_model, tmp_path).model_copy(update={"data": DataConfig(format="generic")})
+    assert "data.path is missing" in refusal(unnamed)
 
 
 def test_the_reference_answer_is_read_out_of_a_worked_solution(tiny_model: Path, tmp_path: Path) -> None:

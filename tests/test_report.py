@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.report import write_report
 from common.runs import RunPaths
 from common.terminal.console import Terminal
 from tests.conftest import ROOT
+from tests.fakes import change_json
 
 PNG = b"\x89PNG"
 
@@ -87,6 +88,68 @@ def test_a_line_that_is_still_being_written_is_left_out(trained: RunPaths) -> No
         file.write('{"iteration": 6, "reward/so')
     report(trained)
     assert (trained.report / "training.svg").read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"garbage", "Invalid JSON: expected value at column 1"),
+        (b'{"iteration": 7, "reward/so', "Invalid JSON: EOF while parsing a string at column 27"),
+        (b"", "Invalid JSON: EOF while parsing a value at column 0"),
+        (b'{"iteration": 7, "\xff": 1}', "Invalid JSON: invalid unicode code point at column 19"),
+        (b"null", "Input should be an object"),
+        (b"[1, 2]", "Input should be an object"),
+        (b"{}", "it names no iteration"),
+        (b'{"iteration": null}', "it names no iteration"),
+        (b'{"iteration": "last"}', "iteration: Input should be a valid number, unable to parse string"),
+        (b'{"iteration": 7, "time/iteration": Infinity}', "time/iteration: Input should be a finite number"),
+    ],
+)
+def test_a_damaged_line_of_the_metrics_is_named(trained: RunPaths, content: bytes, problem: str) -> None:
+    lines = trained.metrics.read_bytes().splitlines(keepends=True)
+    trained.metrics.write_bytes(b"".join([*lines[:2], content + b"\n", *lines[2:]]))
+    with pytest.raises(DamagedFile) as told:
+        report(trained)
+    assert str(told.value).startswith(f"{trained.metrics}, line 3 is damaged: {problem}")
+    assert str(told.value).endswith("; remove the line: nothing but its point in the curves is lost")
+
+
+def test_what_cannot_be_read_is_named(trained: RunPaths) -> None:
+    for file in (trained.evaluation("trained"), trained.metrics):
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(
+            DamagedFile, match=rf"^cannot read {file}: Is a directory; correct its permissions"
+        ):
+            report(trained)
+
+
+def test_a_line_without_times_and_with_missing_numbers_is_no_damage(trained: RunPaths) -> None:
+    with trained.metrics.open("a") as file:
+        file.write('{"iteration": 6, "time/iteration": 2.0, "loss/regression": null}\n')
+    assert "the training curves" in report(trained)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "Invalid JSON: EOF"),
+        ('{"greedy_accuracy": 0.5,', "Invalid JSON: EOF"),
+        ("[]", "Input should be an object"),
+        ("{}", "greedy_accuracy: Field required"),
+        (None, "pass_at_1_interval_95.1: Field required"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(trained: RunPaths, content: str | None, problem: str) -> None:
+    file = trained.evaluation("trained")
+    if content is None:
+        change_json(file, pass_at_1_interval_95=[0.5])
+    else:
+        file.write_text(content)
+    with pytest.raises(DamagedFile) as told:
+        report(trained)
+    assert str(told.value).startswith(f"{file} is damaged: {problem}")
+    assert str(told.value).endswith("; remove it, or make it anew with `python cli.py evaluate`")
 
 
 def test_a_folder_with_training_alone_has_a_page(trained: RunPaths) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from common.errors import DamagedFile
 from common.provenance import Allowance, Provenance
 from common.report import write_report
 from common.report.browser import SAMPLES_SHOWN, read_samples
@@ -27,7 +28,15 @@ from common.terminal.console import Terminal
 from stage1_vstar.filter import Rule, filter_prompts
 from stage1_vstar.sweep_run import run_sweep
 from tests.chromium import Browser, needs_chromium
-from tests.fakes import CONTEXT, IDENTITY, ScriptedEngine, sample_rows, tiny_config, write_artifact
+from tests.fakes import (
+    CONTEXT,
+    IDENTITY,
+    ScriptedEngine,
+    change_json,
+    sample_rows,
+    tiny_config,
+    write_artifact,
+)
 from tests.stage1_runs import Engines, rows_of, run, write_questions
 
 RAW = (
@@ -375,6 +384,39 @@ def test_regrades_and_a_sweep_have_their_sections(copy: RunPaths) -> None:
     assert "wrong → correct 1,234" in text
     assert html(copy).count("<img") == 3
     assert "If prompts with pass@N = 0 are dropped" in text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"samples": 3}', '{"by_num_samples": {', "of these samples"])
+def test_a_damaged_sweep_is_named(tmp_path: Path, content: str) -> None:
+    paths = artifact_of(tmp_path / "mine", {"p": ["correct", "wrong"]})
+    run_sweep(paths.vstar, beta1=["inf"])
+    document = paths.report / "sweep.json"
+    if content == "of these samples":
+        change_json(document, by_num_samples=[{"num_samples": 1}])
+    else:
+        document.write_text(content)
+    with pytest.raises(
+        DamagedFile, match=r"report/sweep\.json is damaged: .*; .* `python cli\.py sweep --run mine`"
+    ):
+        reported(paths)
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"before": "gsm8k/1"}'])
+def test_a_damaged_summary_of_a_regrade_is_named(tmp_path: Path, content: str) -> None:
+    paths = artifact_of(tmp_path, {"p": ["correct", "wrong"]})
+    folder = paths.regraded / "math-1"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(content)
+    with pytest.raises(
+        DamagedFile, match=r"math-1/summary\.json is damaged: .*; .* `python cli\.py regrade`"
+    ):
+        reported(paths)
+
+
+def test_a_config_that_is_no_text_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    paths = artifact_of(tmp_path, {"p": ["correct", "wrong"]})
+    paths.config.write_bytes(b'{"run": "\xff mine"}')
+    assert '{"run": "� mine"}' in text_of(reported(paths))
 
 
 @pytest.mark.parametrize(

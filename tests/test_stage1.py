@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import UserError
 from common.provenance import read_provenance
-from common.runs import exclusive_run, run_paths
+from common.runs import WHOLE, Shard, exclusive_run, run_paths
 from common.sampling import writer as writer
 from common.sampling.missing import Missing
 from common.seeds import derive_seed
@@ -225,6 +225,32 @@ def test_a_filters_flags_survive_a_new_beta1_and_more_samples(tiny_model: Path, 
     run(tiny_config(tiny_model, data_file, vstar={"num_samples": 5, "beta1": 2.0}))
     assert rows_of()["keep"].to_list() == flags
     assert read_provenance(path).context["filters"] == ["pass@N = 0", "pass rate below 0.3"]
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize(("unsolved", "said"), [(False, True), (True, False)])
+def test_drop_unsolved_after_another_filter_is_said_to_change_nothing(
+    tiny_model: Path, data_file: Path, unsolved: bool, said: bool
+) -> None:
+    run(tiny_config(tiny_model, data_file))
+    rules = drop_rules(unsolved=unsolved, solved=True, min_pass_rate=0, max_pass_rate=1)
+    filter_prompts(run_paths("test").vstar, None, rules)
+    flags = rows_of()["keep"].to_list()
+    printed = run(tiny_config(tiny_model, data_file, vstar={"drop_unsolved": True}))
+    line = "vstar.drop_unsolved changes nothing: the flags stay as `filter` has set them (all correct); "
+    assert (line in printed) is said
+    assert ("`python cli.py filter --run test`" in printed) is said
+    assert rows_of()["keep"].to_list() == flags
+    assert "changes nothing" not in run(tiny_config(tiny_model, data_file))
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize("shard", [WHOLE, Shard(1, 2)], ids=str)
+def test_a_check_that_had_nothing_to_compare_says_so(tiny_model: Path, data_file: Path, shard: Shard) -> None:
+    config = tiny_config(tiny_model, data_file)
+    assert "--check" not in run(config, shard)
+    assert "--check compared nothing: no sample is missing" in run(config, shard, check=True)
+    assert "--check" not in run(config, shard)
 
 
 def test_answers_that_no_grader_can_use_are_refused_before_the_engine_loads_or_dropped(
@@ -448,7 +474,8 @@ def test_a_folder_that_is_a_file_is_named(
     (tmp_path / "file").touch()
     monkeypatch.setenv("ASTAR_PO_ARTIFACTS", str(tmp_path / "file"))
     with pytest.raises(
-        UserError, match=r"cannot write to .*file/test: Not a directory; .*ASTAR_PO_ARTIFACTS"
+        UserError,
+        match=r"cannot write to .*file/test: a file stands where the path has a folder; .*ASTAR_PO_ARTIFACTS",
     ):
         run(tiny_config(tiny_model, data_file))
     monkeypatch.setenv("ASTAR_PO_ARTIFACTS", str(tmp_path / "artifacts"))

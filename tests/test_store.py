@@ -272,7 +272,7 @@ def test_brackets_in_a_path_are_no_pattern(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["write", "sync", "rename", "folder"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EBADF])
 def test_a_write_that_fails_at_any_point_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int
 ) -> None:
@@ -298,7 +298,7 @@ def test_a_write_that_fails_at_any_point_changes_nothing(
             patch.setattr(Path, "replace", fail)
         else:
             patch.setattr(Path, "mkdir", fail)
-        with pytest.raises(UserError if number == errno.ENOSPC else OSError, match=os.strerror(number)):
+        with pytest.raises(OSError if number == errno.EBADF else UserError, match=os.strerror(number)):
             store.append(rows.tail(5).to_dicts())
     assert sorted(tmp_path.iterdir()) == before
     assert len(addresses(SampleStore(tmp_path, PROVENANCE))) == 4

@@ -31,7 +31,7 @@ from stage2_train.metrics import MetricsLog
 from stage2_train.objectives.grpo import GRPO
 from stage2_train.records import ENTROPY, LOG_RATIO, LOGPROB_GAP, SequenceRecord
 from stage2_train.records import summarise as summarise_records
-from stage2_train.resume import origin, with_defaults
+from stage2_train.resume import is_finished, origin, with_defaults
 from stage2_train.run import run_stage2
 from tests import warm
 from tests.conftest import save_tiny_model
@@ -534,6 +534,30 @@ def test_the_log_forgets_what_came_after_the_checkpoint_and_a_line_cut_in_half(
     log.close()
     rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     assert rows == [{"iteration": 1, "a/b": 1}, {"iteration": 2, "a/b": 5.0}]
+
+
+def test_a_damaged_log_is_refused_before_a_model_loads(
+    setting: tuple[Config, Path], artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, vstar = setting
+    metrics = run_paths(config.run).metrics
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"iteration": 1}\n{"iteration": 2, "a/\n')
+    monkeypatch.setattr("stage2_train.run.Trainer", None)
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl, line 2 is damaged: Invalid JSON: .*; remove the line"
+    ):
+        run_stage2(config, Terminal(quiet=True), vstar)
+    assert metrics.read_text() == '{"iteration": 1}\n{"iteration": 2, "a/\n'
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"iterations": 3}', '{"iterations": 3, "origin": {'])
+def test_a_damaged_record_of_a_trained_model_is_refused(tmp_path: Path, content: str) -> None:
+    paths = RunPaths(tmp_path)
+    paths.model.mkdir()
+    paths.trained_with.write_text(content)
+    with pytest.raises(UserError, match=r"model/astar_po\.json is damaged: .*; remove it: `train` exports"):
+        is_finished(paths, {"iterations": 3, "origin": {}})
 
 
 def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:

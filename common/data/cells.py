@@ -1,6 +1,6 @@
 """Cells of a data set as texts: what JSON or a Parquet column can hold, exactly as it stands there, or refused."""
 
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,15 @@ def _widened(value: float | None, dtype: pl.DataType) -> float | None:
 
 
 def number_of(literal: str) -> float | Decimal:
-    """A number of a JSON file: a float, or where that would not keep all of its digits, a decimal."""
-    number, exact = float(literal), Decimal(literal)
+    """A number of a JSON file: a float, or where that would not keep all of its digits, a decimal.
+
+    Raises ValueError for an exponent that no decimal has.
+    """
+    number = float(literal)
+    try:
+        exact = Decimal(literal)
+    except InvalidOperation as error:
+        raise ValueError(f"the number {literal[:40]} is out of range") from error
     return number if Decimal(repr(number)) == exact else exact
 
 

@@ -215,7 +215,7 @@ def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
                 [name for name in rows.column_names if name in (*wanted, *TEST_SETUP_FIELDS)]
             )
         return rows_of(pl.DataFrame(rows.with_format("arrow")[:]))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # each kind of data set has errors of its own
         raise UserError(
             f"cannot load the data set {data.path} ({data.split}) from the hub: {first_line(error)}; "
             f"for a local file give a {data.section}.path that ends in {', '.join(LOCAL_FILES)}"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.demo.word_problems import MAX_CHANGES, PROMPT_TEMPLATE, demonstration, stream, vocabulary_text
+from common.files import writing_to
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,10 @@ def build_base_model(
     recipe: Pretraining | None = None,
     progress: Callable[[str], None] = print,
 ) -> None:
-    """Write a Hugging Face folder at `path`, which appears only when whole; same seed, same weights."""
+    """Write a Hugging Face folder at `path`, which appears only when whole; same seed, same weights.
+
+    Raises UserError where it cannot be written.
+    """
     if path.exists():
         raise ValueError(f"{path} exists already: remove it to build the base model again")
     from transformers.utils import logging
@@ -72,16 +76,17 @@ def build_base_model(
     recipe = recipe or Pretraining()
     tokenizer = build_tokenizer()
     model = _pretrain(tokenizer, recipe, seed, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     logging.disable_progress_bar()
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        os.rename(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            unfinished.chmod(0o755)
+            os.rename(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     progress(f"base model written to {path}")
 
 

@@ -2,19 +2,18 @@
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.grading.graders import GRADERS, find_grader, is_grader_name
+from common.section import Section
 
 
-class GraderConfig(BaseModel):
+class GraderConfig(Section):
     """Which grader, and what one worker process may use. Only the name changes verdicts."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     workers: int = Field(default=1, ge=1, le=1024)
-    timeout_seconds: float = Field(default=5.0, gt=0, le=86_400)
+    timeout_seconds: float = Field(default=5.0, ge=0.1, le=86_400)
     memory_gib: float = Field(default=2.0, ge=0.5, le=65_536)
 
     @field_validator("name")

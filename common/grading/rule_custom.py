@@ -28,7 +28,7 @@ def version(name: str) -> str:
     module, reason = name.partition(":")[0], ""
     try:
         spec = importlib.util.find_spec(module)
-    except Exception as error:  # noqa: BLE001  a parent package's own code runs here
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a parent package's own code runs here
         spec, reason = None, f" ({_describe(error)})"
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise UserError(
@@ -112,9 +112,10 @@ def _steps(found: Sequence[Any], length: int) -> tuple[tuple[int, float], ...]:
     """
     steps: list[tuple[int, float]] = []
     for step in found:
-        if not (isinstance(step, list | tuple) and len(step) == 2 and isinstance(step[0], Integral)):
+        place = _plain(step[0]) if isinstance(step, list | tuple) and len(step) == 2 else None
+        if not isinstance(place, Integral):
             raise TypeError(f"a step's reward is {step!r}, not (end of the step in characters, reward)")
-        end = int(step[0])
+        end = int(place)
         if not (steps[-1][0] if steps else 0) < end <= length:
             raise ValueError(
                 f"a step ends at character {end} of {length}, after one that ends at {steps[-1][0] if steps else 0}"
@@ -128,12 +129,18 @@ def _steps(found: Sequence[Any], length: int) -> tuple[tuple[int, float], ...]:
 def _number(reward: Any) -> float:
     if reward is None:
         raise ValueError("the reward is None")
-    if not isinstance(reward, Real):
+    plain = _plain(reward)
+    if not isinstance(plain, Real):
         raise TypeError(f"the reward is a {type(reward).__name__}, not a number")
-    number = float(reward)
+    number = float(plain)
     if not math.isfinite(number):
         raise ValueError(f"the reward is {number}")
     return number
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy, torch or their like as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def extract_gold(raw: str) -> str:

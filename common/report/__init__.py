@@ -3,15 +3,15 @@
 Reads the run's artifacts only; no model, no torch. Whatever a run has so far is shown, and nothing else is needed.
 """
 
-import json
-from typing import Any
+from collections.abc import Mapping
 
 from rich.table import Table
 
+from common.documents import read_document, read_metrics
 from common.errors import UserError
-from common.files import atomic_path, whole_lines
+from common.files import atomic_path
 from common.report.curves import draw_training
-from common.report.evaluations import evaluation_rows
+from common.report.evaluations import Result, evaluation_rows
 from common.report.page import write_page
 from common.report.stage1 import read_stage1
 from common.runs import RunPaths
@@ -19,14 +19,14 @@ from common.terminal.console import Terminal
 
 
 def write_report(paths: RunPaths, console: Terminal) -> None:
-    """Print the table, draw the curves, write the page. Raises UserError if there is nothing to report."""
-    metrics = [json.loads(line) for line in whole_lines(paths.metrics)]
+    """Print the table, draw the curves, write the page. Raises UserError if there is nothing, or a damaged file."""
+    metrics = [values for _, values in read_metrics(paths.metrics)]
     if not metrics and not paths.vstar.exists():
         raise UserError(
             f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run `python cli.py vstar` first"
         )
-    evaluations: dict[str, dict[str, Any]] = {
-        name: json.loads(file.read_text(encoding="utf-8"))
+    evaluations = {
+        name: read_document(file, Result, "remove it, or make it anew with `python cli.py evaluate`")
         for name in ("reference", "trained")
         if (file := paths.evaluation(name)).exists()
     }
@@ -42,7 +42,7 @@ def write_report(paths: RunPaths, console: Terminal) -> None:
     console.print(f"{page}: everything on a page; open it in a browser")
 
 
-def _table(evaluations: dict[str, dict[str, Any]]) -> Table:
+def _table(evaluations: Mapping[str, Result]) -> Table:
     table = Table(title="held-out prompts")
     table.add_column("")
     for name in evaluations:

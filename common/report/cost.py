@@ -54,10 +54,12 @@ def stage2_cost(metrics: Sequence[dict[str, float]]) -> Cost:
     """The iterations and the evaluations between them."""
 
     def total(name: str) -> float:
-        return sum(point.get(name) or 0.0 for point in metrics)
+        return sum(point.get(name, 0.0) for point in metrics)
 
     steps = [point for point in metrics if "time/iteration" in point]
-    tokens = (point["throughput/completion_tokens_per_second"] * point["time/iteration"] for point in steps)
+    tokens = (
+        point.get("throughput/completion_tokens_per_second", 0.0) * point["time/iteration"] for point in steps
+    )
     processes = {point.get("train/processes") for point in steps}
     known = processes.pop() if len(processes) == 1 else None
     return Cost(

@@ -6,8 +6,7 @@ models wrote passes through the template's escaping.
 
 import base64
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from common.documents import read_document
 from common.errors import UserError
 from common.files import file_digest, write_text
 from common.grading import Outcome
@@ -25,9 +25,11 @@ from common.report.browser import SAMPLES_SHOWN, Group, browse
 from common.report.cost import stage1_cost, stage2_cost
 from common.report.curves import training_pictures
 from common.report.distributions import pass_rate_picture, vstar_picture
-from common.report.evaluations import evaluation_rows
+from common.report.evaluations import Result, evaluation_rows
 from common.report.picture import Picture
+from common.report.regrades import Regrade
 from common.report.stage1 import PROMPTS_SHOWN, Stage1
+from common.report.sweep_files import SweptFigures, SweptFrom
 from common.report.text import visible
 from common.runs import RunPaths
 
@@ -59,7 +61,7 @@ def write_page(
     paths: RunPaths,
     stage1: Stage1 | None,
     metrics: Sequence[dict[str, float]],
-    evaluations: dict[str, dict[str, Any]],
+    evaluations: Mapping[str, Result],
 ) -> Path:
     """Write report/report.html from what a run has so far: the rows of vstar.parquet, metrics, evaluations."""
     style = (_HERE / "page.css").read_text(encoding="utf-8")
@@ -166,31 +168,32 @@ def _sweep(paths: RunPaths, stage1: Stage1) -> dict[str, Any] | None:
     drawing, document = (paths.sweep(paths.vstar, suffix) for suffix in ("svg", "json"))
     if not document.exists():
         return None
-    figures = json.loads(document.read_text(encoding="utf-8"))
+    remedy = f"remove it, or make it anew with `python cli.py sweep --run {paths.root.name}`"
+    made_of = read_document(document, SweptFrom, remedy)
     drawn = file_digest(drawing) if drawing.exists() else None
-    found = (figures.get("samples"), figures.get("drawings", {}).get("svg"))
-    if found != (stage1.samples_digest, drawn):
+    if (made_of.samples, made_of.drawings.get("svg")) != (stage1.samples_digest, drawn):
         return {"picture": None}
     return {
         "picture": Picture(
             svg=drawing.read_text(encoding="utf-8"),
             alt="Plots of what other N and β₁ would have given; sweep.json beside this page has the numbers.",
         ),
-        "by_num_samples": figures["by_num_samples"],
+        "by_num_samples": read_document(document, SweptFigures, remedy).by_num_samples,
     }
 
 
-def _regrades(paths: RunPaths) -> list[dict[str, Any]]:
+def _regrades(paths: RunPaths) -> list[Regrade]:
     """What `regrade` found out, a summary a grader."""
     files = [regraded.summary for regraded in paths.regrades if regraded.summary.exists()]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    remedy = "remove it, or make it anew with `python cli.py regrade`"
+    return [read_document(file, Regrade, remedy) for file in files]
 
 
 def _documents(paths: RunPaths) -> list[tuple[str, str]]:
     """Files that say how the run was made, whole."""
     files = [paths.config, paths.trained_with]
     return [
-        (str(file.relative_to(paths.root)), file.read_text(encoding="utf-8"))
+        (str(file.relative_to(paths.root)), file.read_text(encoding="utf-8", errors="replace"))
         for file in files
         if file.exists()
     ]

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import polars as pl
+from pydantic import BaseModel
 
 from common.grading import Outcome
 from common.runs import RunPaths
@@ -12,6 +13,34 @@ from common.runs import RunPaths
 def sweep_file(source: Path, suffix: str) -> Path:
     """Where the sweep of a table lies, which need not be a run's."""
     return RunPaths(source.parent).sweep(source, suffix)
+
+
+class SweptFrom(BaseModel):
+    """Of which samples a sweep is, and its drawings by their digests; older ones do not say."""
+
+    samples: str | None = None
+    drawings: dict[str, str] = {}
+
+
+class MeanAndSd(BaseModel):
+    """Over subsets of N samples."""
+
+    mean: float
+    sd: float
+
+
+class SweptColumn(BaseModel):
+    """What depends on N."""
+
+    num_samples: int
+    dropped: MeanAndSd
+    time_saved: MeanAndSd
+
+
+class SweptFigures(BaseModel):
+    """What is shown of a sweep's figures."""
+
+    by_num_samples: list[SweptColumn]
 
 
 class SamplesDigest:

@@ -48,6 +48,11 @@ class LocalExecutor:
         self._pool: GraderPool | None = None
         self._engine: RolloutEngine | None = None
 
+    @property
+    def has_drawn(self) -> bool:
+        """Whether there was a sample to draw, for which the model was loaded."""
+        return self._engine is not None
+
     def __enter__(self) -> Self:
         return self
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from common.config import Beta1, Section
+from common.config import Beta1
+from common.section import Section
 from stage2_train.objectives.protocol import Column, Loss
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from common.config import Section
+from common.section import Section
 from stage2_train.objectives.protocol import Column, Loss
 from stage2_train.objectives.surrogate import (
     Average,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from common.config import Section
+from common.section import Section
 from stage2_train.objectives.protocol import Column, Loss
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from common.config import Section
+from common.section import Section
 from stage2_train.objectives.centred_residual import group_variance
 from stage2_train.objectives.protocol import Column, Loss
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from common.config import Section
+from common.section import Section
 from stage2_train.objectives.protocol import Column, Loss, Tally
 from stage2_train.objectives.surrogate import averaged, clipped_surrogate, whitened
 
