@@ -85,7 +85,7 @@ def work(config: Config, folder: Path) -> dict[str, Any]:
     found["ranks after closing"] = int(alive)
     engine = build_engine(config, folder, renderer, beside_trainer=True)
     found["built anew"] = sample(engine, own, SAMPLING)
-    dies = [dataclasses.replace(own[0], prompt_token_ids=(10**9,)), *own[1:]]
+    dies = [dataclasses.replace(own[0], prompt_token_ids=(1,) * 10_000), *own[1:]]
     try:
         sample(engine, dies, SAMPLING)
     except Exception as error:  # noqa: BLE001

@@ -10,7 +10,7 @@ from common.grading.process import KILL_GRACE_SECONDS
 from common.grading.progress import ProgressPage, page_file
 
 ROOT = Path(__file__).parents[1]
-LIMIT_SECONDS = 0.5
+LIMIT_SECONDS = 1.0
 GOOD = r"so \boxed{\frac{x}{2}}"
 
 # The content of a box.
