@@ -47,7 +47,7 @@ LONGEST_FILES = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """How many `-n auto` is: one more than cores, since tests also wait; none beside this process with a GPU to share."""
+    """How many `-n auto` is: one more than cores, since tests also wait; none beside this process to share a GPU."""
     return 0 if tests.warm.HAS_GPU else min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
 
 
