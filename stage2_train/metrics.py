@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from common.runs import RunPaths
 from common.terminal.console import Terminal
 from common.terminal.progress import progress_bar
 from stage2_train.config import Config
+from stage2_train.wandb_log import WandbLog
 
 Metrics = dict[str, float]
 """Values under group/name keys, such as reward/mean or time/rollout (seconds)."""
@@ -71,13 +71,7 @@ class MetricsLog:
         self._file = paths.metrics.open("a", encoding="utf-8")
         with writing_to(paths.tensorboard):
             self._board = TensorBoardFile(paths.tensorboard, first_step=first_iteration)
-        self._wandb: Any = None
-        if config.train.wandb_project is not None:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.train.wandb_project, name=config.run, config=config.model_dump(mode="json")
-            )
+        self._wandb = WandbLog(config, console) if config.train.wandb_project is not None else None
         self._bar.start()
 
     def close(self) -> None:
@@ -87,7 +81,7 @@ class MetricsLog:
             with suppress(OSError):
                 file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
 
     def write(self, iteration: int, metrics: Metrics) -> None:
         """Log one iteration; its line is on disk when this returns, before any checkpoint that continues after it.
@@ -103,7 +97,7 @@ class MetricsLog:
         with writing_to(self._paths.tensorboard):
             self._board.write(iteration, metrics)
         if self._wandb is not None:
-            self._wandb.log(metrics, step=iteration)
+            self._wandb.write(iteration, metrics)
         self._console.print(self._line(iteration, metrics))
         self._bar.update(self._task, completed=iteration, description=f"iteration {iteration}/{self._last}")
 

@@ -1,0 +1,46 @@
+"""Figures for Weights & Biases, a service: without it training goes on, and metrics.jsonl has them all."""
+
+from typing import Any
+
+from common.errors import UserError, cause
+from common.terminal.console import Terminal
+from stage2_train.config import Config
+
+
+class WandbLog:
+    """A run of the configured project."""
+
+    def __init__(self, config: Config, console: Terminal) -> None:
+        """Begin it. Raises UserError where that fails, as without a login."""
+        import wandb
+
+        self._console = console
+        try:
+            self._run: Any = wandb.init(
+                project=config.train.wandb_project, name=config.run, config=config.model_dump(mode="json")
+            )
+        except Exception as error:
+            raise UserError(
+                f"train.wandb_project: wandb cannot begin a run ({cause(error)}); run `wandb login`, set "
+                "WANDB_MODE=offline, or leave it out"
+            ) from error
+
+    def write(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Send the figures of an iteration; after a failure, which is said, nothing is sent any more."""
+        self._try(lambda run: run.log(metrics, step=iteration))
+
+    def close(self) -> None:
+        """Have all sent."""
+        self._try(lambda run: run.finish())
+        self._run = None
+
+    def _try(self, work: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            work(self._run)
+        except Exception as error:  # noqa: BLE001  of a service anything can fail
+            self._run = None
+            self._console.print(
+                f"warning: wandb failed ({cause(error)}): it gets no more figures, metrics.jsonl does"
+            )
