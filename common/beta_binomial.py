@@ -137,10 +137,14 @@ def _vstar_of_logit(t_GQ: Floats, beta1: float) -> Floats:
 def dropped_share(prior: BetaPrior, num_samples: int, *, solvable_from: float = 0.0) -> float:
     """Share of the prompts of pass rate ≥ `solvable_from` that the pass@N = 0 filter drops: E[(1 − p)^N | p ≥ q].
 
-    It is B(a, b + N) / B(a, b) · I_{1−q}(b + N, a) / I_{1−q}(b, a), with I the regularised incomplete beta function.
+    It is B(a, b + N) / B(a, b) · I_{1−q}(b + N, a) / I_{1−q}(b, a), with I the regularised incomplete beta function;
+    NaN where the prior has no such prompts.
     """
     from scipy.special import betainc, betaln
 
     a, b, upper = prior.a, prior.b, 1.0 - solvable_from
-    kept = betainc(b + num_samples, a, upper) / betainc(b, a, upper)
+    there_are = float(betainc(b, a, upper))
+    if not there_are:
+        return math.nan
+    kept = betainc(b + num_samples, a, upper) / there_are
     return float(np.exp(betaln(a, b + num_samples) - betaln(a, b)) * kept)

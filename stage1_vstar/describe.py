@@ -116,7 +116,7 @@ def _uncertainty(rows: pl.DataFrame) -> tuple[float, float | None, float | None]
 
     For rewards of 0 and 1 the last two are averages over the Beta distribution of pass rates that fits these counts:
     the last is the share of the prompts of pass rate SOLVABLE or more that have no correct sample. For other rewards,
-    or N = 1, it is None and the bias is `approximate_bias`.
+    or N = 1, it is None and the bias is `approximate_bias`; it is None too where there are no such prompts.
     """
     rewards_S = rows["rewards"].explode().to_numpy()
     counts_P = rows["num_samples"].to_numpy().astype(np.int64)
@@ -132,7 +132,7 @@ def _uncertainty(rows: pl.DataFrame) -> tuple[float, float | None, float | None]
     biases_N = [plugin_bias(prior.quantiles(PRIOR_POINTS), size, beta1).mean() for size in sizes_N.tolist()]
     dropped_N = [dropped_share(prior, size, solvable_from=SOLVABLE) for size in sizes_N.tolist()]
     bias, dropped = (float(np.average(each_N, weights=prompts_N)) for each_N in (biases_N, dropped_N))
-    return width, bias, dropped
+    return width, bias, None if np.isnan(dropped) else dropped
 
 
 def _histogram(rate: pl.Series) -> list[int]:
@@ -182,7 +182,9 @@ def _summary(figures: Description) -> RenderableType:
         + ("" if figures.estimator == "plugin" else f", {figures.estimator}"),
         "standard error of V̂*": "–" if error is None else f"{error:.4f} on average",
         "95 % interval of V*": f"{figures.mean_interval_width:.4f} wide on average",
-        "bias of V̂*": "–" if figures.mean_bias is None else f"about {figures.mean_bias:.4f} for the plug-in",
+        "bias of V̂*": "–"
+        if figures.mean_bias is None
+        else f"about {round(figures.mean_bias, 4) + 0.0:.4f} for the plug-in",
         "pass@N = 0 would drop": "–"
         if figures.solvable_dropped is None
         else f"{figures.solvable_dropped:.2%} of the prompts of pass rate {SOLVABLE:g} or more (estimated)",

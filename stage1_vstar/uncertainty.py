@@ -135,6 +135,10 @@ def _share(rewards_S: Floats, top_S: Floats, beta1: float, bottom: float) -> Flo
     return np.where(top_S > bottom, share_S, 0.0)
 
 
+LOWEST_RATE = 1e-100
+"""SciPy's binomial distribution overflows at rates of 1e-308, which a prior has where nothing is ever solved."""
+
+
 def plugin_bias(pass_rate: ArrayLike, num_samples: int, beta1: float) -> Floats:
     """E[V̂*] − V* of the plug-in for 0/1 rewards of pass rate p and N samples, exactly: a sum over the binomial.
 
@@ -143,6 +147,7 @@ def plugin_bias(pass_rate: ArrayLike, num_samples: int, beta1: float) -> Floats:
     from scipy.stats import binom
 
     rate_P = np.asarray(pass_rate, np.float64)
+    rate_P = np.where(rate_P < LOWEST_RATE, 0.0, rate_P)
     successes_K = np.arange(num_samples + 1)
     truth_P = two_valued_vstar(rate_P, beta1)
     errors_PK = two_valued_vstar(successes_K / num_samples, beta1) - truth_P[..., None]

@@ -1,7 +1,9 @@
 """rescore, filter and inspect: arithmetic on an artifact, on any machine, without a model."""
 
+import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,9 @@ import pytest
 from common.errors import UserError
 from common.provenance import read_provenance
 from common.runs import REPOSITORY, exclusive_run, run_paths
+from common.terminal.console import Terminal
 from common.vstar_file import ESTIMATORS, read_vstar
-from stage1_vstar.describe import Extent, describe, to_json
+from stage1_vstar.describe import Extent, describe, show, to_json
 from stage1_vstar.estimator import estimate
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
@@ -202,6 +205,19 @@ def test_inspect_says_how_far_vstar_may_be_off(tmp_path: Path) -> None:
     assert 0.4 < figures.mean_interval_width < 0.8
     graded = write_artifact(tmp_path / "graded.parquet", {"p": ["wrong"] * 2}, rewards={"p": [0.25, 0.5]})
     assert describe(graded).solvable_dropped is None
+
+
+@pytest.mark.parametrize(("outcome", "dropped"), [("wrong", "–"), ("correct", "0.00% of the prompts")])
+def test_prompts_that_are_all_alike_are_described_without_a_warning(
+    outcome: str, dropped: str, tmp_path: Path
+) -> None:
+    """Where none is ever solved there is no prompt of pass rate 0.05 that could be dropped wrongly."""
+    path = tmp_path / "vstar.parquet"
+    write_artifact(path, {name: [outcome] * 4 for name in ("p1", "p2", "p3")})
+    printed = io.StringIO()
+    show(describe(path), Terminal(file=printed, width=120))
+    assert re.search(rf"pass@N = 0 would drop +{dropped}", printed.getvalue())
+    assert not re.search(r"nan|-0\.0+\b", printed.getvalue())
 
 
 def test_rescoring_says_when_flags_are_of_the_old_vstar(artifact: Path) -> None:
