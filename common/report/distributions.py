@@ -35,7 +35,7 @@ def vstar_picture(prompts: pl.DataFrame) -> Picture:
     low, middle, high = np.quantile(vstar_P, [0.25, 0.5, 0.75])
     edges_E = np.histogram_bin_edges(vstar_P, BINS, range=(min(0.0, vstar_P.min()), max(1.0, vstar_P.max())))
     return Picture(
-        svg=_histogram(vstar_P, prompts["keep"].to_numpy(), edges_E, r"$\hat{V}^*$"),
+        svg=_histogram(vstar_P, prompts["keep"].to_numpy(), edges_E, r"$\hat{V}{}^*$"),
         alt=f"Histogram of V̂*: median {middle:.3f}, middle half from {low:.3f} to {high:.3f}. {_kept(prompts)}",
     )
 
