@@ -1,0 +1,92 @@
+r"""LaTeX to sympy by latex2sympy, with what it reads wrongly put right where it reads.
+
+`R` and `r` are two letters, only `2\frac34` is a mixed number (it adds the digits of `3(4)` too), `i` is the
+imaginary unit and `I` a letter.
+"""
+
+import re
+from functools import cache, lru_cache
+from typing import Any
+
+_NAME_OR_CAPITAL_I = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|I")
+_IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\imath")
+_INDEXED = re.compile(r"\\(?:sum|prod|int)|_\{?i|\bi=")
+_COMPLEX = re.compile(r"\\mathbb\{C\}|\\(?:det|arg|Re|Im|imath)(?![A-Za-z])|\\operatorname\{(?:tr|rank|Re|Im)\}")
+
+
+def is_complex(latex: str) -> bool:
+    """Whether the letters in it may stand for complex numbers."""
+    return _COMPLEX.search(latex) is not None
+
+
+@lru_cache(maxsize=8_192)
+def parse(latex: str, *, is_real: bool) -> Any:
+    """latex2sympy's reading of cleaned LaTeX; None where it has none."""
+    from latex2sympy2_extended.latex2sympy2 import normalize_latex
+
+    imaginary = _IMAGINARY.search(latex) is not None and not _INDEXED.search(latex)
+    latex = _NAME_OR_CAPITAL_I.sub(lambda name: r"\text{I}" if name[0] == "I" else name[0], latex)
+    try:
+        return _converter()(normalize_latex(latex, _normalization()), imaginary, is_real)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  its parser raises bare Exceptions, its conversions whatever they meet
+        return None
+
+
+@cache
+def _normalization() -> Any:
+    from latex2sympy2_extended import NormalizationConfig
+
+    return NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+    )
+
+
+@cache
+def _converter() -> Any:
+    """Made on first use: this module is imported where sympy is not."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+    from sympy import I, Integer, Pow, Rational, Symbol
+
+    class Converter(_Latex2Sympy):  # type: ignore[misc]
+        imaginary = False
+
+        def convert_atom_expr(self, atom_expr: Any) -> Any:
+            name = super().convert_atom_expr(atom_expr)
+            if isinstance(name, Pow) and isinstance(name.base, Symbol):
+                return Pow(self._named(name.base), name.exp, evaluate=False)
+            return self._named(name) if isinstance(name, Symbol) else name
+
+        def _named(self, symbol: Any) -> Any:
+            """Capitals get a mark: math-verify compares the names of symbols in lower case."""
+            if symbol.name == "i" and self.imaginary:
+                return I
+            marked = re.sub("[A-Z]", lambda letter: f"^{letter[0]}", symbol.name)
+            return symbol if marked == symbol.name else Symbol(marked, real=self.is_real)
+
+        def convert_postfix_list(self, postfixes: list[Any], start: int = 0) -> Any:
+            if start + 1 < len(postfixes):
+                first = self.convert_postfix(postfixes[start])
+                if isinstance(first, Integer) and not _is_mixed(postfixes[start : start + 3]):
+                    rest = self.convert_postfix_list(postfixes, start + 1)
+                    if isinstance(rest, Rational):
+                        return self.mul_flat(first, rest)
+            return super().convert_postfix_list(postfixes, start)
+
+    def _is_mixed(postfixes: list[Any]) -> bool:
+        whole, part, *more = (postfix.getText() for postfix in postfixes)
+        fraction = _PROPER.fullmatch(part)
+        return (
+            whole.isdigit() and not more and fraction is not None and int(fraction[1]) < int(fraction[2])
+        )
+
+    def convert(latex: str, imaginary: bool, is_real: bool) -> Any:
+        converter = Converter(is_real=is_real or None, config=ConversionConfig(lowercase_symbols=False))
+        converter.imaginary = imaginary
+        return converter.parse(latex)
+
+    return convert
+
+
+_PROPER = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")
