@@ -60,6 +60,7 @@ _SIGNS = {
     "→": r"\to ",
     "′’‘": "'",
     "″": "''",
+    "⁄∕": "/",
     "、": ",",
     "。": ".",
     "\u200b\u200c\u200d\u2060\ufeff": "",
@@ -84,6 +85,7 @@ _TYPESETTING: list[tuple[re.Pattern[str], str]] = [
     for pattern, replacement in [
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", " "),
         (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:boxed|fbox|boldsymbol|bm|ensuremath|underline)(?![A-Za-z])", ""),
+        (r"\\(?:[hv]space\*?|[hv]?phantom)\s*\{[^{}]*\}|^\s*\\approx(?![A-Za-z])", " "),
         (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", " "),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", ""),
         (r"(?<!\\)\\[!,;:> ]|(?<!\\)~|\\(?:q?quad|enspace|thinspace|hfill)(?![A-Za-z])|\s", " "),
@@ -95,6 +97,7 @@ _TYPESETTING: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:leq|leqslant|lt|le)(?![A-Za-z])|<=", r"\\le "),
         (r"\\(?:geq|geqslant|gt|ge)(?![A-Za-z])|>=", r"\\ge "),
         (r"\\neq(?![A-Za-z])|(?<![0-9)])!=", r"\\ne "),
+        (r"!=", "! ="),
         (r"\\(?:lbrace)(?![A-Za-z])", r"\\{"),
         (r"\\(?:rbrace)(?![A-Za-z])", r"\\}"),
         (r"\\langle(?![A-Za-z])", "("),
@@ -109,6 +112,7 @@ _TYPESETTING: list[tuple[re.Pattern[str], str]] = [
 ]
 _STRICT = re.compile(r"\\(lt|gt)(?![A-Za-z])")
 _OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it)(?![A-Za-z])\s*([^{}]*)\}")
+_FONT_OF_ONE = re.compile(r"\\math(?:rm|bf|it|sf|tt)\s*([0-9]|(?<=\s)[A-Za-z])")
 _TEXT = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|[mh]box|math(?:rm|bf|it|sf|tt|normal))\s*(?=\{)"
 )
@@ -131,6 +135,7 @@ _SET_BUILDER = re.compile(r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mi
 _TRIG_DEGREES = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\{2\})?\s*[({]?\s*)([0-9]+(?:\.[0-9]+)?)\s*\^(?:\\circ|\{\\circ\})"
 )
+_DOUBLE_COMMA = re.compile(r",(?:\s*,)+")
 _FOR_ALL = re.compile(
     r",?\s*(?:\\text\{\s*,?\s*for (?:all|every|any|each)(?: real)?(?: numbers?)?\s*\}|for (?:all|every|any)(?: real)?|\\forall)"
     r"\s*[a-z](?:\s*,\s*[a-z])*(?:\s*\\in\s*\\mathbb\{R\})?$"
@@ -160,7 +165,7 @@ def clean(text: str) -> str:
     text = THOUSANDS.sub("", text).strip()
     if fenced := _FENCES.fullmatch(text):
         text = next(content for content in fenced.groups() if content is not None).strip()
-    if "\\" in text or not text.isalnum():
+    if not text.isdigit():
         text = _typeset(text)
     return text.strip().rstrip(" .,;")
 
@@ -170,6 +175,7 @@ def _typeset(text: str) -> str:
     if "\\begin" in text:
         text = _rows(text)
     text = _OLD_FONT.sub(r"\\text{\1}", text)
+    text = _FONT_OF_ONE.sub(r"\\text{\1}", text)
     if _TEXT.search(text):
         text = _texts(text)
     for pattern, replacement in _TYPESETTING:
@@ -184,6 +190,7 @@ def _typeset(text: str) -> str:
     if builder := _SET_BUILDER.fullmatch(text):
         text = builder[2]
     text = _TRIG_DEGREES.sub(r"\1{\\frac{\2\\pi}{180}}", text)
+    text = _DOUBLE_COMMA.sub(",", text)
     return " ".join(text.split())
 
 

@@ -83,7 +83,7 @@ _NO_UNITS = frozenset(
     "or and nor not no non but if when where unless except than more less fewer most least over under above below "
     "between within beyond about approximately approx around roughly nearly almost maybe perhaps possibly probably "
     "likely otherwise else is are was be isnt wrong false true incorrect either neither only unknown undefined "
-    "impossible unsure guess estimate estimated so some any other others another up down to from minimum maximum min "
+    "impossible unsure guess estimate estimated so some another up down to from minimum maximum min "
     "max infinity infinitely negative positive minus plus times mod modulo divided remainder with without for all each "
     # multipliers and numbers
     "hundred hundreds thousand thousands million millions billion billions trillion trillions dozen dozens "
@@ -192,6 +192,8 @@ def _are_words(text: str, glued: bool) -> bool:
     if glued:
         return text in _GLUED_UNITS or not text.isascii()
     words = re.split(r"\W+", text.strip("."))
+    if "/" in text and all(map(_canonical, words)):
+        return True
     return any(len(word) > 1 or not word.isascii() for word in words) and all(map(_is_word, words))
 
 
@@ -242,11 +244,13 @@ def _canonical(word: str) -> str | None:
 
 def _stem(word: str) -> str:
     word = word.lower()
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
 
 
 def without_introduction(text: str) -> str:
-    r"""The answer without the words that announce it: `\text{The answer is }5`, `Answer: 5`."""
+    r"""The answer without the words that announce it: `\text{The answer is }5`, `Answer: 5`, Minerva's closing line."""
+    if minerva := _MINERVA.fullmatch(text):
+        return minerva[1]
     found = _INTRODUCTION.match(text) or _BARE_INTRODUCTION.match(text)
     if not found or found.end() == len(text):
         return text
@@ -258,15 +262,16 @@ def without_introduction(text: str) -> str:
     return rest
 
 
-_HEDGES = _NO_UNITS - {"is", "are", "be", "for", "of", "all"}
+_HEDGES = _NO_UNITS - {"is", "are", "be", "for", "of", "all", "so"}
 _INTRODUCTION = re.compile(
     r"\\text\{[^{}]*(?:\b(?:is|are|equals|be)(?=[ }:])|:)(?:\s*\}\s*:?)?|\\text\{(?:答案|所以|因此|故)[^{}]*\}"
 )
 _BARE_INTRODUCTION = re.compile(
     r"(?:(?:so|thus|hence|therefore|and|the|final|correct|our),? ){0,4}(?:answer|result|solution|value|total)"
-    r" ?(?:is equal to|is|equals|[:=])[: ]*|(?:最终)?答案(?:是|为)?[: ]*",
+    r" ?(?:is equal to|is|equals|[:=]|(?= [^A-Za-z\\]))[: ]*|(?:最终)?答案(?:是|为)?[: ]*",
     re.IGNORECASE,
 )
+_MINERVA = re.compile(r".*[Tt]he final answer is (.+?)\.?(?: I hope it is correct)?", re.DOTALL)
 
 
 PLACEHOLDERS = frozenset(

@@ -56,7 +56,9 @@ _NAMED = re.compile(r"(\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?)=([^=<>]+)")
 _NAMED_TUPLE = re.compile(r"\(([A-Za-z](?:,[A-Za-z])+)\)=\((.+)\)")
 _PHRASE = re.compile(r"\\text\{([^{}]+)\}|\(?([A-Za-z][A-Za-z' -]*)\)?")
 _SHORT_WORDS = frozenset(["yes", "no", "odd", "even", "true", "false", "none", "nan", "null", "all", "both"])
-_LETTERS = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\{[a-z]+\}|([A-Za-z]*[a-z]{2,}[A-Za-z]*)")
+_PROSE = re.compile(
+    r"\\text\{[^{}]*\}|\\[A-Za-z]+|\{[a-z]+\}|(?<![A-Za-z])([A-Za-z]?[a-z]{3,}|is|are|of|an|the|we)(?![A-Za-z])"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,7 +381,7 @@ def _problem(gold: str) -> str | None:
     text = _read(gold).text
     if _clock(text) or _phrase(text) or _named_values(text):
         return None
-    if len([word for word in _LETTERS.findall(text) if word]) > 1:
+    if len([word for word in _PROSE.findall(text) if word]) > 1:
         return f"prose, not an answer: {gold[:80]!r}"
     if _parsed(text, is_real=not math_latex.is_complex(text)) is None:
         return f"math-verify cannot parse {gold[:80]!r}"
@@ -437,14 +439,14 @@ def _is_value_of_function(expression: Any) -> bool:
 def _ascending(expression: Any) -> Any:
     """`3>x>1` as `1<x<3`, and `2=x` as `x=2`."""
     from latex2sympy2_extended.logic import And
-    from sympy import Eq, GreaterThan, StrictGreaterThan
+    from sympy import Eq, GreaterThan, Ne, StrictGreaterThan
 
     if isinstance(expression, And):
         parts = expression._unsorted_args
         if all(isinstance(part, GreaterThan | StrictGreaterThan) for part in parts):
             return And(*(part.reversed for part in reversed(parts)))
-    elif isinstance(expression, Eq) and expression.rhs.is_Symbol and not expression.lhs.free_symbols:
-        return Eq(expression.rhs, expression.lhs, evaluate=False)
+    elif isinstance(expression, Eq | Ne) and expression.rhs.is_Symbol and not expression.lhs.free_symbols:
+        return expression.func(expression.rhs, expression.lhs, evaluate=False)
     elif isinstance(expression, GreaterThan | StrictGreaterThan):
         return expression.reversed
     return expression
