@@ -11,7 +11,9 @@ from typing import Any
 _NAME_OR_CAPITAL_I = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|I")
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\imath")
 _INDEXED = re.compile(r"\\(?:sum|prod|int)|_\{?i|\bi=")
-_COMPLEX = re.compile(r"\\mathbb\{C\}|\\(?:det|arg|Re|Im|imath)(?![A-Za-z])|\\operatorname\{(?:tr|rank|Re|Im)\}")
+_COMPLEX = re.compile(
+    r"\\mathbb\{C\}|\\(?:det|arg|Re|Im|imath)(?![A-Za-z])|\\operatorname\{(?:tr|rank|Re|Im)\}"
+)
 
 
 def is_complex(latex: str) -> bool:
@@ -77,9 +79,7 @@ def _converter() -> Any:
     def _is_mixed(postfixes: list[Any]) -> bool:
         whole, part, *more = (postfix.getText() for postfix in postfixes)
         fraction = _PROPER.fullmatch(part)
-        return (
-            whole.isdigit() and not more and fraction is not None and int(fraction[1]) < int(fraction[2])
-        )
+        return whole.isdigit() and not more and fraction is not None and int(fraction[1]) < int(fraction[2])
 
     def convert(latex: str, imaginary: bool, is_real: bool) -> Any:
         converter = Converter(is_real=is_real or None, config=ConversionConfig(lowercase_symbols=False))

@@ -14,14 +14,15 @@ MAX_DEPTH = 60
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎", "0123456789+-=()", strict=True))
-_GREEK = dict(
-    zip(
-        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩϕ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon "
-        "phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega phi".split(),
-        strict=True,
+_GREEK = {
+    letter: rf"\{name} "
+    for names in (
+        "α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta ι iota κ kappa λ lambda μ mu ν nu ξ xi π pi",
+        "ρ rho σ sigma τ tau υ upsilon φ phi ϕ phi χ chi ψ psi ω omega",
+        "Γ Gamma Δ Delta Θ Theta Λ Lambda Ξ Xi Π Pi Σ Sigma Φ Phi Ψ Psi Ω Omega",
     )
-)
+    for letter, name in zip(names.split()[::2], names.split()[1::2], strict=True)
+}
 _SIGNS = {
     "−–—‒‐": "-",
     "×✕": r"\times ",
@@ -67,7 +68,7 @@ _SIGNS = {
 }
 _TRANSLATION = str.maketrans(
     {sign: latex for signs, latex in _SIGNS.items() for sign in signs}
-    | {letter: rf"\{name} " for letter, name in _GREEK.items()}
+    | _GREEK
     | {
         sign: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("⁄"))
         for sign in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
@@ -76,81 +77,105 @@ _TRANSLATION = str.maketrans(
 _SCRIPT = re.compile(rf"([{''.join(_SUPERSCRIPTS)}]+)|([{''.join(_SUBSCRIPTS)}]+)")
 _ROOT_SIGN = re.compile(r"([√∛])\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z]|(?=[({\\]))")
 
-THOUSANDS = re.compile(
-    r"(?<=[0-9])(?<![_^][0-9])(?:,\\!\s*|\{,\}|\\,|\\ |~|\s|')(?=[0-9]{3}(?![0-9/]))"
-)
+THOUSANDS = re.compile(r"(?<=[0-9])(?<![_^][0-9])(?:,\\!\s*|\{,\}|\\,|\\ |~|\s|')(?=[0-9]{3}(?![0-9/]))")
 _FENCES = re.compile(r"\*\*(.+)\*\*|\*([^*]+)\*|__(.+)__|_([^_]+)_|`([^`]+)`", re.DOTALL)
-_TYPESETTING: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", " "),
-        (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:boxed|fbox|boldsymbol|bm|ensuremath|underline)(?![A-Za-z])", ""),
-        (r"\\(?:[hv]space\*?|[hv]?phantom)\s*\{[^{}]*\}|^\s*\\approx(?![A-Za-z])", " "),
-        (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", " "),
-        (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", ""),
-        (r"(?<!\\)\\[!,;:> ]|(?<!\\)~|\\(?:q?quad|enspace|thinspace|hfill)(?![A-Za-z])|\s", " "),
-        (r"\{:\}|\\colon(?![A-Za-z])", ":"),
-        (r"\{,\}", ","),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
-        (r"\\(?:leq|leqslant|lt|le)(?![A-Za-z])|<=", r"\\le "),
-        (r"\\(?:geq|geqslant|gt|ge)(?![A-Za-z])|>=", r"\\ge "),
-        (r"\\neq(?![A-Za-z])|(?<![0-9)])!=", r"\\ne "),
-        (r"!=", "! ="),
-        (r"\\(?:lbrace)(?![A-Za-z])", r"\\{"),
-        (r"\\(?:rbrace)(?![A-Za-z])", r"\\}"),
-        (r"\\langle(?![A-Za-z])", "("),
-        (r"\\rangle(?![A-Za-z])", ")"),
-        (r"\\[lr]?vert(?![A-Za-z])", "|"),
-        (r"\\ast(?![A-Za-z])", "*"),
-        (r"\\degree(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])", r"^\\circ "),
-        (r"(?<=[A-Za-z])(?:''|\^\s*\{\s*\\prime\s*\\prime\s*\})", r"^{\\prime\\prime}"),
-        (r"(?<=[A-Za-z])(?:'|\^\s*\{\s*\\prime\s*\}|\^\s*\\prime(?![A-Za-z]))", r"^{\\prime}"),
-        (r"(?<!\\)%", r"\\%"),
-    ]
-]
-_STRICT = re.compile(r"\\(lt|gt)(?![A-Za-z])")
+
+_TEXT = re.compile(r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|[mh]box|math(?:rm|bf|it|sf|tt|normal))\s*(?=\{)")
 _OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it)(?![A-Za-z])\s*([^{}]*)\}")
 _FONT_OF_ONE = re.compile(r"\\math(?:rm|bf|it|sf|tt)\s*([0-9]|(?<=\s)[A-Za-z])")
-_TEXT = re.compile(
-    r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|[mh]box|math(?:rm|bf|it|sf|tt|normal))\s*(?=\{)"
-)
-_CANONICAL_TEXT = re.compile(r"\\text\{[^{}]*\}")
-_JOINING = re.compile(r",?\s*(?:and|or)|,|;|&|或|和|,\s*and")
 _SPACING_IN_TEXT = re.compile(r"\\[!,;:> ]|\\cdot|~|\s")
 _EXPONENT_IN_TEXT = re.compile(r"\^-?[0-9]")
-_LETTERS = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)+")
+_MATHEMATICS_IN_TEXT = re.compile(r"[0-9=<>+\\]")
+_JOINING = re.compile(r",?\s*(?:and|or)|,|;|&|或|和")
+_CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)+")
+
 _ENVIRONMENT = re.compile(
     r"(?P<open>[(\[|]|\\\{)?\s*\\begin\{(?P<name>cases|aligned|align\*?|gathered|split|array)\}(?:\s*\{[lcr| ]*\})?"
     r"(?P<body>.*?)\\end\{(?P=name)\}\s*(?P<close>[)\]|]|\\\})?",
     re.DOTALL,
 )
+_MATRICES = {"(": "pmatrix", "[": "bmatrix", "|": "vmatrix"}
 _ROW_END = re.compile(r"\\\\(?:\[[^\]]*\])?")
 _ALIGNMENT = re.compile(r"&\s*(?==|<|>|\\le|\\ge)|(?<==)\s*&")
+_STRETCH = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?")
+
+
+def _command(names: str) -> str:
+    return rf"\\(?:{names})(?![A-Za-z])"
+
+
+_SPELLINGS = [
+    (re.compile(pattern), spelling)
+    for pattern, spelling in [
+        # Marks around an answer, and what only moves or colours it.
+        (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", " "),
+        (r"\\(?:text)?color\s*\{[^{}]*\}|" + _command("boxed|fbox|boldsymbol|bm|ensuremath|underline"), ""),
+        (r"\\[hv]?(?:space\*?|phantom)\s*\{[^{}]*\}|^\s*" + _command("approx"), " "),
+        (_command("displaystyle|textstyle|limits|nolimits|q?quad|enspace|thinspace|hfill"), " "),
+        (r"(?<!\\)\\[!,;:> ]|(?<!\\)~|\s", " "),
+        # Two names of one thing.
+        (r"\{:\}|" + _command("colon"), ":"),
+        (r"\{,\}", ","),
+        (_command("[dtcs]frac|nicefrac"), r"\\frac"),
+        (_command("[dt]binom"), r"\\binom"),
+        (_command("varnothing"), r"\\emptyset "),
+        (_command("leq|leqslant|le") + "|<=", r"\\le "),
+        (_command("geq|geqslant|ge") + "|>=", r"\\ge "),
+        (_command("neq") + "|(?<![0-9)])!=", r"\\ne "),
+        (r"!=", "! ="),  # 5!=120
+        (_command("lt"), "<"),
+        (_command("gt"), ">"),
+        (_command("lbrace"), r"\\{"),
+        (_command("rbrace"), r"\\}"),
+        (_command("langle"), "("),
+        (_command("rangle"), ")"),
+        (_command("[lr]?vert"), "|"),
+        (_command("ast"), "*"),
+        (r"\\([RZNQ])(?![A-Za-z])", r"\\mathbb{\1}"),
+        (
+            rf"{_command('degree|textdegree')}|(?<=[0-9]){_command('deg')}|\^\s*\{{?\s*{_command('circ')}\s*\}}?",
+            r"^{\\circ}",
+        ),
+        (r"(?<=[A-Za-z])(?:''|\^\s*\{\s*\\prime\s*\\prime\s*\})", r"^{\\prime\\prime}"),
+        (r"(?<=[A-Za-z])(?:'|\^\s*\{\s*\\prime\s*\}|\^\s*\\prime(?![A-Za-z]))", r"^{\\prime}"),
+        (r"\^\s*\{?\\text\{T\}\}?", "^{T}"),
+        (r"(?<!\\)%", r"\\%"),
+        (r",(?:\s*,)+", ","),
+        (r"(?:\\\\|\s)+$", ""),
+        (r"(?<=[0-9])\.(?=[^0-9\\])", ""),  # -1./3
+        (r"\*\*", "^"),
+    ]
+]
+
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?")
 _E_NOTATION = re.compile(r"(?<![A-Za-z0-9_.\\])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([-+]?[0-9]+)(?![0-9A-Za-z.])")
 _MIXED = re.compile(r"(?<![0-9.}^_] )(?<![0-9.}^_])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9])")
-_SET_BUILDER = re.compile(r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\|)\s*(.*[<>=].*|.*\\[lg]e.*)\\\}")
-_TRIG_DEGREES = re.compile(
-    r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\{2\})?\s*[({]?\s*)([0-9]+(?:\.[0-9]+)?)\s*\^(?:\\circ|\{\\circ\})"
+_SET_BUILDER = re.compile(
+    r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\|)([^{}]*(?:[<>=]|\\[lg]e)(?:[^{}]|\{[^{}]*\})*)\\\}"
 )
-_DOUBLE_COMMA = re.compile(r",(?:\s*,)+")
+_DEGREES_OF_ANGLE = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\{2\})?\s*[({]?\s*)([0-9]+(?:\.[0-9]+)?)\s*\^\{\\circ\}"
+)
 _FOR_ALL = re.compile(
-    r",?\s*(?:\\text\{\s*,?\s*for (?:all|every|any|each)(?: real)?(?: numbers?)?\s*\}|for (?:all|every|any)(?: real)?|\\forall)"
+    r",?\s*(?:\\text\{,?\s*for (?:all|every|any|each)(?: real)?(?: numbers?)?\}"
+    r"|for (?:all|every|any)(?: real)?|\\forall)"
     r"\s*[a-z](?:\s*,\s*[a-z])*(?:\s*\\in\s*\\mathbb\{R\})?$"
 )
-_NAMES = {
-    name: rf"\{name}"
-    for name in (
-        "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log exp sqrt pi alpha beta gamma delta "
-        "epsilon theta lambda mu rho sigma tau phi omega infty"
-    ).split()
-} | {"asin": r"\arcsin", "acos": r"\arccos", "atan": r"\arctan", "infinity": r"\infty"}
+_FUNCTIONS = (
+    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log exp sqrt pi alpha beta gamma delta "
+    "epsilon theta lambda mu rho sigma tau phi omega infty"
+)
+_NAMES = {name: rf"\{name}" for name in _FUNCTIONS.split()} | {
+    "asin": r"\arcsin",
+    "acos": r"\arccos",
+    "atan": r"\arctan",
+    "infinity": r"\infty",
+}
 _NAME = re.compile(
-    r"\\text\{[^{}]*\}|\\operatorname\*?\s*\{[^{}]*\}|\\(?:begin|end)\{[^{}]*\}|\\[A-Za-z]+"
+    r"\\(?:text|operatorname\*?|begin|end)\{[^{}]*\}|\\[A-Za-z]+"
     rf"|(?<![A-Za-z])(?:(?:np|math|sympy)\.)?({'|'.join(sorted(_NAMES, key=len, reverse=True))})(?![A-Za-z])"
 )
+
 _COMMAND = re.compile(r"\\[A-Za-z]+|\\.", re.DOTALL)
 _NUMBER = re.compile(r"-?[0-9]+")
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}
@@ -166,31 +191,33 @@ def clean(text: str) -> str:
     if fenced := _FENCES.fullmatch(text):
         text = next(content for content in fenced.groups() if content is not None).strip()
     if not text.isdigit():
-        text = _typeset(text)
+        text = _numbers(_spelled(text))
     return text.strip().rstrip(" .,;")
 
 
-def _typeset(text: str) -> str:
-    text = _STRICT.sub(lambda sign: "<" if sign[1] == "lt" else ">", text)
-    if "\\begin" in text:
-        text = _rows(text)
-    text = _OLD_FONT.sub(r"\\text{\1}", text)
-    text = _FONT_OF_ONE.sub(r"\\text{\1}", text)
+def _spelled(text: str) -> str:
+    r"""One spelling for each command, environments as lists or matrices, fonts as `\text{…}`."""
+    text = _STRETCH.sub("", text)
+    if r"\begin" in text:
+        text = _ENVIRONMENT.sub(_rows, text)
+    text = _FONT_OF_ONE.sub(r"\\text{\1}", _OLD_FONT.sub(r"\\text{\1}", text))
     if _TEXT.search(text):
         text = _texts(text)
-    for pattern, replacement in _TYPESETTING:
-        text = pattern.sub(replacement, text)
-    text = re.sub(r"(?:\\\\|\s)+$", "", text)
-    text = _REPEATING.sub(_repeating, text)
-    text = _E_NOTATION.sub(_power_of_ten, text).replace("**", "^")
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    return text
+
+
+def _numbers(text: str) -> str:
+    """Numbers and functions as LaTeX writes them, then braces around every argument."""
+    text = _REPEATING.sub(_fraction_of, text)
+    text = _E_NOTATION.sub(_power_of_ten, text)
     text = _FOR_ALL.sub("", text)
     text = _NAME.sub(lambda name: rf"{_NAMES[name[1]]} " if name[1] else name[0], text)
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", re.sub(r"(?<=[0-9])\.(?=[^0-9\\])", "", text))
-    text = _braced(text)
-    if builder := _SET_BUILDER.fullmatch(text):
-        text = builder[2]
-    text = _TRIG_DEGREES.sub(r"\1{\\frac{\2\\pi}{180}}", text)
-    text = _DOUBLE_COMMA.sub(",", text)
+    text = _braced(_MIXED.sub(r"\1\\frac{\2}{\3}", text))
+    if condition := _SET_BUILDER.fullmatch(text):
+        text = condition[2]
+    text = _DEGREES_OF_ANGLE.sub(r"\1{\\frac{\2\\pi}{180}}", text)
     return " ".join(text.split())
 
 
@@ -225,21 +252,16 @@ def _script(run: re.Match[str]) -> str:
     return "_{" + "".join(_SUBSCRIPTS[sign] for sign in run[2]) + "}"
 
 
-def _rows(text: str) -> str:
-    """A system of equations becomes a list, an array in brackets a matrix; a function by cases stays."""
-
-    def rewritten(found: re.Match[str]) -> str:
-        opened, closed = found["open"] or "", found["close"] or ""
-        if found["name"] == "array" and opened in ("(", "[", "|"):
-            name = {"(": "pmatrix", "[": "bmatrix", "|": "vmatrix"}[opened]
-            return rf"\begin{{{name}}}{found['body']}\end{{{name}}}"
-        rows = [_ALIGNMENT.sub("", row).strip().rstrip(",;") for row in _ROW_END.split(found["body"])]
-        if any("&" in row for row in rows):
-            return found[0]
-        inside = ", ".join(row for row in rows if row)
-        return inside if opened == r"\{" and not closed else opened + inside + closed
-
-    return _ENVIRONMENT.sub(rewritten, re.sub(r"\\(?:left|right)(?![A-Za-z])\s*\.?", "", text))
+def _rows(environment: re.Match[str]) -> str:
+    """A system of equations as a list, an array in brackets as a matrix; a function by cases stays."""
+    opened, closed = environment["open"] or "", environment["close"] or ""
+    if environment["name"] == "array" and opened in _MATRICES:
+        return rf"\begin{{{_MATRICES[opened]}}}{environment['body']}\end{{{_MATRICES[opened]}}}"
+    rows = [_ALIGNMENT.sub("", row).strip().rstrip(",;") for row in _ROW_END.split(environment["body"])]
+    if any("&" in row for row in rows):
+        return environment[0]
+    inside = ", ".join(row for row in rows if row)
+    return inside if opened == r"\{" and not closed else opened + inside + closed
 
 
 def _texts(text: str) -> str:
@@ -257,14 +279,15 @@ def _texts(text: str) -> str:
 def _opened(content: str) -> str:
     content = re.sub(r"['{}]", "", content)
     content = " ".join(_SPACING_IN_TEXT.sub(" ", content).split())
-    bare = _EXPONENT_IN_TEXT.sub("", content)
     if not content:
         return " "
-    if content in ("e", "i"):
+    if content in ("e", "i", "d"):
         return content
+    if content in _NAMES:
+        return f"{_NAMES[content]} "
     if _JOINING.fullmatch(content):
         return " , "
-    if re.search(r"[0-9=<>+\\]", bare) or _LETTERS.fullmatch(content):
+    if _MATHEMATICS_IN_TEXT.search(_EXPONENT_IN_TEXT.sub("", content)) or _CHOICES.fullmatch(content):
         return f" {content} "
     return rf"\text{{{content}}}"
 
@@ -280,9 +303,11 @@ def _closing(text: str, start: int) -> int:
     return -1
 
 
-def _repeating(decimal: re.Match[str]) -> str:
+def _fraction_of(decimal: re.Match[str]) -> str:
     whole, fixed, period = decimal[1] or "0", decimal[2], decimal[3]
-    value = Fraction(int(whole + fixed + period) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(period) - 1))
+    value = Fraction(
+        int(whole + fixed + period) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(period) - 1)
+    )
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
@@ -354,7 +379,9 @@ class _Braces:
             return "\\"
         self.position = found.end()
         name = found[0]
-        if name in (r"\text", r"\operatorname", r"\begin", r"\end") and self.text.startswith("{", self.position):
+        if name in (r"\text", r"\operatorname", r"\begin", r"\end") and self.text.startswith(
+            "{", self.position
+        ):
             end = _closing(self.text, self.position)
             if end > 0:
                 start, self.position = self.position, end + 1
@@ -365,8 +392,8 @@ class _Braces:
         if name == r"\sqrt" and self.text.startswith("[", self.position):
             self.position += 1
             option = f"[{self.group(']')}]"
-        return name + option + "".join(
-            self.argument(bracket=name == r"\sqrt") for _ in range(_ARGUMENTS[name])
+        return (
+            name + option + "".join(self.argument(bracket=name == r"\sqrt") for _ in range(_ARGUMENTS[name]))
         )
 
     def argument(self, *, log: bool = False, numbers: bool = False, bracket: bool = False) -> str:

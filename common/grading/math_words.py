@@ -76,23 +76,28 @@ _ALIASES = {
 }
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _COMPOUNDS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "sqft": "sq ft"}
-_GLUED_UNITS = frozenset("mm cm km kg ft lb lbs mph mg inch inches feet foot degrees dollars cents".split())
 
-_NO_UNITS = frozenset(
-    # alternatives, hedges, comparisons
-    "or and nor not no non but if when where unless except than more less fewer most least over under above below "
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_GLUED_UNITS = _words("mm cm km kg ft lb lbs mph mg inch inches feet foot degrees dollars cents")
+_SHORT_WORDS = _words("m s h of in per men the all")
+_HEDGES = _words(
+    "or and nor not no non but if when where unless except than more less few fewer most least over under above below "
     "between within beyond about approximately approx around roughly nearly almost maybe perhaps possibly probably "
-    "likely otherwise else is are was be isnt wrong false true incorrect either neither only unknown undefined "
-    "impossible unsure guess estimate estimated so some another up down to from minimum maximum min "
-    "max infinity infinitely negative positive minus plus times mod modulo divided remainder with without for all each "
-    # multipliers and numbers
-    "hundred hundreds thousand thousands million millions billion billions trillion trillions dozen dozens "
-    "half halves third thirds quarter quarters fourth fourths fifth fifths sixth eighth eighths tenth tenths "
-    "hundredth hundredths thousandth thousandths double twice triple percent percentage percents pct one two three "
-    "four five six seven eight nine ten eleven twelve twenty score pair pairs factorial root "
-    # times of a day
-    "am pm noon midnight oclock bc ad".split()
-) - {"min", "each", "all"}
+    "likely ish otherwise else was isnt wrong false true incorrect rejected extraneous invalid either neither only "
+    "unknown undefined impossible unsure guess estimate estimated some another up down to from minimum maximum max "
+    "infinity infinitely negative positive minus plus time mod modulo divided remainder with without bound lower upper "
+    "opposite inverse reciprocal"
+)
+_QUANTITIES = _words(
+    "hundred thousand million billion trillion dozen half halve third quarter fourth fifth sixth seventh eighth ninth "
+    "tenth hundredth thousandth millionth double twice triple percent percentage pct zero one two three four five six "
+    "seven eight nine ten eleven twelve twenty score pair factorial root"
+)
+_NO_UNITS = _HEDGES | _QUANTITIES | _words("so is are be for am pm noon midnight oclock bc ad")
 _NO_CJK_UNITS = re.compile("[或和与不非以至到约半十百千万亿多少左右零一二三四五六七八九]")
 
 
@@ -101,7 +106,7 @@ _TAIL = re.compile(
     r"(?:\s|/|\\cdot(?![A-Za-z])|\\text\{[^{}]*\}|\^\{-?[0-9]\}|\^\{\\circ\})*$"
 )
 _BARE_TAIL = re.compile(
-    r"(?:(?<=[0-9})])|(?<=[0-9})] ))(?: ?(?:\\text\{)?([^\W\d_]+\.?(?: [^\W\d_]+\.?){0,4}(?:/[a-z]+)?))(?:\^\{[0-9]\})?$"
+    r"(?:(?<=[0-9})])|(?<=[0-9})] )) ?([^\W\d_]+\.?(?: [^\W\d_]+\.?){0,4}(?:/[a-z]+)?)(?:\^\{[0-9]\})?$"
 )
 _UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}]*\})\}\{(\\text\{[^{}]*\}(?:\^\{[0-9]\})?)\}$")
 _UNIT_TOKEN = re.compile(r"(°\s*[CF]?|[^\W\d_]+|[¢€£¥₹])\s*(?:\^\s*(-?[0-9]))?|(/)")
@@ -125,7 +130,9 @@ _PERCENT = re.compile(
     r"\s*(?:\\text\{(?:percent|per cent|percentage|pct)\}|(?<=[0-9} ])(?:percent|per cent|pct|percentage))$",
     re.IGNORECASE,
 )
-_ORDINAL = re.compile(r"(?<=[0-9])\s*(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th))$")
+_ORDINAL = re.compile(
+    r"(?<=[0-9])\s*(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|\^\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th))$"
+)
 _MULTIPLIERS = {
     "dozen": "12",
     "hundred": "10^{2}",
@@ -141,6 +148,34 @@ _MULTIPLIERS = {
 _MULTIPLIER = re.compile(
     rf"(?<=[0-9}}])\s*(?:\\text\{{({'|'.join(_MULTIPLIERS)})(?![a-z])([^{{}}]*)\}}|({'|'.join(_MULTIPLIERS)})(?![a-z]))"
 )
+
+
+_INTRODUCTION = re.compile(
+    r"\\text\{[^{}]*(?:\b(?:is|are|equals|be)(?=[ }:])|:)(?:\s*\}\s*:?)?|\\text\{(?:答案|所以|因此|故)[^{}]*\}"
+)
+_BARE_INTRODUCTION = re.compile(
+    r"(?:(?:so|thus|hence|therefore|and|the|final|correct|our),? ){0,4}(?:answer|result|solution|value|total)"
+    r" ?(?:is equal to|is|equals|[:=]|(?= [^A-Za-z\\]))[: ]*|(?:最终)?答案(?:是|为)?[: ]*",
+    re.IGNORECASE,
+)
+_MINERVA = re.compile(r".*[Tt]he final answer is (.+?)\.?(?: I hope it is correct)?", re.DOTALL)
+PLACEHOLDERS = frozenset(
+    [
+        "nan",
+        "none",
+        "null",
+        "nil",
+        "n/a",
+        "na",
+        "notfound",
+        "not found",
+        "no answer",
+        "proof",
+        "see solution",
+        "tbd",
+    ]
+)
+"""What data sets write where they have no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +236,8 @@ def _is_word(word: str) -> bool:
     if not word.isascii() or word in _GLUED_UNITS or word.lower() in _POWERS:
         return True
     if len(word) < 3 or word in "abcdefghijklmnopqrstuvwxyz":
-        return word in ("m", "s", "h", "of")
-    return len(word) > 3 or _canonical(word) is not None or word in ("per", "men", "the")
+        return word in _SHORT_WORDS
+    return len(word) > 3 or _canonical(word) is not None or word in _SHORT_WORDS
 
 
 def _unit(text: str) -> Unit | None:
@@ -219,11 +254,11 @@ def _unit(text: str) -> Unit | None:
             words[-1] += f"^{_POWERS[lower]}"
         elif lower in _POWERS:
             power = _POWERS[lower]
-        elif lower in _NO_UNITS or _NO_CJK_UNITS.search(word):
+        elif {lower, _stem(word)} & _NO_UNITS or _NO_CJK_UNITS.search(word):
             return None
         else:
             unit = _canonical(word)
-            if unit is None and len(word) == 1 and word.isascii():
+            if unit is None and len(word) < 3 and word.isascii() and lower not in _SHORT_WORDS:
                 return None
             known = known and unit is not None
             exponent = sign * power * int(exponent or 1)
@@ -254,27 +289,9 @@ def without_introduction(text: str) -> str:
     found = _INTRODUCTION.match(text) or _BARE_INTRODUCTION.match(text)
     if not found or found.end() == len(text):
         return text
-    if _HEDGES & set(re.findall("[a-z]+", found[0].lower())):
+    if (_HEDGES | _QUANTITIES) & set(re.findall("[a-z]+", found[0].lower())):
         return text
     rest = text[found.end() :].strip()
     if found[0].startswith("\\text") and not found[0].rstrip().endswith("}"):
         return rf"\text{{{rest}"
     return rest
-
-
-_HEDGES = _NO_UNITS - {"is", "are", "be", "for", "of", "all", "so"}
-_INTRODUCTION = re.compile(
-    r"\\text\{[^{}]*(?:\b(?:is|are|equals|be)(?=[ }:])|:)(?:\s*\}\s*:?)?|\\text\{(?:答案|所以|因此|故)[^{}]*\}"
-)
-_BARE_INTRODUCTION = re.compile(
-    r"(?:(?:so|thus|hence|therefore|and|the|final|correct|our),? ){0,4}(?:answer|result|solution|value|total)"
-    r" ?(?:is equal to|is|equals|[:=]|(?= [^A-Za-z\\]))[: ]*|(?:最终)?答案(?:是|为)?[: ]*",
-    re.IGNORECASE,
-)
-_MINERVA = re.compile(r".*[Tt]he final answer is (.+?)\.?(?: I hope it is correct)?", re.DOTALL)
-
-
-PLACEHOLDERS = frozenset(
-    ["nan", "none", "null", "nil", "n/a", "na", "notfound", "not found", "no answer", "proof", "see solution", "tbd"]
-)
-"""What data sets write where they have no answer."""

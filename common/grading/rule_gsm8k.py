@@ -20,14 +20,14 @@ _MONEY = r"(?:(?:US)?\\?\$|[€£¥₹]) ?"
 _NUMBER = (
     rf"((?:[-+]?(?:{_MONEY})?|{_MONEY}[-+])(?:[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++))"
     r"(?!\s?[/^=:+×÷]|\s?\\(?:times|cdot|div|frac)|\s?[-*]\s?[0-9]|[ \t]*\.?[0-9]|[eE][-+]?[0-9]"
-    r"|\s?(?:hundred|thousand|million|billion|dozen)|\s(?:or|to)\s\$?[0-9])"
+    r"|_[0-9]|[½¼¾⅐-⅞²³¹⁰-⁹]|k(?![a-z])|\s?(?:hundred|thousand|million|billion|dozen)|\s(?:or|to)\s\$?[0-9])"
 )
 _LEADING_NUMBER = re.compile(rf"(?:\\(?:boxed|fbox|text|mathbf|textbf)\{{|\\[(\[]|[\s:$*_`{{])*{_NUMBER}")
 _BARE_NUMBER = re.compile(rf"[\s$]*{_NUMBER}[\s.]*")
 _NOT_IN_NUMBERS = re.compile(r"[^-+0-9.]")
 # Minus signs and dashes, the full-width forms and their comma and full stop.
 _ASCII = str.maketrans(
-    {sign: "-" for sign in "−–﹣－"}
+    dict.fromkeys("−–﹣－", "-")
     | {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F) if chr(code) not in "-#"}
     | {"\u00a0": " "}
 )

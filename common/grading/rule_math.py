@@ -1,7 +1,7 @@
 r"""The MATH rule: the content of the last `\boxed{}`, compared in four steps, cheapest first.
 
 1. `math_text.clean` writes both answers in one spelling; `math_words` takes units and introductions off.
-2. Equal texts, plain numbers (as exact fractions), times, numerals with a base, words and named values are decided here.
+2. Equal texts, plain numbers (as exact fractions), times, numerals with a base, words and named values are decided.
 3. `math_latex.parse` reads the rest, the box alone: extraction from prose reads `2007 + \frac\pi 2` as 2.
 4. math-verify compares, behind guards for its known holes: see `_consistent` and `_same_scale`.
 
@@ -30,7 +30,8 @@ RELATIVE_TOLERANCE = 1e-4
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_TOKEN = re.compile(r"\\[A-Za-z]+|[A-Za-z](?![A-Za-z])|[^\s$A-Za-z`]")
+_TOKEN = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})*|[A-Za-z](?![A-Za-z]| [a-z])|-?[0-9]+(?:\.[0-9]+)?")
+_USED_BOX = re.compile(rf"{_BOX.pattern}\s*+(?=\{{|{_TOKEN.pattern})")
 _SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")
 _SPACING = re.compile(
     r"(?:\\[!,;:> ]|\\quad|\\displaystyle|\\left(?![a-z])|\\right(?![a-z])|(?<!\\)\$|~|\s)+"
@@ -46,19 +47,30 @@ _POWER_OF_TEN = re.compile(
     r"([-+]?)(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(?:\\times|\\cdot|\*|x)\s*)?10\s*\^\{\+?(-?[0-9]{1,4})\}"
 )
 _NO_NUMBER = re.compile(r"[0-9]\s+[0-9]")
-_CLOCK = re.compile(r"([0-9]{1,2})(?::([0-5][0-9]))?\s*(?:\\text\{|\{)?\s*([ap])\.?\s?m\.?\}?|([0-9]{1,2}):([0-5][0-9])", re.IGNORECASE)
-_BASE = re.compile(r"(?<![A-Za-z])\(?(-?[0-9][0-9A-Fa-f.]*)\)?_\{(?:\\text\{)?\s*\(?([0-9]+|[a-z]+)\)?\s*\}?\}")
+_CLOCK = re.compile(
+    r"([0-9]{1,2})(?::([0-5][0-9]))?\s*(?:\\text\{)?\s*([ap])\.?\s?m\.?\}?|([0-9]{1,2}):([0-5][0-9])",
+    re.IGNORECASE,
+)
+_BASE = re.compile(
+    r"(?<![A-Za-z])\(?(-?[0-9][0-9A-Fa-f.]*)\)?_\{(?:\\text\{)?\s*\(?([0-9]+|[a-z]+)\)?\s*\}?\}"
+)
 _BASES = {
     word: str(base)
-    for base, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)
+    for base, word in enumerate(
+        ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 2
+    )
 } | {"sixteen": "16", "binary": "2", "octal": "8", "decimal": "10", "hex": "16", "hexadecimal": "16"}
-_NAMED = re.compile(r"(\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?)=([^=<>]+)")
-_NAMED_TUPLE = re.compile(r"\(([A-Za-z](?:,[A-Za-z])+)\)=\((.+)\)")
-_PHRASE = re.compile(r"\\text\{([^{}]+)\}|\(?([A-Za-z][A-Za-z' -]*)\)?")
+_NAMED = re.compile(
+    r"(\\text\{[^{}]*\}|(?:\\[a-z]+ )?[A-Za-z]+(?:_\{[A-Za-z0-9]+\})?(?:\([^()=]*\))?|\\[a-z]+) ?= ?([^=<>]+)"
+)
+_NAMED_TUPLE = re.compile(r"\(([A-Za-z](?: ?, ?[A-Za-z])+)\) ?= ?\((.+)\)")
+_PHRASE = re.compile(r"\\text\{([^{}]+)\}|\(?([A-Za-z][A-Za-z' -]*|[A-Za-z][a-z]{2,}\.? [0-9]{1,4})\)?")
 _SHORT_WORDS = frozenset(["yes", "no", "odd", "even", "true", "false", "none", "nan", "null", "all", "both"])
 _PROSE = re.compile(
     r"\\text\{[^{}]*\}|\\[A-Za-z]+|\{[a-z]+\}|(?<![A-Za-z])([A-Za-z]?[a-z]{3,}|is|are|of|an|the|we)(?![A-Za-z])"
 )
+_SENTENCE = frozenset(["is", "are", "the", "we", "that", "see"])
+_QUOTED = re.compile(r"\s*[\[{(]\s*['\"]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,30 +123,21 @@ def last_box(text: str) -> str | None:
     `\boxed` before a word is talked about, not used.
     """
     end = len(text)
-    while (start := max(text.rfind(r"\boxed", 0, end), text.rfind(r"\fbox", 0, end))) >= 0:
-        end = start
-        command = _BOX.match(text, start)
-        if command and (_opens(text, command.end()) or _TOKEN.match(text, _skip_space(text, command.end()))):
+    while True:
+        start = text.rfind(r"\boxed", 0, end)
+        start = max(start, text.rfind(r"\fbox", max(start, 0), end))
+        if start < 0:
+            return None
+        if command := _USED_BOX.match(text, start):
             return _box_at(text, command.end())
-    return None
+        end = start
 
 
 def _all_boxes(text: str) -> list[str]:
-    return [_box_at(text, command.end()) or "" for command in _BOX.finditer(text)]
-
-
-def _skip_space(text: str, start: int) -> int:
-    while start < len(text) and text[start].isspace():
-        start += 1
-    return start
-
-
-def _opens(text: str, start: int) -> bool:
-    return text.startswith("{", _skip_space(text, start))
+    return [_box_at(text, command.end()) or "" for command in _USED_BOX.finditer(text)]
 
 
 def _box_at(text: str, start: int) -> str | None:
-    start = _skip_space(text, start)
     if not text.startswith("{", start):
         token = _TOKEN.match(text, start)
         return token[0] if token else None
@@ -224,10 +227,9 @@ def _plain_number(text: str) -> Fraction | None:
 def _as_times(gold: str, claim: str) -> Outcome | None:
     """Times of a day; `2:3`, and what could be a ratio in lowest terms, is a ratio."""
     expected, claimed = _clock(gold), _clock(claim)
-    if expected is None or (claimed is None and expected[1] is None):
-        return None
-    if claimed is None:
-        return Outcome.WRONG
+    if expected is None or claimed is None:
+        said = expected or claimed
+        return Outcome.WRONG if said and said[1] else None
     if expected[1] is None and claimed[1] is None and _could_be_ratio(gold):
         return None
     same_half = expected[1] == claimed[1] or None in (expected[1], claimed[1])
@@ -286,10 +288,14 @@ def _phrase(text: str) -> str | None:
         return None
     words = re.findall(r"[^\W_]+", found[1] or found[2])
     if found[2] and not any(
-        len(word) > 4 or (len(word) > 2 and word.isupper()) or word.lower() in _SHORT_WORDS for word in words
+        len(word) > 4
+        or word.isdigit()
+        or (len(word) > 2 and (word.isupper() or word.istitle()))
+        or word.lower() in _SHORT_WORDS
+        for word in words
     ):
         return words[0] if len(words) == 1 and len(words[0]) == 1 else None
-    if found[2] and any(len(word) == 1 for word in words):
+    if found[2] and any(len(word) == 1 and word.isalpha() for word in words):
         return None
     return "".join(words) or None
 
@@ -320,9 +326,8 @@ def _as_named_values(gold: str, claim: str) -> Outcome | None:
 
 def _named_values(text: str) -> list[dict[str, str]] | None:
     """Values by name; a name that comes again begins a new group."""
-    text = text.replace(" ", "")
     if pair := _NAMED_TUPLE.fullmatch(text):
-        names, values = pair[1].split(","), elements(pair[2])
+        names, values = elements(pair[1]), elements(pair[2])
         return [dict(zip(names, values, strict=True))] if len(names) == len(values) else None
     groups: list[dict[str, str]] = [{}]
     for part in elements(text):
@@ -367,22 +372,28 @@ def _parsed(text: str, *, is_real: bool) -> Any:
 def _both_signs(text: str) -> str:
     if text.count(r"\pm") != 1 or text.startswith(r"\pm"):
         return text
-    plus, minus = text.replace(r"\pm", "+").replace(r"\mp", "-"), text.replace(r"\pm", "-").replace(r"\mp", "+")
+    plus, minus = (
+        text.replace(r"\pm", "+").replace(r"\mp", "-"),
+        text.replace(r"\pm", "-").replace(r"\mp", "+"),
+    )
     return f"{plus}, {minus}"
 
 
 @lru_cache(maxsize=4_096)
 def _problem(gold: str) -> str | None:
     """Why an answer cannot be read."""
-    if gold.strip().casefold() in PLACEHOLDERS:
+    if gold.strip(" .$").casefold() in PLACEHOLDERS:
         return f"{gold.strip()!r} stands for a missing answer"
+    if _QUOTED.match(gold):
+        return f"a list or dict written as text: {gold[:80]!r}"
     if len(gold) > MAX_BOX_CHARACTERS:
         return f"longer than {MAX_BOX_CHARACTERS} characters: {gold[:80]!r}"
     text = _read(gold).text
+    words = [word for word in _PROSE.findall(text) if word]
+    if len(words) > 1 and (not _phrase(text) or _SENTENCE & set(words)):
+        return f"prose, not an answer: {gold[:80]!r}"
     if _clock(text) or _phrase(text) or _named_values(text):
         return None
-    if len([word for word in _PROSE.findall(text) if word]) > 1:
-        return f"prose, not an answer: {gold[:80]!r}"
     if _parsed(text, is_real=not math_latex.is_complex(text)) is None:
         return f"math-verify cannot parse {gold[:80]!r}"
     return None
