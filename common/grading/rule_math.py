@@ -290,7 +290,7 @@ def _phrase(text: str) -> str | None:
     if found[2] and not any(
         len(word) > 4
         or word.isdigit()
-        or (len(word) > 2 and (word.isupper() or word.istitle()))
+        or (len(word) > 2 and word.isupper())
         or word.lower() in _SHORT_WORDS
         for word in words
     ):
