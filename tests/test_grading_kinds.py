@@ -81,6 +81,7 @@ RIGHT = {
         7:05 <- 7{:}05
         12:00\text{ p.m.} <- 12\text{ p.m.}
         00:15 <- 12:15\text{ a.m.}
+        1:2:3 <- 2:4:6
         3:2 <- 3\colon 2
     """,
     "order and names": r"""
@@ -381,6 +382,11 @@ RIGHT = {
         2i <- (1+i)^2
     """,
     "further forms": r"""
+        Mgh <- M g h
+        \frac{1}{3} E_{1}+\frac{2}{3} E_{2} <- \frac{E_1+2E_2}{3}
+        M_\odot <- M_{\odot}
+        \hbar\omega <- \omega\hbar
+        \begin{pmatrix}1&-1\\1&-1\end{pmatrix} <- \begin{pmatrix} 1 & -1 \\ 1 & -1 \end{pmatrix}
         8\% <- 8 \%
         8\% <- 8\,\%
         \frac34 <- P(A)=\frac{3}{4}
@@ -512,6 +518,9 @@ WRONG = {
         4:30 <- 2:15
         4:30\text{ p.m.} <- 4:30\text{ a.m.}
         5:45\text{ a.m.} <- \frac{1}{9}
+        1:2:3 <- 1:6
+        1:2:3 <- \frac16
+        1:2:3 <- 3:2:1
         2:3 <- 3:2
         10:20 <- 5:10
         16:30 <- 4:30\text{ a.m.}
@@ -661,6 +670,12 @@ WRONG = {
         \text{Tuesday} <- Thursday
     """,
     "further forms": r"""
+        \infty <- -\infty
+        Mgh <- mgh
+        E_1 <- E_2
+        I_1 <- I_2
+        \frac{1}{3} E_{1}+\frac{2}{3} E_{2} <- \frac{1}{3} E_{2}+\frac{2}{3} E_{1}
+        4.5e500 <- 1.5e600
         \text{Alice}=3,\text{Bob}=4 <- 4,3
         \text{Alice}=3,\text{Bob}=4 <- \text{Alice}=4,\text{Bob}=3
         f(1)=2,f(2)=3 <- 3,2

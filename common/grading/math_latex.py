@@ -8,7 +8,7 @@ import re
 from functools import cache, lru_cache
 from typing import Any
 
-_NAME_OR_CAPITAL_I = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|I")
+_LETTER = re.compile(r"\\text\{[^{}]*\}|\\(hbar|odot|oplus)(?![A-Za-z])|\\[A-Za-z]+|(I|[Ee](?=_))")
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\imath")
 _INDEXED = re.compile(r"\\(?:sum|prod|int)|_\{?i|\bi=")
 _COMPLEX = re.compile(
@@ -27,13 +27,19 @@ def parse(latex: str, *, is_real: bool) -> Any:
     from latex2sympy2_extended.latex2sympy2 import normalize_latex
 
     imaginary = _IMAGINARY.search(latex) is not None and not _INDEXED.search(latex)
-    latex = _NAME_OR_CAPITAL_I.sub(lambda name: r"\text{I}" if name[0] == "I" else name[0], latex)
+    latex = _LETTER.sub(_as_letter, latex)
     try:
         return _converter()(normalize_latex(latex, _normalization()), imaginary, is_real)
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001  its parser raises bare Exceptions, its conversions whatever they meet
         return None
+
+
+def _as_letter(found: re.Match[str]) -> str:
+    r"""`I` and `E_1` are letters here, no numbers, and `\hbar`, `M_\odot` are names."""
+    name = found[1] or found[2]
+    return rf"\text{{{name}}}" if name else found[0]
 
 
 @cache

@@ -110,7 +110,7 @@ _SPELLINGS = [
         # Marks around an answer, and what only moves or colours it.
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", " "),
         (r"\\(?:text)?color\s*\{[^{}]*\}|" + _command("boxed|fbox|boldsymbol|bm|ensuremath|underline"), ""),
-        (r"\\[hv]?(?:space\*?|phantom)\s*\{[^{}]*\}|^\s*" + _command("approx"), " "),
+        (r"\\[hv]?(?:space\*?|phantom)\s*(?:\{[^{}]*\}|[-+0-9])|^\s*" + _command("approx"), " "),
         (_command("displaystyle|textstyle|limits|nolimits|q?quad|enspace|thinspace|hfill"), " "),
         (r"(?<!\\)\\[!,;:> ]|(?<!\\)~|\s", " "),
         # Two names of one thing.

@@ -174,7 +174,7 @@ def _verdict(answer: str, box: str) -> Outcome:
         return Outcome.WRONG
     if gold.key == claim.key != "":
         return Outcome.CORRECT
-    for decide in (_as_numbers, _as_times, _as_numerals, _as_words, _as_named_values):
+    for decide in (_as_numbers, _as_times, _as_ratios, _as_numerals, _as_words, _as_named_values):
         if verdict := decide(gold.text, claim.text):
             return verdict
     return _as_mathematics(gold.text, claim.text)
@@ -200,7 +200,7 @@ def _as_numbers(gold: str, claim: str) -> Outcome | None:
     if expected == claimed:
         return Outcome.CORRECT
     distance, size = abs(expected - claimed), max(abs(expected), abs(claimed))
-    if "." in gold + claim and distance <= max(1e-5, 1e-9 * size):
+    if "." in gold + claim and distance <= max(Fraction(1, 10**5), size / 10**9):
         return None  # math-verify rounds decimals to six places
     return Outcome.WRONG
 
@@ -254,6 +254,26 @@ def _could_be_ratio(text: str) -> bool:
     return gcd(int(hour), int(minute)) == 1 and not minute.startswith("0")
 
 
+def _as_ratios(gold: str, claim: str) -> Outcome | None:
+    """`1:2:3`, which math-verify divides to 1/6."""
+    expected, claimed = (
+        [_plain_number(term.strip()) for term in text.split(":")] if ":" in text else []
+        for text in (gold, claim)
+    )
+    if max(len(expected), len(claimed)) < 3:
+        return None
+    if len(expected) != len(claimed):
+        return Outcome.WRONG
+    first, other = expected[0], claimed[0]
+    if first is None or other is None:
+        return None
+    same = all(
+        mine is not None and theirs is not None and mine * other == theirs * first
+        for mine, theirs in zip(expected, claimed, strict=True)
+    )
+    return Outcome.CORRECT if same else Outcome.WRONG
+
+
 def _as_numerals(gold: str, claim: str) -> Outcome | None:
     """Digits with a base, which the answer may leave out: `43_5` is not 43, and 43 for `43_5` is read as it."""
     expected, claimed = _BASE.fullmatch(gold), _BASE.fullmatch(claim)
@@ -288,10 +308,7 @@ def _phrase(text: str) -> str | None:
         return None
     words = re.findall(r"[^\W_]+", found[1] or found[2])
     if found[2] and not any(
-        len(word) > 4
-        or word.isdigit()
-        or (len(word) > 2 and word.isupper())
-        or word.lower() in _SHORT_WORDS
+        len(word) > 4 or word.isdigit() or (len(word) > 2 and word.isupper()) or word.lower() in _SHORT_WORDS
         for word in words
     ):
         return words[0] if len(words) == 1 and len(words[0]) == 1 else None
