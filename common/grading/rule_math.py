@@ -52,7 +52,8 @@ _CLOCK = re.compile(
     re.IGNORECASE,
 )
 _BASE = re.compile(
-    r"(?<![A-Za-z])\(?(-?[0-9][0-9A-Fa-f.]*)\)?_\{(?:\\text\{)?\s*\(?([0-9]+|[a-z]+)\)?\s*\}?\}"
+    r"(?<![A-Za-z])\(?(-?[0-9](?:[0-9.]*|[0-9A-Fa-f.]*(?=\)?_\{(?:1[1-6]|hex|sixteen))))\)?"
+    r"_\{\s*\(?([0-9]+|[a-z]+)\)?\s*\}"
 )
 _BASES = {
     word: str(base)
