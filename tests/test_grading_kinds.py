@@ -128,6 +128,9 @@ RIGHT = {
         \log_2 100 <- \frac{2}{\log_{10} 2}
     """,
     "powers of ten": r"""
+        6.02e23 <- 6.02 \times {10}^{23}
+        1.5e-3 <- 0.0015
+        2**10 <- 1024
         4.5e33 <- 4.5\times10^{33}
         4.5e33 <- 4.5\cdot 10^{33}
         4.5e33 <- 4.5*10^33
@@ -179,6 +182,12 @@ RIGHT = {
         x^2*y <- y x^2
     """,
     "units and counting words": r"""
+        64 <- 64 sq ft
+        9.8 <- 9.8 m/s^2
+        9.8 <- 9.8\ \mathrm{m\cdot s^{-2}}
+        5 <- 5\,\Omega
+        100 <- 100 degrees Fahrenheit
+        \frac{3}{4} <- \frac{3}{4}\text{ of the pie}
         64 <- 64 square feet
         64 <- 64\ cm^2
         12 <- 12\ \mathrm{N}
@@ -333,6 +342,10 @@ RIGHT = {
         5 <- \,5\,
     """,
     "relations turned round": r"""
+        x \le -1 \text{ or } x \ge 3 <- (-\infty,-1]\cup[3,\infty)
+        (-\infty,-1]\cup[3,\infty) <- x \le -1 \text{ or } x \ge 3
+        (-\infty, 2) \cup (2, \infty) <- \{x \mid x \neq 2\}
+        a<b<c <- c>b>a
         1<x<3 <- 3>x>1
         1<x<3 <- (1,3)
         1<x\le3 <- 3\ge x>1
@@ -349,6 +362,14 @@ RIGHT = {
         x \neq 2 <- 2\neq x
     """,
     "words and introductions": r"""
+        3 <- \text{解得 }x=3
+        5 <- 最终答案是 5
+        \text{ellipse} <- \text{an ellipse}
+        5 <- \text{\textbf{5}}
+        5 <- \mathbf{\text{5}}
+        5 <- \Large 5
+        5 <- = 5
+        \text{does not exist} <- \text{Does not exist}
         5 <- \text{Answer: }5
         5 <- \text{The answer is }5
         42 <- \text{答案是} 42
@@ -437,6 +458,9 @@ RIGHT = {
 
 WRONG = {
     "letter case": r"""
+        aA <- a^2
+        P(A) <- P(a)
+        A=3,B=4 <- a=3,b=4
         \frac{R}{r} <- 1
         R_1 <- r_1
         x+X <- 2X
@@ -454,6 +478,12 @@ WRONG = {
         R>r <- r>r
     """,
     "text beside a number": r"""
+        5 <- 5\text{ or so}
+        5 <- 5\text{ (not sure)}
+        5 <- 5\text{ and a half}
+        5\text{ kg} <- 5\text{ lb}
+        30^\circ\text{C} <- 30^\circ\text{F}
+        5\text{ students} <- 5\text{ teachers}
         5 <- 5\text{ or 6}
         5 <- 5\text{ or more}
         5 <- 5\text{ and 6}
@@ -526,6 +556,9 @@ WRONG = {
         16:30 <- 4:30\text{ a.m.}
     """,
     "order and names": r"""
+        x_1=1,x_2=2 <- 2,1
+        a=1,b=2 <- b=1,a=2
+        PQR <- RQP
         x=1,y=2 <- 2,1
         x=1,y=2 <- (2,1)
         x=1,y=2 <- x=2,y=1
@@ -638,6 +671,9 @@ WRONG = {
         5 <- \pm 5
     """,
     "relations turned round": r"""
+        (-\infty,-1]\cup[3,\infty) <- x < -1 \text{ or } x \ge 3
+        (-\infty,-1]\cup[3,\infty) <- x \ge 3
+        1<x<3 <- 1<y<3
         1<x<3 <- 3>x>2
         1<x<3 <- 3<x<1
         1<x<3 <- 1\le x\le3
@@ -652,6 +688,10 @@ WRONG = {
         x=2 <- y=2
     """,
     "words and introductions": r"""
+        \text{even} <- \text{not even}
+        5 <- \text{no more than }5
+        5 <- \text{between }4\text{ and }5
+        5 <- \text{approximately }5
         5 <- \text{Answer: }6
         5 <- \text{The answer is not }5
         2x <- f(x)=3x\text{ for all }x

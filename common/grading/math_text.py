@@ -111,7 +111,10 @@ _SPELLINGS = [
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", " "),
         (r"\\(?:text)?color\s*\{[^{}]*\}|" + _command("boxed|fbox|boldsymbol|bm|ensuremath|underline"), ""),
         (r"\\[hv]?(?:space\*?|phantom)\s*(?:\{[^{}]*\}|[-+0-9])|^\s*" + _command("approx"), " "),
-        (_command("displaystyle|textstyle|limits|nolimits|q?quad|enspace|thinspace|hfill"), " "),
+        (
+            _command("displaystyle|textstyle|(?:no)?limits|q?quad|enspace|thinspace|hfill|[lL]arge|[hH]uge"),
+            " ",
+        ),
         (r"(?<!\\)\\[!,;:> ]|(?<!\\)~|\s", " "),
         # Two names of one thing.
         (r"\{:\}|" + _command("colon"), ":"),
@@ -152,7 +155,7 @@ _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{?([0-9]+)
 _E_NOTATION = re.compile(r"(?<![A-Za-z0-9_.\\])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([-+]?[0-9]+)(?![0-9A-Za-z.])")
 _MIXED = re.compile(r"(?<![0-9.}^_] )(?<![0-9.}^_])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9])")
 _SET_BUILDER = re.compile(
-    r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\|)([^{}]*(?:[<>=]|\\[lg]e)(?:[^{}]|\{[^{}]*\})*)\\\}"
+    r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid|:|\|)([^{}]*(?:[<>=]|\\[lgn]e)(?:[^{}]|\{[^{}]*\})*)\\\}"
 )
 _DEGREES_OF_ANGLE = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\{2\})?\s*[({]?\s*)([0-9]+(?:\.[0-9]+)?)\s*\^\{\\circ\}"
@@ -278,6 +281,8 @@ def _texts(text: str) -> str:
 
 
 def _opened(content: str) -> str:
+    if _TEXT.search(content):
+        content = _texts(content).replace(r"\text", "")
     content = re.sub(r"['{}]", "", content)
     content = " ".join(_SPACING_IN_TEXT.sub(" ", content).split())
     if not content:

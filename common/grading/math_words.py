@@ -102,7 +102,7 @@ _NO_CJK_UNITS = re.compile("[或和与不非以至到约半十百千万亿多少
 
 
 _TAIL = re.compile(
-    r"(?:\s|/|\\cdot(?![A-Za-z]))*(?:\\text\{[^{}]*\}|\^\{\\circ\}(?:\s*[CF](?![A-Za-z]))?)"
+    r"(?:\s|/|\\cdot(?![A-Za-z]))*(?:\\text\{[^{}]*\}|\^\{\\circ\}(?:\s*[CF](?![A-Za-z]))?|(?<=[0-9])\s?\\Omega)"
     r"(?:\s|/|\\cdot(?![A-Za-z])|\\text\{[^{}]*\}|\^\{-?[0-9]\}|\^\{\\circ\})*$"
 )
 _BARE_TAIL = re.compile(
@@ -151,7 +151,8 @@ _MULTIPLIER = re.compile(
 
 
 _INTRODUCTION = re.compile(
-    r"\\text\{[^{}]*(?:\b(?:is|are|equals|be)(?=[ }:])|:)(?:\s*\}\s*:?)?|\\text\{(?:答案|所以|因此|故)[^{}]*\}"
+    r"\\text\{[^{}]*(?:\b(?:is|are|equals|be)(?=[ }:])|:)(?:\s*\}\s*:?)?"
+    r"|\\text\{(?:答案|所以|因此|故|即|解得|综上)[^{}]*\}"
 )
 _BARE_INTRODUCTION = re.compile(
     r"(?:(?:so|thus|hence|therefore|and|the|final|correct|our),? ){0,4}(?:answer|result|solution|value|total)"
@@ -242,7 +243,7 @@ def _is_word(word: str) -> bool:
 
 def _unit(text: str) -> Unit | None:
     """None where a word is a hedge, a number or a time: then it belongs to the answer."""
-    text = _MARKUP.sub(" ", text.replace(r"^{\circ}", "°"))
+    text = _MARKUP.sub(" ", text.replace(r"^{\circ}", "°").replace(r"\Omega", " ohm"))
     text = re.sub("[A-Za-z]+", lambda word: _COMPOUNDS.get(word[0].lower(), word[0]), text)
     words: list[str] = []
     known, sign, power = True, 1, 1

@@ -308,6 +308,8 @@ def _phrase(text: str) -> str | None:
     if not found:
         return None
     words = re.findall(r"[^\W_]+", found[1] or found[2])
+    if len(words) > 1 and words[0] in ("a", "an", "the"):
+        words = words[1:]
     if found[2] and not any(
         len(word) > 4 or word.isdigit() or (len(word) > 2 and word.isupper()) or word.lower() in _SHORT_WORDS
         for word in words
@@ -423,6 +425,7 @@ def _equal(gold: str, expected: Any, claim: str, claimed: Any) -> bool:
     if not (_same_base(gold, claim) and _consistent(claimed)):
         return False
     expected, claimed = _ascending(expected), _ascending(claimed)
+    expected, claimed = _as_region(expected, claimed), _as_region(claimed, expected)
     if _is_value_of_function(expected) and not _is_relation(claimed):
         expected = expected.rhs
     if "%" not in gold + claim and not _same_scale(expected, claimed):
@@ -479,6 +482,17 @@ def _ascending(expression: Any) -> Any:
     elif isinstance(expression, GreaterThan | StrictGreaterThan):
         return expression.reversed
     return expression
+
+
+def _as_region(expression: Any, other: Any) -> Any:
+    """`x<1, x>3` as a union of intervals, where the other side is one."""
+    from sympy import Eq, FiniteSet, Or, Set
+
+    if not isinstance(other, Set) or isinstance(other, FiniteSet) or not isinstance(expression, FiniteSet):
+        return expression
+    if not all(_is_relation(part) and not part.has(Eq) for part in expression.args):
+        return expression
+    return Or(*expression.args).as_set()
 
 
 def _same_scale(gold: Any, predicted: Any) -> bool:
