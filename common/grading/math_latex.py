@@ -9,6 +9,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 _LETTER = re.compile(r"\\text\{[^{}]*\}|\\(hbar|odot|oplus)(?![A-Za-z])|\\[A-Za-z]+|(I|[Ee](?=_))")
+_SHORT_SCRIPT = re.compile(r"([_^])\{([0-9A-Za-z])\}(?!\s*[0-9A-Za-z{])")  # each brace costs the parser time
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\imath")
 _INDEXED = re.compile(r"\\(?:sum|prod|int)|_\{?i|\bi=")
 _COMPLEX = re.compile(
@@ -28,6 +29,7 @@ def parse(latex: str, *, is_real: bool) -> Any:
 
     imaginary = _IMAGINARY.search(latex) is not None and not _INDEXED.search(latex)
     latex = _LETTER.sub(_as_letter, latex)
+    latex = _SHORT_SCRIPT.sub(r"\1\2", latex)
     try:
         return _converter()(normalize_latex(latex, _normalization()), imaginary, is_real)
     except MemoryError:
@@ -55,7 +57,7 @@ def _normalization() -> Any:
 def _converter() -> Any:
     """Made on first use: this module is imported where sympy is not."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
-    from sympy import I, Integer, Pow, Rational, Symbol
+    from sympy import Expr, I, Integer, MatrixBase, Pow, Symbol
 
     class Converter(_Latex2Sympy):  # type: ignore[misc]
         imaginary = False
@@ -73,14 +75,20 @@ def _converter() -> Any:
             marked = re.sub("[A-Z]", lambda letter: f"^{letter[0]}", symbol.name)
             return symbol if marked == symbol.name else Symbol(marked, real=self.is_real)
 
+        def parse_number(self, text: str) -> Any:
+            """Whole numbers directly: the library asks sympy's own parser, a millisecond each."""
+            digits = text.replace(",", "")
+            return Integer(int(digits)) if digits.isdigit() else super().parse_number(text)
+
         def convert_postfix_list(self, postfixes: list[Any], start: int = 0) -> Any:
-            if start + 1 < len(postfixes):
-                first = self.convert_postfix(postfixes[start])
-                if isinstance(first, Integer) and not _is_mixed(postfixes[start : start + 3]):
-                    rest = self.convert_postfix_list(postfixes, start + 1)
-                    if isinstance(rest, Rational):
-                        return self.mul_flat(first, rest)
-            return super().convert_postfix_list(postfixes, start)
+            if start + 1 == len(postfixes) or _is_mixed(postfixes[start : start + 3]):
+                return super().convert_postfix_list(postfixes, start)
+            first = self.convert_postfix(postfixes[start])
+            if not isinstance(first, Expr | MatrixBase):  # a derivative
+                return super().convert_postfix_list(postfixes, start)
+            rest = self.convert_postfix_list(postfixes, start + 1)
+            has_matrix = getattr(first, "is_Matrix", False) or getattr(rest, "is_Matrix", False)
+            return self.mat_mul_flat(first, rest) if has_matrix else self.mul_flat(first, rest)
 
     def _is_mixed(postfixes: list[Any]) -> bool:
         whole, part, *more = (postfix.getText() for postfix in postfixes)
