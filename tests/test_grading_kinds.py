@@ -403,6 +403,11 @@ RIGHT = {
         2i <- (1+i)^2
     """,
     "further forms": r"""
+        x+iy <- x+i y
+        x+iy <- x+yi
+        (1+i)(1-i) <- 2
+        \sum_{i=1}^{3} i <- 6
+        e^{2 i t} <- e^{2it}
         Mgh <- M g h
         \frac{1}{3} E_{1}+\frac{2}{3} E_{2} <- \frac{E_1+2E_2}{3}
         M_\odot <- M_{\odot}
@@ -710,6 +715,9 @@ WRONG = {
         \text{Tuesday} <- Thursday
     """,
     "further forms": r"""
+        x+iy <- x-iy
+        x+iy <- x+y
+        \sum_{i=1}^{3} i <- 3i
         \infty <- -\infty
         Mgh <- mgh
         E_1 <- E_2

@@ -10,8 +10,9 @@ from typing import Any
 
 _LETTER = re.compile(r"\\text\{[^{}]*\}|\\(hbar|odot|oplus)(?![A-Za-z])|\\[A-Za-z]+|(I|[Ee](?=_))")
 _SHORT_SCRIPT = re.compile(r"([_^])\{([0-9A-Za-z])\}(?!\s*[0-9A-Za-z{])")  # each brace costs the parser time
-_IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\imath")
-_INDEXED = re.compile(r"\\(?:sum|prod|int)|_\{?i|\bi=")
+_IMAGINARY = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|(i)")
+_INDEXED = re.compile(r"\\(?:sum|prod)(?![A-Za-z])|_\{?i")
+_PROPER = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")
 _COMPLEX = re.compile(
     r"\\mathbb\{C\}|\\(?:det|arg|Re|Im|imath)(?![A-Za-z])|\\operatorname\{(?:tr|rank|Re|Im)\}"
 )
@@ -27,7 +28,7 @@ def parse(latex: str, *, is_real: bool) -> Any:
     """latex2sympy's reading of cleaned LaTeX; None where it has none."""
     from latex2sympy2_extended.latex2sympy2 import normalize_latex
 
-    imaginary = _IMAGINARY.search(latex) is not None and not _INDEXED.search(latex)
+    imaginary = "i" in _IMAGINARY.findall(latex) and not _INDEXED.search(latex)
     latex = _LETTER.sub(_as_letter, latex)
     latex = _SHORT_SCRIPT.sub(r"\1\2", latex)
     try:
@@ -101,6 +102,3 @@ def _converter() -> Any:
         return converter.parse(latex)
 
     return convert
-
-
-_PROPER = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")

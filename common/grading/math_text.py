@@ -134,6 +134,7 @@ _SPELLINGS = [
         (_command("rangle"), ")"),
         (_command("[lr]?vert"), "|"),
         (_command("ast"), "*"),
+        (_command("imath"), "i"),
         (r"\\([RZNQ])(?![A-Za-z])", r"\\mathbb{\1}"),
         (
             rf"{_command('degree|textdegree')}|(?<=[0-9]){_command('deg')}|\^\s*\{{?\s*{_command('circ')}\s*\}}?",

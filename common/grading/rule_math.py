@@ -99,9 +99,16 @@ def extract_gold(raw: str) -> str:
         raise UserError(
             rf"an empty or unclosed \boxed{{}} in the reference solution that ends in {raw[-80:]!r}"
         )
-    if len({_plain_number(_read(box).text) or _read(box).key for box in boxes}) > 1:
+    if len(boxes) > 1 and len({_spelling(box) for box in boxes}) > 1:
         raise UserError(f"several different boxes in the reference solution: {', '.join(boxes)[:160]}")
     return boxes[-1]
+
+
+def _spelling(box: str) -> Fraction | str:
+    if len(box) > MAX_BOX_CHARACTERS:
+        return _normalised(box)
+    answer = _read(box)
+    return _plain_number(answer.text) or answer.key
 
 
 def validate_gold(gold: str) -> str | None:
@@ -412,7 +419,7 @@ def _problem(gold: str) -> str | None:
     words = [word for word in _PROSE.findall(text) if word]
     if len(words) > 1 and (not _phrase(text) or _SENTENCE & set(words)):
         return f"prose, not an answer: {gold[:80]!r}"
-    if _clock(text) or _phrase(text) or _named_values(text):
+    if _plain_number(text) is not None or _clock(text) or _phrase(text) or _named_values(text):
         return None
     if _parsed(text, is_real=not math_latex.is_complex(text)) is None:
         return f"math-verify cannot parse {gold[:80]!r}"
