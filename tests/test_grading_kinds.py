@@ -158,6 +158,9 @@ RIGHT = {
         4.5e33 <- \approx 4.5\times 10^{33}
     """,
     "plain notation": r"""
+        abs(x+1)/2 <- \frac{|x+1|}{2}
+        floor(x/2) <- \lfloor x/2\rfloor
+        ln(2)/2 <- \frac{\ln 2}{2}
         2*pi*r <- 2\pi r
         7*sin(pi*x/5)+1 <- 7\sin\left(\frac{\pi x}{5}\right)+1
         sqrt(2)/2 <- \frac{\sqrt{2}}{2}
@@ -274,6 +277,13 @@ RIGHT = {
         42 <- 𝟒𝟐
     """,
     "LaTeX spellings": r"""
+        \frac{1}{2} <- \\frac{1}{2}
+        \begin{bmatrix}1&2\\3&4\end{bmatrix} <- \left[\begin{matrix}1&2\\3&4\end{matrix}\right]
+        \begin{pmatrix}1\\2\end{pmatrix} <- \left[\begin{smallmatrix}1\\2\end{smallmatrix}\right]
+        \emptyset <- \{ \}
+        x^{-1} <- x^-1
+        \frac{1}{10} <- \frac1{10}
+        5 <- 5\textsuperscript{th}
         \frac{a}{b} <- \frac a b
         \sqrt{x} <- x^\frac12
         \frac{1}{3} <- 0.\overline{3}
@@ -362,6 +372,8 @@ RIGHT = {
         x \neq 2 <- 2\neq x
     """,
     "words and introductions": r"""
+        A <- \text{Option A}
+        1,2 <- x=1或x=2
         3 <- \text{解得 }x=3
         5 <- 最终答案是 5
         \text{ellipse} <- \text{an ellipse}
@@ -653,6 +665,9 @@ WRONG = {
         50\% <- 5％
     """,
     "LaTeX spellings": r"""
+        \frac{1}{10} <- \frac{1}{1}0
+        x^{-1} <- x-1
+        \begin{bmatrix}1&2\\3&4\end{bmatrix} <- \left[\begin{matrix}1&3\\2&4\end{matrix}\right]
         \frac{a}{b} <- \frac b a
         \sqrt{x} <- x^\frac13
         \frac{1}{3} <- 0.\overline{4}
@@ -693,6 +708,8 @@ WRONG = {
         x=2 <- y=2
     """,
     "words and introductions": r"""
+        A <- \text{Option B}
+        1 <- x=1或x=2
         \text{even} <- \text{not even}
         5 <- \text{no more than }5
         5 <- \text{between }4\text{ and }5

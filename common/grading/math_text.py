@@ -62,7 +62,7 @@ _SIGNS = {
     "′’‘": "'",
     "″": "''",
     "⁄∕": "/",
-    "、": ",",
+    "、或和": ",",
     "。": ".",
     "\u200b\u200c\u200d\u2060\ufeff": "",
 }
@@ -90,13 +90,15 @@ _JOINING = re.compile(r",?\s*(?:and|or)|,|;|&|或|和")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)+")
 
 _ENVIRONMENT = re.compile(
-    r"(?P<open>[(\[|]|\\\{)?\s*\\begin\{(?P<name>cases|aligned|align\*?|gathered|split|array)\}(?:\s*\{[lcr| ]*\})?"
+    r"(?P<open>[(\[|]|\\\{)?\s*"
+    r"\\begin\{(?P<name>cases|aligned|align\*?|equation\*?|gathered|split|array|(?:small)?matrix)\}(?:\s*\{[lcr| ]*\})?"
     r"(?P<body>.*?)\\end\{(?P=name)\}\s*(?P<close>[)\]|]|\\\})?",
     re.DOTALL,
 )
 _MATRICES = {"(": "pmatrix", "[": "bmatrix", "|": "vmatrix"}
 _ROW_END = re.compile(r"\\\\(?:\[[^\]]*\])?")
 _ALIGNMENT = re.compile(r"&\s*(?==|<|>|\\le|\\ge)|(?<==)\s*&")
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # `\\frac` of a text that was escaped twice
 _STRETCH = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?")
 
 
@@ -121,7 +123,8 @@ _SPELLINGS = [
         (r"\{,\}", ","),
         (_command("[dtcs]frac|nicefrac"), r"\\frac"),
         (_command("[dt]binom"), r"\\binom"),
-        (_command("varnothing"), r"\\emptyset "),
+        (_command("textsuperscript"), "^"),
+        (_command("varnothing|O"), r"\\emptyset "),
         (_command("leq|leqslant|le") + "|<=", r"\\le "),
         (_command("geq|geqslant|ge") + "|>=", r"\\ge "),
         (_command("neq") + "|(?<![0-9)])!=", r"\\ne "),
@@ -130,6 +133,7 @@ _SPELLINGS = [
         (_command("gt"), ">"),
         (_command("lbrace"), r"\\{"),
         (_command("rbrace"), r"\\}"),
+        (r"\\\{\s*\\\}", r"\\emptyset "),
         (_command("langle"), "("),
         (_command("rangle"), ")"),
         (_command("[lr]?vert"), "|"),
@@ -175,6 +179,9 @@ _NAMES = {name: rf"\{name}" for name in _FUNCTIONS.split()} | {
     "acos": r"\arccos",
     "atan": r"\arctan",
     "infinity": r"\infty",
+    "abs": r"\abs",
+    "floor": r"\operatorname{floor}",
+    "ceil": r"\operatorname{ceil}",
 }
 _NAME = re.compile(
     r"\\(?:text|operatorname\*?|begin|end)\{[^{}]*\}|\\[A-Za-z]+"
@@ -203,8 +210,7 @@ def clean(text: str) -> str:
 def _spelled(text: str) -> str:
     r"""One spelling for each command, environments as lists or matrices, fonts as `\text{…}`."""
     text = _STRETCH.sub("", text)
-    if r"\begin" in text:
-        text = _ENVIRONMENT.sub(_rows, text)
+    text = _ENVIRONMENT.sub(_rows, text) if r"\begin" in text else _DOUBLED.sub(r"\\", text)
     text = _FONT_OF_ONE.sub(r"\\text{\1}", _OLD_FONT.sub(r"\\text{\1}", text))
     if _TEXT.search(text):
         text = _texts(text)
@@ -260,10 +266,10 @@ def _script(run: re.Match[str]) -> str:
 def _rows(environment: re.Match[str]) -> str:
     """A system of equations as a list, an array in brackets as a matrix; a function by cases stays."""
     opened, closed = environment["open"] or "", environment["close"] or ""
-    if environment["name"] == "array" and opened in _MATRICES:
+    if environment["name"].endswith(("array", "matrix")) and opened in _MATRICES:
         return rf"\begin{{{_MATRICES[opened]}}}{environment['body']}\end{{{_MATRICES[opened]}}}"
     rows = [_ALIGNMENT.sub("", row).strip().rstrip(",;") for row in _ROW_END.split(environment["body"])]
-    if any("&" in row for row in rows):
+    if environment["name"].endswith("matrix") or any("&" in row for row in rows):
         return environment[0]
     inside = ", ".join(row for row in rows if row)
     return inside if opened == r"\{" and not closed else opened + inside + closed
@@ -393,6 +399,8 @@ class _Braces:
             if end > 0:
                 start, self.position = self.position, end + 1
                 return name + self.text[start : end + 1]
+        if name == r"\abs":
+            return f"|{self.argument(bracket=True)[1:-1]}|"
         if name not in _ARGUMENTS:
             return name
         option = ""

@@ -315,7 +315,7 @@ def _phrase(text: str) -> str | None:
     if not found:
         return None
     words = re.findall(r"[^\W_]+", found[1] or found[2])
-    if len(words) > 1 and words[0] in ("a", "an", "the"):
+    if len(words) > 1 and words[0] in ("a", "an", "the", "Option", "Choice"):
         words = words[1:]
     if found[2] and not any(
         len(word) > 4 or word.isdigit() or (len(word) > 2 and word.isupper()) or word.lower() in _SHORT_WORDS
