@@ -185,6 +185,9 @@ RIGHT = {
         x^2*y <- y x^2
     """,
     "units and counting words": r"""
+        5 <- 5千克
+        5 <- 5\text{千米}
+        50000 <- 5\text{万元}
         64 <- 64 sq ft
         9.8 <- 9.8 m/s^2
         9.8 <- 9.8\ \mathrm{m\cdot s^{-2}}

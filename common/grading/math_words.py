@@ -98,7 +98,7 @@ _QUANTITIES = _words(
     "seven eight nine ten eleven twelve twenty score pair factorial root"
 )
 _NO_UNITS = _HEDGES | _QUANTITIES | _words("so is are be for am pm noon midnight oclock bc ad")
-_NO_CJK_UNITS = re.compile("[或和与不非以至到约半十百千万亿多少左右零一二三四五六七八九]")
+_NO_CJK_UNITS = re.compile("[或和与不非以至到约半十百万亿多少左右零一二三四五六七八九]|千(?![克米瓦])")
 
 
 _TAIL = re.compile(
@@ -145,9 +145,8 @@ _MULTIPLIERS = {
     "万": "10^{4}",
     "亿": "10^{8}",
 }
-_MULTIPLIER = re.compile(
-    rf"(?<=[0-9}}])\s*(?:\\text\{{({'|'.join(_MULTIPLIERS)})(?![a-z])([^{{}}]*)\}}|({'|'.join(_MULTIPLIERS)})(?![a-z]))"
-)
+_MULTIPLIER_WORD = rf"({'|'.join(_MULTIPLIERS)})(?![a-z克米瓦分])"
+_MULTIPLIER = re.compile(rf"(?<=[0-9}}])\s*(?:\\text\{{{_MULTIPLIER_WORD}([^{{}}]*)\}}|{_MULTIPLIER_WORD})")
 
 
 _INTRODUCTION = re.compile(
