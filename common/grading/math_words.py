@@ -1,6 +1,7 @@
 r"""Words beside an answer: units, introductions, and what data sets write where they have no answer.
 
-It says which words may be left out and which two units contradict each other; units are not converted. A hedge (`5\text{ or more}`), a multiplier (`5\text{ million}`) and a time (`3\text{ p.m.}`) are no units.
+It says which words may be left out and which two units contradict each other; units are not converted. A hedge
+(`5\text{ or more}`), a multiplier (`5\text{ million}`) and a time (`3\text{ p.m.}`) are no units.
 """
 
 import re
