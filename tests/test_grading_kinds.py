@@ -28,6 +28,8 @@ RIGHT = {
         E=mc^2 <- mc^2
     """,
     "text beside a number": r"""
+        10\% <- 10\%\text{ increase}
+        10\% <- 0.1
         5 <- 5\text{ cm}
         5\text{ minutes} <- 5\text{ min}
         5\text{ minutes} <- 5
@@ -498,6 +500,9 @@ WRONG = {
         R>r <- r>r
     """,
     "text beside a number": r"""
+        10\% <- 10\text{ edges}
+        52\% <- 52^\circ
+        17\text{ meters} <- 17\%
         5 <- 5\text{ or so}
         5 <- 5\text{ (not sure)}
         5 <- 5\text{ and a half}

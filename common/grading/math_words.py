@@ -187,6 +187,9 @@ class Unit:
     known: bool
 
 
+_PERCENTAGE = Unit(("%",), known=True)
+
+
 @lru_cache(maxsize=16_384)
 def split_unit(text: str) -> tuple[str, Unit | None]:
     """A cleaned answer as what is measured and its unit; percent and multipliers belong to the former."""
@@ -203,10 +206,10 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     found = _TAIL.search(text)
     if not found and (found := _BARE_TAIL.search(text)) and not _are_words(found[1], found[0][0] != " "):
         found = None
-    if not found or not text[: found.start()].strip():
-        return text, _unit(money)
-    unit = _unit(f"{money} {found[0]}")
-    return (text[: found.start()].strip(), unit) if unit else (text, _unit(money))
+    body, unit = text, _unit(money)
+    if found and text[: found.start()].strip() and (whole := _unit(f"{money} {found[0]}")):
+        body, unit = text[: found.start()].strip(), whole
+    return body, _PERCENTAGE if body.endswith(r"\%") else unit
 
 
 def contradict(one: Unit | None, other: Unit | None) -> bool:
