@@ -35,9 +35,9 @@ INTRODUCTION = """\
 
 Written by `python -m benchmarks.models`: a tiny random model of each architecture (two layers, sliding windows of 16
 tokens, its family's tokenizer conventions) goes through stage 1, two iterations of stage 2, the export and its
-evaluation; Gemma 3 270M is a real one. A gap is the largest difference between the engine's and the trainer's log-prob
-of a sampled token, in nats: before training, in iteration 2, that is after the engine took over new weights, and after
-the exported model was loaded anew. In float32 it is rounding.
+evaluation; Gemma 3 270M is a real one. A gap is the difference between the engine's and the trainer's log-prob of a
+sampled token, in nats: before training, in iteration 2, that is after the engine took over new weights, and after the
+exported model was loaded anew. In float32 it is rounding.
 {machine}
 
 A model is refused in one line, before anything is sampled, where the engine would sample from another distribution than
