@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from common.config import DataConfig, RunConfig
 from common.data.datasets import read_rows
+from common.data.messages import turns_of
 from common.data.prompts import prompt_template
 from common.errors import UserError
 
@@ -49,4 +50,4 @@ def _shared(held_out: list[str], training: Iterable[str]) -> list[str]:
 
 
 def _normalised(question: str) -> str:
-    return " ".join(question.split())
+    return " ".join(turns_of(question)[-1]["content"].split())
