@@ -53,7 +53,7 @@ def parquet(folder: Path, values: list[Any], dtype: Any) -> Path:
         (pl.String, ["1.10", "½"], ["1.10", "½"]),
         (pl.Categorical, ["yes", "no"], ["yes", "no"]),
         (pl.Enum(["yes", "no"]), ["no", "yes"], ["no", "yes"]),
-        (pl.List(pl.Float32), [[1.5], [3]], ["1.5", "3.0"]),
+        (pl.List(pl.Float32), [[1.1], [3]], ["1.1", "3.0"]),
     ],
     ids=str,
 )

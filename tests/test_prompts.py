@@ -35,6 +35,7 @@ ROWS = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for numb
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
