@@ -122,7 +122,8 @@ class DataConfig(Section):
                 because=f"{self.title} is a local file, which is read whole; leave it out and give a file that holds "
                 "the rows you mean (name and split choose from a data set of the hub)",
             )
-        if self.format != "word_problems" and not self.path and "path" in self.model_fields_set:
+        is_empty = not self.path or not all(self.path)
+        if self.format != "word_problems" and is_empty and "path" in self.model_fields_set:
             raise ValueError(f"path should not be empty; {PATH_ADVICE}")
         if self.limit is None:
             self.refuse_unused(

@@ -15,7 +15,6 @@ from common.config import LOCAL_FILES, PATH_ADVICE, DataConfig, RunConfig
 from common.data.cells import rows_of, text_of
 from common.data.files import local_files, rows_in
 from common.data.formats import (
-    ANSWER_MARKS,
     FORMATS,
     GENERIC,
     NOT_THERE,
@@ -62,7 +61,7 @@ def read_data_set(data: DataConfig, config: RunConfig) -> DataSet:
     """
     data_format = format_of(data)
     rows, dropped = _read_rows(data, config)
-    if not (data_format.answer_is_solution or data_format.answer_may_be_solution):
+    if not data_format.answer_is_solution:
         return DataSet(
             format=data_format, pairs=[(row.question, row.answer) for row in rows], dropped=dropped
         )
@@ -70,9 +69,8 @@ def read_data_set(data: DataConfig, config: RunConfig) -> DataSet:
     pairs: list[tuple[str, str]] = []
     problems: list[str] = []
     for row in rows:
-        is_solution = data_format.answer_is_solution or any(mark in row.answer for mark in ANSWER_MARKS)
         try:
-            pairs.append((row.question, grader.extract_gold(row.answer) if is_solution else row.answer))
+            pairs.append((row.question, grader.extract_gold(row.answer)))
         except UserError as error:
             problems.append(f"{row.place}: {error}")
     refuse_bad_golds(problems, len(rows), data)
@@ -95,7 +93,7 @@ def read_rows(data: DataConfig, config: RunConfig) -> list[Row]:
 def _read_rows(data: DataConfig, config: RunConfig) -> tuple[list[Row], int]:
     """The rows, and how many data.bad_golds left out."""
     sources = _sources(data, config)
-    rows = [(place, row) for source in sources for place, row in source.numbered(len(sources) > 1)]
+    rows = [numbered for source in sources for numbered in source.numbered(data)]
     if not rows:
         raise UserError(f"the data set {data.title} is empty; check {data.section}.path")
     data_format = format_of(data)
@@ -110,13 +108,14 @@ def _read_rows(data: DataConfig, config: RunConfig) -> tuple[list[Row], int]:
         try:
             found.append(_row(place, row, data_format, under_chat))
         except ValueError as error:
-            problems.append(f"{data.title}, {place}: {error}" if len(sources) == 1 else f"{place}: {error}")
+            problems.append(f"{place}: {error}")
             if data.bad_golds == "error":
                 break
     if problems and (not found or data.bad_golds == "error"):
         drop = f', or {data.section}.bad_golds = "drop"' if data.bad_golds == "error" else ""
+        where = f"{data.title}, " if problems[0].startswith("row ") else ""
         raise UserError(
-            f"{problems[0]}; correct the row, or set {data.section}.prompt_field and "
+            f"{where}{problems[0]}; correct the row, or set {data.section}.prompt_field and "
             f"{data.section}.answer_field{drop}"
         )
     return found, len(problems)
@@ -305,8 +304,9 @@ class _Source:
     title: str
     rows: list[dict[str, Any]]
 
-    def numbered(self, is_one_of_several: bool) -> list[tuple[str, dict[str, Any]]]:
-        file = f"{self.title}, " if is_one_of_several else ""
+    def numbered(self, data: DataConfig) -> list[tuple[str, dict[str, Any]]]:
+        """Each row with its place, which names the file unless that is all of the data set."""
+        file = "" if self.title == data.title else f"{self.title}, "
         return [(f"{file}row {number}", row) for number, row in enumerate(self.rows, start=1)]
 
 

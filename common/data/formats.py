@@ -28,9 +28,8 @@ class DataFormat:
     answers_hold: str = ""
     """It is meant where a first answer holds this text."""
     answer_is_solution: bool = False
-    """The answer field holds a worked solution, from which the grader extracts the reference answer."""
-    answer_may_be_solution: bool = False
-    """The same where that field marks an answer; without a mark it is the answer itself."""
+    """The answer field holds a worked solution, from which the grader extracts the reference answer; it takes a text
+    that marks none for the answer itself."""
     answer_is_tests: bool = False
     """The answer field holds unit tests, and TEST_SETUP_FIELDS what runs before them."""
     entry_point_field: str = ""
@@ -42,7 +41,6 @@ class DataFormat:
 
 
 TEST_SETUP_FIELDS = ("test_setup_code", "test_imports")
-ANSWER_MARKS = ("\\boxed", "\\fbox", "####")
 
 GENERIC = DataFormat(name="prompt and answer", prompt_field="prompt", answer_field="answer")
 WHOLE_PROGRAM = "{prompt}\nWrite the whole function, with its imports, in a ```python block."
@@ -150,7 +148,7 @@ PAIRS = (
         prompt_field="prompt",
         answer_field="solution",
         absent=("answer", "ground_truth", "label"),
-        answer_may_be_solution=True,
+        answer_is_solution=True,
     ),
 )
 """Recognised by a prompt and an answer under usual names, where no format of DISTINCT is."""
