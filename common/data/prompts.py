@@ -5,6 +5,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from functools import cached_property
 from itertools import filterfalse, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,13 +94,18 @@ class PromptRenderer:
         return self._chat(text) if self.template == "chat" else self.template.replace("{prompt}", text)
 
     def _is_far_longer(self, rendered: str, limit: int) -> bool:
-        """Whether a beginning of it has more than twice as many tokens, and some, since a cut may make more of them."""
+        """Whether a beginning of it has more than twice as many tokens, not counting those of a token that was cut."""
         size = max(SHORTEST_BEGINNING, CHARACTERS_PER_TOKEN * limit)
         while size < len(rendered):
-            if len(self._token_ids([rendered[:size]])[0]) > 2 * limit + 16:
+            if len(self._token_ids([rendered[:size]])[0]) > 2 * limit + self._longest_token:
                 return True
             size *= 4
         return False
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In characters."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def _token_ids(self, texts: list[str]) -> list["array[int]"]:
         """As `tokenizer(texts, add_special_tokens=False)`, without what it would wrap around them."""
