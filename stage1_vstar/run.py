@@ -307,7 +307,7 @@ def read_prompts(
         console.print(recognised_as(config.data, found.format))
     if found.dropped:
         console.print(
-            f"{found.dropped:,} rows left out: without a prompt, or without an answer that the grader can use"
+            f"rows left out for want of a prompt or of an answer that the grader can use: {found.dropped:,}"
         )
     pairs = [pair for pair in found.pairs if shard.holds(prompt_id(*pair))]
     if not pairs:

@@ -1,5 +1,6 @@
 """Data files of other projects, with their own field names: recognised, rendered and graded as they are."""
 
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,14 @@ import pytest
 
 from common.data.datasets import format_of, read_data_set, read_pairs
 from common.data.formats import DISTINCT, PAIRS, DataFormat
-from common.data.messages import turns_of
+from common.data.held_out import remarks
+from common.data.messages import text_of_turns, turns_of
 from common.data.prompts import TEMPLATES, PromptRenderer, load_prompts, prompts_from_pairs
 from common.errors import UserError
 from common.grading import Outcome, find_grader
+from common.runs import WHOLE
+from common.terminal.console import Terminal
+from stage1_vstar.run import read_prompts
 from stage2_train.config import Config
 from tests.conftest import ROOT
 from tests.fakes import tiny_config
@@ -511,3 +516,56 @@ def test_real_data_sets_are_recognised_and_read_whole(name: str, rows: int, take
     found = read_data_set(config.data, config)
     assert (found.format.name, len(found.pairs) + found.dropped) == (taken, rows)
     assert found.dropped < 0.01 * rows
+
+
+def told(model: Path, path: Path, grader: str = "math", **data: Any) -> list[str]:
+    """What stage 1 prints of its prompts."""
+    printed = io.StringIO()
+    read_prompts(auto(model, path, grader, **data), model, WHOLE, Terminal(file=printed, width=1000))
+    return printed.getvalue().splitlines()
+
+
+def test_stage_1_says_what_it_recognised_and_shows_the_first_prompt(chat_model: Path, tmp_path: Path) -> None:
+    nothing = {"prompt": None}
+    path = write_jsonl(tmp_path / "data.jsonl", [nothing, CASES["SkyRL"].row, CASES["SkyRL"].row, nothing])
+    assert told(chat_model, path, bad_golds="drop") == [
+        f"{path}: read as SkyRL: prompts from prompt, answers from reward_spec.ground_truth, template 'chat'",
+        "rows left out for want of a prompt or of an answer that the grader can use: 2",
+        r"first prompt: '[system] Be brief.\n[user] What is 2 + 3?\n[assistant] '",
+        "1 of 2 rows left out: longer than 512 tokens, or there twice",
+    ]
+    path = write_jsonl(tmp_path / "gsm8k.jsonl", [CASES["GSM8K"].row])
+    (line,) = told(chat_model, path, "gsm8k", format="gsm8k")
+    assert line.startswith("first prompt: 'What is 2 + 3? Let")
+
+
+def test_held_out_prompts_are_recognised_on_their_own(chat_model: Path, tmp_path: Path) -> None:
+    training = write_jsonl(tmp_path / "train.jsonl", [CASES["verl"].row])
+    held_out = write_jsonl(tmp_path / "test.jsonl", [CASES["GSM8K"].row])
+    config = tiny_config(chat_model, training, evaluate={"data": {"path": str(held_out)}})
+    assert config.held_out is not None
+    lines = remarks(
+        config, [question for question, _ in read_pairs(config.held_out, config)], ["What is 2 + 3?"]
+    )
+    assert lines[0].startswith(
+        f"{held_out}: read as GSM8K: prompts from question, answers from answer, template"
+    )
+    assert lines[-1].startswith("1 of 1 held-out prompts are also training prompts")
+    asked = text_of_turns([{"role": "system", "content": "Be brief."}, *USER])
+    assert remarks(config, ["What is 2 + 3?"], [asked])[-1] == lines[-1]
+
+
+def test_training_needs_the_data_for_its_template_only(chat_model: Path, tmp_path: Path) -> None:
+    """Stage 1's file holds the prompts."""
+    missing = tmp_path / "none.jsonl"
+    with pytest.raises(UserError, match="there is no data file"):
+        PromptRenderer(chat_model, auto(chat_model, missing).data)
+    renderer = PromptRenderer(chat_model, auto(chat_model, missing, template="chat").data)
+    assert renderer.decode(renderer.render("What is 2 + 3?")) == ASKED
+
+
+def test_a_file_that_has_changed_is_recognised_anew(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [CASES["verl"].row])
+    assert format_of(auto(Path("model"), path).data).name == "verl"
+    write_jsonl(path, [CASES["MATH"].row])
+    assert format_of(auto(Path("model"), path).data).name == "MATH"

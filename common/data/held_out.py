@@ -3,17 +3,18 @@
 from collections.abc import Iterable
 
 from common.config import DataConfig, RunConfig
-from common.data.datasets import read_rows
+from common.data.datasets import format_of, read_rows, recognised_as
 from common.data.messages import turns_of
 from common.data.prompts import prompt_template
 from common.errors import UserError
 
 
 def remarks(config: RunConfig, held_out: Iterable[str], training: Iterable[str]) -> list[str]:
-    """What a reader of held-out figures must know, in lines: another template, questions that are also trained on."""
+    """What a reader of held-out figures must know, in lines: how the questions were read, which are trained on too."""
     data = config.held_out
     assert data is not None, "there are held-out prompts"
-    return [*_other_template(config.data, data), *_shared(list(held_out), training)]
+    seen = [recognised_as(data, format_of(data))] if data.format == "auto" else []
+    return [*seen, *_other_template(config.data, data), *_shared(list(held_out), training)]
 
 
 def remarks_beside_data(config: RunConfig, held_out: Iterable[str]) -> list[str]:
