@@ -13,7 +13,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from common.errors import UserError
 from common.grading import GraderConfig
@@ -54,6 +54,14 @@ def data_suffix(name: str) -> str:
     return suffixes[-1] if suffixes else ""
 
 
+def _is_path_or_paths(value: Any) -> Any:
+    if not isinstance(value, str) and not (
+        isinstance(value, list) and all(isinstance(each, str) for each in value)
+    ):
+        raise ValueError(f"should be a path or a list of paths, found {value!r}")
+    return value
+
+
 PATH_ADVICE = f"give a {', '.join(LOCAL_FILES[:4])} file, a folder of them, or a hub data set's name"
 
 
@@ -74,7 +82,7 @@ class DataConfig(Section):
 
     format: Literal["auto", "gsm8k", "math", "openr1", "generic", "word_problems", "mbpp"] = "auto"
     """"auto" recognises other projects' formats too, by their columns (docs/data.md)."""
-    path: str | list[str] = ""
+    path: Annotated[str | list[str], BeforeValidator(_is_path_or_paths)] = ""
     """Local files, a folder or a pattern such as data/*.jsonl, or a data set's name on the Hugging Face hub."""
     name: str | None = None
     """The hub data set's configuration, such as "main"."""
@@ -116,15 +124,15 @@ class DataConfig(Section):
             )
             if self.split not in ("train", "test"):
                 raise ValueError(f'word_problems have the splits "train" and "test", found "{self.split}"')
+        is_empty = not self.path or not all(self.path)
+        if self.format != "word_problems" and is_empty and "path" in self.model_fields_set:
+            raise ValueError(f"path should not be empty; {PATH_ADVICE}")
         if self.is_file:
             self.refuse_unused(
                 *("name", "split"),
                 because=f"{self.title} is a local file, which is read whole; leave it out and give a file that holds "
                 "the rows you mean (name and split choose from a data set of the hub)",
             )
-        is_empty = not self.path or not all(self.path)
-        if self.format != "word_problems" and is_empty and "path" in self.model_fields_set:
-            raise ValueError(f"path should not be empty; {PATH_ADVICE}")
         if self.limit is None:
             self.refuse_unused(
                 "seed",

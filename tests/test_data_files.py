@@ -264,6 +264,41 @@ def test_a_path_that_means_no_file_is_not_looked_for_on_the_hub(
     assert refusal(path).startswith(expected)
 
 
+def test_what_the_hub_does_not_have_may_be_a_path_with_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("no data/train\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert refusal("data/train").startswith(
+        "cannot load the data set data/train (train) from the hub, and there is no such file or folder here: no "
+        "data/train; for a local file give a data.path that ends in .jsonl, .json,"
+    )
+
+
+def test_a_clone_of_a_hub_data_set_is_left_to_the_library_that_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(path: str, name: str | None, split: str) -> Any:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_dict({"prompt": ["x"], "answer": ["1"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    write_jsonl(tmp_path / "set" / "train.jsonl", ROWS)
+    folder = str(tmp_path / "set")
+    assert pairs(folder, format="generic", name="main") == [("x", "1")]
+    assert pairs(folder, format="generic", split="train[:1]") == [("x", "1")]
+    assert pairs(folder, format="generic") == PAIRS
+    (tmp_path / "set" / "README.md").write_text("---\nconfigs: []\n---\n")
+    assert pairs(folder, format="generic") == [("x", "1")]
+    assert asked == [(folder, "main", "train"), (folder, None, "train[:1]"), (folder, None, "train")]
+
+
 def test_a_data_set_of_the_hub_is_recognised_too(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -355,7 +355,8 @@ def _rows_of_hub(
             rows = rows.select_columns(names)
         return rows_of(pl.DataFrame(rows.with_format("arrow")[:most]))
     except Exception as error:  # each kind of data set has errors of its own
+        there = "" if Path(path).is_dir() else " from the hub, and there is no such file or folder here"
         raise UserError(
-            f"cannot load the data set {path} ({split}) from the hub: {first_line(error)}; "
+            f"cannot load the data set {path} ({split}){there}: {first_line(error)}; "
             f"for a local file give a {section}.path that ends in {', '.join(LOCAL_FILES)}"
         ) from error

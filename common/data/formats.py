@@ -89,14 +89,11 @@ DISTINCT = (
         answer_field="reward_model.ground_truth",
         answer_may_be_json=True,
     ),
-    DataFormat(
-        name="SkyRL", prompt_field="prompt", answer_field="reward_spec.ground_truth", columns=("env_class",)
-    ),
+    DataFormat(name="SkyRL", prompt_field="prompt", answer_field="reward_spec.ground_truth"),
     DataFormat(
         name="open-instruct RLVR",
         prompt_field="messages",
         answer_field="ground_truth",
-        columns=("dataset",),
         answer_may_be_json=True,
         drops_last_answer=True,
     ),

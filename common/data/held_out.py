@@ -22,8 +22,9 @@ def remarks_beside_data(config: RunConfig, held_out: Iterable[str]) -> list[str]
     try:
         training = [row.question for row in read_rows(config.data, config)]
     except UserError as error:
+        is_template_known = config.data.template is not None or config.data.format != "auto"
         return [
-            *remarks(config, held_out, ()),
+            *(remarks(config, held_out, ()) if is_template_known else []),
             f"whether held-out prompts are also training prompts cannot be told: {error}",
         ]
     return remarks(config, held_out, training)
