@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from common.config import LOCAL_FILES, data_suffix
+from common.config import COMPRESSED, LOCAL_FILES, data_suffix
 from common.data.datasets import read_data_set, read_pairs
 from common.data.files import rows_in
 from common.data.prompts import PromptRenderer, load_prompts
@@ -159,10 +159,13 @@ def test_what_cannot_be_read_is_named_by_its_file_and_line(
     assert refusal(tmp_path / name).startswith(f"cannot read {tmp_path / name}: {expected}")
 
 
-def test_a_compressed_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "data.jsonl.gz"
-    file.write_bytes(gzip.compress(LINES.encode())[:-12])
-    assert f"cannot read {file}: " in refusal(file)
+@pytest.mark.parametrize("cut", [1, 12, 60])
+@pytest.mark.parametrize("ending", COMPRESSED)
+def test_a_compressed_file_that_was_cut_off_is_refused(tmp_path: Path, ending: str, cut: int) -> None:
+    file = tmp_path / f"data.jsonl{ending}"
+    compressed(COMPRESSED[ending])(file)
+    file.write_bytes(file.read_bytes()[:-cut])
+    assert refusal(file).startswith(f"cannot read {file}: ")
 
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path: Path) -> None:

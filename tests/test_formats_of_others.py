@@ -407,6 +407,18 @@ def test_fields_that_are_set_replace_those_of_the_format_and_may_be_dotted(tmp_p
     assert pairs(dotted, prompt_field="a.b", answer_field="a.b") == [("x", "x")]
 
 
+def test_tests_may_stand_in_objects_and_what_is_no_test_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "data.jsonl", [{"task": {"text": "Add.", "tests": ["assert add(2, 3) == 5"]}}]
+    )
+    fields = {"prompt_field": "task.text", "answer_field": "task.tests"}
+    ((question, tests),) = pairs(path, "code", format="mbpp", **fields)
+    assert question == "Add.\nYour code must pass this test, and others:\nassert add(2, 3) == 5"
+    assert json.loads(tests) == ["assert add(2, 3) == 5"]
+    path = write_jsonl(tmp_path / "human.jsonl", [{**CASES["HumanEval"].row, "test": [1]}])
+    assert refusal(path).startswith(f"{path}, row 1: test is a list, not a text or a number")
+
+
 def test_columns_that_only_later_rows_have_count_and_empty_cells_decide_nothing(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": None},

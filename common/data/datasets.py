@@ -264,16 +264,20 @@ def _first_rows_of_hub(path: str, name: str | None, split: str, section: str) ->
 
 
 def _with_tests_as_text(row: dict[str, Any], data_format: DataFormat) -> dict[str, Any]:
-    """The row with its tests as the grader "code" reads them, and the first one shown: it alone names the function."""
-    question, tests = row.get(data_format.prompt_field), row.get(data_format.answer_field)
+    """The row with its tests as the grader "code" reads them, and the first one shown: it alone names the function.
+
+    Unchanged where it has no such tests, which is refused when they are read as a text.
+    """
+    prompt_field, answer_field = data_format.prompt_field, data_format.answer_field
+    question, tests = cell_at(row, prompt_field), cell_at(row, answer_field)
     if data_format.entry_point_field:
         name = row.get(data_format.entry_point_field)
         if not isinstance(tests, str) or not isinstance(name, str):
             return row
-        document = {"setup": tests, "tests": [f"check({name})"]}
-        return {**row, data_format.answer_field: json.dumps(document)}
+        return {**row, answer_field: json.dumps({"setup": tests, "tests": [f"check({name})"]})}
     if (
-        not question
+        not isinstance(question, str)
+        or not question
         or not isinstance(tests, list)
         or not tests
         or not all(isinstance(test, str) for test in tests)
@@ -283,8 +287,8 @@ def _with_tests_as_text(row: dict[str, Any], data_format: DataFormat) -> dict[st
     setup = [str(line) for lines in found for line in ([lines] if isinstance(lines, str) else lines)]
     return {
         **row,
-        data_format.prompt_field: f"{question}\nYour code must pass this test, and others:\n{tests[0]}",
-        data_format.answer_field: json.dumps({"setup": "\n".join(setup), "tests": tests}),
+        prompt_field: f"{question}\nYour code must pass this test, and others:\n{tests[0]}",
+        answer_field: json.dumps({"setup": "\n".join(setup), "tests": tests}),
     }
 
 
