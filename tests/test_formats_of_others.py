@@ -2,10 +2,13 @@
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from common.data.datasets import format_of, read_data_set, read_pairs
@@ -329,6 +332,43 @@ def test_a_file_of_another_project_is_recognised_rendered_and_graded(
     assert grader.validate_gold(prompt.answer) is None
     outcomes = [grader.grade(prompt.text, each, prompt.answer).outcome for each in (case.right, case.wrong)]
     assert outcomes == [Outcome.CORRECT, Outcome.WRONG]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if isinstance(case.row, dict)])
+def test_parquet_and_the_datasets_library_give_the_same_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import datasets
+
+    case = CASES[name]
+    expected = pairs(write_jsonl(tmp_path / "data.jsonl", [case.row]), case.grader)
+    pl.DataFrame([case.row]).write_parquet(tmp_path / "data.parquet")
+    assert pairs(tmp_path / "data.parquet", case.grader) == expected
+    found = datasets.Dataset.from_list([case.row])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    assert pairs(f"owner/{name}", case.grader) == expected
+
+
+def test_data_are_read_without_torch_or_transformers(tmp_path: Path) -> None:
+    """By the offline commands and `forecast`, which need the template."""
+    path = write_jsonl(tmp_path / "data.jsonl", [CASES["verl"].row])
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from common.data.datasets import read_data_set\n"
+        "from common.data.prompts import prompt_template\n"
+        "from stage2_train.config import load_config\n"
+        f"settings = ['data.path=' + {str(path)!r}, 'data.format=auto']\n"
+        "config = load_config(Path('configs/openr1-r1-distill-qwen-1.5b.toml'), settings)\n"
+        "assert prompt_template(config.data) == 'chat'\n"
+        "assert read_data_set(config.data, config).pairs == [('What is 2 + 3?', '5')]\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'deepspeed', 'datasets'}\n"
+        "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_there_is_a_file_of_each_format() -> None:
