@@ -9,10 +9,11 @@ import math
 import re
 import tomllib
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from common.errors import UserError
 from common.grading import GraderConfig
@@ -38,8 +39,30 @@ NumSamples = Annotated[int, Field(ge=1, le=1_000_000)]
 LOWEST_TEMPERATURE = 0.01
 """But for 0: below it vLLM samples at this temperature."""
 
-LOCAL_FILES = (".jsonl", ".json", ".parquet")
-"""How the names of data files on this machine end."""
+LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".ndjson", ".pq", ".arrow")
+"""How the names of data files on this machine end, in upper or lower case."""
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""What may follow, and what pyarrow calls it."""
+
+
+def data_suffix(name: str) -> str:
+    """The ending of a data file's name, in lower case and without that of its compression."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _is_path_or_paths(value: Any) -> Any:
+    if not isinstance(value, str) and not (
+        isinstance(value, list) and all(isinstance(each, str) for each in value)
+    ):
+        raise ValueError(f"should be a path or a list of paths, found {value!r}")
+    return value
+
+
+PATH_ADVICE = f"give a {', '.join(LOCAL_FILES[:4])} file, a folder of them, or a hub data set's name"
 
 
 class ModelConfig(Section):
@@ -57,13 +80,16 @@ class DataConfig(Section):
     section: ClassVar[str] = "data"
     """Its name in the TOML file, for messages."""
 
-    format: Literal["gsm8k", "math", "openr1", "generic", "word_problems", "mbpp"]
-    path: str = ""
-    """A local .jsonl, .json or .parquet file, or a data set's name on the Hugging Face hub."""
+    format: Literal["auto", "gsm8k", "math", "openr1", "generic", "word_problems", "mbpp"] = "auto"
+    """"auto" recognises other projects' formats too, by their columns (docs/data.md)."""
+    path: Annotated[str | list[str], BeforeValidator(_is_path_or_paths)] = ""
+    """Local files, a folder or a pattern such as data/*.jsonl, or a data set's name on the Hugging Face hub."""
     name: str | None = None
     """The hub data set's configuration, such as "main"."""
     split: str = "train"
+    """Of a data set of the hub, or of a folder whose files' names say train, validation and test."""
     prompt_field: str | None = None
+    """The column of prompts, or a dotted path to them, such as extra_info.question."""
     answer_field: str | None = None
     template: str | None = None
     """A named template or a text containing {prompt}; by default the format's own (the paper's Table 4)."""
@@ -73,16 +99,20 @@ class DataConfig(Section):
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
     long_prompts: Literal["error", "drop"] = "error"
     bad_golds: Literal["error", "drop"] = "error"
-    """What to do about a prompt whose reference answer the grader cannot use."""
+    """What to do about a row without a prompt, or whose reference answer is missing or none the grader can use."""
 
     @property
     def is_file(self) -> bool:
-        """Whether `path` is a file on this machine, not a data set of the hub."""
-        return self.path.endswith(LOCAL_FILES)
+        """Whether `path` names files on this machine, not a folder or a data set of the hub."""
+        if not isinstance(self.path, str):
+            return True
+        return data_suffix(self.path) in LOCAL_FILES or has_magic(self.path)
 
     @property
     def title(self) -> str:
         """What messages call the data set."""
+        if not isinstance(self.path, str):
+            return ", ".join(self.path[:3]) + (", …" if len(self.path) > 3 else "")
         return self.path or self.format
 
     @model_validator(mode="after")
@@ -94,15 +124,14 @@ class DataConfig(Section):
             )
             if self.split not in ("train", "test"):
                 raise ValueError(f'word_problems have the splits "train" and "test", found "{self.split}"')
+        is_empty = not self.path or not all(self.path)
+        if self.format != "word_problems" and is_empty and "path" in self.model_fields_set:
+            raise ValueError(f"path should not be empty; {PATH_ADVICE}")
         if self.is_file:
             self.refuse_unused(
                 *("name", "split"),
-                because=f"{self.path} is a local file, which is read whole; leave it out and give a file that holds "
+                because=f"{self.title} is a local file, which is read whole; leave it out and give a file that holds "
                 "the rows you mean (name and split choose from a data set of the hub)",
-            )
-        if self.format != "word_problems" and not self.path and "path" in self.model_fields_set:
-            raise ValueError(
-                f"path should not be empty; give a {', '.join(LOCAL_FILES)} file, or a hub data set's name"
             )
         if self.limit is None:
             self.refuse_unused(

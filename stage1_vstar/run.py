@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from common.config import RunConfig
-from common.data.datasets import read_pairs
+from common.data.datasets import read_data_set, recognised_as
 from common.data.prompts import PromptRenderer, check_fit, prompt_id, prompts_from_pairs
 from common.doubts import doubts, equal_reward
 from common.engines import EngineBuilder, build_engine
@@ -302,12 +302,20 @@ def read_prompts(
     config: RunConfig, folder: Path, shard: Shard, console: Terminal
 ) -> tuple[list[Prompt], PromptRenderer | None]:
     """The shard's prompts, rendered and checked against the model's context; a shard may hold none."""
-    pairs = [pair for pair in read_pairs(config.data, config) if shard.holds(prompt_id(*pair))]
+    found = read_data_set(config.data, config)
+    if config.data.format == "auto":
+        console.print(recognised_as(config.data, found.format))
+    if found.dropped:
+        console.print(
+            f"rows left out for want of a prompt or of an answer that the grader can use: {found.dropped:,}"
+        )
+    pairs = [pair for pair in found.pairs if shard.holds(prompt_id(*pair))]
     if not pairs:
         return [], None
     renderer = PromptRenderer(folder, config.data)
     prompts = prompts_from_pairs(pairs, config.data, renderer)
     check_fit(prompts, config, folder)
+    console.print(f"first prompt: {excerpt(renderer.in_template(prompts[0].text))}")
     if left_out := len(pairs) - len(prompts):
         limit = config.data.max_prompt_tokens
         console.print(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.data.datasets import read_rows
+from common.data.files import local_files
 from common.errors import UserError
 from stage2_train.config import Config
 from stage2_train.objectives.protocol import TrainsCritic
@@ -74,9 +75,10 @@ def _engine(config: Config, folder: Path) -> None:
 
 
 def _held_out(config: Config, folder: Path) -> None:
-    """Of a file on this machine; whether the hub has a data set is asked where it is used."""
-    if config.held_out is not None and config.held_out.is_file:
-        read_rows(config.held_out, config)
+    """Of files on this machine; whether the hub has a data set is asked where it is used."""
+    data = config.held_out
+    if data is not None and data.path and local_files(data) is not None:
+        read_rows(data, config)
 
 
 def _critic(config: Config, folder: Path) -> None:

@@ -53,6 +53,7 @@ def parquet(folder: Path, values: list[Any], dtype: Any) -> Path:
         (pl.String, ["1.10", "½"], ["1.10", "½"]),
         (pl.Categorical, ["yes", "no"], ["yes", "no"]),
         (pl.Enum(["yes", "no"]), ["no", "yes"], ["no", "yes"]),
+        (pl.List(pl.Float32), [[1.1], [3]], ["1.1", "3.0"]),
     ],
     ids=str,
 )
@@ -75,8 +76,9 @@ def test_a_columns_answers_are_what_stands_there_in_its_own_type(
         (pl.Time, CLOCK.time(), "answer is a time, not a text or a number"),
         (pl.Duration, datetime.timedelta(1), "answer is a timedelta, not a text or a number"),
         (pl.Binary, b"3", "answer is a bytes, not a text or a number"),
-        (pl.List(pl.Int64), [3], "answer is a list, not a text or a number"),
-        (pl.Array(pl.Int64, 1), [3], "answer is a list, not a text or a number"),
+        (pl.List(pl.Int64), [3, 4], "answer is a list of 2, not a text, a number or a list of one"),
+        (pl.List(pl.Int64), [], "answer is a list, not a text or a number"),
+        (pl.Array(pl.Int64, 2), [3, 4], "answer is a list of 2, not a text, a number or a list of one"),
         (pl.Struct({"value": pl.Int64}), {"value": 3}, "answer is a dict, not a text or a number"),
     ],
     ids=str,
@@ -214,6 +216,7 @@ def test_a_list_with_a_number_out_of_range_is_refused(tmp_path: Path) -> None:
 def test_a_data_set_with_a_loading_script_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scripted").mkdir()
     (tmp_path / "scripted" / "scripted.py").write_text("import datasets\n")
+    (tmp_path / "scripted" / "README.md").write_text("A clone of a data set of the hub.\n")
     with pytest.raises(UserError, match=r"^cannot load the data set .*scripted \(train\).*scripts") as told:
         answers(tmp_path / "scripted")
     assert "\n" not in str(told.value)

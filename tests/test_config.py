@@ -90,7 +90,7 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
         ("sampling.max_completion_tokens=0", "sampling.max_completion_tokens should be greater than"),
         (
             "data.format=csv",
-            "data.format should be 'gsm8k', 'math', 'openr1', 'generic', 'word_problems' or 'mbpp'",
+            "data.format should be 'auto', 'gsm8k', 'math', 'openr1', 'generic', 'word_problems' or 'mbpp'",
         ),
         ("data.limit=0", "data.limit should be greater than or equal to 1, found 0"),
         ("data.bad_golds=keep", "data.bad_golds should be 'error' or 'drop', found 'keep'"),
@@ -127,13 +127,16 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
         ("model.revision=' '", "model: revision should not be empty, found ' '; leave it out"),
         (
             "data.path=''",
-            "data: path should not be empty; give a .jsonl, .json, .parquet file, or a hub data",
+            "data: path should not be empty; give a .jsonl, .json, .parquet, .csv file, a folder of them, or a hub",
         ),
+        ("data.path=3", "data.path: should be a path or a list of paths, found 3"),
+        ("data.path=['x.jsonl', 3]", "data.path: should be a path or a list of paths, found ['x.jsonl', 3]"),
+        ("data.path=[]", "data: path should not be empty; give a .jsonl"),
         ("data.split=''", "data: split should not be empty, found ''; leave it out"),
         ("data.template=''", "data: template should not be empty, found ''; leave it out"),
         ("data.prompt_field=''", "data: prompt_field should not be empty, found ''; leave it out"),
         ("data.answer_field=''", "data: answer_field should not be empty, found ''; leave it out"),
-        ("data.format=''", "data.format should be 'gsm8k', 'math', 'openr1'"),
+        ("data.format=''", "data.format should be 'auto', 'gsm8k', 'math', 'openr1'"),
         ("grader.name=''", "grader: name should not be empty, found ''"),
         ("train.wandb_project=''", "train: wandb_project should not be empty, found ''; leave it out"),
         (

@@ -164,7 +164,7 @@ def test_another_models_distance_is_the_mean_log_ratio_of_its_completions(
     result = evaluate_one(config, tmp_path / "other")
     renderer = PromptRenderer(tiny_model, config.data)
     assert config.evaluate.data is not None
-    questions = [json.loads(line) for line in Path(config.evaluate.data.path).read_text().splitlines()]
+    questions = [json.loads(line) for line in Path(str(config.evaluate.data.path)).read_text().splitlines()]
     bodies = [[int(row["answer"]) + (index == 2) for index in range(4)] for row in questions]
     sequences = [
         TokenSequence(
@@ -395,8 +395,8 @@ def test_held_out_prompts_that_were_trained_on_are_counted(
     config: Config, tiny_model: Path, engine: ExamEngine
 ) -> None:
     assert config.evaluate.data is not None
-    training = Path(config.data.path)
-    held_out = Path(config.evaluate.data.path).read_text(encoding="utf-8").splitlines(keepends=True)
+    training = Path(str(config.data.path))
+    held_out = Path(str(config.evaluate.data.path)).read_text(encoding="utf-8").splitlines(keepends=True)
     training.write_text(training.read_text(encoding="utf-8") + "".join(held_out[:2]), encoding="utf-8")
     console = Terminal(file=io.StringIO(), width=80)
     evaluate(config, [tiny_model], console)

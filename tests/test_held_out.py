@@ -104,6 +104,16 @@ def test_training_data_that_is_not_there_is_said_to_be_unknown(tiny_model: Path,
     )
 
 
+def test_a_template_that_only_missing_training_data_could_tell_is_no_error(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    data = {"format": "auto", "path": str(tmp_path / "none.jsonl"), "template": None}
+    (line,) = remarks_beside_data(configured(tmp_path, tiny_model, data=data), ["Tom has 0 apples."])
+    assert line.startswith(
+        "whether held-out prompts are also training prompts cannot be told: there is no data"
+    )
+
+
 def test_training_says_so_before_its_first_iteration(tiny_model: Path, tmp_path: Path) -> None:
     shared = write(tmp_path / "both.jsonl", ("Tom has 0 apples.", "3"), ("Tom has a hat.", "1"))
     config = configured(tmp_path, tiny_model, {"path": shared})

@@ -11,9 +11,12 @@ import mistral_common
 import polars as pl
 import pytest
 from tokenizers import AddedToken, Regex, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from common.config import DataConfig
+from common.data import prompts
 from common.data.prompts import (
+    BATCH,
     TEMPLATES,
     PromptRenderer,
     check_fit,
@@ -35,6 +38,7 @@ ROWS = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for numb
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -380,6 +384,78 @@ def test_a_long_prompt_is_refused_or_dropped(tiny_model: Path, tmp_path: Path) -
     assert len(load(tiny_config(tiny_model, path, data={"long_prompts": "drop"}))) == 3
     nothing_left = {"long_prompts": "drop", "max_prompt_tokens": 1}
     assert "no prompt of" in refusal(tiny_config(tiny_model, path, data=nothing_left))
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+@pytest.mark.parametrize("splits", [True, False])
+def test_batches_give_the_token_ids_that_the_tokenizer_gives_one_question(
+    tiny_model: Path, data_file: Path, tmp_path: Path, is_plain: bool, splits: bool
+) -> None:
+    """Whatever the tokenizer's file says of truncation, and whether `<s>` in a question is a token or text."""
+    folder = model_with(tiny_model, tmp_path / "model", bos="<s>", split_special_tokens=splits)
+    renderer = PromptRenderer(folder, tiny_config(folder, data_file).data)
+    renderer.tokenizer.backend_tokenizer.enable_truncation(4)
+    renderer.tokenizer.backend_tokenizer.enable_padding(length=50)
+    renderer._is_plain = is_plain
+    texts = [
+        f"Tom has {number} pens and <s> buys {'more ' * (number % 7)}" for number in range(2 * BATCH + 3)
+    ]
+    found = [tuple(ids or ()) for ids in renderer.render_all(texts)]
+    assert found == [
+        (
+            renderer.tokenizer.bos_token_id,
+            *renderer.tokenizer(f"{text}\n", add_special_tokens=False).input_ids,
+        )
+        for text in texts
+    ]
+    assert max(map(len, found)) > len(found[0]) > 5
+    assert [renderer.render(text) for text in texts[:9]] == found[:9]
+
+
+def test_a_tokenizer_with_calls_of_its_own_is_called(
+    tiny_model: Path, data_file: Path, tmp_path: Path
+) -> None:
+    class Own(PreTrainedTokenizerFast):
+        def _encode_plus(self, *arguments: Any, **options: Any) -> Any:
+            return super()._encode_plus(*arguments, **options)
+
+    tokenizer = PromptRenderer(tiny_model, tiny_config(tiny_model, data_file).data).tokenizer
+    assert prompts._is_plain(tokenizer)
+    own = Own(tokenizer_object=tokenizer.backend_tokenizer)  # type: ignore[no-untyped-call]
+    assert not prompts._is_plain(own)
+
+
+@pytest.mark.parametrize("text", ["many " * 800_000, " " * 4_000_000 + "x", "9" * 4_000_000, "é" * 4_000_000])
+def test_a_prompt_of_megabytes_is_told_by_its_beginning(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    tokenised: list[int] = []
+    token_ids = PromptRenderer._token_ids
+
+    def counted(renderer: PromptRenderer, texts: list[str]) -> Any:
+        tokenised.extend(map(len, texts))
+        return token_ids(renderer, texts)
+
+    monkeypatch.setattr(PromptRenderer, "_token_ids", counted)
+    path = write_jsonl(tmp_path / "data.jsonl", [*ROWS[:3], {"prompt": text, "answer": "1"}, *ROWS[3:]])
+    message = refusal(tiny_config(tiny_model, path))
+    assert "a prompt has far more tokens, more than data.max_prompt_tokens = 64" in message
+    dropping = tiny_config(tiny_model, path, data={"long_prompts": "drop"})
+    assert [prompt.text for prompt in load(dropping)] == [row["prompt"] for row in ROWS]
+    assert sum(tokenised) < 600_000
+
+
+@pytest.mark.parametrize("length", [500, 5_000])
+def test_a_long_text_of_few_tokens_is_a_prompt(
+    tiny_model: Path, data_file: Path, tmp_path: Path, length: int
+) -> None:
+    """A beginning that ends inside of a long token has many tokens there, of one character each."""
+    folder = model_with(tiny_model, tmp_path / "model")
+    renderer = PromptRenderer(folder, tiny_config(folder, data_file, data={"template": "plain"}).data)
+    renderer.tokenizer.add_tokens(["z" * length])
+    (ids,) = renderer.render_all(["z" * 20_000], limit=2)
+    assert ids is not None
+    assert len(ids) == 20_000 / length
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,33 @@ MOST_DIGITS = 400
 
 def rows_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """A frame's rows, with the numbers of short floats as the shortest decimals of their own type: 1.1 stays 1.1."""
-    short = [
-        pl.Series(
-            column.name, [_widened(value, column.dtype) for value in column.to_list()], dtype=pl.Float64
-        )
-        for column in frame
-        if column.dtype in SHORT_FLOATS
-    ]
-    return frame.with_columns(short).to_dicts()
+    rows = frame.to_dicts()
+    for name, dtype in frame.schema.items():
+        if _holds_short_floats(dtype):
+            for row in rows:
+                row[name] = _widened(row[name], dtype)
+    return rows
 
 
-def _widened(value: float | None, dtype: pl.DataType) -> float | None:
+def _holds_short_floats(dtype: Any) -> bool:
+    if isinstance(dtype, pl.List | pl.Array):
+        return _holds_short_floats(dtype.inner)
+    if isinstance(dtype, pl.Struct):
+        return any(_holds_short_floats(inner) for inner in dtype.to_schema().values())
+    return dtype in SHORT_FLOATS
+
+
+def _widened(value: Any, dtype: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(dtype, pl.List | pl.Array):
+        return [_widened(each, dtype.inner) for each in value]
+    if isinstance(dtype, pl.Struct):
+        return {name: _widened(value[name], inner) for name, inner in dtype.to_schema().items()}
+    if dtype not in SHORT_FLOATS:
+        return value
     own: type[np.floating[Any]] = np.float32 if dtype == pl.Float32 else np.float16
-    return None if value is None else float(str(own(value)))
+    return float(str(own(value)))
 
 
 def number_of(literal: str) -> float | Decimal:

@@ -1,78 +1,70 @@
-"""Data sets to rows of question and reference answer: files and the hub, the formats that are known."""
+"""Data sets to rows of question and reference answer: files and the hub, and how a row is read in its format."""
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from common.config import LOCAL_FILES, DataConfig, RunConfig
-from common.data.cells import number_of, rows_of, text_of
+from common.config import LOCAL_FILES, PATH_ADVICE, DataConfig, RunConfig
+from common.data.cells import rows_of, text_of
+from common.data.files import local_files, rows_in
+from common.data.formats import (
+    FORMATS,
+    GENERIC,
+    NOT_THERE,
+    TEST_SETUP_FIELDS,
+    DataFormat,
+    cell_at,
+    has_field,
+    recognised,
+)
+from common.data.messages import is_messages, text_of_turns, usable_turns
 from common.errors import UserError, first_line
 from common.grading import find_grader
 
+FIRST_ROWS = 100
+"""By which a format is recognised."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataFormat:
-    """How a data set's rows become prompts."""
-
-    prompt_field: str
-    answer_field: str
-    template: str
-    answer_is_solution: bool
-    """The answer field holds a worked solution, from which the grader extracts the reference answer."""
-    answer_is_tests: bool = False
-    """The answer field holds a list of unit tests, and TEST_SETUP_FIELDS what runs before them."""
-
-
-TEST_SETUP_FIELDS = ("test_setup_code", "test_imports")
-
-FORMATS = {
-    "gsm8k": DataFormat(
-        prompt_field="question", answer_field="answer", template="gsm8k", answer_is_solution=True
-    ),
-    "math": DataFormat(
-        prompt_field="problem", answer_field="solution", template="math", answer_is_solution=True
-    ),
-    "openr1": DataFormat(
-        prompt_field="problem", answer_field="answer", template="openr1", answer_is_solution=False
-    ),
-    "generic": DataFormat(
-        prompt_field="prompt", answer_field="answer", template="plain", answer_is_solution=False
-    ),
-    "word_problems": DataFormat(
-        prompt_field="question", answer_field="answer", template="line", answer_is_solution=True
-    ),
-    "mbpp": DataFormat(
-        prompt_field="text",
-        answer_field="test_list",
-        template="mbpp",
-        answer_is_solution=True,
-        answer_is_tests=True,
-    ),
-}
+SHOWN_COLUMNS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a data set: its number, from 1 on, and the texts of its question and of its answer field."""
+    """A row of a data set: its place, for messages, and the texts of its question and of its answer field."""
 
-    number: int
+    place: str
     question: str
     answer: str
 
 
-def read_pairs(data: DataConfig, config: RunConfig) -> list[tuple[str, str]]:
-    """Read a data set's questions and reference answers, in file order; needs no tokenizer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """A data set as it was read."""
+
+    format: DataFormat
+    pairs: list[tuple[str, str]]
+    """Questions and reference answers, in file order."""
+    dropped: int
+    """Rows that data.bad_golds left out."""
+
+
+def read_data_set(data: DataConfig, config: RunConfig) -> DataSet:
+    """Read a data set's questions and reference answers; needs no tokenizer.
 
     Raises UserError if it is missing or empty, lacks a field, or holds an answer that the grader cannot use.
     """
-    rows = read_rows(data, config)
-    if not FORMATS[data.format].answer_is_solution:
-        return [(row.question, row.answer) for row in rows]
+    data_format = format_of(data)
+    rows, dropped = _read_rows(data, config)
+    if not data_format.answer_is_solution:
+        return DataSet(
+            format=data_format, pairs=[(row.question, row.answer) for row in rows], dropped=dropped
+        )
     grader = find_grader(config.grader.name)
     pairs: list[tuple[str, str]] = []
     problems: list[str] = []
@@ -80,9 +72,14 @@ def read_pairs(data: DataConfig, config: RunConfig) -> list[tuple[str, str]]:
         try:
             pairs.append((row.question, grader.extract_gold(row.answer)))
         except UserError as error:
-            problems.append(f"row {row.number}: {error}")
+            problems.append(f"{row.place}: {error}")
     refuse_bad_golds(problems, len(rows), data)
-    return pairs
+    return DataSet(format=data_format, pairs=pairs, dropped=dropped + len(problems))
+
+
+def read_pairs(data: DataConfig, config: RunConfig) -> list[tuple[str, str]]:
+    """The questions and reference answers of a data set, in file order. Raises the UserErrors of `read_data_set`."""
+    return read_data_set(data, config).pairs
 
 
 def read_rows(data: DataConfig, config: RunConfig) -> list[Row]:
@@ -90,38 +87,197 @@ def read_rows(data: DataConfig, config: RunConfig) -> list[Row]:
 
     Raises UserError if it is missing or empty, lacks a field, or holds a cell that is no text.
     """
-    rows = _read_dicts(data, config)
-    fields = FORMATS[data.format]
-    prompt_field = data.prompt_field or fields.prompt_field
-    answer_field = data.answer_field or fields.answer_field
+    return _read_rows(data, config)[0]
+
+
+def _read_rows(data: DataConfig, config: RunConfig) -> tuple[list[Row], int]:
+    """The rows, and how many data.bad_golds left out."""
+    sources = _sources(data, config)
+    rows = [numbered for source in sources for numbered in source.numbered(data)]
     if not rows:
         raise UserError(f"the data set {data.title} is empty; check {data.section}.path")
-    for field in (prompt_field, answer_field):
-        if field not in rows[0]:
-            raise UserError(
-                f"the data set {data.title} has no field {field}, it has {', '.join(rows[0])}; "
-                f"set {data.section}.prompt_field and {data.section}.answer_field"
-            )
-    numbered = list(enumerate(rows, start=1))
+    data_format = format_of(data)
+    _refuse_missing_field([row for _, row in rows[:FIRST_ROWS]], data_format, data)
     if data.limit is not None and data.limit < len(rows):
         chosen = random.Random(data.seed).sample(range(len(rows)), data.limit)
-        numbered = [numbered[index] for index in sorted(chosen)]
+        rows = [rows[index] for index in sorted(chosen)]
+    under_chat = template_name(data) == "chat"
     found: list[Row] = []
-    for number, row in numbered:
-        if fields.answer_is_tests:
-            row = _with_tests_as_text(row, prompt_field, answer_field)
-        question, answer = (_text_of(row, field, number, data) for field in (prompt_field, answer_field))
-        if not question.strip():
-            raise UserError(f"{data.title}, row {number}: {prompt_field} is empty; correct or remove the row")
-        found.append(Row(number, question, answer))
+    problems: list[str] = []
+    for place, row in rows:
+        try:
+            found.append(_row(place, row, data_format, under_chat))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            if data.bad_golds == "error":
+                break
+    if problems and (not found or data.bad_golds == "error"):
+        drop = f', or {data.section}.bad_golds = "drop"' if data.bad_golds == "error" else ""
+        where = f"{data.title}, " if problems[0].startswith("row ") else ""
+        raise UserError(
+            f"{where}{problems[0]}; correct the row, or set {data.section}.prompt_field and "
+            f"{data.section}.answer_field{drop}"
+        )
+    return found, len(problems)
+
+
+def _row(place: str, row: dict[str, Any], data_format: DataFormat, under_chat: bool) -> Row:
+    """Raises ValueError, which says what is wrong with which cell."""
+    if data_format.answer_is_tests:
+        row = _with_tests_as_text(row, data_format)
+    question = _cell(row, data_format.prompt_field, lambda cell: _question(cell, data_format, under_chat))
+    if not question.strip():
+        raise ValueError(f"{data_format.prompt_field} is empty")
+    return Row(place, question, _cell(row, data_format.answer_field, lambda cell: _answer(cell, data_format)))
+
+
+def _cell(row: dict[str, Any], field: str, read: Callable[[Any], str]) -> str:
+    cell = cell_at(row, field)
+    try:
+        return read(None if cell is NOT_THERE else cell)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field} {error}") from error
+
+
+def _question(cell: Any, data_format: DataFormat, under_chat: bool) -> str:
+    if not is_messages(cell):
+        return text_of(cell)
+    turns = usable_turns(cell, drops_last_answer=data_format.drops_last_answer)
+    if len(turns) > 1 and not under_chat:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(
+            f'has the turns {roles}, which only template = "chat" shows, not one turn of the user'
+        )
+    return text_of(text_of_turns(turns))
+
+
+def _answer(cell: Any, data_format: DataFormat) -> str:
+    """The text of an answer; a list with one answer is that answer."""
+    if data_format.answer_is_tests:
+        return text_of(cell)
+    if data_format.answer_may_be_json and isinstance(cell, str) and cell.lstrip().startswith('["'):
+        with suppress(ValueError, RecursionError):  # an answer may only begin so
+            cell = json.loads(cell)
+    if isinstance(cell, list) and len(cell) == 1:
+        (cell,) = cell
+    if isinstance(cell, list) and cell:
+        raise TypeError(f"is a list of {len(cell)}, not a text, a number or a list of one")
+    return text_of(cell)
+
+
+def _refuse_missing_field(rows: Sequence[dict[str, Any]], data_format: DataFormat, data: DataConfig) -> None:
+    for field in (data_format.prompt_field, data_format.answer_field):
+        if not has_field(rows, field):
+            raise UserError(
+                f"the data set {data.title} has no field {field}, it has {_columns_of(rows)}; "
+                f"set {data.section}.prompt_field and {data.section}.answer_field"
+            )
+
+
+def _columns_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The names of their columns, and of what stands in those that hold objects."""
+    names: dict[str, None] = {}
+    for row in rows:
+        for name, cell in row.items():
+            inner = [f"{name}.{key}" for key in cell] if isinstance(cell, dict) else []
+            names |= dict.fromkeys(inner or [name])
+    shown = list(names)[:SHOWN_COLUMNS]
+    return ", ".join([*shown, *(["…"] if len(names) > len(shown) else [])])
+
+
+def format_of(data: DataConfig) -> DataFormat:
+    """The format that a data set's rows are read in, with its fields and its template.
+
+    Under "auto" that of its first rows. Raises UserError if they are of none that is known, or may be of several.
+    """
+    if data.format != "auto":
+        found = FORMATS[data.format]
+    elif data.prompt_field and data.answer_field:
+        found = GENERIC
+    else:
+        found = _recognised(data)
+    found = replace(
+        found,
+        prompt_field=data.prompt_field or found.prompt_field,
+        answer_field=data.answer_field or found.answer_field,
+    )
+    if data.format == "auto" and data.template is None:
+        cells = (cell_at(row, found.prompt_field) for row in _first_rows(data))
+        if any(is_messages(cell) for cell in cells):
+            return replace(found, template="chat")
     return found
 
 
-def _with_tests_as_text(row: dict[str, Any], prompt_field: str, answer_field: str) -> dict[str, Any]:
-    """The row with its tests as the grader "code" reads them, and the first one shown: it alone names the function."""
-    question, tests = row.get(prompt_field), row.get(answer_field)
+def template_name(data: DataConfig) -> str:
+    """The template that a data set's questions are put into: that of the config, or the format's."""
+    return data.template or format_of(data).template
+
+
+def recognised_as(data: DataConfig, data_format: DataFormat) -> str:
+    """What "auto" made of a data set, in a line."""
+    return (
+        f"{data.title}: read as {data_format.name}: prompts from {data_format.prompt_field}, answers from "
+        f"{data_format.answer_field}, template {template_name(data)!r}"
+    )
+
+
+def _recognised(data: DataConfig) -> DataFormat:
+    rows = _first_rows(data)
+    if not rows:
+        raise UserError(f"the data set {data.title} is empty; check {data.section}.path")
+    candidates = recognised(rows)
+    if len(candidates) == 1:
+        return candidates[0]
+    advice = f"set {data.section}.prompt_field and {data.section}.answer_field"
+    if not candidates:
+        raise UserError(
+            f"the data set {data.title} is of no format that is known by its columns: it has {_columns_of(rows)}; "
+            f"{advice} (docs/data.md lists the formats)"
+        )
+    names = " or ".join(f"{each.name} ({each.prompt_field}, {each.answer_field})" for each in candidates)
+    raise UserError(
+        f"the data set {data.title} may be of several formats: {names}; it has {_columns_of(rows)}; {advice}"
+    )
+
+
+def _first_rows(data: DataConfig) -> Sequence[dict[str, Any]]:
+    """As many rows as a format is recognised by, of the first file that has any."""
+    _refuse_missing_path(data)
+    files = local_files(data)
+    if files is None:
+        return _first_rows_of_hub(str(data.path), data.name, data.split, data.section)
+    for file in files:
+        status = file.stat()
+        if rows := _first_rows_of_file(file, status.st_mtime_ns, status.st_size):
+            return rows
+    return []
+
+
+@lru_cache(maxsize=8)
+def _first_rows_of_file(file: Path, changed: int, size: int) -> list[dict[str, Any]]:
+    return rows_in(file, FIRST_ROWS)
+
+
+@lru_cache(maxsize=8)
+def _first_rows_of_hub(path: str, name: str | None, split: str, section: str) -> list[dict[str, Any]]:
+    return _rows_of_hub(path, name, split, section, most=FIRST_ROWS)
+
+
+def _with_tests_as_text(row: dict[str, Any], data_format: DataFormat) -> dict[str, Any]:
+    """The row with its tests as the grader "code" reads them, and the first one shown: it alone names the function.
+
+    Unchanged where it has no such tests, which is refused when they are read as a text.
+    """
+    prompt_field, answer_field = data_format.prompt_field, data_format.answer_field
+    question, tests = cell_at(row, prompt_field), cell_at(row, answer_field)
+    if data_format.entry_point_field:
+        name = row.get(data_format.entry_point_field)
+        if not isinstance(tests, str) or not isinstance(name, str):
+            return row
+        return {**row, answer_field: json.dumps({"setup": tests, "tests": [f"check({name})"]})}
     if (
-        not question
+        not isinstance(question, str)
+        or not question
         or not isinstance(tests, list)
         or not tests
         or not all(isinstance(test, str) for test in tests)
@@ -136,16 +292,6 @@ def _with_tests_as_text(row: dict[str, Any], prompt_field: str, answer_field: st
     }
 
 
-def _text_of(row: dict[str, Any], field: str, number: int, data: DataConfig) -> str:
-    try:
-        return text_of(row.get(field))
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{data.title}, row {number}: {field} {error}; correct the row, or set {data.section}.prompt_field "
-            f"and {data.section}.answer_field"
-        ) from error
-
-
 def refuse_bad_golds(problems: Sequence[str], total: int, data: DataConfig) -> None:
     if problems and data.bad_golds == "error":
         shown = "; ".join([*problems[:3], *(["…"] if len(problems) > 3 else [])])
@@ -155,68 +301,66 @@ def refuse_bad_golds(problems: Sequence[str], total: int, data: DataConfig) -> N
         )
 
 
-def _read_dicts(data: DataConfig, config: RunConfig) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A file's rows, or those of a data set of the hub."""
+
+    title: str
+    rows: list[dict[str, Any]]
+
+    def numbered(self, data: DataConfig) -> list[tuple[str, dict[str, Any]]]:
+        """Each row with its place, which names the file unless that is all of the data set."""
+        file = "" if self.title == data.title else f"{self.title}, "
+        return [(f"{file}row {number}", row) for number, row in enumerate(self.rows, start=1)]
+
+
+def _refuse_missing_path(data: DataConfig) -> None:
+    if not data.path:
+        raise UserError(f"{data.section}.path is missing: {PATH_ADVICE}")
+
+
+def _sources(data: DataConfig, config: RunConfig) -> list[_Source]:
     if data.format == "word_problems":
         from common.demo import word_problems
 
-        return word_problems.generate(
+        rows = word_problems.generate(
             "test" if data.split == "test" else "train", data.limit or 1024, config.seed
         )
-    if not data.path:
-        raise UserError(
-            f"{data.section}.path is missing: give a {', '.join(LOCAL_FILES)} file, or a hub data set's name"
-        )
-    return _read_file(Path(data.path), data) if data.is_file else _read_hub(data)
+        return [_Source(data.title, rows)]
+    _refuse_missing_path(data)
+    files = local_files(data)
+    if files is not None:
+        return [_Source(str(file), rows_in(file)) for file in files]
+    data_format = format_of(data)
+    fields = (data_format.prompt_field, data_format.answer_field, data_format.entry_point_field)
+    rows = _rows_of_hub(str(data.path), data.name, data.split, data.section, fields=fields)
+    return [_Source(data.title, rows)]
 
 
-def _read_file(path: Path, data: DataConfig) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"there is no data file {path}; check {data.section}.path")
-    try:
-        if path.suffix == ".parquet":
-            return rows_of(pl.read_parquet(path, glob=False))
-        rows = list(_json_rows(path))
-    except (ValueError, RecursionError, OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, {place} is a {type(row).__name__}, not an object with a prompt and an answer"
-            )
-    return [row for _, row in rows]
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """What a .jsonl or .json file holds, and where. Raises ValueError or RecursionError where it is no JSON."""
-    if path.suffix == ".json":
-        rows = json.loads(path.read_bytes(), parse_float=number_of)
-        if not isinstance(rows, list):
-            raise ValueError(f"it holds a {type(rows).__name__}, not a list of objects")
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line, parse_float=number_of)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"line {number} is no JSON: {error}") from error
-
-
-def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
+def _rows_of_hub(
+    path: str,
+    name: str | None,
+    split: str,
+    section: str,
+    *,
+    fields: Sequence[str] = (),
+    most: int | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of a data set that the `datasets` library loads, without columns that are not asked for."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(data.path, data.name, split=data.split)
-        wanted = [data.prompt_field or FORMATS[data.format].prompt_field]
-        wanted.append(data.answer_field or FORMATS[data.format].answer_field)
-        if set(wanted) <= set(rows.column_names):
-            rows = rows.select_columns(
-                [name for name in rows.column_names if name in (*wanted, *TEST_SETUP_FIELDS)]
-            )
-        return rows_of(pl.DataFrame(rows.with_format("arrow")[:]))
+        rows = datasets.load_dataset(path, name, split=split)
+        wanted = {
+            field if field in rows.column_names else field.partition(".")[0] for field in fields if field
+        }
+        if wanted and wanted <= set(rows.column_names):
+            names = [column for column in rows.column_names if column in (*wanted, *TEST_SETUP_FIELDS)]
+            rows = rows.select_columns(names)
+        return rows_of(pl.DataFrame(rows.with_format("arrow")[:most]))
     except Exception as error:  # each kind of data set has errors of its own
+        there = "" if Path(path).is_dir() else " from the hub, and there is no such file or folder here"
         raise UserError(
-            f"cannot load the data set {data.path} ({data.split}) from the hub: {first_line(error)}; "
-            f"for a local file give a {data.section}.path that ends in {', '.join(LOCAL_FILES)}"
+            f"cannot load the data set {path} ({split}){there}: {first_line(error)}; "
+            f"for a local file give a {section}.path that ends in {', '.join(LOCAL_FILES)}"
         ) from error

@@ -3,16 +3,18 @@
 from collections.abc import Iterable
 
 from common.config import DataConfig, RunConfig
-from common.data.datasets import read_rows
+from common.data.datasets import format_of, read_rows, recognised_as
+from common.data.messages import turns_of
 from common.data.prompts import prompt_template
 from common.errors import UserError
 
 
 def remarks(config: RunConfig, held_out: Iterable[str], training: Iterable[str]) -> list[str]:
-    """What a reader of held-out figures must know, in lines: another template, questions that are also trained on."""
+    """What a reader of held-out figures must know, in lines: how the questions were read, which are trained on too."""
     data = config.held_out
     assert data is not None, "there are held-out prompts"
-    return [*_other_template(config.data, data), *_shared(list(held_out), training)]
+    seen = [recognised_as(data, format_of(data))] if data.format == "auto" else []
+    return [*seen, *_other_template(config.data, data), *_shared(list(held_out), training)]
 
 
 def remarks_beside_data(config: RunConfig, held_out: Iterable[str]) -> list[str]:
@@ -20,8 +22,9 @@ def remarks_beside_data(config: RunConfig, held_out: Iterable[str]) -> list[str]
     try:
         training = [row.question for row in read_rows(config.data, config)]
     except UserError as error:
+        is_template_known = config.data.template is not None or config.data.format != "auto"
         return [
-            *remarks(config, held_out, ()),
+            *(remarks(config, held_out, ()) if is_template_known else []),
             f"whether held-out prompts are also training prompts cannot be told: {error}",
         ]
     return remarks(config, held_out, training)
@@ -49,4 +52,4 @@ def _shared(held_out: list[str], training: Iterable[str]) -> list[str]:
 
 
 def _normalised(question: str) -> str:
-    return " ".join(question.split())
+    return " ".join(turns_of(question)[-1]["content"].split())

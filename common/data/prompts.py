@@ -3,14 +3,16 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from itertools import filterfalse
+from functools import cached_property
+from itertools import filterfalse, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import DataConfig, RunConfig
-from common.data.datasets import FORMATS, read_pairs, refuse_bad_golds
+from common.data.datasets import read_pairs, refuse_bad_golds, template_name
+from common.data.messages import turns_of
 from common.errors import UserError, cause
 from common.grading import GraderPool
 from common.model.files import TOKENIZER_FILES, model_numbers
@@ -36,6 +38,13 @@ PROBES = ("What is 1 + 2?", "How many apples has Tom?")
 
 SHOWN_CHARACTERS = 60
 
+BATCH = 512
+"""Prompts that are tokenised at a time."""
+
+SHORTEST_BEGINNING = 4096
+CHARACTERS_PER_TOKEN = 16
+"""Of the limit: a text that is longer is tokenised by its beginning first. Few texts have so many to a token."""
+
 MISTRALS_OWN = "tekken.json"
 
 DATE = datetime(2024, 7, 26)
@@ -56,13 +65,62 @@ class PromptRenderer:
         self.eos_token_ids = eos_token_ids(folder, self.tokenizer.eos_token_id)
         if self.template == "chat":
             self._refuse_unusable_chat_template()
-        self._bos = _leading_bos(self.tokenizer)
+        self._bos = array("i", _leading_bos(self.tokenizer))
+        self._is_plain = _is_plain(self.tokenizer)
         self._unseen = _control_token_ids(self.tokenizer, self.eos_token_ids)
 
     def render(self, text: str) -> tuple[int, ...]:
         """The token ids of a question in its template, with the tokenizer's BOS if it uses one. Raises UserError."""
-        rendered = self._chat(text) if self.template == "chat" else self.template.replace("{prompt}", text)
-        ids = tuple(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+        (ids,) = self.render_all([text])
+        assert ids is not None, "there is no limit"
+        return tuple(ids)
+
+    def render_all(self, texts: Iterable[str], limit: int | None = None) -> Iterator["array[int] | None"]:
+        """The same of many questions, in order; None for one that has far more tokens than the limit.
+
+        A text of megabytes is given up after its beginning has been tokenised.
+        """
+        for some in batched(texts, BATCH):
+            rendered = [self.in_template(text) for text in some]
+            too_long = [limit is not None and self._is_far_longer(text, limit) for text in rendered]
+            found = iter(
+                self._token_ids([text for text, long in zip(rendered, too_long, strict=True) if not long])
+            )
+            for text, long in zip(rendered, too_long, strict=True):
+                yield None if long else self._with_bos(next(found), text)
+
+    def in_template(self, text: str) -> str:
+        """What the model reads of a question, as a text. Raises UserError for a chat template that cannot take it."""
+        return self._chat(text) if self.template == "chat" else self.template.replace("{prompt}", text)
+
+    def _is_far_longer(self, rendered: str, limit: int) -> bool:
+        """Whether a beginning of it has more than twice as many tokens, not counting those of a token that was cut."""
+        size = max(SHORTEST_BEGINNING, CHARACTERS_PER_TOKEN * limit)
+        while size < len(rendered):
+            if len(self._token_ids([rendered[:size]])[0]) > 2 * limit + self._longest_token:
+                return True
+            size *= 4
+        return False
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In characters."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def _token_ids(self, texts: list[str]) -> list["array[int]"]:
+        """As `tokenizer(texts, add_special_tokens=False)`, without what it would wrap around them."""
+        if not texts:
+            return []
+        if not self._is_plain:
+            found = self.tokenizer(texts, add_special_tokens=False).input_ids
+            return [array("i", ids) for ids in found]
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return [array("i", each.ids) for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _with_bos(self, ids: "array[int]", rendered: str) -> "array[int]":
         if not ids:
             raise UserError(
                 f"{self._folder}: the tokenizer makes no token of {_quoted(rendered)}; correct "
@@ -76,11 +134,10 @@ class PromptRenderer:
         return str(self.tokenizer.decode(shown, skip_special_tokens=False))
 
     def _chat(self, text: str) -> str:
-        messages = [{"role": "user", "content": text}]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages,
+                    turns_of(text),
                     add_generation_prompt=True,
                     tokenize=False,
                     strftime_now=DATE.strftime,  # a prompt is the same on every day
@@ -116,6 +173,13 @@ class PromptRenderer:
         """What must be equal for two renderings to be the same."""
         template = self.tokenizer.chat_template if self.template == "chat" else self.template
         return {"template": template, "eos_token_ids": list(self.eos_token_ids)}
+
+
+def batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """These texts in lists of so many."""
+    rest = iter(texts)
+    while some := list(islice(rest, size)):
+        yield some
 
 
 def _quoted(text: str) -> str:
@@ -157,8 +221,11 @@ def _control_token_ids(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequ
 
 
 def prompt_template(data: DataConfig) -> str:
-    """The text that a question is put into, in place of {prompt}; or "chat". Raises UserError for an unknown name."""
-    name = data.template or FORMATS[data.format].template
+    """The text that a question is put into, in place of {prompt}; or "chat". Raises UserError for an unknown name.
+
+    Where the format is to be recognised and the config has no template, it reads the data set's first rows.
+    """
+    name = template_name(data)
     if name == "chat":
         return name
     template = TEMPLATES.get(name, name)
@@ -173,6 +240,18 @@ def prompt_template(data: DataConfig) -> str:
 def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     ids = tuple(tokenizer("").input_ids)
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else ()
+
+
+def _is_plain(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether its Rust tokenizer does all of its work, as it does for any that has no calls of its own."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
+    )
 
 
 def prompt_id(text: str, answer: str) -> str:
@@ -219,37 +298,37 @@ def prompts_from_pairs(
 
     Raises UserError if a prompt is longer than data.max_prompt_tokens, or if none is left.
     """
-    prompts: dict[str, Prompt] = {}
+    found = {prompt_id(text, answer): (text, answer) for text, answer in pairs}
+    rendered = renderer.render_all((text for text, _ in found.values()), data.max_prompt_tokens)
+    prompts: list[Prompt] = []
     too_long = 0
-    for text, answer in pairs:
-        identifier = prompt_id(text, answer)
-        if identifier in prompts:
-            continue
-        token_ids = renderer.render(text)
-        if len(token_ids) > data.max_prompt_tokens:
+    for (identifier, (text, answer)), token_ids in zip(found.items(), rendered, strict=True):
+        if token_ids is None or len(token_ids) > data.max_prompt_tokens:
             too_long += 1
             if data.long_prompts == "drop":
                 continue
+            length = "far more" if token_ids is None else len(token_ids)
             raise UserError(
-                f"a prompt has {len(token_ids)} tokens, more than {data.section}.max_prompt_tokens = "
+                f"a prompt has {length} tokens, more than {data.section}.max_prompt_tokens = "
                 f"{data.max_prompt_tokens}: {_quoted(text)}; raise the limit or set "
                 f'{data.section}.long_prompts = "drop"'
             )
-        compact = array("i", token_ids)
-        prompts[identifier] = Prompt(
-            id=identifier,
-            text=text,
-            answer=answer,
-            token_ids=compact,
-            token_hash=hashlib.sha256(compact.tobytes()).hexdigest()[:16],
+        prompts.append(
+            Prompt(
+                id=identifier,
+                text=text,
+                answer=answer,
+                token_ids=token_ids,
+                token_hash=hashlib.sha256(token_ids.tobytes()).hexdigest()[:16],
+            )
         )
     if too_long and not prompts:
         raise UserError(
             f"no prompt of {data.title} is left: all are longer than {data.section}.max_prompt_tokens = "
             f"{data.max_prompt_tokens}; raise the limit"
         )
-    refuse_none_usable(list(prompts.values()), data)
-    return list(prompts.values())
+    refuse_none_usable(prompts, data)
+    return prompts
 
 
 def longest_allowed_prompt(config: RunConfig) -> int:

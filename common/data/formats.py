@@ -1,0 +1,190 @@
+"""The formats of data sets: which columns hold the prompt and the answer, and by which columns a format is recognised.
+
+One table, one line each. docs/data.md shows it to users; tests/test_formats_of_others.py holds a file of each.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NOT_THERE = object()
+"""In place of a cell that a row does not have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFormat:
+    """How a data set's rows become prompts. A field may be dotted: `reward_model.ground_truth`, `0.value`."""
+
+    name: str
+    """Whose files have it, for messages."""
+    prompt_field: str
+    answer_field: str
+    template: str = "plain"
+    """Of prompts that are texts; under "auto" a list of messages takes the model's chat template."""
+    columns: tuple[str, ...] = ()
+    """It is recognised by these, beside prompt and answer."""
+    absent: tuple[str, ...] = ()
+    """It is not meant where one of these is there."""
+    answers_hold: str = ""
+    """It is meant where a first answer holds this text."""
+    answer_is_solution: bool = False
+    """The answer field holds a worked solution, from which the grader extracts the reference answer; it takes a text
+    that marks none for the answer itself."""
+    answer_is_tests: bool = False
+    """The answer field holds unit tests, and TEST_SETUP_FIELDS what runs before them."""
+    entry_point_field: str = ""
+    """The function that the tests check, given to their `check`."""
+    answer_may_be_json: bool = False
+    """The answer may stand in a JSON list: `["25"]`."""
+    drops_last_answer: bool = False
+    """A last turn of the assistant shows an answer and belongs to no prompt."""
+
+
+TEST_SETUP_FIELDS = ("test_setup_code", "test_imports")
+
+GENERIC = DataFormat(name="prompt and answer", prompt_field="prompt", answer_field="answer")
+WHOLE_PROGRAM = "{prompt}\nWrite the whole function, with its imports, in a ```python block."
+
+FORMATS = {
+    "gsm8k": DataFormat(
+        name="GSM8K",
+        prompt_field="question",
+        answer_field="answer",
+        template="gsm8k",
+        answers_hold="####",
+        answer_is_solution=True,
+    ),
+    "math": DataFormat(
+        name="MATH",
+        prompt_field="problem",
+        answer_field="solution",
+        template="math",
+        absent=("answer",),
+        answer_is_solution=True,
+    ),
+    "openr1": DataFormat(name="OpenR1", prompt_field="problem", answer_field="answer", template="openr1"),
+    "generic": GENERIC,
+    "word_problems": DataFormat(
+        name="word problems",
+        prompt_field="question",
+        answer_field="answer",
+        template="line",
+        answer_is_solution=True,
+    ),
+    "mbpp": DataFormat(
+        name="MBPP",
+        prompt_field="text",
+        answer_field="test_list",
+        template="mbpp",
+        answer_is_solution=True,
+        answer_is_tests=True,
+    ),
+}
+"""By the names that data.format may have."""
+
+DISTINCT = (
+    DataFormat(
+        name="verl",
+        prompt_field="prompt",
+        answer_field="reward_model.ground_truth",
+        answer_may_be_json=True,
+    ),
+    DataFormat(name="SkyRL", prompt_field="prompt", answer_field="reward_spec.ground_truth"),
+    DataFormat(
+        name="open-instruct RLVR",
+        prompt_field="messages",
+        answer_field="ground_truth",
+        answer_may_be_json=True,
+        drops_last_answer=True,
+    ),
+    DataFormat(name="ORZ", prompt_field="0.value", answer_field="1.ground_truth.value", template="math"),
+    DataFormat(name="NeMo Gym", prompt_field="responses_create_params.input", answer_field="expected_answer"),
+    FORMATS["gsm8k"],
+    DataFormat(
+        name="HumanEval",
+        prompt_field="prompt",
+        answer_field="test",
+        template=WHOLE_PROGRAM,
+        columns=("entry_point",),
+        answer_is_solution=True,
+        answer_is_tests=True,
+        entry_point_field="entry_point",
+    ),
+    FORMATS["mbpp"],
+    DataFormat(
+        name="MBPP, sanitized",
+        prompt_field="prompt",
+        answer_field="test_list",
+        template="mbpp",
+        answer_is_solution=True,
+        answer_is_tests=True,
+    ),
+)
+"""Recognised by columns that no other format has."""
+
+PAIRS = (
+    DataFormat(
+        name="problem and answer, as of OpenR1, DeepScaleR, Big-Math, NuminaMath 1.5",
+        prompt_field="problem",
+        answer_field="answer",
+        template="math",
+    ),
+    FORMATS["math"],
+    DataFormat(
+        name="question and final answer, as of DeepMath, OlympiadBench",
+        prompt_field="question",
+        answer_field="final_answer",
+        template="math",
+    ),
+    DataFormat(name="question and answer", prompt_field="question", answer_field="answer"),
+    DataFormat(name="slime", prompt_field="prompt", answer_field="label"),
+    GENERIC,
+    DataFormat(name="TRL, with ground_truth", prompt_field="prompt", answer_field="ground_truth"),
+    DataFormat(
+        name="TRL, with solution",
+        prompt_field="prompt",
+        answer_field="solution",
+        absent=("answer", "ground_truth", "label"),
+        answer_is_solution=True,
+    ),
+)
+"""Recognised by a prompt and an answer under usual names, where no format of DISTINCT is."""
+
+
+def cell_at(row: Mapping[str, Any], field: str) -> Any:
+    """The cell of a row under a name, or down a dotted path of keys and places; NOT_THERE where there is none."""
+    if field in row:
+        return row[field]
+    found: Any = row
+    for part in field.split("."):
+        if isinstance(found, Mapping) and part in found:
+            found = found[part]
+        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            return NOT_THERE
+    return found
+
+
+def has_field(rows: Sequence[Mapping[str, Any]], field: str) -> bool:
+    """Whether one of these rows has it."""
+    return any(cell_at(row, field) is not NOT_THERE for row in rows)
+
+
+def recognised(rows: Sequence[Mapping[str, Any]]) -> list[DataFormat]:
+    """The formats that a data set's first rows may be of: one, or none, or several between which nothing decides."""
+    return [each for each in DISTINCT if _may_be(each, rows)] or [
+        each for each in PAIRS if _may_be(each, rows)
+    ]
+
+
+def _may_be(data_format: DataFormat, rows: Sequence[Mapping[str, Any]]) -> bool:
+    needed = (data_format.prompt_field, data_format.answer_field, *data_format.columns)
+    return (
+        all(has_field(rows, field) for field in needed)
+        and not any(has_field(rows, field) for field in data_format.absent)
+        and (
+            not data_format.answers_hold
+            or any(data_format.answers_hold in str(cell_at(row, data_format.answer_field)) for row in rows)
+        )
+    )
