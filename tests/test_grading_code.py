@@ -584,7 +584,8 @@ def test_good_programs_among_hostile_ones_are_graded_right() -> None:
     texts = [f"```python\n{each}\n```" for program in hostile for each in (program, good)]
     tasks = [GradingTask(prompt="", completion=text, answer=TEST) for text in texts]
     grades: list[Grade] = []
-    with GraderPool(GraderConfig(name="code", workers=2)) as pool:
+    # The grader's own limit ends them; that of the pool would come first on a loaded machine.
+    with GraderPool(GraderConfig(name="code", workers=2, timeout_seconds=60)) as pool:
         thread = threading.Thread(target=lambda: grades.extend(pool.grade_all(tasks)))
         thread.start()
         thread.join()
