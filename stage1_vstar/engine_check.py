@@ -54,7 +54,7 @@ def check_engine(
             ],
         ),
     )
-    found_out = refuse_gap(
+    said = refuse_gap(
         gap,
         f"the engine ({config.engine.backend}) and a plain forward pass by transformers",
         config,
@@ -62,4 +62,4 @@ def check_engine(
         remedy="no sample has been drawn",
     )
     store.provenance = store.provenance.accepting(allowance)
-    console.print(found_out)
+    console.print(said)

@@ -41,8 +41,8 @@ def merge_runs(
         every = [*sample_files(target.samples), *(file for files in whole.values() for file in files)]
         if not every:
             raise UserError(f"every file of {', '.join(sources)} is damaged: there is nothing to add")
-        all_found = [read_provenance(file) for file in every]
-        provenance = next((found for found in all_found if found.is_whole), all_found[0])
+        whole_ones = (found for found in map(read_provenance, every) if found.is_whole)
+        provenance = next(whole_ones, None) or read_provenance(every[0])
         allowance = Allowance(allow_mismatch)
         allowance.refuse_unknown([*provenance.fields(), "prompt.tokens"])
         store = SampleStore(target.samples, provenance, allowance)

@@ -75,13 +75,13 @@ def evaluate(config: Config, models: Sequence[Path], console: Terminal) -> list[
         for folder in folders:
             console.print(f"evaluating {folder} on {len(prompts):,} prompts")
             # Its workers may be other processes, which weights in memory do not reach.
-            takes_weights = network == network_hash(folder) and config.engine.tensor_parallel_size == 1
+            before, network = network, network_hash(folder)
+            takes_weights = network == before and config.engine.tensor_parallel_size == 1
             if engine is not None and not takes_weights:
                 engine.close()
                 engine = None
             if engine is None:
                 engine = build_engine(config, folder, renderer, beside_trainer=False)
-                network = network_hash(folder)
             else:
                 engine.load_weights(stored_weights(folder))
             greedy, sampled = sample_both_ways(config, prompts, engine, pool)
