@@ -67,7 +67,7 @@ def measure(grader: str, method: str) -> Measurement:
 def _judge(grader: str, method: str) -> Callable[[str, str], bool]:
     if method == "ours":
         rule = find_grader(grader)
-        rule.warm_up()
+        rule.load()
         return lambda completion, answer: rule.grade("", completion, answer).outcome is Outcome.CORRECT
     from math_verify import parse, verify
 

@@ -7,7 +7,8 @@ content is not what its name says is set aside, and its samples are missing agai
 
 import hashlib
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ DAMAGED = "damaged"
 
 SECONDS = "seconds"
 """In a file's context: how long its samples took, from the file before it or the opening of the store."""
+
+JUDGE = "judge"
+"""In a file's context: how many replies of a judge model its grades are, and their tokens."""
 
 _HASH_DIGITS = 64
 
@@ -263,12 +267,14 @@ class SampleStore:
         SAMPLES.validate(frame, self.folder)
         return frame
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> Path:
-        """Add samples, as rows of SAMPLES, in one fragment."""
+    def append(self, rows: Sequence[dict[str, Any]], judge: Mapping[str, int] | None = None) -> Path:
+        """Add samples, as rows of SAMPLES, in one fragment; `judge` is what a judge model used for them."""
         now = time.monotonic()
         seconds, self._since = round(now - self._since, 3), now
-        timed = replace(self.provenance, context={**self.provenance.context, SECONDS: seconds})
-        path = add_fragment(self.folder, SAMPLE_FILES, rows, SAMPLES, timed)
+        context = {**self.provenance.context, SECONDS: seconds, **({JUDGE: dict(judge)} if judge else {})}
+        path = add_fragment(
+            self.folder, SAMPLE_FILES, rows, SAMPLES, replace(self.provenance, context=context)
+        )
         self._graded.append(path)
         return path
 
@@ -277,6 +283,13 @@ class SampleStore:
         recorded = [read_provenance(fragment).context.get(SECONDS) for fragment in self.fragments()]
         known = [float(seconds) for seconds in recorded if seconds is not None]
         return sum(known) if len(known) == len(recorded) else None
+
+    def judge_usage(self) -> dict[str, int]:
+        """What a judge model used for these samples, by name; empty where there was none."""
+        total: Counter[str] = Counter()
+        for fragment in self.fragments():
+            total.update(read_provenance(fragment).context.get(JUDGE, {}))
+        return dict(total)
 
     def add_grades(self, rows: Sequence[dict[str, Any]]) -> Path:
         """Add this grader's verdicts on samples of other graders, as rows of GRADES."""

@@ -14,7 +14,7 @@ from common.config import RunConfig
 from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
-from common.grading import GraderPool, Outcome, fingerprint
+from common.grading import GraderPool, Outcome, fingerprint, row_needs
 from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.sampling.generate import write_graded
@@ -97,7 +97,7 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         store = open_store(paths, grader)
         if ungraded := store.ungraded_count():
             notices.print(f"{ungraded:,} completions to grade by {grader}")
-            grade_missing(store, config)
+            grade_missing(store, config, notices)
         if not paths.vstar.exists():
             notices.print(
                 f"graded by {grader}; there is no {paths.vstar} to compare with: run `python cli.py vstar`"
@@ -148,9 +148,14 @@ def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
     )
 
 
-def grade_missing(store: SampleStore, config: RunConfig) -> None:
+def grade_missing(store: SampleStore, config: RunConfig, notices: Terminal) -> None:
     """Grade the samples that this grader has not judged, a fragment at a time."""
     check = GraderCheck(nothing_judged_before=not store.grade_fragments())
+    if row_needs(config.grader).token_ids:
+        raise UserError(
+            f"grader.name = {config.grader.title} reads completion_ids, which samples do not store, so that `regrade` "
+            "cannot call it; draw the samples under another --run"
+        )
     with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:
         collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
         try:
@@ -170,6 +175,8 @@ def grade_missing(store: SampleStore, config: RunConfig) -> None:
             collect(pool.drain())
         finally:
             collect(pool.ready())
+        if pool.judge_usage.replies:
+            notices.print(str(pool.judge_usage))
 
 
 def regraded_rows(old: pl.DataFrame, store: SampleStore, *, drop_unsolved: bool) -> pl.DataFrame:

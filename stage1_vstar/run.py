@@ -249,7 +249,12 @@ def estimate(work: Work, drawn: Drawn, config: RunConfig) -> tuple[pl.DataFrame,
     context = dict(work.provenance.context)
     if work.rule and drawn.allocation:
         context[ADAPTIVE] = {**asdict(work.rule), **drawn.allocation.record()}
-    context["cost"] = {"seconds": work.store.seconds(), "devices": config.engine.tensor_parallel_size}
+    judge = work.store.judge_usage()
+    context["cost"] = {
+        "seconds": work.store.seconds(),
+        "devices": config.engine.tensor_parallel_size,
+        **({"judge": judge} if judge else {}),
+    }
     provenance = replace(work.provenance, context=context)
     return carry_over_filter(rows, provenance, work.old) if work.old else (rows, provenance)
 

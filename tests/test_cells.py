@@ -15,7 +15,7 @@ from common.data import datasets as module
 from common.data.cells import rows_of, text_of
 from common.data.datasets import read_pairs
 from common.errors import UserError
-from common.grading import validate_gold
+from common.grading import find_grader
 from tests.fakes import tiny_config
 
 CLOCK = datetime.datetime(2024, 5, 17, 12)
@@ -119,7 +119,7 @@ def test_a_number_in_json_keeps_its_digits(tmp_path: Path, number: str, expected
     (tmp_path / "data.json").write_text(f'[{{"prompt": "x", "answer": {number}}}]')
     (tmp_path / "data.jsonl").write_text(f'{{"prompt": "x", "answer": {number}}}\r\n')
     assert answers(tmp_path / "data.json") == answers(tmp_path / "data.jsonl") == [expected]
-    assert validate_gold("gsm8k", expected) is None
+    assert find_grader("gsm8k").validate_gold(expected) is None
 
 
 @pytest.mark.parametrize(

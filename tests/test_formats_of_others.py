@@ -411,7 +411,7 @@ def refusal(path: Path | str, **data: Any) -> str:
         ),
         (
             {"prompt": "x"},
-            "is of no format that is known by its columns: it has prompt; set data.prompt_field",
+            "has prompts and no answers, which grader.name = 'math' compares with; it has prompt; set data.answer",
         ),
         ({"a": {"b": {"c": 1}, "d": 2}}, "it has a.b, a.d; set data.prompt_field and data.answer_field"),
         (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.grading import GRADERS, Outcome
+from common.grading import RULES, Outcome
 from common.grading.rule_gsm8k import grade as grade_gsm8k
 from common.grading.rule_gsm8k import validate_gold as validate_gsm8k_gold
 from common.grading.rule_math import extract_gold, grade, last_box, validate_gold
@@ -943,7 +943,7 @@ def test_the_public_cases_are_graded_as_expected_but_for_the_listed_ones() -> No
     different = [
         str(case["id"])
         for case in cases
-        if (GRADERS[case["rule"]].grade("", case["completion"], case["gold"]).outcome is Outcome.CORRECT)
+        if (RULES[case["rule"]].grade("", case["completion"], case["gold"]).outcome is Outcome.CORRECT)
         != case["expected"]
     ]
     assert different == list(NOT_AS_EXPECTED)

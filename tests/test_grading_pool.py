@@ -19,9 +19,9 @@ from common.grading import (
     GraderPool,
     GradingTask,
     Outcome,
+    find_grader,
     fingerprint,
     negative_rewards_warning,
-    rule_custom,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -216,9 +216,10 @@ def test_a_module_that_does_not_exist_is_refused_at_once() -> None:
 BROKEN = """
 import os
 {at_import}
-def by_two(completion, answer): return 1.0
-def by_four(prompt, completion, answer, more): return 1.0
-async def later(prompt, completion, answer): return 1.0
+def by_two(question, answer): return 1.0
+def batched(data_sources, solution_strs, ground_truths, extra_infos=None): return [1.0]
+def parsing(completion, answer, parser): return 1.0
+def dispatching(solution_str, ground_truth, model): return 1.0
 def many(prompt, completion, answer): yield 1.0
 def by_name(prompt, completion, answer, *, more=0, **rest): return 1.0
 """
@@ -232,11 +233,20 @@ def by_name(prompt, completion, answer, *, more=0, **rest): return 1.0
             "missing",
             "cannot be loaded: AttributeError: module 'broken_rewards' has no attribute 'missing'",
         ),
-        ("", "os", "is a module; it must be a function (prompt, completion, answer) -> float"),
-        ("", "by_two", "takes (completion, answer) (too many positional arguments); it must be a function"),
-        ("", "by_four", "takes (prompt, completion, answer, more) (missing a required argument: 'more')"),
-        ("", "later", "is a coroutine or a generator, whose result is no number"),
-        ("", "many", "is a coroutine or a generator, whose result is no number"),
+        ("", "os", "is a module; docs/grading.md lists the functions that can be called"),
+        (
+            "",
+            "by_two",
+            "takes (question, answer) (called as verifiers does, it gets no question); docs/grading.md",
+        ),
+        ("", "many", "is a generator, whose result is no number"),
+        ("", "batched", "takes a batch, as verl's batch reward manager gives it"),
+        ("", "parsing", "takes (completion, answer, parser) (called as verifiers does, it gets no parser)"),
+        (
+            "",
+            "dispatching",
+            "takes (solution_str, ground_truth, model) (called as verl does, it gets no model)",
+        ),
         (
             "import no_such_library",
             "by_two",
@@ -326,7 +336,7 @@ def test_a_reward_that_is_no_number_whatever_the_completion_is_refused_before_an
             pool.try_out("question", answer)
     assert str(told.value) == (
         f"grader.name = 'returning_rewards:reward' returns what is no reward: {expected}; "
-        "it must be a function (prompt, completion, answer) -> float"
+        "docs/grading.md lists the functions that can be called"
     )
 
 
@@ -348,7 +358,7 @@ def test_a_scalar_of_another_library_is_the_number_that_it_holds(
 ) -> None:
     (tmp_path / "scalar_rewards.py").write_text(f"import numpy as np\nimport torch\n{RETURNS}")
     monkeypatch.syspath_prepend(tmp_path)
-    grade = rule_custom.grade("scalar_rewards:reward", "", "two", returned)
+    grade = find_grader("scalar_rewards:reward").grade("", "two", returned)
     assert (grade.is_judged, grade.reward) == (True, expected)
 
 
@@ -360,7 +370,7 @@ def test_an_array_and_a_scalar_that_is_no_number_are_no_reward(
 ) -> None:
     (tmp_path / "scalar_rewards.py").write_text(f"import numpy as np\nimport torch\n{RETURNS}")
     monkeypatch.syspath_prepend(tmp_path)
-    grade = rule_custom.grade("scalar_rewards:reward", "", "two", returned)
+    grade = find_grader("scalar_rewards:reward").grade("", "two", returned)
     assert not grade.is_judged
     assert re.search(r"the reward is a \w+, not a number", str(grade.reason))
 

@@ -16,10 +16,9 @@ from common.grading import (
     GraderPool,
     GradingTask,
     Outcome,
-    extract_gold,
+    find_grader,
     reward_of,
     rule_math,
-    validate_gold,
 )
 from common.grading.outcome import storable
 from common.grading.rule_gsm8k import grade as grade_gsm8k
@@ -272,10 +271,10 @@ def test_math_agrees_with_799_of_800_labels_and_the_other_label_is_wrong() -> No
 
 
 def test_gold_answers_are_read_from_the_field_of_the_dataset() -> None:
-    assert extract_gold("gsm8k", "16 - 3 = 13\n#### 1,300") == "1,300"
-    assert extract_gold("math", r"thus $\boxed{\frac{1}{2}}$.") == r"\frac{1}{2}"
-    assert extract_gold("math", r"\boxed{2}, that is \boxed{2.}") == "2."
-    assert extract_gold("math", r"\frac{1}{2}") == r"\frac{1}{2}"
+    assert find_grader("gsm8k").extract_gold("16 - 3 = 13\n#### 1,300") == "1,300"
+    assert find_grader("math").extract_gold(r"thus $\boxed{\frac{1}{2}}$.") == r"\frac{1}{2}"
+    assert find_grader("math").extract_gold(r"\boxed{2}, that is \boxed{2.}") == "2."
+    assert find_grader("math").extract_gold(r"\frac{1}{2}") == r"\frac{1}{2}"
 
 
 @pytest.mark.parametrize(
@@ -291,14 +290,14 @@ def test_gold_answers_are_read_from_the_field_of_the_dataset() -> None:
 )
 def test_a_gold_that_cannot_be_used_is_refused_before_generation(grader: str, raw: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        extract_gold(grader, raw)
+        find_grader(grader).extract_gold(raw)
 
 
 def test_a_gold_that_cannot_be_read_is_named() -> None:
-    assert validate_gold("gsm8k", "1,300") is None
-    assert "not a number" in str(validate_gold("gsm8k", "about 5"))
-    assert validate_gold("math", r"\frac{1}{2}") is None
-    assert "cannot parse" in str(validate_gold("math", r"\frac{"))
+    assert find_grader("gsm8k").validate_gold("1,300") is None
+    assert "not a number" in str(find_grader("gsm8k").validate_gold("about 5"))
+    assert find_grader("math").validate_gold(r"\frac{1}{2}") is None
+    assert "cannot parse" in str(find_grader("math").validate_gold(r"\frac{"))
 
 
 def test_the_dirty_golds_of_math_train_are_found() -> None:
@@ -306,7 +305,7 @@ def test_the_dirty_golds_of_math_train_are_found() -> None:
     problems: Counter[str] = Counter()
     for row in rows("data/math/train.jsonl"):
         try:
-            extract_gold("math", row["solution"])
+            find_grader("math").extract_gold(row["solution"])
         except ValueError as error:
             problems[str(error).split(" in the")[0]] += 1
     assert problems == {r"an empty or unclosed \boxed{}": 2, "several different boxes": 23}
@@ -346,5 +345,5 @@ def _task(case: dict[str, Any]) -> GradingTask:
     if case["form"] != "response" and r"\boxed" not in completion:
         completion = rf"\boxed{{{completion.strip()}}}"
     with contextlib.suppress(ValueError):
-        answer = extract_gold(case["kind"], answer)
+        answer = find_grader(case["kind"]).extract_gold(answer)
     return GradingTask(prompt="", completion=completion, answer=answer)

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,12 +26,19 @@ from common.data.formats import (
 )
 from common.data.messages import is_messages, text_of_turns, usable_turns
 from common.errors import UserError, first_line
-from common.grading import find_grader
+from common.grading import Grader, GraderConfig, row_needs
+from common.grading.conventions import Needs
+from common.grading.reference import Reference, storable_cell
 
 FIRST_ROWS = 100
 """By which a format is recognised."""
 
 SHOWN_COLUMNS = 20
+
+MOST_CHARACTERS_OF_ROW = 65_536
+"""Of the columns that come with a prompt unasked: each of its samples stores them."""
+
+NOTHING = Needs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,8 @@ class Row:
     place: str
     question: str
     answer: str
+    reference: Reference | None = None
+    """What a reward function reads of the row, where it reads any of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,19 +69,18 @@ def read_data_set(data: DataConfig, config: RunConfig) -> DataSet:
     Raises UserError if it is missing or empty, lacks a field, or holds an answer that the grader cannot use.
     """
     data_format = format_of(data)
-    rows, dropped = _read_rows(data, config)
-    if not data_format.answer_is_solution:
-        return DataSet(
-            format=data_format, pairs=[(row.question, row.answer) for row in rows], dropped=dropped
-        )
-    grader = find_grader(config.grader.name)
+    rows, dropped = _read_rows(data, config, row_needs(config.grader))
+    grader = Grader(config.grader.spec)
     pairs: list[tuple[str, str]] = []
     problems: list[str] = []
     for row in rows:
         try:
-            pairs.append((row.question, grader.extract_gold(row.answer)))
+            gold = grader.extract_gold(row.answer) if data_format.answer_is_solution else row.answer
         except UserError as error:
             problems.append(f"{row.place}: {error}")
+            continue
+        reference = row.reference
+        pairs.append((row.question, gold if reference is None else replace(reference, answer=gold).to_text()))
     refuse_bad_golds(problems, len(rows), data)
     return DataSet(format=data_format, pairs=pairs, dropped=dropped + len(problems))
 
@@ -87,17 +95,20 @@ def read_rows(data: DataConfig, config: RunConfig) -> list[Row]:
 
     Raises UserError if it is missing or empty, lacks a field, or holds a cell that is no text.
     """
-    return _read_rows(data, config)[0]
+    return _read_rows(data, config, NOTHING)[0]
 
 
-def _read_rows(data: DataConfig, config: RunConfig) -> tuple[list[Row], int]:
-    """The rows, and how many data.bad_golds left out."""
-    sources = _sources(data, config)
+def _read_rows(data: DataConfig, config: RunConfig, needs: Needs) -> tuple[list[Row], int]:
+    """The rows with what is needed of them, and how many data.bad_golds left out."""
+    sources = _sources(data, config, needs)
     rows = [numbered for source in sources for numbered in source.numbered(data)]
     if not rows:
         raise UserError(f"the data set {data.title} is empty; check {data.section}.path")
     data_format = format_of(data)
-    _refuse_missing_field([row for _, row in rows[:FIRST_ROWS]], data_format, data)
+    first_rows = [row for _, row in rows[:FIRST_ROWS]]
+    _refuse_missing_field(first_rows, data_format, data, config.grader)
+    columns = _needed_columns(first_rows, data_format, needs, data, config.grader)
+    any_answer = not config.grader.reads_answer
     if data.limit is not None and data.limit < len(rows):
         chosen = random.Random(data.seed).sample(range(len(rows)), data.limit)
         rows = [rows[index] for index in sorted(chosen)]
@@ -106,7 +117,9 @@ def _read_rows(data: DataConfig, config: RunConfig) -> tuple[list[Row], int]:
     problems: list[str] = []
     for place, row in rows:
         try:
-            found.append(_row(place, row, data_format, under_chat))
+            question, answer = _pair(row, data_format, under_chat, any_answer)
+            reference = _reference(row, data_format, columns, any_answer) if needs.reads_row else None
+            found.append(Row(place, question, answer, reference))
         except ValueError as error:
             problems.append(f"{place}: {error}")
             if data.bad_golds == "error":
@@ -121,14 +134,64 @@ def _read_rows(data: DataConfig, config: RunConfig) -> tuple[list[Row], int]:
     return found, len(problems)
 
 
-def _row(place: str, row: dict[str, Any], data_format: DataFormat, under_chat: bool) -> Row:
-    """Raises ValueError, which says what is wrong with which cell."""
+def _pair(
+    row: dict[str, Any], data_format: DataFormat, under_chat: bool, any_answer: bool
+) -> tuple[str, str]:
+    """The texts of a row's question and answer. Raises ValueError, which says what is wrong with which cell."""
     if data_format.answer_is_tests:
         row = _with_tests_as_text(row, data_format)
     question = _cell(row, data_format.prompt_field, lambda cell: _question(cell, data_format, under_chat))
     if not question.strip():
         raise ValueError(f"{data_format.prompt_field} is empty")
-    return Row(place, question, _cell(row, data_format.answer_field, lambda cell: _answer(cell, data_format)))
+    if not data_format.answer_field:
+        return question, ""
+
+    def read(cell: Any) -> str:
+        if any_answer and isinstance(cell, list | dict | bool):
+            return json.dumps(storable_cell(cell), ensure_ascii=False)
+        return _answer(cell, data_format)
+
+    return question, _cell(row, data_format.answer_field, read)
+
+
+def _reference(
+    row: dict[str, Any], data_format: DataFormat, columns: Collection[str] | None, any_answer: bool
+) -> Reference:
+    """What reward functions read of a row; `columns` are their names, None for all but the prompt's."""
+    answer = cell_at(row, data_format.answer_field)
+    names = [name for name in row if name != data_format.prompt_field] if columns is None else columns
+    reference = Reference(
+        answer="",
+        raw=storable_cell(answer) if any_answer and isinstance(answer, list | dict | bool) else None,
+        columns={name: row[name] for name in names if name in row},
+        is_messages=is_messages(cell_at(row, data_format.prompt_field)),
+    )
+    if columns is None and (size := len(reference.to_text())) > MOST_CHARACTERS_OF_ROW:
+        raise ValueError(
+            f"has {size:,} characters in its columns, all of which a reward function with **kwargs gets and every "
+            "sample stores; name those that it reads in grader.columns"
+        )
+    return reference
+
+
+def _needed_columns(
+    rows: Sequence[dict[str, Any]],
+    data_format: DataFormat,
+    needs: Needs,
+    data: DataConfig,
+    grader: GraderConfig,
+) -> list[str] | None:
+    """The columns that reward functions read, None for all. Raises UserError for one that is not there."""
+    there = {name for row in rows for name in row}
+    named = [*needs.columns, *(grader.columns or [])]
+    if missing := [name for name in named if name not in there]:
+        raise UserError(
+            f"the data set {data.title} has no column {missing[0]}, which grader.name = {grader.title} takes; it has "
+            f"{_columns_of(rows)}"
+        )
+    if needs.all_columns and grader.columns is None:
+        return None
+    return list(dict.fromkeys([*named, *needs.optional_columns]))
 
 
 def _cell(row: dict[str, Any], field: str, read: Callable[[Any], str]) -> str:
@@ -165,9 +228,16 @@ def _answer(cell: Any, data_format: DataFormat) -> str:
     return text_of(cell)
 
 
-def _refuse_missing_field(rows: Sequence[dict[str, Any]], data_format: DataFormat, data: DataConfig) -> None:
+def _refuse_missing_field(
+    rows: Sequence[dict[str, Any]], data_format: DataFormat, data: DataConfig, grader: GraderConfig
+) -> None:
+    if not data_format.answer_field and grader.reads_answer:
+        raise UserError(
+            f"the data set {data.title} has prompts and no answers, which grader.name = {grader.title} compares with; "
+            f"it has {_columns_of(rows)}; set {data.section}.answer_field"
+        )
     for field in (data_format.prompt_field, data_format.answer_field):
-        if not has_field(rows, field):
+        if field and not has_field(rows, field):
             raise UserError(
                 f"the data set {data.title} has no field {field}, it has {_columns_of(rows)}; "
                 f"set {data.section}.prompt_field and {data.section}.answer_field"
@@ -215,9 +285,10 @@ def template_name(data: DataConfig) -> str:
 
 def recognised_as(data: DataConfig, data_format: DataFormat) -> str:
     """What "auto" made of a data set, in a line."""
+    answers = f"answers from {data_format.answer_field}" if data_format.answer_field else "no answers"
     return (
-        f"{data.title}: read as {data_format.name}: prompts from {data_format.prompt_field}, answers from "
-        f"{data_format.answer_field}, template {template_name(data)!r}"
+        f"{data.title}: read as {data_format.name}: prompts from {data_format.prompt_field}, {answers}, "
+        f"template {template_name(data)!r}"
     )
 
 
@@ -319,7 +390,7 @@ def _refuse_missing_path(data: DataConfig) -> None:
         raise UserError(f"{data.section}.path is missing: {PATH_ADVICE}")
 
 
-def _sources(data: DataConfig, config: RunConfig) -> list[_Source]:
+def _sources(data: DataConfig, config: RunConfig, needs: Needs) -> list[_Source]:
     if data.format == "word_problems":
         from common.demo import word_problems
 
@@ -332,8 +403,14 @@ def _sources(data: DataConfig, config: RunConfig) -> list[_Source]:
     if files is not None:
         return [_Source(str(file), rows_in(file)) for file in files]
     data_format = format_of(data)
-    fields = (data_format.prompt_field, data_format.answer_field, data_format.entry_point_field)
-    rows = _rows_of_hub(str(data.path), data.name, data.split, data.section, fields=fields)
+    fields = [data_format.prompt_field, data_format.answer_field, data_format.entry_point_field]
+    if needs.all_columns and config.grader.columns is None:
+        fields = []
+    else:
+        fields += [*needs.columns, *(config.grader.columns or [])]
+    rows = _rows_of_hub(
+        str(data.path), data.name, data.split, data.section, fields=fields, further=needs.optional_columns
+    )
     return [_Source(data.title, rows)]
 
 
@@ -344,9 +421,10 @@ def _rows_of_hub(
     section: str,
     *,
     fields: Sequence[str] = (),
+    further: Sequence[str] = (),
     most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of a data set that the `datasets` library loads, without columns that are not asked for."""
+    """The rows of a data set that the `datasets` library loads: all columns, or `fields` and those of `further`."""
     import datasets
 
     try:
@@ -355,7 +433,8 @@ def _rows_of_hub(
             field if field in rows.column_names else field.partition(".")[0] for field in fields if field
         }
         if wanted and wanted <= set(rows.column_names):
-            names = [column for column in rows.column_names if column in (*wanted, *TEST_SETUP_FIELDS)]
+            kept = {*wanted, *further, *TEST_SETUP_FIELDS}
+            names = [column for column in rows.column_names if column in kept]
             rows = rows.select_columns(names)
         return rows_of(pl.DataFrame(rows.with_format("arrow")[:most]))
     except Exception as error:  # each kind of data set has errors of its own

@@ -19,6 +19,7 @@ class DataFormat:
     """Whose files have it, for messages."""
     prompt_field: str
     answer_field: str
+    """Empty where there is none."""
     template: str = "plain"
     """Of prompts that are texts; under "auto" a list of messages takes the model's chat template."""
     columns: tuple[str, ...] = ()
@@ -151,6 +152,13 @@ PAIRS = (
 """Recognised by a prompt and an answer under usual names, where no format of DISTINCT is."""
 
 
+ALONE = tuple(
+    DataFormat(name="prompts alone", prompt_field=field, answer_field="")
+    for field in ("prompt", "messages", "problem", "question")
+)
+"""Recognised where there is no answer, for reward functions that read none."""
+
+
 def cell_at(row: Mapping[str, Any], field: str) -> Any:
     """The cell of a row under a name, or down a dotted path of keys and places; NOT_THERE where there is none."""
     if field in row:
@@ -173,15 +181,14 @@ def has_field(rows: Sequence[Mapping[str, Any]], field: str) -> bool:
 
 def recognised(rows: Sequence[Mapping[str, Any]]) -> list[DataFormat]:
     """The formats that a data set's first rows may be of: one, or none, or several between which nothing decides."""
-    return [each for each in DISTINCT if _may_be(each, rows)] or [
-        each for each in PAIRS if _may_be(each, rows)
-    ]
+    kinds = ([each for each in some if _may_be(each, rows)] for some in (DISTINCT, PAIRS, ALONE))
+    return next((found for found in kinds if found), [])
 
 
 def _may_be(data_format: DataFormat, rows: Sequence[Mapping[str, Any]]) -> bool:
     needed = (data_format.prompt_field, data_format.answer_field, *data_format.columns)
     return (
-        all(has_field(rows, field) for field in needed)
+        all(has_field(rows, field) for field in needed if field)
         and not any(has_field(rows, field) for field in data_format.absent)
         and (
             not data_format.answers_hold

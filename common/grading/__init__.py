@@ -10,24 +10,25 @@ from common.grading.outcome import OUTCOMES, UNJUDGED, Grade, Outcome, negative_
 
 if TYPE_CHECKING:
     from common.grading.config import GraderConfig, fingerprint
-    from common.grading.graders import GRADERS, extract_gold, find_grader, validate_gold
+    from common.grading.graders import RULES, Grader, find_grader
+    from common.grading.needs import row_needs
     from common.grading.pool import GraderPool, GradingTask
 
 __all__ = [
-    "GRADERS",
     "OUTCOMES",
+    "RULES",
     "UNJUDGED",
     "Grade",
+    "Grader",
     "GraderConfig",
     "GraderPool",
     "GradingTask",
     "Outcome",
-    "extract_gold",
     "find_grader",
     "fingerprint",
     "negative_rewards_warning",
     "reward_of",
-    "validate_gold",
+    "row_needs",
 ]
 
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "fingerprint": "config",
     "GraderPool": "pool",
     "GradingTask": "pool",
+    "row_needs": "needs",
 }
 
 

@@ -6,6 +6,7 @@ Both stages import these nouns; neither assigns a reward of its own.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 MAX_EXTRACTED_CHARACTERS = 512
 
@@ -34,7 +35,7 @@ UNREAD = UNJUDGED | {Outcome.TRUNCATED}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grade:
-    """The verdict on one completion; `reason` says why a grader crashed or a gold was refused."""
+    """The verdict on one completion; `reason` says why a grader crashed or a gold was refused, or what a sum is of."""
 
     outcome: Outcome
     reward: float
@@ -45,11 +46,29 @@ class Grade:
 
     The reward is their sum.
     """
+    parts: tuple[tuple[str, float], ...] | None = None
+    """Where the reward is a weighted sum: the names and the rewards of what it is made of."""
+    judge_tokens: tuple[int, int] | None = None
+    """Where a judge model was asked: the tokens of its prompt and of its reply."""
 
     @property
     def is_judged(self) -> bool:
         """Whether the outcome says anything about the completion: the grader did not fail."""
         return self.outcome not in UNJUDGED
+
+    def as_tuple(self) -> tuple[Any, ...]:
+        """Its values in order, for `Grade.of`: what is sent between processes is plain."""
+        return (
+            *(self.outcome.value, self.reward, self.extracted, self.reason),
+            *(self.step_rewards, self.parts, self.judge_tokens),
+        )
+
+    @classmethod
+    def of(cls, values: tuple[Any, ...]) -> "Grade":
+        """What `as_tuple` gave."""
+        outcome, *others = values
+        names = ("reward", "extracted", "reason", "step_rewards", "parts", "judge_tokens")
+        return cls(outcome=Outcome(outcome), **dict(zip(names, others, strict=True)))
 
     def columns(self) -> dict[str, str | float | None]:
         """As the artifacts store it."""

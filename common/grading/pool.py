@@ -9,21 +9,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from types import TracebackType
 from typing import Any, Self
 
 from common.errors import UserError
-from common.grading.config import GraderConfig
-from common.grading.graders import GRADERS, find_grader
+from common.grading.config import GraderConfig, fingerprint
+from common.grading.graders import RULES, Grader
+from common.grading.judge import UNAVAILABLE, JudgeUsage
 from common.grading.outcome import Grade, Outcome, graded
 from common.grading.process import Inbox, Job, WorkerProcess
-from common.grading.rule_custom import refuse_wrong_type
+from common.grading.rule_custom import ADVICE, WRONG_TYPE
 
 MAX_QUEUED = 16_384
 MAX_QUEUED_CHARACTERS = 64 * 1024**2
 MAX_FRUITLESS_DEATHS = 3
+MAX_UNANSWERED = 8
+"""Requests in a row that a judge may leave without an answer, each after its retries."""
+
+MAX_ATTEMPTS = 3
+"""How often one completion is sent to a judge that answers others."""
+
 GATHER_SECONDS = 0.01
 """A completion that comes alone waits this long for others: each message interrupts the engine beside it."""
 
@@ -36,6 +43,7 @@ class GradingTask:
     completion: str
     answer: str
     truncated: bool = False
+    token_ids: Sequence[int] | None = None
 
 
 class GraderPool:
@@ -46,7 +54,11 @@ class GraderPool:
 
     def __init__(self, config: GraderConfig) -> None:
         self._config = config
-        self._max_characters = find_grader(config.name).max_completion_characters
+        self._spec = config.spec
+        fingerprint(config)  # refuses a function whose module is missing, in fewer words than a worker would
+        self._max_characters = Grader(self._spec).max_completion_characters
+        self.judge_usage = JudgeUsage()
+        self._unanswered = 0
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
         self._queued_characters = 0
@@ -76,9 +88,10 @@ class GraderPool:
         completion: str,
         answer: str,
         truncated: bool,
+        token_ids: Sequence[int] | None = None,
     ) -> None:
         """Queues one completion; its grade comes back under `key`. Waits only while the queue is full."""
-        self._submit(self._inbox, key, prompt, completion, answer, truncated)
+        self._submit(self._inbox, key, prompt, completion, answer, truncated, token_ids)
 
     def ready(self) -> list[tuple[Any, Grade]]:
         """What has finished since the last call, without waiting."""
@@ -100,6 +113,7 @@ class GraderPool:
                 task.completion,
                 task.answer,
                 task.truncated,
+                task.token_ids,
             )
         return [grade for _, grade in sorted(self._wait(inbox), key=lambda pair: pair[0])]
 
@@ -111,14 +125,28 @@ class GraderPool:
         grades = [grade for _, grade in sorted(self._wait(inbox), key=lambda pair: pair[0])]
         return [None if grade.outcome is Outcome.CORRECT else grade.reason for grade in grades]
 
-    def try_out(self, prompt: str, answer: str) -> None:
-        """Has a custom grader judge an empty completion, before anything is generated.
+    @property
+    def needs_token_ids(self) -> bool:
+        """Whether the grader reads the token ids of completions."""
+        return any(worker.needs.token_ids for worker in self._workers)
 
-        Raises UserError if it returns what is no reward whatever the completion.
+    def try_out(self, prompt: str, answer: str) -> None:
+        """Has reward functions and the judge grade an empty completion, before anything is generated.
+
+        Raises UserError if they return what is no reward whatever the completion, or do not answer.
         """
-        if self._config.name not in GRADERS:
-            (grade,) = self.grade_all([GradingTask(prompt=prompt, completion="", answer=answer)])
-            refuse_wrong_type(self._config.name, grade)
+        if not all(name in RULES for name in self._config.names):
+            inbox = Inbox()
+            self._enqueue(Job(inbox, None, prompt, "", answer, (), attempts=MAX_ATTEMPTS))
+            ((_, grade),) = self._wait(inbox)
+            reason = grade.reason or ""
+            if reason.startswith(UNAVAILABLE):
+                raise UserError(self._no_judge(reason))
+            if not grade.is_judged and reason.startswith(WRONG_TYPE):
+                raise UserError(
+                    f"grader.name = {self._config.title} returns what is no reward: "
+                    f"{reason.removeprefix(WRONG_TYPE)}; {ADVICE}"
+                )
 
     def close(self) -> None:
         """Ends the workers; grades not collected by now are lost."""
@@ -152,6 +180,7 @@ class GraderPool:
         completion: str,
         answer: str,
         truncated: bool,
+        token_ids: Sequence[int] | None,
     ) -> None:
         if truncated:
             with self._changed:
@@ -161,7 +190,9 @@ class GraderPool:
             self._max_characters is not None
         ):  # a built-in rule reads the end of the completion and nothing else
             prompt, completion = "", completion[-self._max_characters :]
-        self._enqueue(Job(inbox, key, prompt, completion, answer))
+        if not self.needs_token_ids:
+            token_ids = None
+        self._enqueue(Job(inbox, key, prompt, completion, answer, token_ids))
 
     def _enqueue(self, job: Job) -> None:
         with self._changed:
@@ -229,11 +260,7 @@ class GraderPool:
                 self._changed.notify_all()
 
     def _spawn(self) -> WorkerProcess:
-        return WorkerProcess(
-            self._config.name,
-            timeout_seconds=self._config.timeout_seconds,
-            memory_bytes=int(self._config.memory_gib * 1024**3),
-        )
+        return WorkerProcess(self._spec, memory_bytes=self._config.memory_bytes)
 
     def _feed(self) -> None:
         """Gives every waiting worker its share of the queue."""
@@ -271,7 +298,7 @@ class GraderPool:
 
     def _hopeless(self, worker: WorkerProcess) -> str:
         return (
-            f"the processes of grader.name = {self._config.name!r} die before they grade anything: "
+            f"the processes of grader.name = {self._config.title} die before they grade anything: "
             f"{self._fruitless_deaths} in a row, the last {worker.death}. Does it load within "
             f"grader.memory_gib = {self._config.memory_gib:g}, and does it import outside this job?"
         )
@@ -285,7 +312,38 @@ class GraderPool:
             self._bury(worker)
         else:
             self._fruitless_deaths = 0
-            self._deliver(finished, [])
+            self._deliver(*self._answered(finished))
+
+    def _answered(self, finished: list[tuple[Job, Grade]]) -> tuple[list[tuple[Job, Grade]], list[Job]]:
+        """What is finished, and what a judge that did not answer is to be asked again.
+
+        Raises UserError if it has not answered for a while.
+        """
+        done: list[tuple[Job, Grade]] = []
+        again: list[Job] = []
+        for job, grade in finished:
+            if not (grade.reason or "").startswith(UNAVAILABLE):
+                self._unanswered = 0
+                done.append((job, grade))
+                self.judge_usage += JudgeUsage.of(grade)
+                continue
+            self._unanswered += 1
+            if self._unanswered >= MAX_UNANSWERED:
+                raise UserError(self._no_judge(str(grade.reason)))
+            if job.attempts < MAX_ATTEMPTS:
+                again.append(replace(job, attempts=job.attempts + 1))
+            else:
+                done.append((job, grade))
+        return done, again
+
+    def _no_judge(self, reason: str) -> str:
+        judge = self._config.judge
+        assert judge is not None, "only a judge does not answer"
+        return (
+            f"{reason}; grader.judge.url = {judge.url!r}, model = {judge.model!r}: start it, or correct them "
+            f"(its key, where it wants one, is read from ${judge.api_key_env}). The same command then goes on from "
+            "what is kept"
+        )
 
     def _bury(self, worker: WorkerProcess) -> None:
         """Replaces a dead worker; what it had not finished goes back to the front of the queue."""

@@ -11,20 +11,25 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from common.grading.conventions import Needs
 from common.grading.outcome import Grade, Outcome, graded
 from common.grading.progress import ProgressPage, page_file
+from common.grading.spec import GraderSpec
 
 KILL_GRACE_SECONDS = 0.5  # after the worker's own alarm had its chance
 START_SECONDS = 120.0
 MAX_BATCH = 512
 BATCH_SECONDS = 0.02  # long enough to pay for its message, short enough not to queue behind a slow item
+ROUNDS = 4
+"""How often a batch of an async grader fills its places: few of them are free until its slowest grade is there."""
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,6 +50,9 @@ class Job:
     prompt: str
     completion: str | None
     answer: str
+    token_ids: Sequence[int] | None = None
+    attempts: int = 0
+    """How often a judge that does not answer has been asked."""
 
     @property
     def characters(self) -> int:
@@ -54,26 +62,24 @@ class Job:
 class WorkerProcess:
     """A child process and the batch it is working on; used by the pool's supervising thread alone."""
 
-    def __init__(self, grader: str, *, timeout_seconds: float, memory_bytes: int) -> None:
+    def __init__(self, spec: GraderSpec, *, memory_bytes: int) -> None:
         self.batch: deque[Job] = deque()
         self.ready = False
+        self.needs = Needs()
+        """What its grader reads of a row; known once it is ready."""
         self.batch_size = 8
         self.death = ""  # how it died, once buried
         self._received = 0
         self._killed = False
         self._sent = self._heard = 0.0
-        self._limit_seconds = timeout_seconds + KILL_GRACE_SECONDS
+        self._spec = spec
+        self._is_async = False
+        self._limit_seconds = spec.timeout_seconds + KILL_GRACE_SECONDS
         self._started = time.monotonic()
         ours, theirs = socket.socketpair()
         with theirs, page_file() as page:
             self._page = ProgressPage(page.fileno())
-            arguments = [
-                grader,
-                theirs.fileno(),
-                page.fileno(),
-                timeout_seconds,
-                memory_bytes,
-            ]
+            arguments = [spec.to_json(), theirs.fileno(), page.fileno(), memory_bytes]
             self._process = subprocess.Popen(
                 [
                     sys.executable,
@@ -82,7 +88,7 @@ class WorkerProcess:
                     "common.grading.worker",
                     *map(str, arguments),
                 ],
-                env=_environment(),
+                env=worker_environment(),
                 pass_fds=(theirs.fileno(), page.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -103,7 +109,7 @@ class WorkerProcess:
         self._received, self._sent = 0, time.monotonic()
         self._heard = self._sent
         try:
-            tasks = [(job.prompt, job.completion, job.answer) for job in jobs]
+            tasks = [(job.prompt, job.completion, job.answer, job.token_ids) for job in jobs]
             self.connection.send_bytes(pickle.dumps(tasks, pickle.HIGHEST_PROTOCOL))
         except OSError:
             self._process.kill()
@@ -118,14 +124,17 @@ class WorkerProcess:
         except OSError as error:
             raise EOFError from error
         if not self.ready:
-            if message is not None:
+            if isinstance(message, str):
                 raise ValueError(message)
             self.ready = True
+            self._is_async, self.needs = message
+            if self._is_async:
+                self.batch_size = ROUNDS * self._spec.max_concurrent
             return []
         self._received += len(message)
         self._heard = time.monotonic()
-        finished = [(self.batch.popleft(), _grade(*parts)) for parts in message]
-        if not self.batch:
+        finished = [(self.batch.popleft(), Grade.of(values)) for values in message]
+        if not self.batch and not self._is_async:
             fast = time.monotonic() - self._sent < BATCH_SECONDS
             self.batch_size = min(MAX_BATCH, 2 * self.batch_size) if fast else max(1, self.batch_size // 2)
         return finished
@@ -172,25 +181,13 @@ class WorkerProcess:
         return finished, rest
 
 
-def _grade(
-    outcome: str,
-    reward: float,
-    extracted: str | None,
-    reason: str | None,
-    step_rewards: tuple[tuple[int, float], ...] | None,
-) -> Grade:
-    return Grade(
-        outcome=Outcome(outcome), reward=reward, extracted=extracted, reason=reason, step_rewards=step_rewards
-    )
-
-
 def _death(status: int, *, killed: bool) -> str:
     if killed:
         return "was killed at its deadline"
     return f"died of {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
 
 
-def _environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """gmpy cannot be interrupted and aborts when out of memory; sys.path makes a user's reward importable."""
     return {
         **os.environ,

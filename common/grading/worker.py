@@ -1,10 +1,11 @@
-"""The process that runs a rule: `python -m common.grading.worker`, started only by `WorkerProcess`.
+"""The process that runs a grader: `python -m common.grading.worker`, started only by `WorkerProcess`.
 
-It greets with None (or with why its grader cannot be loaded), then answers each batch with its grades, in order
-and in parts. Everything a rule can do to it ends here: exceptions and endless Python loops in a grade, the rest
-in its own death, which the parent reads from the progress page.
+It greets with what its grader needs (or with why it cannot be loaded, as a text), then answers each batch with its
+grades, in order and in parts. Everything a grader can do to it ends here: exceptions and endless Python loops in a
+grade, the rest in its own death, which the parent reads from the progress page.
 """
 
+import asyncio
 import ctypes
 import os
 import pickle
@@ -12,20 +13,24 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import FrameType
-from typing import Any
 
 from common.errors import UserError
-from common.grading.graders import Grader, find_grader
+from common.grading.graders import Grader
 from common.grading.outcome import Grade, Outcome, graded
 from common.grading.progress import ProgressPage
+from common.grading.spec import GraderSpec
 
 FLUSH_SECONDS = 0.02
 ALARM_INTERVAL_SECONDS = 0.1  # an alarm that a bare `except` has swallowed is raised again
+BEAT_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
-Task = tuple[str, str | None, str]  # prompt, completion (None: validate the answer), answer
+Task = tuple[str, str | None, str, Sequence[int] | None]
+"""Prompt, completion (None: validate the answer), answer, the completion's token ids where they are asked for."""
 
 
 class _Deadline(BaseException):
@@ -35,61 +40,67 @@ class _Deadline(BaseException):
 class Worker:
     """Grades batches from the connection until the parent closes it."""
 
-    def __init__(
-        self,
-        grader: Grader,
-        connection: Connection,
-        page: ProgressPage,
-        timeout_seconds: float,
-    ) -> None:
+    def __init__(self, grader: Grader, connection: Connection, page: ProgressPage) -> None:
         self.grader, self.connection, self.page = grader, connection, page
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds = grader.spec.timeout_seconds
         self.grading = False
         self.exhausted = False
+        self._beat = 0.0
+        self._own_tasks: set[asyncio.Task[None] | None] = set()
 
     def serve(self) -> None:
+        if self.grader.is_async:
+            asyncio.run(self._serve_async())
+            return
         signal.signal(signal.SIGALRM, self._on_alarm)
-        while not self.exhausted:
-            try:
-                batch = pickle.loads(self.connection.recv_bytes())
-            except (EOFError, OSError):
-                return
+        while not self.exhausted and (batch := self._next_batch()) is not None:
             self._grade_batch(batch)
 
+    def _next_batch(self) -> list[Task] | None:
+        try:
+            return pickle.loads(self.connection.recv_bytes())  # type: ignore[no-any-return]
+        except (EOFError, OSError):
+            return None
+
     def _grade_batch(self, batch: list[Task]) -> None:
-        grades: list[tuple[Any, ...]] = []
+        grades: list[Grade] = []
         flushed = time.monotonic()
         for index, task in enumerate(batch):
             self.page.start(index)
-            grade = self._grade(*task)
-            grades.append(
-                (grade.outcome.value, grade.reward, grade.extracted, grade.reason, grade.step_rewards)
-            )
+            grades.append(self._grade(*task))
             if self.exhausted:
                 break
             if (now := time.monotonic()) - flushed > FLUSH_SECONDS:
-                send(self.connection, grades)
+                self._send(grades)
                 grades, flushed = [], now
         self.page.rest()
-        send(self.connection, grades)
+        self._send(grades)
 
-    def _grade(self, prompt: str, completion: str | None, answer: str) -> Grade:
+    def _send(self, grades: list[Grade]) -> None:
+        send(self.connection, [grade.as_tuple() for grade in grades])
+
+    def _grade(
+        self, prompt: str, completion: str | None, answer: str, token_ids: Sequence[int] | None
+    ) -> Grade:
         try:
             self.grading = True
             signal.setitimer(signal.ITIMER_REAL, self.timeout_seconds, ALARM_INTERVAL_SECONDS)
             try:
                 if completion is None:
                     return self._validate(answer)
-                return self.grader.grade(prompt, completion, answer)
+                return self.grader.grade(prompt, completion, answer, token_ids)
             finally:
                 self.grading = False
-        except _Deadline:
+        except BaseException as error:  # noqa: BLE001  a rule may raise anything: an outcome with its reason
+            return self._failed(error)
+
+    def _failed(self, error: BaseException) -> Grade:
+        if isinstance(error, _Deadline):
             return graded(Outcome.VERIFIER_TIMEOUT, reason=f"over {self.timeout_seconds:g} s")
-        except MemoryError:
+        if isinstance(error, MemoryError):
             self.exhausted = True  # a fresh process is cheaper than one with a full heap
             return graded(Outcome.VERIFIER_CRASH, reason="out of memory")
-        except BaseException as error:  # noqa: BLE001  a rule may raise anything: an outcome with its reason
-            return graded(Outcome.VERIFIER_CRASH, reason=f"{type(error).__name__}: {error}")
+        return graded(Outcome.VERIFIER_CRASH, reason=f"{type(error).__name__}: {error}")
 
     def _validate(self, answer: str) -> Grade:
         problem = self.grader.validate_gold(answer)
@@ -102,6 +113,66 @@ class Worker:
     def _on_alarm(self, signal_number: int, frame: FrameType | None) -> None:
         if self.grading:
             raise _Deadline
+
+    # Graders that are waited for: many completions at a time, in one thread.
+
+    async def _serve_async(self) -> None:
+        """As `serve`. The alarm ends a grade that lets no other run."""
+        signal.signal(signal.SIGALRM, self._on_late_beat)
+        while not self.exhausted:
+            batch = await asyncio.to_thread(self._next_batch)
+            if batch is None:
+                return
+            await self._grade_together(batch)
+
+    async def _grade_together(self, batch: list[Task]) -> None:
+        under_way = asyncio.Semaphore(self.grader.spec.max_concurrent)
+        tasks = [asyncio.create_task(self._grade_one(task, under_way)) for task in batch]
+        beating = asyncio.create_task(self._beat_on(tasks))
+        self._own_tasks = {asyncio.current_task(), beating}
+        self._beat_once(tasks)
+        signal.setitimer(signal.ITIMER_REAL, ALARM_INTERVAL_SECONDS, ALARM_INTERVAL_SECONDS)
+        try:
+            for task in tasks:
+                self._send([await task])
+                if self.exhausted:
+                    break
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.page.rest()
+            beating.cancel()
+            with suppress(asyncio.CancelledError):
+                await beating
+
+    async def _grade_one(self, task: Task, under_way: asyncio.Semaphore) -> Grade:
+        prompt, completion, answer, token_ids = task
+        async with under_way:
+            try:
+                if completion is None:
+                    return self._validate(answer)
+                return await self.grader.grade_async(prompt, completion, answer, token_ids)
+            except BaseException as error:
+                this = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
+                    raise
+                return self._failed(error)
+
+    async def _beat_on(self, tasks: list["asyncio.Task[Grade]"]) -> None:
+        while True:
+            self._beat_once(tasks)
+            await asyncio.sleep(BEAT_SECONDS)
+
+    def _beat_once(self, tasks: list["asyncio.Task[Grade]"]) -> None:
+        """Tell the parent that none keeps the others from running, and which is the first that is not done."""
+        self._beat = time.monotonic()
+        self.page.start(next((place for place, task in enumerate(tasks) if not task.done()), 0))
+
+    def _on_late_beat(self, signal_number: int, frame: FrameType | None) -> None:
+        """Raise in the grade that is running, which has kept all others from it for too long."""
+        if time.monotonic() - self._beat > self.timeout_seconds:
+            running = asyncio.current_task()
+            if running is not None and running not in self._own_tasks:
+                raise _Deadline
 
 
 def send(connection: Connection, message: object) -> None:
@@ -120,7 +191,7 @@ def limit_process(memory_bytes: int) -> None:
 
 
 def main() -> None:
-    name, connection_fd, page_fd, timeout_seconds, memory_bytes = sys.argv[1:]
+    spec, connection_fd, page_fd, memory_bytes = sys.argv[1:]
     connection, page = Connection(int(connection_fd)), ProgressPage(int(page_fd))
     os.close(int(page_fd))
     os.set_inheritable(int(connection_fd), False)
@@ -132,13 +203,13 @@ def main() -> None:
     os.register_at_fork(after_in_child=let_go)  # a rule's own processes
     limit_process(int(memory_bytes))
     try:
-        grader = find_grader(name)
-        grader.warm_up()
+        grader = Grader(GraderSpec.from_json(spec))
+        needs = grader.load()
     except Exception as error:  # noqa: BLE001  whatever stops it is news for the parent
         send(connection, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         return
-    send(connection, None)
-    Worker(grader, connection, page, float(timeout_seconds)).serve()
+    send(connection, (grader.is_async, needs))
+    Worker(grader, connection, page).serve()
 
 
 if __name__ == "__main__":

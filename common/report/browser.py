@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from common.grading import Outcome
+from common.grading.reference import reference_of
 from common.provenance import Allowance, Provenance, read_provenance
 from common.report.stage1 import Stage1
 from common.report.text import CHARACTERS_SHOWN, Excerpt
@@ -122,7 +123,7 @@ def _entry(row: dict[str, Any], samples: Sequence[Sample]) -> Entry:
     return Entry(
         prompt_id=row["prompt_id"],
         prompt=Excerpt.of(row["prompt"]),
-        answer=Excerpt.of(row["answer"]),
+        answer=Excerpt.of(reference_of(row["answer"]).answer),
         num_samples=row["num_samples"],
         solved=row["outcomes"].count(Outcome.CORRECT),
         vstar=row["vstar"],

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from common.config import SamplingParams
 from common.engines import RolloutEngine
 from common.errors import UserError
 from common.grading import Grade, GraderPool
+from common.grading.judge import JudgeUsage
 from common.rollout import Completion, Prompt
 from common.sampling.grader_check import GraderCheck
 from common.sampling.missing import Address, Missing
@@ -36,7 +38,10 @@ def generate_samples(
     places = {prompt.id: place for place, prompt in enumerate(missing.prompts)}
     running: dict[Address, dict[str, Any]] = {}
     check = GraderCheck(nothing_judged_before=not store.fragments(), proven=grader_proven)
-    with FragmentWriter(store.append) as writer, SamplingProgress(missing.samples_PN, console) as progress:
+    with (
+        FragmentWriter(appending(store, pool)) as writer,
+        SamplingProgress(missing.samples_PN, console) as progress,
+    ):
         collect = partial(write_graded, running.pop, writer, check)
         try:
             for completion in engine.generate(missing.requests(seed), sampling):
@@ -51,6 +56,7 @@ def generate_samples(
                     completion=completion.text,
                     answer=prompt.answer,
                     truncated=completion.truncated,
+                    token_ids=completion.token_ids,
                 )
                 collect(pool.ready())
                 progress.add(place, len(completion.token_ids))
@@ -60,6 +66,20 @@ def generate_samples(
             collect(pool.ready())
     for reason, count in check.unjudged.most_common(3):
         console.print(f"{count:,} completions could not be judged, reward 0: {reason}")
+    if pool.judge_usage.replies:
+        console.print(str(pool.judge_usage))
+
+
+def appending(store: SampleStore, pool: GraderPool) -> Callable[[list[dict[str, Any]]], Path]:
+    """Appends rows to the store, with what the judge has used since the last ones."""
+    counted = JudgeUsage()
+
+    def append(rows: list[dict[str, Any]]) -> Path:
+        nonlocal counted
+        used, counted = pool.judge_usage - counted, pool.judge_usage
+        return store.append(rows, used.columns() if used.replies else {})
+
+    return append
 
 
 def write_graded(

@@ -54,6 +54,7 @@ def collect_rollouts(
             completion=completion.text,
             answer=prompt.answer,
             truncated=completion.truncated,
+            token_ids=completion.token_ids,
         )
     grades = dict(pool.drain())
     return [
@@ -76,6 +77,7 @@ def as_json(rollout: Rollout) -> dict[str, Any]:
         "truncated": completion.truncated,
         **grade.columns(),
         **({"step_rewards": grade.step_rewards} if grade.step_rewards else {}),
+        **({"parts": grade.parts} if grade.parts else {}),
     }
 
 
@@ -95,9 +97,10 @@ def from_json(document: dict[str, Any], prompts: Mapping[str, Prompt]) -> Rollou
             extracted=document["extracted"],
             reason=document["reason"],
             step_rewards=_pairs(document.get("step_rewards")),
+            parts=_pairs(document.get("parts")),
         ),
     )
 
 
-def _pairs(values: list[list[Any]] | None) -> tuple[tuple[int, float], ...] | None:
-    return None if values is None else tuple((end, reward) for end, reward in values)
+def _pairs(values: list[list[Any]] | None) -> tuple[tuple[Any, float], ...] | None:
+    return None if values is None else tuple((first, reward) for first, reward in values)
