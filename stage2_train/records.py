@@ -28,6 +28,8 @@ class SequenceRecord:
     solved: bool
     unjudged: bool
     """The grader failed: the reward of 0 says nothing, and the completion is left out of the training."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Of a reward that is a weighted sum, the rewards that it is of by name."""
     advantage: float | None = None
     trained: bool = False
     """Whether it took part in an optimizer step that was not skipped; without that the figures mean nothing."""
@@ -48,6 +50,7 @@ class Records:
                 truncated=rollout.completion.truncated,
                 solved=rollout.is_solved,
                 unjudged=not rollout.grade.is_judged,
+                parts=dict(rollout.grade.parts or ()),
             )
             for rollout in rollouts
         ]
@@ -96,6 +99,7 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
         "reward/mean": mean("reward", judged),
         "reward/solved": mean("solved", judged),
         "reward/unjudged": mean("unjudged", records),
+        **_means_of_parts(judged),
         **({"advantage/mean": _ratio(sum(advantages), len(advantages))} if advantages else {}),
         **{name: _ratio(total(name), len(trained)) for name in names if name.startswith("loss/")},
         **(
@@ -113,6 +117,13 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
         **_largest_gap(records),
         "throughput/completion_tokens_per_second": tokens / seconds,
     }
+
+
+def _means_of_parts(records: Sequence[SequenceRecord]) -> Metrics:
+    """Of each part over the completions that it applied to."""
+    names = dict.fromkeys(name for record in records for name in record.parts)
+    rewards = {name: [record.parts[name] for record in records if name in record.parts] for name in names}
+    return {f"reward/{name}": sum(each) / len(each) for name, each in rewards.items()}
 
 
 def _largest_gap(records: Sequence[SequenceRecord]) -> Metrics:

@@ -233,11 +233,11 @@ def by_name(prompt, completion, answer, *, more=0, **rest): return 1.0
             "missing",
             "cannot be loaded: AttributeError: module 'broken_rewards' has no attribute 'missing'",
         ),
-        ("", "os", "is a module; docs/grading.md lists the functions that can be called"),
+        ("", "os", "is a module; docs/rewards.md lists the functions that can be called"),
         (
             "",
             "by_two",
-            "takes (question, answer) (called as verifiers does, it gets no question); docs/grading.md",
+            "takes (question, answer) (called as verifiers does, it gets no question); docs/rewards.md",
         ),
         ("", "many", "is a generator, whose result is no number"),
         ("", "batched", "takes a batch, as verl's batch reward manager gives it"),
@@ -336,7 +336,7 @@ def test_a_reward_that_is_no_number_whatever_the_completion_is_refused_before_an
             pool.try_out("question", answer)
     assert str(told.value) == (
         f"grader.name = 'returning_rewards:reward' returns what is no reward: {expected}; "
-        "docs/grading.md lists the functions that can be called"
+        "docs/rewards.md lists the functions that can be called"
     )
 
 

@@ -26,6 +26,7 @@ from common.grading.rule_math import grade as grade_math
 from common.grading.rule_math import last_box
 
 GRADING_DOC = Path(__file__).parents[1] / "docs" / "grading.md"
+AGREEMENT_DOC = Path(__file__).parents[1] / "docs" / "evidence" / "grading.md"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -312,7 +313,7 @@ def test_the_dirty_golds_of_math_train_are_found() -> None:
 
 
 def test_the_documentation_lists_every_disagreement_with_other_graders_tests() -> None:
-    """docs/grading.md holds two tables: agreement by source, and each case that differs, by its id."""
+    """docs/evidence/grading.md holds two tables: agreement by source, and each case that differs, by its id."""
     cases = rows("cases/verifier.jsonl")
     agreement: dict[str, list[int]] = {}
     differing = []
@@ -326,7 +327,7 @@ def test_the_documentation_lists_every_disagreement_with_other_graders_tests() -
             count[0] += agreed
             count[1] += 1
             differing += [] if agreed else [case["id"]]
-    text = GRADING_DOC.read_text(encoding="utf-8")
+    text = AGREEMENT_DOC.read_text(encoding="utf-8")
     by_source = re.findall(r"^\| (\S+/\S+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
     assert {source: [int(agreed), int(total)] for source, agreed, total in by_source} == agreement
     explained = re.findall(r"^\| ([\d, ]+) \| (?:policy|theirs|ours) \| .+ \|$", text, re.MULTILINE)

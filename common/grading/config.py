@@ -54,7 +54,7 @@ class GraderConfig(Section):
     weights: Annotated[list[float], Field(min_length=1)] | None = None
     """One per name; 1 each by default."""
     convention: Literal["plain", "trl", "verl", "verifiers"] | None = None
-    """How functions are called; by default as their parameters' names tell (docs/grading.md)."""
+    """How functions are called; by default as their parameters' names tell (docs/rewards.md)."""
     columns: list[str] | None = None
     """The columns of the data set that functions with **kwargs get; by default all."""
     answer_after: str | None = None

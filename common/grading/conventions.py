@@ -1,7 +1,7 @@
 """The conventions of reward functions: how each library calls them, and what it takes for an answer.
 
 A function is recognised by the names of its parameters and called as its own library calls it, for one completion at a
-time. docs/grading.md has the table for users.
+time. docs/rewards.md has the table for users.
 """
 
 import inspect
@@ -64,6 +64,8 @@ class Needs:
     all_columns: bool = False
     """Whether it takes any column, as **kwargs."""
     token_ids: bool = False
+    """Of the completion, without which it cannot be called."""
+    may_read_token_ids: bool = False
 
     @property
     def reads_row(self) -> bool:
@@ -76,6 +78,7 @@ class Needs:
             optional_columns=tuple(dict.fromkeys((*self.optional_columns, *other.optional_columns))),
             all_columns=self.all_columns or other.all_columns,
             token_ids=self.token_ids or other.token_ids,
+            may_read_token_ids=self.may_read_token_ids or other.may_read_token_ids,
         )
 
 
@@ -117,6 +120,7 @@ class RewardFunction:
             optional_columns=tuple(optional),
             all_columns=self.takes_any and self.convention in (PLAIN, "trl"),
             token_ids=self.convention == "trl" and not {*TOKEN_IDS}.isdisjoint(self.parameters),
+            may_read_token_ids=self.convention == "trl" and self.takes_any,
         )
 
     def call(self, judged: Judged) -> Any:

@@ -103,7 +103,7 @@ def negative_rewards_warning(outcomes: Iterable[str], rewards: Iterable[float]) 
     return (
         f"warning: rewards go down to {lowest:g}, but the {unread:,} of {total:,} completions that were cut off or "
         "could not be judged have 0, which is better: completions that never end are rewarded; shift the rewards so "
-        "that none is below 0 (docs/grading.md)"
+        "that none is below 0 (docs/rewards.md)"
     )
 
 

@@ -126,9 +126,9 @@ class GraderPool:
         return [None if grade.outcome is Outcome.CORRECT else grade.reason for grade in grades]
 
     @property
-    def needs_token_ids(self) -> bool:
-        """Whether the grader reads the token ids of completions."""
-        return any(worker.needs.token_ids for worker in self._workers)
+    def reads_token_ids(self) -> bool:
+        """Whether the grader may read the token ids of completions."""
+        return any(worker.needs.token_ids or worker.needs.may_read_token_ids for worker in self._workers)
 
     def try_out(self, prompt: str, answer: str) -> None:
         """Has reward functions and the judge grade an empty completion, before anything is generated.
@@ -139,6 +139,7 @@ class GraderPool:
             inbox = Inbox()
             self._enqueue(Job(inbox, None, prompt, "", answer, (), attempts=MAX_ATTEMPTS))
             ((_, grade),) = self._wait(inbox)
+            self.judge_usage = JudgeUsage()  # of completions alone
             reason = grade.reason or ""
             if reason.startswith(UNAVAILABLE):
                 raise UserError(self._no_judge(reason))
@@ -190,7 +191,7 @@ class GraderPool:
             self._max_characters is not None
         ):  # a built-in rule reads the end of the completion and nothing else
             prompt, completion = "", completion[-self._max_characters :]
-        if not self.needs_token_ids:
+        if not self.reads_token_ids:
             token_ids = None
         self._enqueue(Job(inbox, key, prompt, completion, answer, token_ids))
 
@@ -269,7 +270,7 @@ class GraderPool:
         with self._changed:
             for worker in waiting:
                 size = min(worker.batch_size, -(-len(self._queue) // len(self._workers)))
-                batches.append([self._queue.popleft() for _ in range(size)])
+                batches.append(self._next_batch(size))
                 self._queued_characters -= sum(job.characters for job in batches[-1])
             self._starved = any(not batch for batch in batches)
             if any(batches):
@@ -277,6 +278,15 @@ class GraderPool:
         for worker, batch in zip(waiting, batches, strict=True):
             if batch:
                 worker.send(batch)
+
+    def _next_batch(self, size: int) -> list[Job]:
+        """So many jobs from the front of the queue, or one that is to be alone."""
+        batch: list[Job] = []
+        while len(batch) < size and not (batch and self._queue[0].alone):
+            batch.append(self._queue.popleft())
+            if batch[-1].alone:
+                break
+        return batch
 
     def _listen(self) -> None:
         """Sleeps until a worker speaks or dies, a deadline passes, or a caller has work."""

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Job:
     token_ids: Sequence[int] | None = None
     attempts: int = 0
     """How often a judge that does not answer has been asked."""
+    alone: bool = False
+    """Whether it may have been what a process died of, which many had under way."""
 
     @property
     def characters(self) -> int:
@@ -170,6 +172,8 @@ class WorkerProcess:
         progress = self._page.read()
         rest = list(self.batch)
         culprit = progress.position - self._received
+        if self._is_async and len(rest) > 1:  # any of them may be what it died of
+            rest, culprit = [replace(job, alone=True) for job in rest], -1
         late = time.monotonic() - progress.started >= self._limit_seconds
         if progress.busy and 0 <= culprit < len(rest) and (late or not self._killed):
             outcome = Outcome.VERIFIER_TIMEOUT if self._killed else Outcome.VERIFIER_CRASH

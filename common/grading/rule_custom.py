@@ -18,7 +18,7 @@ from common.grading.outcome import Grade, Outcome, graded
 WRONG_TYPE = "wrong type: "
 """How the reason of a grade begins whose function returned what is no reward, whatever the completion."""
 
-ADVICE = "docs/grading.md lists the functions that can be called"
+ADVICE = "docs/rewards.md lists the functions that can be called"
 
 
 def version(name: str, convention: str | None) -> str:
