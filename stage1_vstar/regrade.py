@@ -175,8 +175,8 @@ def grade_missing(store: SampleStore, config: RunConfig, notices: Terminal) -> N
             collect(pool.drain())
         finally:
             collect(pool.ready())
-        if pool.judge_usage.replies:
-            notices.print(str(pool.judge_usage))
+        for line in pool.usage_lines():
+            notices.print(line)
 
 
 def regraded_rows(old: pl.DataFrame, store: SampleStore, *, drop_unsolved: bool) -> pl.DataFrame:

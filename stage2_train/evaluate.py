@@ -89,6 +89,8 @@ def evaluate(config: Config, models: Sequence[Path], console: Terminal) -> list[
             if all(rollout.completion.truncated for rollout in (*greedy, *sampled)):
                 console.print(f"warning: {ALL_TRUNCATED}")
             results.append(summarise(config, folder, greedy, sampled))
+        for line in pool.usage_lines():
+            console.print(line)
     if engine is not None:
         engine.close()
     for result, sampled in results:

@@ -96,6 +96,8 @@ def run_stage2(
         _train(trainer, paths, checkpoint, console, observers, allowance)
         trainer.parts.policy.export(paths.model)
         sampler.close()
+        for line in pool.usage_lines():
+            console.print(line)
         trained_with[ACCEPTED] += allowance.used
         if ranks.is_main:
             write_text(paths.trained_with, json.dumps(trained_with, indent=2))

@@ -165,7 +165,7 @@ MISTAKES = {
     ),
     "an unknown grader": Mistake(
         f"{VSTAR} --set grader.name=exact",
-        ("unknown grader 'exact': use one of gsm8k, math, code, or 'package.module:",),
+        ("unknown grader 'exact': use one of gsm8k, math, code, judge, or 'package.module:",),
     ),
     "a reward function that is not there": Mistake(
         f"{VSTAR} --set grader.name=no_module:reward",
@@ -174,8 +174,8 @@ MISTAKES = {
     "a reward function of two arguments": Mistake(
         f"{VSTAR} --set grader.name=rewards:by_two",
         (
-            "grader.name = 'rewards:by_two' takes (completion, answer)",
-            "it must be a function (prompt, completion,",
+            "grader.name = 'rewards:by_two' takes (question, answer)",
+            "docs/rewards.md lists the functions that can be called",
         ),
     ),
     "a reward that is a text": Mistake(
@@ -215,7 +215,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "bad_gold.jsonl").write_text(rows)
     (root / "cut.jsonl").write_text((root / "data.jsonl").read_text() + '{"prompt": "How')
     (root / "rewards.py").write_text(
-        "def by_two(completion, answer): return 1.0\ndef text(prompt, completion, answer): return '1'\n"
+        "def by_two(question, answer): return 1.0\ndef text(prompt, completion, answer): return '1'\n"
     )
     (root / "empty").mkdir()
     (root / "loop").symlink_to("loop")

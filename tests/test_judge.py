@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_a_limit_per_minute_holds_for_all_workers_together() -> None:
 
 
 def test_what_may_pass_is_tried_again() -> None:
-    statuses = itertools.chain([503, 429], itertools.repeat("Score: 1"))
+    statuses: Iterator[str | int] = itertools.chain([503, 429], itertools.repeat("Score: 1"))
     with judge_server(lambda question: next(statuses)) as server:
         (found,) = grade(config_of(server.url, judge={"retries": 2}), "x")
         assert (found.outcome, len(server.requests)) == (Outcome.CORRECT, 3)

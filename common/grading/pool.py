@@ -149,6 +149,10 @@ class GraderPool:
                     f"{reason.removeprefix(WRONG_TYPE)}; {ADVICE}"
                 )
 
+    def usage_lines(self) -> list[str]:
+        """What a judge has used, in a line, where there is one."""
+        return [str(self.judge_usage)] if self.judge_usage.replies else []
+
     def close(self) -> None:
         """Ends the workers; grades not collected by now are lost."""
         with self._changed:

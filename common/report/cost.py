@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.grading.judge import JudgeUsage
 from common.report.stage1 import Stage1
 
 SECONDS_AN_HOUR = 3600
@@ -41,9 +42,11 @@ class Cost:
 def stage1_cost(stage1: Stage1) -> Cost:
     """Drawing and grading of the samples, over all jobs that took part."""
     recorded = stage1.provenance.context.get("cost", {})
+    judge = f"; {JudgeUsage(**recorded['judge'])}" if "judge" in recorded else ""
     return Cost(
         stage="stage 1",
-        what="sampling and grading by all jobs, from their start to their last file of samples, loading included",
+        what="sampling and grading by all jobs, from their start to their last file of samples, loading included"
+        f"{judge}",
         seconds=recorded.get("seconds"),
         tokens=int(stage1.outcomes["tokens"].sum()),
         devices=recorded.get("devices"),

@@ -66,8 +66,8 @@ def generate_samples(
             collect(pool.ready())
     for reason, count in check.unjudged.most_common(3):
         console.print(f"{count:,} completions could not be judged, reward 0: {reason}")
-    if pool.judge_usage.replies:
-        console.print(str(pool.judge_usage))
+    for line in pool.usage_lines():
+        console.print(line)
 
 
 def appending(store: SampleStore, pool: GraderPool) -> Callable[[list[dict[str, Any]]], Path]:
