@@ -14,7 +14,9 @@ from common.config import RunConfig
 from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
-from common.grading import GraderPool, Outcome, fingerprint, row_needs
+from common.grading import GraderConfig, GraderPool, Outcome, fingerprint, row_needs
+from common.grading.conventions import Needs
+from common.grading.reference import Reference, reference_of
 from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.sampling.generate import write_graded
@@ -151,16 +153,13 @@ def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
 def grade_missing(store: SampleStore, config: RunConfig, notices: Terminal) -> None:
     """Grade the samples that this grader has not judged, a fragment at a time."""
     check = GraderCheck(nothing_judged_before=not store.grade_fragments())
-    if row_needs(config.grader).token_ids:
-        raise UserError(
-            f"grader.name = {config.grader.title} reads completion_ids, which samples do not store, so that `regrade` "
-            "cannot call it; draw the samples under another --run"
-        )
+    needs = row_needs(config.grader)
     with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:
         collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
         try:
             for number, frame in enumerate(store.ungraded()):
                 if number == 0:
+                    refuse_unstored(needs, reference_of(frame["answer"][0]), config.grader)
                     pool.try_out(frame["prompt"][0], frame["answer"][0])
                 for row in frame.iter_rows(named=True):
                     pool.submit(
@@ -177,6 +176,18 @@ def grade_missing(store: SampleStore, config: RunConfig, notices: Terminal) -> N
             collect(pool.ready())
         for line in pool.usage_lines():
             notices.print(line)
+
+
+def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig) -> None:
+    """Raise UserError where a reward function reads what the run's samples do not hold."""
+    missing = [f"the column {name}" for name in needs.columns if name not in reference.columns]
+    if needs.token_ids:
+        missing.insert(0, "completion_ids")
+    if missing:
+        raise UserError(
+            f"grader.name = {grader.title} reads {missing[0]}, which these samples do not hold: `regrade` cannot "
+            "call it; draw the samples under another --run"
+        )
 
 
 def regraded_rows(old: pl.DataFrame, store: SampleStore, *, drop_unsolved: bool) -> pl.DataFrame:

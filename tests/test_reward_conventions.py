@@ -493,8 +493,9 @@ def test_regrade_with_a_function_of_another_convention_and_without_token_ids(
     run_regrade(config_of(tiny_model, path, {"name": f"{functions}:verifiers_contains"}), console)
     config = config_of(tiny_model, path, {"name": f"{functions}:verifiers_contains"})
     assert run_paths("test").regraded_by(fingerprint(config.grader)).vstar.is_file()
-    with pytest.raises(UserError, match="reads completion_ids, which samples do not store"):
-        run_regrade(config_of(tiny_model, path, {"name": f"{functions}:trl_token_ids"}), console)
+    for function, missing in (("trl_token_ids", "completion_ids"), ("plain_with_column", "the column level")):
+        with pytest.raises(UserError, match=f"reads {missing}, which these samples do not hold"):
+            run_regrade(config_of(tiny_model, path, {"name": f"{functions}:{function}"}), console)
 
 
 @pytest.mark.parametrize(
