@@ -39,7 +39,7 @@ class Bound:
 
 
 BOUNDS = {"float32": Bound(largest=1e-3, mean=1e-3), "bfloat16": Bound(largest=1.0, mean=0.05)}
-"""By the model's dtype; docs/models.md has the gaps that were measured."""
+"""Bounds by the model's dtype; docs/evidence/models.md has measured gaps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
