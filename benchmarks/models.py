@@ -37,9 +37,9 @@ Written by `python -m benchmarks.models`. A tiny random model of each architectu
 tokens, its family's tokenizer conventions) goes through stage 1, two iterations of stage 2, the export and its
 evaluation. Gemma 3 270M is a real model. [../models.md](../models.md) has the conclusions.
 
-A gap is the difference between the engine's and the trainer's log-prob of a sampled token, in nats. It is measured three
-times: before training, in iteration 2 (after the engine took over new weights), and after the exported model was loaded
-anew. In float32 it is rounding.
+A gap is the difference between the engine's and the trainer's log-prob of a sampled token, in nats. It is measured
+three times: before training, in iteration 2 (after the engine took over new weights), and after the exported model was
+loaded anew. In float32 it is rounding.
 {machine}
 """
 
