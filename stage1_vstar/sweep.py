@@ -155,8 +155,8 @@ def parse_sizes(lists: Sequence[str], available: Sequence[int]) -> tuple[int, ..
     for text in _items(lists):
         if not text.isdecimal() or not 1 <= int(text) <= most:
             raise UserError(
-                f"--num-samples {text}: this artifact has at most {most} samples per prompt, so N is a whole number
-                from " f"1 to {most}; `vstar --set vstar.num_samples=…` draws more"
+                f"--num-samples {text}: this artifact has at most {most} samples per prompt, so N is a whole number "
+                f"from 1 to {most}; `vstar --set vstar.num_samples=…` draws more"
             )
         sizes.add(int(text))
     return tuple(sorted(sizes))
