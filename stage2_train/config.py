@@ -1,4 +1,4 @@
-"""The configuration of a whole run: what both stages read, and how stage 2 trains. Imports no torch."""
+"""The configuration of a whole run: the settings of both stages, including stage 2's. Imports no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ class TrainConfig(Section):
     mini_batch_size: Annotated[int, Field(ge=1)] = 128
     """Prompts per optimizer step, with all of their completions: a group is never split."""
     staleness: Annotated[int, Field(ge=0)] = 0
-    """Iterations by which the weights behind completions may lag, which are then drawn during training."""
+    """By how many iterations the weights that draw completions may lag; above 0, drawing overlaps training."""
     epochs: Annotated[int, Field(ge=1)] = 25
     iterations: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many iterations, whatever `epochs` says."""
@@ -53,7 +53,7 @@ class TrainConfig(Section):
     offload_optimizer: bool = False
     """Keep the optimizer's states in the host's memory and step there."""
     offload_reference: bool = False
-    """Keep the reference model in the host's memory but for the moments when it is asked."""
+    """Keep the reference model in the host's memory, except while it computes log-probs."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Iterations between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
@@ -84,12 +84,12 @@ class TrainConfig(Section):
         return self.objective.passes * (self.batch_size // self.mini_batch_size)
 
     def iterations_over(self, prompts: int) -> int:
-        """Batches until each of so many prompts has been seen `epochs` times, or the configured number."""
+        """The configured number, or the batches in which each prompt is seen `epochs` times."""
         return self.iterations or max(1, self.epochs * prompts // self.batch_size)
 
     @property
     def columns(self) -> frozenset[Column]:
-        """What the objective needs to know of completions."""
+        """The columns that the objective needs."""
         return self.objective.needs(self.steps_per_iteration)
 
     @property

@@ -1,6 +1,7 @@
-"""What a training run will take, before it starts: steps, tokens, the first iteration's figures, memory.
+"""Forecast a training run before it starts: steps, tokens, the first iteration's figures, memory.
 
-Reads vstar.parquet, the config, and the model's config.json, tokenizer.json and weight headers: no model, no torch.
+Reads vstar.parquet, the config, and the model's config.json, tokenizer.json and weight headers. Loads no model and no
+torch.
 """
 
 import json
@@ -28,12 +29,12 @@ from stage2_train.memory import memory_per_gpu, read_shape
 from stage2_train.preflight import foresight
 
 TOKENIZED_PROMPTS = 2000
-"""So many prompts, chosen at random, stand for all in the number of prompt tokens."""
+"""The mean number of prompt tokens is taken over this many prompts, chosen at random."""
 GIB = 2**30
 
 
 def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> dict[str, Any]:
-    """The figures that `show` prints, as a JSON document. Raises UserError for a file or a model that is none."""
+    """The figures that `show` prints, as a JSON document. Raises UserError for an invalid file or model."""
     if config.train.mini_batch_size % gpus:
         raise UserError(
             f"--gpus {gpus}: train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "
@@ -126,7 +127,7 @@ def completion_tokens(kept: pl.DataFrame, completions: int) -> Expectation:
 
 
 def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float:
-    """By the tokenizer alone, since transformers would load torch: what a chat template adds is not counted."""
+    """Counted by the tokenizer alone, since transformers would load torch; a chat template's tokens are left out."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
@@ -138,7 +139,7 @@ def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float
     refuse_pointer(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # of a damaged file it raises nothing more particular
+    except Exception as error:  # it raises nothing more specific for a damaged file
         raise UserError(f"{file} is no tokenizer ({cause(error)}); {AGAIN}") from error
     encodings = tokenizer.encode_batch(rendered, add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings) / len(encodings)

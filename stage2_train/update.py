@@ -1,6 +1,6 @@
-"""One optimizer step: the losses of its slices, their gradients, and a step of each network that is trained.
+"""One optimizer step: the losses of its slices, their gradients, and a step of each trained network.
 
-It knows neither rollouts nor which objective it serves.
+It depends neither on rollouts nor on the kind of objective.
 """
 
 import math
@@ -31,7 +31,7 @@ class Trained(Protocol):
         ...
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """A share of 0 that goes through the network as the loss does: under ZeRO-3 ranks must not differ in that."""
+        """A share of 0 that runs through the network as the loss does: under ZeRO-3 all ranks must run it."""
         ...
 
 
@@ -84,7 +84,7 @@ class TrainedCritic:
 
 
 def _blank(tokens: TokenBatch, logprobs_K: Tensor) -> Batch:
-    """One group of completions of which nothing is known: every policy is the same, every other number 0."""
+    """A placeholder group of completions: all policies are equal, every other number is 0."""
     sequences = len(tokens.rows)
     zeros_B, zeros_K = logprobs_K.new_zeros(sequences), torch.zeros_like(logprobs_K)
     known = {"reference_K": logprobs_K, "old_K": logprobs_K}
