@@ -35,7 +35,7 @@ from stage2_train.watchers import Turn, Watcher
 def train(
     trainer: "Trainer", watchers: Sequence[Watcher], console: Terminal, *, first: int, last: int
 ) -> None:
-    """Run iterations `first` to `last`; after each the watchers are called, in order, and before the first with number 0.
+    """Run iterations `first` to `last`, and the watchers, in order, after each of them and before the first (number 0).
 
     Raises KeyboardInterrupt if a StopRequest asked for it, after the watchers' turn.
     """
