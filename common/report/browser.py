@@ -1,7 +1,7 @@
 """The completions of the prompts that the page shows.
 
-While the files are read only these prompts' samples are kept, and of a text only its beginning, so that neither a
-million samples nor a long one fill the memory.
+Only these prompts' samples are kept while the files are read, and only the beginning of a text, so that neither a
+million samples nor a long text fills the memory.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from common.runs import RunPaths
 from common.store import SampleStore, sample_files
 
 SAMPLES_SHOWN = 16
-"""Of a prompt: those with the highest and those with the lowest rewards."""
+"""Samples shown of a prompt: those with the highest and those with the lowest rewards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
