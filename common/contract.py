@@ -246,7 +246,7 @@ class _Check:
         path: Path,
         repeated: Mapping[str, pl.Series] | None = None,
     ) -> None:
-        """`repeated` has, by rule, the keys that appear more than once in the table; without it each part is checked."""
+        """`repeated` has, by rule, the keys that appear more than once in the table; without it parts are checked."""
         self._rules = rules
         self._key = key
         self._path = path

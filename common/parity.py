@@ -27,7 +27,7 @@ TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The largest allowed difference of a token's log-probs at temperature 1, and of their mean over tokens, in nats."""
+    """The largest allowed gap of log-probs at temperature 1, in nats: of a token, and of the mean over tokens."""
 
     largest: float
     mean: float

@@ -80,7 +80,7 @@ def read_samples(folder: Path, provenance: Provenance, prompt_ids: set[str]) -> 
     if not (files := sample_files(folder)):
         return {}
     found = read_provenance(files[0])
-    # What else the samples' identity says does not matter to whoever looks at them.
+    # The rest of the samples' identity does not matter for looking at them.
     ours = replace(found, identity={**found.identity, "grader": provenance.identity["grader"]})
     store = SampleStore(folder, ours, Allowance(list(ours.identity)))
     text = pl.col("completion")

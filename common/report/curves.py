@@ -69,7 +69,7 @@ def _divergence(axes: "Axes", metrics: Metrics) -> None:
 
 def _entropy(axes: "Axes", metrics: Metrics) -> None:
     _curve(axes, metrics, "policy/entropy")
-    axes.set(title="entropy, nats a token", ylim=(0, None))
+    axes.set(title="entropy, nats per token", ylim=(0, None))
 
 
 def _regression(axes: "Axes", metrics: Metrics) -> None:
@@ -91,7 +91,7 @@ def _length(axes: "Axes", metrics: Metrics) -> None:
 
 
 def _panels(metrics: Metrics) -> dict[str, Callable[["Axes", Metrics], None]]:
-    """The main figure of each panel, and how it is drawn; objectives differ in their loss and whether they measure KL."""
+    """The main figure of each panel, and how it is drawn; not every objective measures KL."""
     logged = {name for point in metrics for name in point}
     has_kl = "kl/sequence" in logged or "policy/entropy" not in logged
     return {
