@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16")
 PAGE = Path("docs/evidence/models.md")
 NAMES = [*(each.name for each in ARCHITECTURES), real_model.NAME]
 CHECKS = 16
-"""Completions whose log-probs the engine and the trainer are compared on, for each model that is loaded."""
+"""Number of completions on which engine and trainer are compared, for each loaded model."""
 
 INTRODUCTION = """\
 # Measurements of models
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measured(name: str, backend: str, dtype: str, folder: Path) -> dict[str, Any]:
-    """What came of a model: its class and gaps, each the largest and the mean over tokens, or why it was refused."""
+    """The result of a model: its class and gaps, each as largest and mean over tokens, or the reason for refusal."""
     os.environ |= {"ASTAR_PO_ARTIFACTS": str(folder / "artifacts"), "HF_HUB_OFFLINE": "1"}
     from common.errors import UserError
     from common.model.pretrained import model_class, read_config
@@ -145,7 +145,7 @@ class Kept:
 
 
 def gaps(folder: Path, config: Any) -> dict[str, Any]:
-    """The pipeline, and how far engine and trainer were apart at each of its steps."""
+    """Run the pipeline, and return the gap between engine and trainer at each of its steps."""
     from common.data.prompts import PromptRenderer
     from common.runs import run_paths
     from common.terminal.console import Terminal

@@ -1,14 +1,14 @@
-"""Where an iteration of stage 2 spends its time, beside the least that each phase could take on this machine.
+"""The time that each phase of an iteration takes, compared with the least that it could take on this machine.
 
     make base-model vstar && .venv/bin/python -m benchmarks.phases
 
 Two workloads, each in a process of its own: "demo", the demo's model and V̂*, and "larger", a random Qwen2 whose
-completions end at random, after some 180 tokens. Iterations are stage 2's own (`Trainer.iteration`). In the midst of
-each, right before it samples, its floors are measured and the time that this takes is left out: the same requests by
-`LLM.generate` on the same weights, which must give the same number of tokens; one large matrix product in the same
-dtype on as many threads; and a copy in memory.
+completions end at random, after some 180 tokens. Iterations are stage 2's own (`Trainer.iteration`). In each of them,
+right before it samples, its floors are measured, and the time for this is left out: the same requests by `LLM.generate`
+on the same weights, which must give the same number of tokens; one large matrix product in the same dtype on as many
+threads; and a copy in memory.
 
-Printed: medians over the iterations, ratios paired; then how much of the gap are padding and the products' own sizes.
+Prints medians over the iterations, with paired ratios; then the share of padding and of the products' sizes in the gap.
 """
 
 import argparse
@@ -72,11 +72,11 @@ WARM_UP = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floors:
-    """What this machine can do at the time of an iteration."""
+    """The speed of this machine at the time of an iteration."""
 
     rollout_seconds: float
     unseeded_seconds: float
-    """For as many tokens, where requests have no seed of their own."""
+    """Seconds for as many tokens without a seed per request."""
     operations_a_second: float
     bytes_a_second: float
 
@@ -163,7 +163,7 @@ class TimedSteps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of one iteration: the seconds that it took, and the least that it could have."""
+    """A phase of one iteration: the seconds that it took, and the least that it could take."""
 
     seconds: float
     floor: float = 0.0
@@ -274,7 +274,7 @@ def phase_table(tables: Sequence[Phases]) -> str:
 
 
 def sizes(trainer: Trainer, turn: Turn, table: Phases, shape: Shape, dtype: torch.dtype) -> str:
-    """How much of the gap are padding and the sizes of the matrices: the last iteration's micro-batches."""
+    """The part of the gap due to padding and the sizes of the matrices, in the last iteration's micro-batches."""
     steps = trainer.parts.collate(turn.rollouts, trainer.places).steps
     batches = [tokens for step in steps for tokens in step.slices]
     lengths, sampled = lengths_of(turn.rollouts)

@@ -1,6 +1,6 @@
 """Iterations of stage 2 without a run around them, on real data or on made-up models, prompts and completions.
 
-What `run_stage2` has besides is left out: evaluation, log, checkpoints, export.
+Evaluation, log, checkpoints and export, which `run_stage2` adds, are left out.
 """
 
 import json
@@ -45,7 +45,7 @@ def training(config: Config, data: TrainingData, build: Callable[[], RolloutEngi
 
 
 class ScriptedEngine:
-    """In place of an engine: completions that no model draws, as `write` answers each request."""
+    """Replaces an engine: completions come from `write`, which answers each request, not from a model."""
 
     def __init__(self, write: Callable[[SampleRequest], Completion]) -> None:
         self._write = write

@@ -1,4 +1,4 @@
-"""What a trainer is told to do and what it reports, as JSON: this module loads in TRL's environment and in ours."""
+"""The jobs and reports of trainers, as JSON; this module loads in TRL's environment and in ours."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -86,7 +86,7 @@ class Job(JsonFile):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report(JsonFile):
-    """What a run tells of itself. Times are seconds since the epoch, less those spent on saving weights."""
+    """A run's report. Times are seconds since the epoch, minus those spent on saving weights."""
 
     imported: float
     began: float
@@ -101,7 +101,7 @@ class Report(JsonFile):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GRPOSteps(JsonFile):
-    """Optimizer steps of GRPO, all on the same numbers, and what TRL makes of each once it has been asked."""
+    """Optimizer steps of GRPO, all on the same numbers, and TRL's result for each once it has run."""
 
     group_size: int
     lengths: list[int]
@@ -111,7 +111,7 @@ class GRPOSteps(JsonFile):
     old: list[float]
     reference: list[float]
     options: list[dict[str, Any]]
-    """What each step is told, in the words of TRL's GRPOConfig."""
+    """The settings of each step, in the words of TRL's GRPOConfig."""
     trl: str = ""
     """Its version."""
     advantages: list[list[float]] = field(default_factory=list)

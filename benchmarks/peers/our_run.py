@@ -1,4 +1,4 @@
-"""Stage 2 as `cli.py train` runs it, in a process that says when each iteration ended, as TRL's does of its updates.
+"""Stage 2 as `cli.py train` runs it, in a process that reports the end of each iteration, as TRL's run does.
 
 python -m benchmarks.peers.our_run JOB REPORT. A job may force completions to the lengths of their prompts.
 """
@@ -39,7 +39,7 @@ class OurJob(JsonFile):
 
 
 class ForcedEngine(VllmEngine):
-    """vLLM that ends a completion at its length, neither before nor after; its last token becomes the end token."""
+    """vLLM that ends each completion exactly at its given length; the last token becomes the end token."""
 
     def __init__(
         self, config: RunConfig, folder: Path, renderer: PromptRenderer, lengths: Mapping[str, int]
@@ -66,7 +66,7 @@ class ForcedEngine(VllmEngine):
 
 @dataclass(slots=True)
 class Clock:
-    """A watcher that notes when each iteration has ended, before anyone else looks at it."""
+    """A watcher that records the end of each iteration, before the other watchers."""
 
     ends: list[float] = field(default_factory=list)
     """The first is that of iteration 0, when training is about to begin."""
