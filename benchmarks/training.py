@@ -55,7 +55,7 @@ class ScriptedEngine:
         return map(self._write, requests)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Have the weights gathered, as a real engine does."""
+        """Gather the weights, as a real engine does."""
         deque(named_tensors, maxlen=0)
 
     def sleep(self) -> None:

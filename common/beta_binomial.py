@@ -1,7 +1,7 @@
 """Empirical Bayes for rewards of 0 and 1: pass rates follow a Beta(a, b) that is fitted to all prompts together.
 
 Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _Q quadrature node, _G group: a
-distinct pair (successes, trials), of which a run has few.
+distinct pair (successes, trials); a run has few of them.
 """
 
 import math

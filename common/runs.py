@@ -141,7 +141,7 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 def run_paths(run: str) -> RunPaths:
-    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS where that is set.
+    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS if that is set.
 
     Raises UserError for an invalid name, such as a path that leads out of artifacts/.
     """

@@ -31,7 +31,7 @@ VSTAR = pa.schema(
         pa.field("dropped_by", pa.string()),
     ]
 )
-"""`dropped_by` names the first rule that dropped a prompt; missing where none did, and in files of versions 1 and 2."""
+"""`dropped_by` names the first rule that dropped a prompt; missing if none did, and in files of versions 1 and 2."""
 
 _TOLERANCE = 1e-9
 

@@ -318,12 +318,12 @@ class Mean:
 
     @property
     def sd(self) -> float:
-        """Of the mean over prompts."""
+        """The standard deviation of the mean over prompts."""
         return math.sqrt(self.variance) / self.weight
 
     @property
     def prompt_sd(self) -> float:
-        """Of one prompt's figure, root mean square over prompts of equal weight."""
+        """The standard deviation of one prompt's figure, root mean square over prompts of equal weight."""
         return math.sqrt(self.variance / self.weight)
 
     def result(self) -> MeanAndSd:
@@ -395,7 +395,7 @@ class CellSums:
         self.loss.add(loss_UO, subsets.probability_UO, unit.prompts_U)
 
     def quantile(self, share: float) -> float:
-        """The mean of V̂* in the narrow bin where that share of the mass is reached: exact where V̂* has few values."""
+        """The mean of V̂* in the narrow bin where this share of the mass is reached; exact if V̂* has few values."""
         reached_H = np.cumsum(self.mass_H)
         place = int(np.searchsorted(reached_H, share * reached_H[-1]))
         return float(self.sum_H[place] / self.mass_H[place])

@@ -190,7 +190,7 @@ class Batch:
         return self.sum_by_group(values_B)[self.group_of_B] / self.group_size_B
 
     def before_update(self, logprobs_K: Tensor) -> Tensor:
-        """ln π before the iteration's first step: the policy's own, where that is the only step."""
+        """ln π before the iteration's first step: the policy's own if that is the only step."""
         return logprobs_K.detach() if self.old_K is ABSENT else self.old_K
 
     def with_columns(self, **columns: Tensor) -> "Batch":

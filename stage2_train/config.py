@@ -12,7 +12,7 @@ from stage2_train.objectives import AStarPO, ObjectiveConfig
 from stage2_train.objectives.protocol import STAGE1_COLUMNS, Column
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""Of a moving average."""
+"""The decay of a moving average."""
 
 
 class LoraConfig(Section):
@@ -38,7 +38,7 @@ class TrainConfig(Section):
     """By how many iterations the weights that draw completions may lag; above 0, drawing overlaps training."""
     epochs: Annotated[int, Field(ge=1)] = 25
     iterations: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many iterations, whatever `epochs` says."""
+    """Stop after this many iterations; overrides `epochs`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up; constant after it."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)

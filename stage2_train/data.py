@@ -78,10 +78,10 @@ class TrainingData:
     held_out: list[Prompt]
     stage1: Stage1 | None
     identity: Mapping[str, Any]
-    """Of model, prompt template, sampling and grader."""
+    """The identity of model, prompt template, sampling and grader."""
 
     def iterations(self, config: Config) -> int:
-        """How many iterations this run has."""
+        """The number of iterations of this run."""
         return config.train.iterations_over(len(self.prompts))
 
     def usable(self, config: Config, pool: GraderPool, ranks: Ranks) -> "TrainingData":

@@ -25,9 +25,9 @@ COPIED = (
     "chat_template*",
     "*processor_config.json",
 )
-"""As the reference has them, if it has them."""
+"""Files that are copied from the reference, if it has them."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
-"""config.json's, of this and of earlier versions of transformers."""
+"""The keys of config.json in this and in earlier versions of transformers."""
 
 
 def write_model(

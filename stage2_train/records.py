@@ -15,7 +15,7 @@ LOG_RATIO = "log_ratio"
 ENTROPY = "entropy"
 """Entropy of π, summed over the completion's tokens."""
 LOGPROB_GAP = "logprob_gap"
-"""The largest difference between the engine's and the trainer's log-prob of a token; nan where it was not compared."""
+"""The largest difference between the engine's and the trainer's log-prob of a token; nan if it was not compared."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -31,7 +31,7 @@ class Trained(Protocol):
         ...
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """A share of 0 that runs through the network as the loss does: under ZeRO-3 all ranks must run it."""
+        """A share of 0 that runs through the network like the loss: under ZeRO-3 all ranks must run it."""
         ...
 
 

@@ -76,7 +76,7 @@ def browse(paths: RunPaths, stage1: Stage1) -> list[Group]:
 
 
 def read_samples(folder: Path, provenance: Provenance, prompt_ids: set[str]) -> dict[str, list[Sample]]:
-    """The samples of these prompts under the grader of `provenance`, by prompt; {} where there are no samples."""
+    """The samples of these prompts under the grader of `provenance`, by prompt; {} if there are no samples."""
     if not (files := sample_files(folder)):
         return {}
     found = read_provenance(files[0])

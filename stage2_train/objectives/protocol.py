@@ -52,7 +52,7 @@ class Objective(Protocol):
 
     @property
     def unit(self) -> Literal["sequence", "group"]:
-        """What a micro-batch must not split."""
+        """The unit that a micro-batch must not split."""
         ...
 
     @property
