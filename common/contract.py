@@ -178,7 +178,7 @@ class Contract:
         ]
 
     def _refuse_other_table(self, columns: pl.Schema, rows: int, path: Path) -> None:
-        advice = f"make it anew with `{self.remedy}`"
+        advice = f"make it again with `{self.remedy}`"
         if missing := [name for name in self.schema.names if name not in columns]:
             raise UserError(f"{path} lacks the columns {', '.join(missing)}; {advice}")
         for name, expected in polars_schema(self.schema).items():
@@ -198,7 +198,7 @@ class Contract:
 
     def _damaged(self, path: Path, error: Exception) -> DamagedFile:
         return DamagedFile(
-            f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it anew with `{self.remedy}`"
+            f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it again with `{self.remedy}`"
         )
 
     def _parts(self, file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:

@@ -117,7 +117,7 @@ def refuse_gap(gap: Gap, sides: str, config: RunConfig, *, allowance: Allowance,
     raise UserError(
         f"{line}: one of them computes another network than the checkpoint's, so rewards would be learnt for the wrong "
         f'policy. Try engine.backend = "{other}"{finer}; {remedy}. Please report it with this line and the model\'s '
-        f"config.json. To go on all the same: --allow-mismatch {PARITY}"
+        f"config.json. To continue anyway: --allow-mismatch {PARITY}"
     )
 
 

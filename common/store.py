@@ -407,5 +407,5 @@ def _collect(frame: pl.LazyFrame) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(
             f"cannot read the samples: {str(error).splitlines()[0]}; `python cli.py vstar` sets damaged files aside "
-            "and draws their samples anew"
+            "and draws their samples again"
         ) from error

@@ -95,7 +95,7 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
     with exclusive_run(paths, "vstar"):
         for line in set_aside_damaged(paths.samples):
-            notices.print(f"{line}; `vstar` draws its samples anew")
+            notices.print(f"{line}; `vstar` draws its samples again")
         store = open_store(paths, grader)
         if ungraded := store.ungraded_count():
             notices.print(f"{ungraded:,} completions to grade by {grader}")
@@ -114,7 +114,7 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         if lost := int(old["num_samples"].sum()) - int(new["num_samples"].sum()):
             raise UserError(
                 f"{lost:,} samples of {paths.vstar} are no longer in {paths.samples}; `python cli.py vstar` with the "
-                "old grader draws them anew. The others are graded: the same command then compares"
+                "old grader draws them again. The others are graded: the same command then compares"
             )
         changes = changed_prompts(old, new)
         before = "; ".join(accepted) or provenance.identity["grader"]
@@ -133,7 +133,7 @@ def open_store(paths: RunPaths, grader: str) -> SampleStore:
     """The run's store as this grader sees it. The rest of its samples' identity does not affect their text."""
     if not (files := sample_files(paths.samples)):
         raise UserError(
-            f"no whole file is left in {paths.samples}; draw the samples anew: `python cli.py vstar`"
+            f"no whole file is left in {paths.samples}; draw the samples again: `python cli.py vstar`"
         )
     found = read_provenance(files[0])
     ours = replace(found, identity={**found.identity, "grader": grader})

@@ -30,7 +30,7 @@ def adapted_layers(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> lis
     trunk, without = text_trunk(model), unadapted(model)
     linear = linear_layers(model) - without
     names = linear if isinstance(chosen, str) else set(chosen)
-    choice = f'choose of {", ".join(sorted(linear))}, or "all-linear"'
+    choice = f'choose from {", ".join(sorted(linear))}, or "all-linear"'
     if refused := sorted(names & without):
         raise UserError(
             f"train.lora.target_modules: no adapter can be put beside this model's {', '.join(refused)}: the names of "

@@ -149,7 +149,7 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
         earlier = checkpoints(folder)
-        then = f"continuing from {earlier[-1].name}" if earlier else "there is none before it: starting anew"
+        then = f"continuing from {earlier[-1].name}" if earlier else "there is none before it: starting over"
         say(f"warning: {checkpoint} is damaged ({found}); it is now {aside}, {then}")
     return None
 

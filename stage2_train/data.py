@@ -173,7 +173,7 @@ def _from_stage1(
     expected.refuse_unless_same(
         Provenance(identity=theirs, context={}),
         what=str(file),
-        advice="V̂* holds for its own model, template, sampling and grader only: use those, make it anew "
+        advice="V̂* holds for its own model, template, sampling and grader only: use those, make it again "
         "with another --run",
         allowance=allowance,
     )
@@ -206,7 +206,7 @@ def _refuse_nothing_to_learn(kept: pl.DataFrame, file: Path, allowance: Allowanc
     line = f"{EQUAL_REWARDS}: each of the {samples:,} samples of stage 1 has the reward {reward:g}"
     if not allowance.permits(EQUAL_REWARDS, line):
         raise UserError(
-            f"{file}: {line}, so there is nothing to learn from: {'; '.join(doubts(kept))}. To train all the same: "
+            f"{file}: {line}, so there is nothing to learn from: {'; '.join(doubts(kept))}. To train anyway: "
             f"--allow-mismatch {EQUAL_REWARDS}"
         )
 
@@ -256,7 +256,7 @@ def _refuse_other_tokens(prompts: list[Prompt], kept: pl.DataFrame, file: Path, 
     if not allowance.permits("prompt.tokens", line):
         raise UserError(
             f"{file}: stage 1 rendered its prompts to other token ids: {line}; use the library versions that "
-            "it names (`python cli.py inspect`), make it anew with another --run, "
+            "it names (`python cli.py inspect`), make it again with another --run, "
             "or accept it with --allow-mismatch prompt.tokens"
         )
 

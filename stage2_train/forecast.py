@@ -42,7 +42,7 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
         )
     if not (math.isfinite(gpu_gib) and gpu_gib > 0):
         raise UserError(
-            f"--gpu-memory {gpu_gib:g} is no amount of memory; give one GPU's, in GiB, such as 80"
+            f"--gpu-memory {gpu_gib:g} is not an amount of memory; give one GPU's, in GiB, such as 80"
         )
     rows, provenance = read_vstar(vstar_file)
     kept = rows.filter("keep")
@@ -140,7 +140,7 @@ def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # it raises nothing more specific for a damaged file
-        raise UserError(f"{file} is no tokenizer ({cause(error)}); {AGAIN}") from error
+        raise UserError(f"{file} is not a tokenizer ({cause(error)}); {AGAIN}") from error
     encodings = tokenizer.encode_batch(rendered, add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings) / len(encodings)
 

@@ -135,7 +135,7 @@ def _adapted(shape: Shape, lora: LoraConfig) -> list[tuple[int, int]]:
     if unknown := sorted(names - linear.keys()):
         raise UserError(
             f"train.lora.target_modules: a model of the Qwen, Llama or Mistral kind has no linear layers called "
-            f"{', '.join(unknown)} before its output layer; choose of {', '.join(linear)}"
+            f"{', '.join(unknown)} before its output layer; choose from {', '.join(linear)}"
         )
     return [linear[name] for name in sorted(names)]
 

@@ -143,7 +143,7 @@ def refuse_other_names(names: CheckpointNames, folder: Path) -> None:
     if wrong:
         raise UserError(
             f"{folder}: transformers gives its weights back in another form than the checkpoint's: {len(wrong)} of "
-            f"{len(names.shapes)}, such as {wrong[0]}, which engines could not load; save it anew with save_pretrained"
+            f"{len(names.shapes)}, such as {wrong[0]}, which engines could not load; save it again with save_pretrained"
         )
 
 

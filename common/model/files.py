@@ -28,7 +28,7 @@ def resolve_model(path: str, revision: str | None) -> Path:
                 "it into its base model first (merge_and_unload, then save_pretrained)"
             )
         if not (folder / "config.json").is_file():
-            raise UserError(f"{path} is no model in Hugging Face format: it has no config.json")
+            raise UserError(f"{path} is not a model in Hugging Face format: it has no config.json")
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
         raise UserError(
@@ -48,7 +48,7 @@ def resolve_model(path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no model {path}: it is neither a local folder nor to be had from the Hugging Face hub "
+            f"no model {path}: it is neither a local folder nor available from the Hugging Face hub "
             f"({reason}); check model.path"
         ) from error
 
@@ -142,7 +142,7 @@ class ModelNumbers:
     def need(self, name: str) -> int:
         """A number. Raises UserError if the file gives none."""
         if (value := self.get(name)) is None:
-            raise UserError(f"{self.path} does not say {name}; download the model again, or use another one")
+            raise UserError(f"{self.path} has no {name}; download the model again, or use another one")
         return value
 
     @property

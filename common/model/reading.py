@@ -99,10 +99,10 @@ def describe_model(document: dict[str, Any], ends: Sequence[str]) -> str:
 
 def _refuse_other_kinds(folder: Path, document: dict[str, Any]) -> None:
     if not isinstance(document.get("model_type"), str):
-        raise UserError(f"{folder / 'config.json'} does not say model_type; download the model again")
+        raise UserError(f"{folder / 'config.json'} has no model_type; download the model again")
     if document.get("is_encoder_decoder"):
         raise UserError(
-            f"{folder} is an encoder-decoder ({document['model_type']}), which reads a prompt another way; use a "
+            f"{folder} is an encoder-decoder ({document['model_type']}), which cannot be trained here; use a "
             "causal language model"
         )
     for key in QUANTISATION:
@@ -153,7 +153,7 @@ def eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     ids = [*ids, *([] if tokenizer_eos is None else [tokenizer_eos])]
     if wrong := [each for each in ids if type(each) is not int or each < 0]:
         raise UserError(
-            f"{path}: eos_token_id is {wrong[0]!r}, which is no token id; download the model again"
+            f"{path}: eos_token_id is {wrong[0]!r}, which is not a token id; download the model again"
         )
     if not ids:
         raise UserError(

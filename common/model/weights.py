@@ -103,12 +103,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no list of weight files; {AGAIN}") from error
+        raise UserError(f"{index} is not a list of weight files; {AGAIN}") from error
     sound = isinstance(mapping, dict) and all(
         isinstance(name, str) and Path(name).name == name for name in mapping.values()
     )
     if not sound or not mapping:
-        raise UserError(f"{index} is no list of weight files; {AGAIN}")
+        raise UserError(f"{index} is not a list of weight files; {AGAIN}")
     return dict(mapping)
 
 
@@ -163,7 +163,7 @@ def _fault(file: Path, error: Exception) -> str:
         return f"cannot be read: {unreadable.strerror}; correct its permissions, or {AGAIN}"
     if start.startswith(POINTER):
         return "is a Git LFS pointer; fetch what it stands for with `git lfs pull`"
-    return f"is no whole safetensors file ({str(error).splitlines()[0]}): it was cut off or damaged; {AGAIN}"
+    return f"is not a complete safetensors file ({str(error).splitlines()[0]}): it was cut off or damaged; {AGAIN}"
 
 
 def refuse_pointer(file: Path) -> None:

@@ -26,7 +26,7 @@ def write_report(paths: RunPaths, console: Terminal) -> None:
             f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run `python cli.py vstar` first"
         )
     evaluations = {
-        name: read_document(file, Result, "remove it, or make it anew with `python cli.py evaluate`")
+        name: read_document(file, Result, "remove it, or make it again with `python cli.py evaluate`")
         for name in ("reference", "trained")
         if (file := paths.evaluation(name)).exists()
     }

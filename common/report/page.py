@@ -168,7 +168,7 @@ def _sweep(paths: RunPaths, stage1: Stage1) -> dict[str, Any] | None:
     drawing, document = (paths.sweep(paths.vstar, suffix) for suffix in ("svg", "json"))
     if not document.exists():
         return None
-    remedy = f"remove it, or make it anew with `python cli.py sweep --run {paths.root.name}`"
+    remedy = f"remove it, or make it again with `python cli.py sweep --run {paths.root.name}`"
     made_of = read_document(document, SweptFrom, remedy)
     drawn = file_digest(drawing) if drawing.exists() else None
     if (made_of.samples, made_of.drawings.get("svg")) != (stage1.samples_digest, drawn):
@@ -185,7 +185,7 @@ def _sweep(paths: RunPaths, stage1: Stage1) -> dict[str, Any] | None:
 def _regrades(paths: RunPaths) -> list[Regrade]:
     """The results of `regrade`, one summary per grader."""
     files = [regraded.summary for regraded in paths.regrades if regraded.summary.exists()]
-    remedy = "remove it, or make it anew with `python cli.py regrade`"
+    remedy = "remove it, or make it again with `python cli.py regrade`"
     return [read_document(file, Regrade, remedy) for file in files]
 
 
