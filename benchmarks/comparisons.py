@@ -16,7 +16,7 @@ CHUNK = 4_000_000
 
 
 def delta_interval(rewards_S: Floats, counts_P: Counts, beta1: float, *, level: float = 0.95) -> Interval:
-    """V̂* ± z · standard error, the textbook's interval; nan where there is no standard error.
+    """V̂* ± z · standard error, the textbook's interval; nan if there is no standard error.
 
     Where all samples agree this one has no width.
     """

@@ -119,13 +119,13 @@ def length(prompt: str, completion: str, answer: str) -> float:
 
 
 class Kept:
-    """An engine that outlives the job that it is built for, to be asked for log-probs of the weights it has."""
+    """An engine that outlives its job, so that log-probs of its last weights can be computed."""
 
     def __init__(self) -> None:
         self._engine: Any = None
 
     def build(self, *arguments: Any, **options: Any) -> "Kept":
-        """What a job calls to build its engine."""
+        """Replaces the function by which a job builds its engine."""
         from common.engines import build_engine
 
         self._engine = build_engine(*arguments, **options)

@@ -58,7 +58,7 @@ MOMENTS_BYTES = 2 * 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What all objectives have in common."""
+    """The settings common to all objectives."""
 
     name: str
     run: str

@@ -65,7 +65,7 @@ LARGER_MODEL = {
 }
 LARGER_PROMPT = 40
 ENDS = range(1000, 1099)
-"""Of 32,000 equally likely tokens: completions end after 320 tokens on average, and are cut off at 256."""
+"""Number of end tokens among 32,000 equally likely tokens: completions end after 320 on average, cut off at 256."""
 WARM_UP = 2
 """Iterations that are not counted: the first has AdamW's moments to allocate."""
 

@@ -83,7 +83,7 @@ SHAPES = QWEN2_5 | SMALL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One step of one shape. Seconds are None where it did not fit."""
+    """One step of one shape. Seconds are None if it did not fit."""
 
     shape: Shape
     seconds: float | None

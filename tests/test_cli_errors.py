@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that starts with `error:` and names the fix, exit code 2, no model loaded."""
+"""Users' mistakes: one line that starts with `error:` and names the fix, exit code 2, no model loaded."""
 
 import json
 import os

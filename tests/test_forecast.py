@@ -1,4 +1,4 @@
-"""What training will show and take: the first batch's figures against simulated stages, memory against DeepSpeed's own.
+"""The forecast of training: the first batch's figures against simulated stages, memory against DeepSpeed's own.
 
 Shapes: _P prompt, _N stage-1 sample, _A possible answer.
 """

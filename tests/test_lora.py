@@ -1,4 +1,4 @@
-"""What holds less gives the same: LoRA, an offloaded optimizer or reference, bfloat16 with float32 masters.
+"""Settings that save memory give the same result: LoRA, offloaded optimizer or reference, bfloat16 with float32 copies.
 
 Steps are those of tests/lean_steps.py, in one process and in two. Sums over two are taken in another order.
 """

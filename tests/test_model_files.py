@@ -1,4 +1,4 @@
-"""A model's config.json has one reader: whoever asks it for a number gets the same answer, or the same refusal."""
+"""A model's config.json has one reader: everyone who reads a number gets the same answer, or the same refusal."""
 
 import json
 import shutil

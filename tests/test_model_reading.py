@@ -1,4 +1,4 @@
-"""One reading of a model's folder says what it is and where it stops, and refuses what no later step could use."""
+"""Reading a model's folder describes it, finds its end tokens, and refuses models that no later step could use."""
 
 import json
 import shutil

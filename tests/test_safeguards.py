@@ -1,4 +1,4 @@
-"""What training survives, and what it stops at: bad gradients, dead engines, graders that fail, collapse."""
+"""Failures that training survives or stops at: bad gradients, dead engines, graders that fail, collapse."""
 
 import json
 import math

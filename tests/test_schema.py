@@ -1,4 +1,4 @@
-"""The contract between the stages: what is written is read by anyone, what is broken is named."""
+"""The contract between the stages: written files can be read by anyone, broken rules are named."""
 
 import json
 import random

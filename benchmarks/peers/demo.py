@@ -49,7 +49,7 @@ class Run:
     """(seconds, held-out accuracy)."""
     stage1_seconds: float
     total_seconds: float
-    """From the first process's start to the last one's end, evaluations included where they happen inside."""
+    """From the first process's start to the last one's end, including evaluations that run inside."""
     cpu_seconds: float
     peak_mib: float
 

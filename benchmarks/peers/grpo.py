@@ -25,7 +25,7 @@ from stage2_train.objectives.grpo import GRPO
 
 GOLDEN = Path("tests/golden/trl_grpo.json")
 TOLERANCE = 1e-12
-"""Of the largest magnitude among TRL's figures."""
+"""The largest difference, relative to the largest magnitude among TRL's figures."""
 GROUP_SIZE = 3
 REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, -2.0, 0.125, 0.0, 1.0, 1.0]
 """Ties, equal ones, and ones that are no 0 or 1; TRL takes them in float32, which these are exact in."""
@@ -51,7 +51,7 @@ class Answer:
     advantages_B: Tensor
     loss: Tensor
     gradient_K: Tensor
-    """By each token's log-prob."""
+    """The gradient with respect to each token's log-prob."""
 
 
 def compare(folder: Path, *, write: bool) -> bool:

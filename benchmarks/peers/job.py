@@ -38,11 +38,11 @@ class Job(JsonFile):
     seed: int
     updates: int
     batch_size: int
-    """Completions that GRPO generates at a time; A2PO generates a micro-batch at a time, whatever is asked."""
+    """Completions that GRPO generates at a time; A2PO generates one micro-batch at a time regardless."""
     mini_batch_size: int
-    """Completions an update."""
+    """Completions per update."""
     micro_batch_size: int
-    """Completions a forward and backward pass."""
+    """Completions per forward and backward pass."""
     max_prompt_tokens: int
     max_completion_tokens: int
     learning_rate: float
@@ -117,4 +117,4 @@ class GRPOSteps(JsonFile):
     advantages: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     gradients: list[list[float]] = field(default_factory=list)
-    """By each token's log-prob."""
+    """The gradient with respect to each token's log-prob."""

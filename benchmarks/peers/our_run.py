@@ -35,7 +35,7 @@ class OurJob(JsonFile):
     config: dict[str, Any]
     vstar: str
     completion_lengths: dict[str, int] | None = None
-    """By the prompt's text, in place of the model's own end."""
+    """Completion lengths by the prompt's text, in place of the model's own end."""
 
 
 class ForcedEngine(VllmEngine):
