@@ -170,7 +170,7 @@ class Phase:
 
 
 Phases = dict[str, Phase]
-"""Those of one iteration, by name."""
+"""The phases of one iteration, by name."""
 
 
 def measure(workload: str, run: str, overrides: Sequence[str], iterations: int) -> str:
@@ -228,7 +228,7 @@ def measure_iterations(workload: str, config: Config, data: TrainingData, iterat
 
 
 def phases(turn: Turn, engine: ProbedEngine, stepped: float, shape: Shape, config: Config) -> Phases:
-    """Those of one iteration."""
+    """The phases of one iteration."""
     metrics, floors = turn.metrics, engine.floors[-1]
     forward = forward_flops(shape, *lengths_of(turn.rollouts)) / floors.operations_a_second
     moved = shape.parameters / floors.bytes_a_second

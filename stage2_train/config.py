@@ -134,8 +134,8 @@ class Config(RunConfig):
     def _deepspeed_can_train(self) -> "Config":
         if self.model.dtype == "bfloat16" and self.train.zero_stage == 0:
             raise ValueError(
-                "train.zero_stage 0 does not go with model.dtype bfloat16: DeepSpeed's optimizer for it takes a step "
-                "before the first gradient; choose zero_stage 1, which needs no more memory, or dtype float32"
+                "train.zero_stage 0 cannot be combined with model.dtype bfloat16: DeepSpeed's optimizer for it takes a "
+                "step before the first gradient; choose zero_stage 1, which needs no more memory, or dtype float32"
             )
         return self
 
@@ -143,7 +143,7 @@ class Config(RunConfig):
     def _one_thread_speaks_to_other_ranks(self) -> "Config":
         if self.engine.training_tensor_parallel_size > 1 and self.train.staleness > 0:
             raise ValueError(
-                f"train.staleness {self.train.staleness} does not go with engine.training_tensor_parallel_size "
+                f"train.staleness {self.train.staleness} cannot be combined with engine.training_tensor_parallel_size "
                 f"{self.engine.training_tensor_parallel_size}: the engine's and the trainer's collective operations "
                 "could wait for each other; set one of them to its default"
             )

@@ -94,6 +94,6 @@ def refuse_other_world(paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> 
     """Raise UserError unless the checkpoint with this `state` was made by as many processes; {} is no checkpoint."""
     if state and state["world_size"] != ranks.world_size:
         raise UserError(
-            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by as many, "
-            f"found {ranks.world_size}; start {state['world_size']}, or delete that folder"
+            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by the same "
+            f"number, found {ranks.world_size}; start {state['world_size']}, or delete that folder"
         )

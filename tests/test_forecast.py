@@ -680,7 +680,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
     ):
         (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
         with pytest.raises(
-            UserError, match=r"config\.json.*(or use another one|no JSON object|not say model_type)"
+            UserError, match=r"config\.json.*(or use another one|no JSON object|has no model_type)"
         ):
             forecast(hollow, vstar, gpus=1, gpu_gib=80)
     (tmp_path / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")

@@ -202,5 +202,5 @@ def test_bfloat16_needs_zero(config: Config) -> None:
     document["model"]["dtype"] = "bfloat16"
     Config.model_validate(document)
     document["train"]["zero_stage"] = 0
-    with pytest.raises(ValueError, match=r"zero_stage 0 does not go with model\.dtype bfloat16"):
+    with pytest.raises(ValueError, match=r"zero_stage 0 cannot be combined with model\.dtype bfloat16"):
         Config.model_validate(document)
