@@ -93,7 +93,7 @@ SECONDS = "seconds"
 """Key in a file's context: how long its samples took, since the file before it or the opening of the store."""
 
 JUDGE = "judge"
-"""In a file's context: how many replies of a judge model its grades are, and their tokens."""
+"""Key in a file's context: the number of a judge model's replies for its grades, and their tokens."""
 
 _HASH_DIGITS = 64
 
@@ -268,7 +268,7 @@ class SampleStore:
         return frame
 
     def append(self, rows: Sequence[dict[str, Any]], judge: Mapping[str, int] | None = None) -> Path:
-        """Add samples, as rows of SAMPLES, in one fragment; `judge` is what a judge model used for them."""
+        """Add samples, as rows of SAMPLES, in one fragment; `judge` is a judge model's usage for them."""
         now = time.monotonic()
         seconds, self._since = round(now - self._since, 3), now
         context = {**self.provenance.context, SECONDS: seconds, **({JUDGE: dict(judge)} if judge else {})}
@@ -285,7 +285,7 @@ class SampleStore:
         return sum(known) if len(known) == len(recorded) else None
 
     def judge_usage(self) -> dict[str, int]:
-        """What a judge model used for these samples, by name; empty where there was none."""
+        """A judge model's usage for these samples, by name; empty if there was none."""
         total: Counter[str] = Counter()
         for fragment in self.fragments():
             total.update(read_provenance(fragment).context.get(JUDGE, {}))

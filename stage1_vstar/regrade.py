@@ -179,7 +179,7 @@ def grade_missing(store: SampleStore, config: RunConfig, notices: Terminal) -> N
 
 
 def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig) -> None:
-    """Raise UserError where a reward function reads what the run's samples do not hold."""
+    """Raise UserError if a reward function reads something that the run's samples do not hold."""
     missing = [f"the column {name}" for name in needs.columns if name not in reference.columns]
     if needs.token_ids:
         missing.insert(0, "completion_ids")

@@ -29,7 +29,7 @@ class SequenceRecord:
     unjudged: bool
     """The grader failed: the reward of 0 says nothing, and the completion is left out of the training."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Of a reward that is a weighted sum, the rewards that it is of by name."""
+    """The parts of a reward that is a weighted sum, by name."""
     advantage: float | None = None
     trained: bool = False
     """Whether it took part in an optimizer step that was not skipped; otherwise the figures are meaningless."""
@@ -120,7 +120,7 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
 
 
 def _means_of_parts(records: Sequence[SequenceRecord]) -> Metrics:
-    """Of each part over the completions that it applied to."""
+    """The mean of each part over the completions that it applied to."""
     names = dict.fromkeys(name for record in records for name in record.parts)
     rewards = {name: [record.parts[name] for record in records if name in record.parts] for name in names}
     return {f"reward/{name}": sum(each) / len(each) for name, each in rewards.items()}

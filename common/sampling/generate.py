@@ -71,7 +71,7 @@ def generate_samples(
 
 
 def appending(store: SampleStore, pool: GraderPool) -> Callable[[list[dict[str, Any]]], Path]:
-    """Appends rows to the store, with what the judge has used since the last ones."""
+    """Appends rows to the store, with the judge's usage since the last ones."""
     counted = JudgeUsage()
 
     def append(rows: list[dict[str, Any]]) -> Path:
