@@ -178,7 +178,7 @@ class CountedScorer:
         self._passes = passes
 
     def score(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """As Scorer.score."""
+        """Like Scorer.score."""
         with torch.no_grad():
             self._passes.note(sum(len(tokens.rows) for tokens in batches))
         return self._scorer.score(batches)

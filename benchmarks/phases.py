@@ -95,7 +95,7 @@ class ProbedEngine:
         """Taken by measuring the last floors."""
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """As VllmEngine.generate."""
+        """Like VllmEngine.generate."""
         chosen = list(requests)
         began, processor_began = time.perf_counter(), time.process_time()
         bare_tokens = self._measure_floors(chosen, sampling)
@@ -126,15 +126,15 @@ class ProbedEngine:
         return tokens
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """As VllmEngine.load_weights."""
+        """Like VllmEngine.load_weights."""
         self._engine.load_weights(named_tensors)
 
     def sleep(self) -> None:
-        """As VllmEngine.sleep."""
+        """Like VllmEngine.sleep."""
         self._engine.sleep()
 
     def close(self) -> None:
-        """As VllmEngine.close."""
+        """Like VllmEngine.close."""
         self._engine.close()
 
 
@@ -147,11 +147,11 @@ class TimedSteps:
         self.seconds = 0.0
 
     def loss(self, tokens: TokenBatch, batch: Batch) -> Loss:
-        """As Trained.loss."""
+        """Like Trained.loss."""
         return self._part.loss(tokens, batch)
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """As Trained.nothing."""
+        """Like Trained.nothing."""
         return self._part.nothing(tokens)
 
     def _step(self) -> float:

@@ -125,7 +125,7 @@ class FullLogits(nn.Module):
         self._temperature = temperature
 
     def forward(self, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
-        """As VocabularyHead.forward."""
+        """Like VocabularyHead.forward."""
         return logprobs.naive(self.lm_head, hidden_KH, target_K, self._temperature)
 
 

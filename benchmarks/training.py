@@ -51,7 +51,7 @@ class ScriptedEngine:
         self._write = write
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """As RolloutEngine.generate."""
+        """Like RolloutEngine.generate."""
         return map(self._write, requests)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -66,7 +66,7 @@ class ScriptedEngine:
 
 
 def random_completion(request: SampleRequest, length: int, vocabulary: int) -> Completion:
-    """Random tokens; one of two completions is right where the answer is 1, as `made_up_data` has it."""
+    """Random tokens; one of two completions is right if the answer is 1, as in `made_up_data`."""
     tokens = random.Random(request.seed).choices(range(vocabulary), k=length)
     return Completion(
         key=request.key, token_ids=tuple(tokens), text=f"#### {request.seed % 2}", truncated=False

@@ -129,7 +129,7 @@ class Provenance:
         return _field_names(self.identity)
 
     def metadata(self, version: int) -> dict[bytes, bytes]:
-        """As Parquet metadata of a file of this format version."""
+        """The provenance as Parquet metadata of a file of this format version."""
         document = {"schema_version": version, "identity": self.identity, "context": self.context}
         return {METADATA_KEY: json.dumps(document).encode()}
 

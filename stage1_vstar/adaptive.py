@@ -1,4 +1,4 @@
-"""Adaptive N: more samples, in rounds, where the interval of V* is wide, until none is or the budget is used up.
+"""Adaptive N: more samples, in rounds, of prompts with a wide interval of V*, until none is wide or the budget is used.
 
 The rewards of each prompt's first samples alone determine which samples are drawn. A restarted run replays its rounds
 from the first one and finds the samples of a killed round in the store. A prompt stops on the width of its interval,

@@ -64,7 +64,7 @@ class BeforeAfter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """How far two graders agree, in the order of summary.json."""
+    """The agreement of two graders, in the order of summary.json."""
 
     before: str
     after: str

@@ -106,7 +106,7 @@ def _tokens(kept: pl.DataFrame, completions: int, config: Config, folder: Path) 
 
 
 def completion_tokens(kept: pl.DataFrame, completions: int) -> Expectation:
-    """The tokens in `completions` completions, dealt out evenly over the kept prompts.
+    """The tokens in `completions` completions, spread evenly over the kept prompts.
 
     Two sources of error: the completions to come vary, and so did the cached ones that the means were taken from.
     """

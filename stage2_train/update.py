@@ -60,7 +60,7 @@ class TrainedPolicy:
         return Loss(loss.share, figures)
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """As Trained.nothing."""
+        """Like Trained.nothing."""
         policy = self._policy.logprobs(tokens)
         return self._objective.loss(policy, _blank(tokens, policy.logprobs_K.detach())).share * 0.0
 
@@ -79,7 +79,7 @@ class TrainedCritic:
         return Loss(loss.share, {f"loss/{name}": values_B for name, values_B in loss.figures.items()})
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """As Trained.nothing."""
+        """Like Trained.nothing."""
         return self._critic.values(tokens).sum() * 0.0
 
 

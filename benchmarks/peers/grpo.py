@@ -31,7 +31,7 @@ REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, -2.0, 0.125, 0.0, 1.0, 1.0]
 """Ties, equal ones, and ones that are no 0 or 1; TRL takes them in float32, which these are exact in."""
 LENGTHS = [1, 4, 2, 3, 1, 2, 5, 2, 3, 1, 4, 2]
 AVERAGES = {"grpo": "sequence", "dapo": "token", "bnpo": "token"}
-"""What a `loss_type` of TRL's is here; bnpo, a mean over each micro-batch's tokens, where there is one of them."""
+"""Our name for each `loss_type` of TRL's; bnpo, a mean over each micro-batch's tokens, with a single micro-batch."""
 MODEL = {
     "model_type": "qwen2",
     "vocab_size": 64,

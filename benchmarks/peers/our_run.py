@@ -57,7 +57,7 @@ class ForcedEngine(VllmEngine):
         return super()._completion(request, output, self._lengths[request.prompt_token_ids])
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """As VllmEngine.generate, without log-probs."""
+        """Like VllmEngine.generate, without log-probs."""
         without_logprobs = (replace(request, with_logprobs=False) for request in requests)
         for completion in super().generate(without_logprobs, sampling):
             token_ids = (*completion.token_ids[:-1], self._end)
