@@ -218,7 +218,7 @@ class Contract:
                 yield self._with_later_columns(part).select(columns)
 
     def _repeated(self, file: pq.ParquetFile, path: Path, rule: Unique) -> pl.Series:
-        """The keys that appear more than once. Holds an 8-byte hash for each row; keys with equal hashes are compared."""
+        """The keys that appear more than once. Holds an 8-byte hash per row; keys with equal hashes are compared."""
 
         def keys() -> Iterator[pl.Series]:
             return (part.select(rule.key).to_series() for part in self._parts(file, path, rule.columns))

@@ -87,7 +87,7 @@ class ToldTrainer(GRPOTrainer):  # type: ignore[misc]
         compute_entropy: bool = False,
         **__: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        """Log-probs: the reference's, the policy's in its loss, otherwise the old policy's; −ln π replaces an entropy."""
+        """Given log-probs: the reference's, the policy's in its loss, else the old policy's; −ln π is the entropy."""
         if model is self.ref_model:
             logprobs_K = torch.tensor(self.told.reference)
         elif compute_entropy:
