@@ -1,15 +1,15 @@
-"""Adaptive N against a fixed N of equal budget: how far V̂* is from V*, on a run's own rule or on several.
+"""Compare adaptive N with a fixed N of equal budget: the error of V̂* under a run's own rule, or under several rules.
 
     .venv/bin/python -m benchmarks.adaptive --run mine
     .venv/bin/python -m benchmarks.adaptive --run demo-n128
 
-On a run that was drawn with --adaptive: what its rule did to V̂*, by simulating the whole run on prompts like its own.
+For a run that was drawn with --adaptive, the whole run is simulated on similar prompts, to show the effect of its rule.
 
-On any other, which should have many samples a prompt, several rules: a prompt's cached rewards stand for its
-distribution, V̂* of all of them for its V*. A simulated run draws from them with replacement: without it a prompt that
-gets them all would have no error. Every prompt is simulated REPETITIONS times. `least possible` is the RMSE of a fixed
-allocation that knows every prompt's distribution (Neyman: N in proportion to the standard deviation of exp(r/β1) over
-its mean), to the order of 1/N.
+For any other run, which should have many samples per prompt, several rules are compared. A prompt's cached rewards
+stand for its distribution, V̂* of all of them for its V*. Simulated runs draw from them with replacement, since
+otherwise a prompt that gets all of them would have no error. Every prompt is simulated REPETITIONS times. `least
+possible` is the RMSE of a fixed allocation that knows every prompt's distribution (Neyman: N in proportion to the
+standard deviation of exp(r/β1) over its mean), to the order of 1/N.
 
 Shapes: _P prompt, _W wide prompt, _S sample (all prompts' samples, one after the other).
 """
@@ -32,13 +32,13 @@ from stage1_vstar.uncertainty import two_valued_vstar
 REPETITIONS = 20
 UNLIMITED = 10**12
 RULES = [(0.15, None), (0.10, None), (0.07, None), (0.05, None), (0.03, 16), (0.03, 32)]
-"""Targets, and budgets in samples a prompt."""
+"""Targets, and budgets in samples per prompt."""
 BY_PASS_RATE = 0.1
 """The target whose errors are shown by pass rate."""
 SIMULATED_PROMPTS = 20_000
 SIMULATED_SAMPLES = 4_000_000
 WAYS = ("adaptive", "same sizes, fresh samples", "fixed N")
-"""Adaptive N, and what it is compared with: its sizes without its choice of samples, and its budget spread evenly."""
+"""Adaptive N and its comparisons: the same sizes with fresh samples, and the same budget spread evenly."""
 BINS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
 
 
@@ -110,7 +110,7 @@ def _show(rewards_S: Floats, counts_P: Counts, beta1: float, num_samples: int) -
 
 
 def _show_bins(pass_rate_P: Floats, found: Comparison) -> None:
-    """Who gains and who loses: the errors by pass rate (the mean reward)."""
+    """The errors by pass rate (the mean reward)."""
     print(f"\ntarget SE {BY_PASS_RATE:g}; beyond: |V̂* − V*| > {Z:g} × {BY_PASS_RATE:g}\n")
     rows = []
     bin_P = np.searchsorted(BINS, pass_rate_P, side="right") - 1
@@ -132,7 +132,7 @@ def _show_bins(pass_rate_P: Floats, found: Comparison) -> None:
 
 
 def bias_line(found: Comparison) -> str:
-    """What a rule does to V̂*, in a line."""
+    """One line on the effect of a rule on V̂*."""
     ways = (
         f"{way} {errors_P.mean():+.4f} ± {Z * errors_P.std() / len(errors_P) ** 0.5:.4f} (RMSE {_rmse(errors_P):.4f})"
         for way, errors_P in found.errors.items()
@@ -147,13 +147,13 @@ def _rmse(errors_P: Floats) -> float:
 def prompts_like(
     rewards_S: Floats, counts_P: Counts, beta1: float, many: int, random: np.random.Generator
 ) -> tuple[Draw, Floats]:
-    """So many simulated prompts like those of a run, and their V*.
+    """Simulated prompts like those of a run, and their V*.
 
-    0/1 rewards: each has a pass rate from the posterior of a prompt of the run, under a prior fitted to all of them
-    (that a prompt's N depends on its rewards does not alter its likelihood). Other rewards: it draws from a prompt's
-    own rewards with replacement.
+    For 0/1 rewards, each has a pass rate from the posterior of a prompt of the run, under a prior fitted to all of
+    them. (A prompt's N depends on its rewards, but this does not change its likelihood.) For other rewards, it draws
+    from a prompt's own rewards with replacement.
     """
-    # In random order, since rows may be sorted: each prompt about as often as any other, or some of all of them.
+    # In random order, since rows may be sorted; every prompt is drawn about equally often.
     places_P = np.resize(random.permutation(len(counts_P)), many)
     source = _from_posterior if np.isin(rewards_S, (0.0, 1.0)).all() else from_rewards
     return source(rewards_S, counts_P, places_P, beta1, random)
@@ -162,7 +162,7 @@ def prompts_like(
 def stopping_bias(
     rule: Rule, num_samples: int, beta1: float, rewards_S: Floats, counts_P: Counts
 ) -> Comparison:
-    """What stopping on the width does to V̂*, by simulating the whole run on prompts like these."""
+    """Measure the effect of stopping on the width on V̂*, by simulating the whole run on prompts like these."""
     many = max(1, min(SIMULATED_PROMPTS, int(SIMULATED_SAMPLES / counts_P.mean())))
     fresh, truth_P = prompts_like(rewards_S, counts_P, beta1, many, np.random.default_rng(0))
     scaled = Rule(target_se=rule.target_se, budget=round(rule.budget * many / len(counts_P)))

@@ -23,7 +23,7 @@ INITIALIZER_RANGE = 0.08
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conventions:
-    """What a family does with its tokenizer."""
+    """The conventions of a family's tokenizer."""
 
     bos: bool = False
     pad: str | None = "<|pad|>"
@@ -302,7 +302,7 @@ def write_model(architecture: Architecture, folder: Path, *, seed: int = 0, dtyp
         torch.manual_seed(seed)
         model: Any = model_class(config, folder)._from_config(config, dtype=getattr(torch, dtype))
         for weight in [*model.parameters(), *buffers_of_weights(model)]:
-            # Biases and norms start at 0 and 1, where a wrong one would not be seen; so do biases of routers.
+            # Biases and norms start at 0 and 1, which would hide errors; so do biases of routers.
             weight.add_(0.02 * torch.randn_like(weight))
     model.generation_config.pad_token_id = ids["pad"]
     model.save_pretrained(folder)

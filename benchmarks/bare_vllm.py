@@ -1,4 +1,4 @@
-"""`LLM.generate` on an engine of ours: what stage 1 and rollouts are compared with. It gives text, as they do."""
+"""`LLM.generate` on one of our engines, the baseline for stage 1 and rollouts. It returns text, as they do."""
 
 import gc
 import time
@@ -12,7 +12,7 @@ from common.rollout import SampleRequest
 
 
 def fresh(engine: VllmEngine) -> None:
-    """Forget cached prefixes, and collect garbage off the clock."""
+    """Drop cached prefixes, and collect garbage outside the timing."""
     assert engine.llm is not None
     engine.llm.reset_prefix_cache()
     gc.collect()

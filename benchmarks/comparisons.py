@@ -1,4 +1,4 @@
-"""What stage 1's intervals and shares are compared with: the textbook's intervals, and the truth where p is known.
+"""Baselines for stage 1's intervals and shares: textbook intervals, and the truth if p is known.
 
 Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _B bootstrap resample.
 """
@@ -12,11 +12,11 @@ from common.value import Counts, Floats, estimate_vstar
 from stage1_vstar.uncertainty import Interval
 
 CHUNK = 4_000_000
-"""Resampled rewards that the bootstrap holds at a time."""
+"""Number of resampled rewards that the bootstrap holds at a time."""
 
 
 def delta_interval(rewards_S: Floats, counts_P: Counts, beta1: float, *, level: float = 0.95) -> Interval:
-    """V̂* ± z · standard error, the textbook's interval; nan where there is no standard error.
+    """V̂* ± z · standard error, the textbook's interval; nan if there is no standard error.
 
     Where all samples agree this one has no width.
     """

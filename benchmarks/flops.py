@@ -1,4 +1,4 @@
-"""What a model has to compute and to move at the least, and how fast this machine does that: floors for benchmarks.
+"""Floors for benchmarks: the least that a model must compute and move, and how fast this machine does that.
 
 Shapes: _B sequence.
 """
@@ -20,7 +20,7 @@ ADAMW_BYTES = 28
 def forward_flops(shape: Shape, lengths_B: Sequence[int], completions_B: Sequence[int]) -> float:
     """Operations of one forward pass over sequences of `lengths_B` tokens, the last `completions_B` of them sampled.
 
-    Only real tokens, only pairs that a causal attention looks at, and the vocabulary only where a completion token is
+    Counts only real tokens, only pairs that causal attention uses, and the vocabulary only where a completion token is
     predicted. A multiplication and an addition are two operations.
     """
     layer = sum(rows * columns for rows, columns in layer_products(shape))
@@ -37,7 +37,7 @@ def layer_products(shape: Shape) -> list[tuple[int, int]]:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of one large matrix product, the best of five."""
+    """Operations per second of one large matrix product, the best of five."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(left)
@@ -45,7 +45,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second read and written together by copying 256 MiB, the best of five."""
+    """Bytes per second read and written together by copying 256 MiB, the best of five."""
     source = torch.zeros(2**26, device=device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)

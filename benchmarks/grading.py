@@ -1,10 +1,10 @@
-"""Grades a second on one core: this project's graders against math-verify called as its README says.
+"""Grades per second on one core: this project's graders against math-verify called as its README says.
 
     python -m benchmarks.grading
 
-Real labelled outputs from ../shared/data: 800 of MATH, 5,276 of GSM8K. Each measurement has a fresh process, pinned to
-one core: cold is its first pass over the data, warm its second. Repetitions interleave the methods. The verdicts are
-compared as well; math-verify reads whole completions, or, as `naive, box`, the last box alone.
+Real labelled outputs from ../shared/data: 800 of MATH, 5,276 of GSM8K. Each measurement runs in a fresh process, pinned
+to one core: cold is its first pass over the data, warm its second. Repetitions interleave the methods. The verdicts are
+compared as well. math-verify reads whole completions or, as `naive, box`, only the last box.
 """
 
 import json
@@ -94,7 +94,7 @@ def report(grader: str) -> None:
     for _, method in rotations(methods, REPETITIONS):
         measured[method].append(alone(measure, grader, method))
     print(
-        f"\n{grader}: {len(pairs):,} completions, {REPETITIONS} repetitions, grades a second; median (range)\n"
+        f"\n{grader}: {len(pairs):,} completions, {REPETITIONS} repetitions, grades per second; median (range)\n"
     )
     rows = []
     for method in methods:

@@ -1,10 +1,10 @@
-"""How objectives learn the demo under equal conditions: the same base model, prompts, trainer and iterations.
+"""Compare objectives on the demo under equal conditions: the same base model, prompts, trainer and iterations.
 
     .venv/bin/python -m benchmarks.learning --objective astar_po grpo rebel ppo --seed 0 1 2
 
-Each seed has a base model and a V̂* of its own. Every training and its evaluation are processes of their own, as
-`make train` and `make evaluate` start them; what `--set` changes, it changes for all. Results are kept in --folder, so
-that a run that was stopped goes on. Printed: the median over the seeds, with their range.
+Each seed has its own base model and V̂*. Every training and its evaluation run in processes of their own, as
+`make train` and `make evaluate` start them; `--set` changes settings for all of them. Results are kept in --folder, so
+that a stopped run can continue. Prints the median over the seeds, with their range.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def trained(folder: Path, objective: str, seed: int, overrides: Sequence[str]) -> RunPaths:
-    """A run that has been trained and evaluated; what is there already is not done again."""
+    """Train and evaluate a run; steps whose results exist are not repeated."""
     environment = {"ASTAR_PO_ARTIFACTS": str(folder)}
     source = RunPaths(folder / f"seed-{seed}")
     changes = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8] if overrides else "as-is"
@@ -83,7 +83,7 @@ def trained(folder: Path, objective: str, seed: int, overrides: Sequence[str]) -
 
 
 def figures(paths: RunPaths) -> dict[str, Any]:
-    """What an evaluation found, and from training when the goal was reached and how long an iteration took."""
+    """The results of an evaluation, and from training the first iteration above the goal and the iterations' time."""
     lines = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
     reached = [line["iteration"] for line in lines if line.get("evaluate/pass_at_1", 0.0) >= GOAL]
     seconds = sorted(line["time/iteration"] for line in lines if "time/iteration" in line)

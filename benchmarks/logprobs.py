@@ -1,16 +1,17 @@
-"""Log-probs of completion tokens, forward and backward: time, memory and padding beside other ways of doing it.
+"""Log-probs of completion tokens, forward and backward: time, memory and padding compared with other methods.
 
     python -m benchmarks.logprobs
 
-The output layer alone, with random weights and Qwen2.5's vocabulary, each way and repetition in a process of its own
-so that its peak of resident memory is its own; repetitions are interleaved. Seconds are a single thread's processor
-time, which other jobs disturb least. Memory is what a process takes above its inputs, the weight's gradient included.
+Measures the output layer alone, with random weights and Qwen2.5's vocabulary. Each method and repetition runs in a
+process of its own, to separate the peaks of resident memory; repetitions are interleaved. Seconds are a single thread's
+processor time, which other jobs disturb least. Memory is that of a process above its inputs, including the weight's
+gradient.
 
-"naive" is autograd on full logits, "checkpointed" the same by chunks of positions whose logits are computed again in
-the backward pass, "torch" torch's `linear_cross_entropy` in chunks of as many logits as ours (without entropy). A
-number of elements behind "ours" replaces `LOGITS_PER_CHUNK`.
+"naive" is autograd on full logits; "checkpointed" the same in chunks of positions whose logits are recomputed in the
+backward pass; "torch" is torch's `linear_cross_entropy` in chunks of as many logits as ours (without entropy). A number
+of elements after "ours" replaces `LOGITS_PER_CHUNK`.
 
-Then: how much of the micro-batches is padding, when completion lengths are log-normal and cut off at 1,024: as
+Then measures the share of padding in micro-batches, for log-normal completion lengths cut off at 1,024: as
 `token_batches` cuts them, and with the fewest micro-batches.
 """
 
@@ -46,9 +47,9 @@ class Result:
     forward_seconds: float
     backward_seconds: float
     peak_mib: float
-    """Above what the process held before."""
+    """Memory above what the process held before."""
     checksum: float
-    """Of the gradients, so that ways can be seen to agree."""
+    """Norm of the gradients, to see that the methods agree."""
 
 
 def naive(
@@ -151,7 +152,7 @@ def padding_table(budgets: Sequence[int], sequences: int) -> str:
 
 
 def fewest_micro_batches(lengths: Sequence[int], budget: int) -> list[int]:
-    """The padded tokens of each micro-batch where each takes as many of the longest sequences left as fit."""
+    """The padded tokens of each micro-batch, if each takes as many of the longest remaining sequences as fit."""
     padded = []
     first = 0
     while first < len(lengths):

@@ -3,10 +3,10 @@
     .venv/bin/python -m benchmarks.models
     .venv/bin/python -m benchmarks.models --model "Gemma 3" Mixtral --backend vllm --dtype bfloat16
 
-Each model, engine and dtype is a process of its own: `vstar`, two iterations of `train` that move the weights well,
-the export, `evaluate` of it. Results are kept in --folder, so that a run that was stopped goes on, and
-docs/models.md is written from all that are there. Gemma 3 270M is a real one, for who has its packages, see
-benchmarks/real_model.py; in float32 training it takes 14 GiB.
+Each model, engine and dtype runs in a process of its own: `vstar`, two iterations of `train` that change the weights
+noticeably, the export, and its `evaluate`. Results are kept in --folder, so that a stopped run can continue, and
+docs/evidence/models.md is written from all of them. Gemma 3 270M is a real model; it needs the packages that
+benchmarks/real_model.py names, and training it in float32 takes 14 GiB.
 """
 
 import argparse
@@ -25,25 +25,22 @@ from benchmarks.tables import markdown
 
 BACKENDS = ("vllm", "transformers")
 DTYPES = ("float32", "bfloat16")
-PAGE = Path("docs/models.md")
+PAGE = Path("docs/evidence/models.md")
 NAMES = [*(each.name for each in ARCHITECTURES), real_model.NAME]
 CHECKS = 16
-"""Completions whose log-probs the engine and the trainer are compared on, for each model that is loaded."""
+"""Number of completions on which engine and trainer are compared, for each loaded model."""
 
 INTRODUCTION = """\
-# Models
+# Measurements of models
 
-Written by `python -m benchmarks.models`: a tiny random model of each architecture (two layers, sliding windows of 16
+Written by `python -m benchmarks.models`. A tiny random model of each architecture (two layers, sliding windows of 16
 tokens, its family's tokenizer conventions) goes through stage 1, two iterations of stage 2, the export and its
-evaluation; Gemma 3 270M is a real one. A gap is the difference between the engine's and the trainer's log-prob of a
-sampled token, in nats: before training, in iteration 2, that is after the engine took over new weights, and after the
-exported model was loaded anew. In float32 it is rounding.
-{machine}
+evaluation. Gemma 3 270M is a real model. [../models.md](../models.md) has the conclusions.
 
-A model is refused in one line, before anything is sampled, where the engine would sample from another distribution than
-the one that is trained; `engine.backend = "transformers"` is then the way. Any other class of transformers is taken if
-its logits follow from a linear output layer, if need be through a function of each logit, such as a soft cap.
-Code that comes with a model is not run.
+A gap is the difference between the engine's and the trainer's log-prob of a sampled token, in nats. It is measured
+three times: before training, in iteration 2 (after the engine took over new weights), and after the exported model was
+loaded anew. In float32 it is rounding.
+{machine}
 """
 
 
@@ -69,7 +66,7 @@ def main() -> None:
 
 
 def measured(name: str, backend: str, dtype: str, folder: Path) -> dict[str, Any]:
-    """What came of a model: its class and gaps, each the largest and the mean over tokens, or why it was refused."""
+    """The result of a model: its class and gaps, each as largest and mean over tokens, or the reason for refusal."""
     os.environ |= {"ASTAR_PO_ARTIFACTS": str(folder / "artifacts"), "HF_HUB_OFFLINE": "1"}
     from common.errors import UserError
     from common.model.pretrained import model_class, read_config
@@ -122,13 +119,13 @@ def length(prompt: str, completion: str, answer: str) -> float:
 
 
 class Kept:
-    """An engine that outlives the job that it is built for, to be asked for log-probs of the weights it has."""
+    """An engine that outlives its job, so that log-probs of its last weights can be computed."""
 
     def __init__(self) -> None:
         self._engine: Any = None
 
     def build(self, *arguments: Any, **options: Any) -> "Kept":
-        """What a job calls to build its engine."""
+        """Replaces the function by which a job builds its engine."""
         from common.engines import build_engine
 
         self._engine = build_engine(*arguments, **options)
@@ -148,7 +145,7 @@ class Kept:
 
 
 def gaps(folder: Path, config: Any) -> dict[str, Any]:
-    """The pipeline, and how far engine and trainer were apart at each of its steps."""
+    """Run the pipeline, and return the gap between engine and trainer at each of its steps."""
     from common.data.prompts import PromptRenderer
     from common.runs import run_paths
     from common.terminal.console import Terminal
@@ -204,7 +201,7 @@ def differences(engine: Any, folder: Path, config: Any) -> Any:
 
 
 def page(folder: Path) -> str:
-    """docs/models.md from the rows in a folder."""
+    """docs/evidence/models.md from the rows in a folder."""
     parts = [INTRODUCTION.format(machine=machine())]
     for dtype in DTYPES:
         for backend in BACKENDS:

@@ -1,16 +1,16 @@
-"""What an iteration of each objective costs beside one of A*-PO, each in a process of its own.
+"""The cost of an iteration of each objective compared with A*-PO, each in a process of its own.
 
     make base-model vstar && .venv/bin/python -m benchmarks.objectives                    both workloads
     .venv/bin/python -m benchmarks.objectives --workload vocabulary --objective grpo      one objective beside A*-PO
 
 "demo" is the demo with vLLM. "vocabulary" has a model of random weights with a vocabulary of 151,936, and completions
-of long-tailed lengths that no engine draws: it costs training alone. Every objective has its own defaults, such as the
-size of its groups, and as many prompts an iteration; what `--set train.objective.…` changes, it changes for all.
+of long-tailed lengths that no engine draws, so it measures training alone. Every objective has its own defaults, such
+as the size of its groups, and the same number of prompts per iteration; `--set train.objective.…` changes all of them.
 
-Printed: the median of an iteration's seconds, and of those for rollouts; the peak of memory, of the GPU where there is
-one, else of the process with its libraries and its engine; completion tokens; completions that went through a model
-with a gradient and without one; models that the trainer holds, the engine's own not counted, and how many of them are
-trained; and the size of AdamW's two moments of these. In brackets the ratio to A*-PO.
+Prints the median seconds of an iteration, and of its rollouts; the peak of memory, of the GPU if there is one, else of
+the process with its libraries and its engine; completion tokens; completions that went through a model with a gradient
+and without one; models that the trainer holds, without the engine's own, and how many of them are trained; the size of
+AdamW's two moments of these; and in brackets the ratio to A*-PO.
 """
 
 import argparse
@@ -58,12 +58,12 @@ MOMENTS_BYTES = 2 * 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What all objectives have in common."""
+    """The settings common to all objectives."""
 
     name: str
     run: str
     prompts: int
-    """Of the workload "vocabulary", in an iteration; half of them in an optimizer step."""
+    """Prompts per iteration of the workload "vocabulary"; half of them form an optimizer step."""
     longest: int
     """Its longest completion."""
     iterations: int
@@ -72,7 +72,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of one objective, an iteration's; memory is the whole process's."""
+    """The cost of one objective's iteration; memory is that of the whole process."""
 
     seconds: float
     rollout_seconds: float
@@ -87,7 +87,7 @@ class Cost:
 
 
 def objectives() -> list[str]:
-    """The names of all objectives there are, the one that others are compared with first."""
+    """The names of all objectives; the first is the one that others are compared with."""
     union, *_ = get_args(ObjectiveConfig)
     names = [get_args(section.model_fields["name"].annotation)[0] for section in get_args(union)]
     return sorted(names, key=lambda name: (name != BASELINE, name))
@@ -163,7 +163,7 @@ class Passes:
     without_gradient: int = 0
 
     def note(self, completions: int) -> None:
-        """Count a forward pass by whether it keeps what a backward pass needs."""
+        """Count a forward pass, by whether it keeps its activations for a backward pass."""
         if torch.is_grad_enabled():
             self.with_gradient += completions
         else:
@@ -178,14 +178,14 @@ class CountedScorer:
         self._passes = passes
 
     def score(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """As Scorer.score."""
+        """Like Scorer.score."""
         with torch.no_grad():
             self._passes.note(sum(len(tokens.rows) for tokens in batches))
         return self._scorer.score(batches)
 
 
 def count_passes(trainer: Trainer) -> Passes:
-    """Count the passes of a trainer from now on: those of the networks under training, whoever asks, and of others."""
+    """Count a trainer's passes from now on: those of the networks under training, from any caller, and of others."""
     passes = Passes()
     for learner in trainer.parts.learners.values():
         learner.module.register_forward_pre_hook(lambda _, inputs: passes.note(len(inputs[0])))
@@ -211,7 +211,7 @@ def table(costs: dict[str, Cost]) -> str:
         figures = [cell("seconds", 2), cell("rollout_seconds", 2), cell("peak_gib", 2), cell("tokens", 0)]
         figures += [cell("with_gradient", 0), cell("without_gradient", 0)]
         rows.append([name, *figures, f"{cost.models} ({cost.trained} trained)", cell("moments_mib", 1)])
-    header = ["objective", "s an iteration", "rollouts, s", "peak, GiB", "tokens", "with gradient"]
+    header = ["objective", "s per iteration", "rollouts, s", "peak, GiB", "tokens", "with gradient"]
     return markdown([*header, "without", "models", "AdamW's moments, MiB"], rows)
 
 
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3, help="after one that is not counted")
     parser.add_argument("--run", default="demo", help="the demo's artifacts, which are only read")
     parser.add_argument(
-        "--prompts", type=int, default=64 if on_gpu else 4, help="of vocabulary, an iteration"
+        "--prompts", type=int, default=64 if on_gpu else 4, help="per iteration of vocabulary"
     )
     parser.add_argument("--longest", type=int, default=1024 if on_gpu else 256, help="of its completions")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")

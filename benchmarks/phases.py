@@ -1,14 +1,14 @@
-"""Where an iteration of stage 2 spends its time, beside the least that each phase could take on this machine.
+"""The time that each phase of an iteration takes, compared with the least that it could take on this machine.
 
     make base-model vstar && .venv/bin/python -m benchmarks.phases
 
 Two workloads, each in a process of its own: "demo", the demo's model and V̂*, and "larger", a random Qwen2 whose
-completions end at random, after some 180 tokens. Iterations are stage 2's own (`Trainer.iteration`). In the midst of
-each, right before it samples, its floors are measured and the time that this takes is left out: the same requests by
-`LLM.generate` on the same weights, which must give the same number of tokens; one large matrix product in the same
-dtype on as many threads; and a copy in memory.
+completions end at random, after some 180 tokens. Iterations are stage 2's own (`Trainer.iteration`). In each of them,
+right before it samples, its floors are measured, and the time for this is left out: the same requests by `LLM.generate`
+on the same weights, which must give the same number of tokens; one large matrix product in the same dtype on as many
+threads; and a copy in memory.
 
-Printed: medians over the iterations, ratios paired; then how much of the gap are padding and the products' own sizes.
+Prints medians over the iterations, with paired ratios; then the share of padding and of the products' sizes in the gap.
 """
 
 import argparse
@@ -65,18 +65,18 @@ LARGER_MODEL = {
 }
 LARGER_PROMPT = 40
 ENDS = range(1000, 1099)
-"""Of 32,000 equally likely tokens: completions end after 320 tokens on average, and are cut off at 256."""
+"""Number of end tokens among 32,000 equally likely tokens: completions end after 320 on average, cut off at 256."""
 WARM_UP = 2
 """Iterations that are not counted: the first has AdamW's moments to allocate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floors:
-    """What this machine can do at the time of an iteration."""
+    """The speed of this machine at the time of an iteration."""
 
     rollout_seconds: float
     unseeded_seconds: float
-    """For as many tokens, where requests have no seed of their own."""
+    """Seconds for as many tokens without a seed per request."""
     operations_a_second: float
     bytes_a_second: float
 
@@ -95,7 +95,7 @@ class ProbedEngine:
         """Taken by measuring the last floors."""
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """As VllmEngine.generate."""
+        """Like VllmEngine.generate."""
         chosen = list(requests)
         began, processor_began = time.perf_counter(), time.process_time()
         bare_tokens = self._measure_floors(chosen, sampling)
@@ -126,15 +126,15 @@ class ProbedEngine:
         return tokens
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """As VllmEngine.load_weights."""
+        """Like VllmEngine.load_weights."""
         self._engine.load_weights(named_tensors)
 
     def sleep(self) -> None:
-        """As VllmEngine.sleep."""
+        """Like VllmEngine.sleep."""
         self._engine.sleep()
 
     def close(self) -> None:
-        """As VllmEngine.close."""
+        """Like VllmEngine.close."""
         self._engine.close()
 
 
@@ -147,11 +147,11 @@ class TimedSteps:
         self.seconds = 0.0
 
     def loss(self, tokens: TokenBatch, batch: Batch) -> Loss:
-        """As Trained.loss."""
+        """Like Trained.loss."""
         return self._part.loss(tokens, batch)
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """As Trained.nothing."""
+        """Like Trained.nothing."""
         return self._part.nothing(tokens)
 
     def _step(self) -> float:
@@ -163,14 +163,14 @@ class TimedSteps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of one iteration: the seconds that it took, and the least that it could have."""
+    """A phase of one iteration: the seconds that it took, and the least that it could take."""
 
     seconds: float
     floor: float = 0.0
 
 
 Phases = dict[str, Phase]
-"""Those of one iteration, by name."""
+"""The phases of one iteration, by name."""
 
 
 def measure(workload: str, run: str, overrides: Sequence[str], iterations: int) -> str:
@@ -228,7 +228,7 @@ def measure_iterations(workload: str, config: Config, data: TrainingData, iterat
 
 
 def phases(turn: Turn, engine: ProbedEngine, stepped: float, shape: Shape, config: Config) -> Phases:
-    """Those of one iteration."""
+    """The phases of one iteration."""
     metrics, floors = turn.metrics, engine.floors[-1]
     forward = forward_flops(shape, *lengths_of(turn.rollouts)) / floors.operations_a_second
     moved = shape.parameters / floors.bytes_a_second
@@ -274,7 +274,7 @@ def phase_table(tables: Sequence[Phases]) -> str:
 
 
 def sizes(trainer: Trainer, turn: Turn, table: Phases, shape: Shape, dtype: torch.dtype) -> str:
-    """How much of the gap are padding and the sizes of the matrices: the last iteration's micro-batches."""
+    """The part of the gap due to padding and the sizes of the matrices, in the last iteration's micro-batches."""
     steps = trainer.parts.collate(turn.rollouts, trainer.places).steps
     batches = [tokens for step in steps for tokens in step.slices]
     lengths, sampled = lengths_of(turn.rollouts)

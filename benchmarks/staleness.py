@@ -1,4 +1,4 @@
-"""What drawing ahead costs and gains: stage 2 with staleness 0, 1, 2 … on the same V̂*.
+"""The costs and gains of drawing ahead: stage 2 with staleness 0, 1, 2 … on the same V̂*.
 
     make base-model vstar && .venv/bin/python -m benchmarks.staleness
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def figures(paths: RunPaths) -> dict[str, Any]:
-    """Median seconds of a run's iterations, and what its evaluation found."""
+    """Median seconds of a run's iterations, and the results of its evaluation."""
     lines = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
     timed = [line for line in lines if line["iteration"] > WARM_UP]
     evaluation: dict[str, Any] = json.loads(paths.evaluation("trained").read_text(encoding="utf-8"))

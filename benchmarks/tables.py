@@ -1,11 +1,11 @@
-"""What benchmarks print: Markdown tables, and repetitions in a few digits."""
+"""The output of benchmarks: Markdown tables, and repetitions in a few digits."""
 
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 Values = dict[str, list[float | None]]
-"""What each contestant took, one value per repetition; None where it did not get there."""
+"""The values of each contestant, one per repetition; None if it did not reach the goal."""
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -15,7 +15,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
-    """Median and range; where a repetition has no value those of the rest, and how many there are of them."""
+    """Median and range; if repetitions have no value, those of the others, and how many there are."""
     found = [value for value in values if value is not None]
     if not found:
         return "—"
@@ -27,7 +27,7 @@ def spread(values: Sequence[float | None], digits: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A figure of all contestants, the first of which is the one that others are compared with."""
+    """A figure of all contestants; the others are compared with the first."""
 
     name: str
     digits: int

@@ -1,6 +1,6 @@
 """Iterations of stage 2 without a run around them, on real data or on made-up models, prompts and completions.
 
-What `run_stage2` has besides is left out: evaluation, log, checkpoints, export.
+Evaluation, log, checkpoints and export, which `run_stage2` adds, are left out.
 """
 
 import json
@@ -45,17 +45,17 @@ def training(config: Config, data: TrainingData, build: Callable[[], RolloutEngi
 
 
 class ScriptedEngine:
-    """In place of an engine: completions that no model draws, as `write` answers each request."""
+    """Replaces an engine: completions come from `write`, which answers each request, not from a model."""
 
     def __init__(self, write: Callable[[SampleRequest], Completion]) -> None:
         self._write = write
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """As RolloutEngine.generate."""
+        """Like RolloutEngine.generate."""
         return map(self._write, requests)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Have the weights gathered, as a real engine does."""
+        """Gather the weights, as a real engine does."""
         deque(named_tensors, maxlen=0)
 
     def sleep(self) -> None:
@@ -66,7 +66,7 @@ class ScriptedEngine:
 
 
 def random_completion(request: SampleRequest, length: int, vocabulary: int) -> Completion:
-    """Random tokens; one of two completions is right where the answer is 1, as `made_up_data` has it."""
+    """Random tokens; one of two completions is right if the answer is 1, as in `made_up_data`."""
     tokens = random.Random(request.seed).choices(range(vocabulary), k=length)
     return Completion(
         key=request.key, token_ids=tuple(tokens), text=f"#### {request.seed % 2}", truncated=False

@@ -1,7 +1,7 @@
-"""How often intervals of V* hold it, and which estimator is closest: simulated, and by sub-sampling a real run.
+"""The coverage of intervals of V*, and the errors of its estimators: simulated, and by sub-sampling a real run.
 
     python -m benchmarks.uncertainty                      simulated prompts, whose V* is known
-    python -m benchmarks.uncertainty --run NAME           N of a run's many samples a prompt, against all of them
+    python -m benchmarks.uncertainty --run NAME           N of a run's many samples per prompt, against all of them
     python -m benchmarks.uncertainty --vstar FILE         the same for a vstar.parquet anywhere
 
 Prints Markdown tables. Shapes: _P prompt, _S sample, _K number of successes, _PN sample n of prompt p.

@@ -1,7 +1,7 @@
-"""Empirical Bayes for rewards of 0 and 1: pass rates follow a Beta(a, b), which all prompts together determine.
+"""Empirical Bayes for rewards of 0 and 1: pass rates follow a Beta(a, b) that is fitted to all prompts together.
 
-Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _Q quadrature node, _G group: a pair
-(successes, trials) that occurs, of which a run has few.
+Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _Q quadrature node, _G group: a
+distinct pair (successes, trials); a run has few of them.
 """
 
 import math
@@ -13,19 +13,19 @@ from common.errors import UserError
 from common.value import Counts, Floats, Ragged
 
 PARAMETER_RANGE = (1e-3, 1e5)
-"""Where a and b are sought: below, pass rates are 0 or 1; above, all prompts have the same."""
+"""Search range of a and b: below it pass rates are 0 or 1, above it all prompts have the same."""
 
 NODES = 601
 GROUPS = 1000
 """Groups integrated at a time; a run whose prompts differ in their number of samples may have many."""
 
 REACH = 100.0
-"""How far out the quadrature goes, in standard deviations of logit p; its nodes are densest in the middle."""
+"""Range of the quadrature, in standard deviations of logit p; its nodes are densest in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
 class BetaPrior:
-    """How pass rates are distributed over prompts: Beta(a, b)."""
+    """The distribution of pass rates over prompts: Beta(a, b)."""
 
     a: float
     b: float
@@ -35,7 +35,7 @@ class BetaPrior:
         return self.a / (self.a + self.b)
 
     def quantiles(self, many: int) -> Floats:
-        """That many pass rates that stand for the whole distribution with equal weights."""
+        """`count` pass rates that represent the distribution with equal weights."""
         from scipy.special import betaincinv
 
         rates_Q: Floats = betaincinv(self.a, self.b, (np.arange(many) + 0.5) / many)
@@ -43,10 +43,10 @@ class BetaPrior:
 
 
 def fit_prior(successes_G: Counts, trials_G: Counts, weights_G: Counts) -> BetaPrior:
-    """The prior under which the counts are likeliest: Σ w [ln B(a + k, b + n − k) − ln B(a, b)] at its maximum.
+    """The maximum-likelihood prior of the counts: Σ w [ln B(a + k, b + n − k) − ln B(a, b)] at its maximum.
 
-    `weights_G` says how many prompts have `successes_G` correct of `trials_G` samples. Raises UserError unless some
-    prompt has two samples: a prompt's only sample says how often prompts are solved, not how much they differ.
+    `weights_G` is the number of prompts with `successes_G` correct of `trials_G` samples. Raises UserError unless some
+    prompt has two samples: single samples show how often prompts are solved, not how much they differ.
     """
     from scipy.optimize import minimize
     from scipy.special import betaln, psi
@@ -76,7 +76,7 @@ def fit_prior(successes_G: Counts, trials_G: Counts, weights_G: Counts) -> BetaP
 
 
 def fit_prior_to_rewards(rewards_S: Floats, counts_P: Counts) -> BetaPrior:
-    """`fit_prior` to rewards of 0 and 1, of which `counts_P` belong to each prompt, in order."""
+    """`fit_prior` for rewards of 0 and 1; `counts_P` of them belong to each prompt, in order."""
     successes_P = Ragged(counts_P).sum(rewards_S).astype(np.int64)
     groups_G2, weights_G = np.unique(np.stack([successes_P, counts_P], axis=1), axis=0, return_counts=True)
     return fit_prior(groups_G2[:, 0], groups_G2[:, 1], weights_G)
@@ -126,7 +126,7 @@ def _integrate(a_G: Floats, b_G: Floats, beta1: float) -> tuple[Floats, Floats]:
 
 
 def _vstar_of_logit(t_GQ: Floats, beta1: float) -> Floats:
-    if beta1 > 1:  # the difference of two nearly equal logarithms, taken as one
+    if beta1 > 1:  # the difference of two nearly equal logarithms, computed as one
         inside_GQ: Floats = np.log1p(math.expm1(1 / beta1) / (1 + np.exp(np.minimum(-t_GQ, 700.0))))
         return beta1 * inside_GQ
     scale = max(beta1, 1e-300)  # below it 1/β1 overflows; V* is 1 to the last digit long before
@@ -135,10 +135,10 @@ def _vstar_of_logit(t_GQ: Floats, beta1: float) -> Floats:
 
 
 def dropped_share(prior: BetaPrior, num_samples: int, *, solvable_from: float = 0.0) -> float:
-    """Share of the prompts of pass rate ≥ `solvable_from` that the pass@N = 0 filter drops: E[(1 − p)^N | p ≥ q].
+    """Share of the prompts with a pass rate ≥ `solvable_from` that the pass@N = 0 filter drops: E[(1 − p)^N | p ≥ q].
 
     It is B(a, b + N) / B(a, b) · I_{1−q}(b + N, a) / I_{1−q}(b, a), with I the regularised incomplete beta function;
-    NaN where the prior has no such prompts.
+    NaN if the prior has no such prompts.
     """
     from scipy.special import betainc, betaln
 

@@ -1,7 +1,7 @@
-"""What the tables of one kind promise, kept by one writer and one reader: a schema, named rules, a format version.
+"""The contract of one kind of table: a schema, named rules and a format version, checked by one writer and one reader.
 
-Each kind of Parquet file of this project has one Contract. Nothing that breaks it is written or handed out: the error
-names the rule, how many rows break it and the first of them.
+Each kind of Parquet file of this project has one Contract. Rows that break it are neither written nor returned: the
+error names the rule, the number of rows that break it and the first of them.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,13 +21,13 @@ from common.files import atomic_path
 from common.provenance import Migrations, Provenance, read_provenance
 
 BATCH_ROWS = 65_536
-"""Rows that are in memory at a time where a table is streamed, and in a row group that is written."""
+"""Rows in memory at a time when a table is streamed, and rows per written row group."""
 
 _READ_BYTES = 1 << 20
-"""Of each column's compressed data at a time; by default pyarrow keeps all that it has read of a file."""
+"""Bytes of each column's compressed data at a time; by default pyarrow keeps everything that it has read of a file."""
 
 _VIEWS = pl.CompatLevel.newest()
-"""How polars hands over text without copying it."""
+"""The text type that polars exports without copying."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,36 +49,36 @@ class Constant:
 
 
 Rule = pl.Expr | Unique | Constant
-"""An expression is true of each row by itself; the other two are about the rows of a table together."""
+"""An expression holds for each row by itself; the other two are about the rows of a table together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contract:
-    """One kind of table. Columns that may be missing are missing values in files of versions that lack them."""
+    """One kind of table. Columns that a file's version lacks are read as missing values."""
 
     schema: pa.Schema
     invariants: Mapping[str, Rule]
-    """By the claims that they make. The first broken one is reported."""
+    """The rules, by the claim that each makes. The first broken one is reported."""
     version: int
-    """Of the format: written into each file, and the newest that is read."""
+    """The format version that is written into each file; newer files are not read."""
     migrations: Migrations
-    """From each older version to the next."""
+    """Migrations from each older version to the next."""
     remedy: str
-    """The command that makes such a file anew."""
+    """The command that makes such a file again."""
     may_be_empty: bool = False
 
     def __post_init__(self) -> None:
         assert sorted(self.migrations) == list(range(1, self.version)), "every older version can be read"
 
     def validate(self, frame: pl.DataFrame, path: Path) -> None:
-        """Raise UserError, naming the first broken rule and row, unless the frame is what `path` should hold."""
+        """Raise UserError, naming the first broken rule and row, unless the frame fulfils the contract of `path`."""
         self._refuse_other_table(frame.schema, frame.height, path)
         check = _Check(self._rules(), self._key(), path)
         check.add(frame)
         check.conclude()
 
     def write(self, frame: pl.DataFrame, provenance: Provenance, path: Path) -> None:
-        """Write a file atomically, once every row satisfies every rule."""
+        """Write a file atomically, if every row satisfies every rule."""
         self.validate(frame, path)
         table = frame.select(self.schema.names).to_arrow().cast(self.stamped(provenance))
         with atomic_path(path) as temporary:
@@ -100,8 +100,8 @@ class Contract:
     def scan(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[pl.DataFrame]:
         """The rows of a file as `read` gives them, BATCH_ROWS at a time, in bounded memory.
 
-        With `columns`, the others are not read, and rules that speak of others are not checked. Rows that break a rule
-        are not yielded; the error comes in the end, when they are counted. Raises what `read` raises.
+        With `columns`, other columns are not read, and rules that use them are not checked. Rows that break a rule are
+        not yielded; the error is raised at the end, when they are counted. Raises the errors of `read`.
         """
         columns = self.schema.names if columns is None else columns
         self._provenance(path)
@@ -124,11 +124,11 @@ class Contract:
     def writer(
         self, path: Path, provenance: Provenance, *, changed: Collection[str] | None = None
     ) -> Iterator[Callable[[pl.DataFrame], None]]:
-        """Write a file a part at a time, atomically: it is there when the context ends without an error.
+        """Write a file in parts, atomically: it appears when the context ends without an error.
 
-        Yields the function that writes a part. With `changed`, parts are rows of `scan` that differ in these columns
-        only: the rules that speak of them are checked, all others have been. Whether rows are unique is checked within
-        each part. `path` may be the file that is being scanned.
+        Yields the function that writes a part. With `changed`, parts are rows of `scan` that differ only in these
+        columns; only the rules that use them are checked, since all others have been. Uniqueness of rows is checked
+        within each part. `path` may be the file that is being scanned.
         """
         about = set(self.schema.names if changed is None else changed)
         rules = {name: rule for name, rule in self._rules().items() if _columns(rule) & about}
@@ -157,7 +157,7 @@ class Contract:
             check.conclude()
 
     def stamped(self, provenance: Provenance) -> pa.Schema:
-        """The schema of a new file: it carries where the file comes from."""
+        """The schema of a new file, with its provenance as metadata."""
         return self.schema.with_metadata(provenance.metadata(self.version))
 
     def _provenance(self, path: Path) -> Provenance:
@@ -178,7 +178,7 @@ class Contract:
         ]
 
     def _refuse_other_table(self, columns: pl.Schema, rows: int, path: Path) -> None:
-        advice = f"make it anew with `{self.remedy}`"
+        advice = f"make it again with `{self.remedy}`"
         if missing := [name for name in self.schema.names if name not in columns]:
             raise UserError(f"{path} lacks the columns {', '.join(missing)}; {advice}")
         for name, expected in polars_schema(self.schema).items():
@@ -188,7 +188,7 @@ class Contract:
             raise UserError(f"{path} has no rows; {advice}")
 
     def _with_later_columns(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """The frame with missing values for the columns that its format version lacks."""
+        """The frame, completed by missing values for the columns that its format version lacks."""
         types = polars_schema(self.schema)
         return frame.with_columns(
             pl.lit(None, types[field.name]).alias(field.name)
@@ -198,11 +198,11 @@ class Contract:
 
     def _damaged(self, path: Path, error: Exception) -> DamagedFile:
         return DamagedFile(
-            f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it anew with `{self.remedy}`"
+            f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it again with `{self.remedy}`"
         )
 
     def _parts(self, file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """These columns of an open file, BATCH_ROWS at a time; while one part is being used, the next is read."""
+        """These columns of an open file, BATCH_ROWS at a time; while one part is in use, the next is read."""
         stored = [name for name in columns if name in file.schema_arrow.names]
         parts = map(pl.DataFrame, file.iter_batches(BATCH_ROWS, columns=stored))
         with ThreadPoolExecutor(1) as thread:
@@ -218,7 +218,7 @@ class Contract:
                 yield self._with_later_columns(part).select(columns)
 
     def _repeated(self, file: pq.ParquetFile, path: Path, rule: Unique) -> pl.Series:
-        """The keys that appear more than once. Holds 8 bytes for each row: keys are compared where hashes agree."""
+        """The keys that appear more than once. Holds an 8-byte hash per row; keys with equal hashes are compared."""
 
         def keys() -> Iterator[pl.Series]:
             return (part.select(rule.key).to_series() for part in self._parts(file, path, rule.columns))
@@ -237,7 +237,7 @@ class Contract:
 
 
 class _Check:
-    """Which rows of a table break which rule; the table may come in parts, and `conclude` says what was found."""
+    """Counts the rows of a table that break each rule; the table may come in parts. `conclude` raises the error."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class _Check:
         path: Path,
         repeated: Mapping[str, pl.Series] | None = None,
     ) -> None:
-        """`repeated` has, by rule, the keys that appear more than once in the table; without it parts are judged."""
+        """`repeated` has, by rule, the keys that appear more than once in the table; without it parts are checked."""
         self._rules = rules
         self._key = key
         self._path = path
@@ -255,7 +255,7 @@ class _Check:
         self._broken: dict[str, tuple[int, dict[str, Any]]] = {}
 
     def add(self, part: pl.DataFrame) -> bool:
-        """Whether all these rows satisfy all rules; those that do not are counted."""
+        """Whether all these rows satisfy all rules; rows that do not are counted."""
         if part.is_empty():
             return True
         if not self._bound:
@@ -287,7 +287,7 @@ class _Check:
                 return rule
 
     def conclude(self) -> None:
-        """Raise UserError with the first rule that was broken, how often, and the first row that broke it."""
+        """Raise UserError with the first broken rule, the number of rows that break it, and the first of them."""
         for name in self._rules:
             if name in self._broken:
                 count, row = self._broken[name]
@@ -295,7 +295,7 @@ class _Check:
 
 
 def _columns(rule: Rule) -> set[str]:
-    """The columns that a rule speaks of."""
+    """The columns that a rule uses."""
     match rule:
         case Unique(columns):
             return set(columns)

@@ -1,4 +1,4 @@
-"""JSON files that commands of this project have written, read as what they should hold."""
+"""Read JSON files that commands of this project have written, and validate their contents."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +14,7 @@ _LINE = TypeAdapter(dict[str, FiniteFloat | None])
 
 
 def read_document(path: Path, kind: type[Document], remedy: str) -> Document:
-    """What a JSON file holds. Raises DamagedFile, with what to do, where that cannot be read or lacks something."""
+    """The content of a JSON file. Raises DamagedFile, with advice, if it cannot be read or lacks something."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -24,9 +24,9 @@ def read_document(path: Path, kind: type[Document], remedy: str) -> Document:
 
 
 def read_metrics(path: Path) -> list[tuple[str, dict[str, float]]]:
-    """The whole lines of metrics.jsonl, each with the numbers in it.
+    """The numbers of each complete line of metrics.jsonl.
 
-    Raises DamagedFile for one that holds something else.
+    Raises DamagedFile for a line that holds something else.
     """
     try:
         lines = whole_lines(path)
@@ -57,6 +57,6 @@ def _unreadable(path: Path, error: OSError) -> DamagedFile:
 
 
 def _problem(error: ValidationError) -> str:
-    """The first of what is wrong, and where."""
+    """The first error, and where it is."""
     first = error.errors(include_input=False, include_url=False)[0]
     return ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), first["msg"]])

@@ -1,4 +1,4 @@
-"""When a result of stage 1 cannot be what anyone wanted, and what is then the likeliest cause."""
+"""Detect results of stage 1 that cannot be intended, and name the likeliest cause."""
 
 import polars as pl
 
@@ -6,7 +6,7 @@ from common.grading import Outcome
 from common.grading.outcome import UNJUDGED
 
 SHORTEST = 1
-"""Tokens of a completion that holds nothing but its end."""
+"""Number of tokens of a completion that consists only of its end token."""
 ALL_TRUNCATED = (
     "every completion was cut off at sampling.max_completion_tokens: raise it, or the model writes an EOS token that "
     "is no end here (eos_token_id in its generation_config.json), or it was not trained to stop, as a base model under "
@@ -15,7 +15,7 @@ ALL_TRUNCATED = (
 
 
 def doubts(rows: pl.DataFrame) -> list[str]:
-    """What is wrong with rows of vstar.parquet as a whole, most telling first; nothing where they look sound."""
+    """The problems of vstar.parquet's rows as a whole, the most telling first; empty if they look sound."""
     columns = ["rewards", "outcomes", "completion_tokens"]
     samples = rows.select(columns).explode(columns)
     if samples.is_empty():
@@ -54,6 +54,6 @@ def doubts(rows: pl.DataFrame) -> list[str]:
 
 
 def equal_reward(rows: pl.DataFrame) -> float | None:
-    """The reward of every sample where all have the same one: then there is nothing to learn."""
+    """The reward that all samples have in common, if they do: then there is nothing to learn."""
     rewards = rows["rewards"].explode()
     return float(rewards[0]) if rewards.n_unique() == 1 else None

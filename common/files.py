@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and what they contain: atomic writes, syncing, digests."""
+"""Files that are whole or absent, and their contents: atomic writes, syncing, digests."""
 
 import errno
 import hashlib
@@ -18,8 +18,8 @@ from common.errors import UserError
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to; give it the final name once it is whole and on disk.
 
-    A link is followed: the file that it points to is replaced. Raises UserError where the disk is full, the folder
-    cannot be written to, or the path is that of a folder, a device or a pipe; the final name is untouched then.
+    A link is followed: the file that it points to is replaced. Raises UserError if the disk is full, the folder cannot
+    be written to, or the path is a folder, a device or a pipe; the final name is then unchanged.
     """
     refuse_unless_file(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -48,7 +48,7 @@ def refuse_unless_file(path: Path) -> None:
 
 
 def obstacle_at(path: Path) -> str | None:
-    """What is at a path, or on the way to it, in place of a file, and what to do; None where one is or could be."""
+    """The obstacle to a regular file at this path, with advice; None if a file is or could be there."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def obstacle_at(path: Path) -> str | None:
 
 
 def meaning(number: int | None) -> str:
-    """What an error of the file system says of the path that was used."""
+    """The meaning of an error of the file system for the path that was used."""
     return _MEANINGS.get(number) or os.strerror(number or 0)
 
 
@@ -75,9 +75,9 @@ _MEANINGS: dict[int | None, str] = {
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Raise UserError where work fails because the file or folder at `path` can no longer be written.
+    """Raise UserError if work in the context fails because the file or folder at `path` can no longer be written.
 
-    Not every library says so: whether the disk is full shows in writing a little more.
+    Not every library reports a full disk, so a little is written to find out.
     """
     try:
         yield
@@ -91,7 +91,7 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def _unwritable(error: Exception, path: Path) -> str | None:
-    """Why nothing more can be written, if that is what went wrong."""
+    """The reason why nothing more can be written, if that caused the error."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (named := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(named[1])
@@ -117,7 +117,7 @@ UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
 }
-"""The errors of a file system that are the user's to mend."""
+"""The errors of a file system that the user can fix."""
 _PROBE_BYTES = 2**20
 _STREAMS = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}
 
@@ -143,7 +143,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that others append to, with their ends; one that is still being written is left out."""
+    """The lines of a file that others append to, with their line ends; an unfinished last line is left out."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -151,7 +151,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on disk."""
+    """Synchronise a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Whether an engine samples from the distribution that a plain forward pass of the same weights computes.
+"""Check that an engine samples from the distribution that a plain forward pass of the same weights computes.
 
-Both stages ask, by the log-probs of the same completions. A difference beyond rounding means that one of the two reads
-the model wrongly: V̂* and the gradient would be those of another policy, and no other figure would show it.
+Both stages compare log-probs of the same completions. A difference beyond rounding means that one of the two reads the
+model wrongly: V̂* and the gradient would be those of another policy, and no other figure would show it.
 
 Shapes: _K completion token, _V vocabulary.
 """
@@ -18,33 +18,33 @@ from common.provenance import Allowance
 from common.rollout import Completion
 
 PARITY = "parity"
-"""The name by which a gap is accepted."""
+"""The name by which --allow-mismatch accepts a gap."""
 COMPLETIONS = 4
 """Completions that are compared."""
 TOKENS = 64
-"""Of each at most."""
+"""Tokens that are compared of each completion, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """How far log-probs of a token at temperature 1 may be apart, in nats: at most, and on average over the tokens."""
+    """The largest allowed gap of log-probs at temperature 1, in nats: of a token, and of the mean over tokens."""
 
     largest: float
     mean: float
 
     def at(self, temperature: float) -> "Bound":
-        """The bound of log-probs at a temperature: one below 1 stretches the logits, and their rounding with them."""
+        """The bound at a temperature: a temperature below 1 scales up the logits, and their rounding with them."""
         stretch = max(1.0, 1 / temperature)
         return Bound(largest=stretch * self.largest, mean=stretch * self.mean)
 
 
 BOUNDS = {"float32": Bound(largest=1e-3, mean=1e-3), "bfloat16": Bound(largest=1.0, mean=0.05)}
-"""By the model's dtype; docs/models.md has the gaps that were measured."""
+"""Bounds by the model's dtype; docs/evidence/models.md has measured gaps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """How far two lists of log-probs are apart, in nats a token."""
+    """The difference between two lists of log-probs, in nats per token."""
 
     largest: float
     mean: float
@@ -52,7 +52,7 @@ class Gap:
 
     @classmethod
     def between(cls, ours: Iterable[Sequence[float]], theirs: Iterable[Sequence[float]]) -> "Gap":
-        """Of the log-probs of the same tokens; one that is no number makes both figures nan."""
+        """The gap between log-probs of the same tokens; a single nan makes both figures nan."""
         pairs = zip(chain.from_iterable(ours), chain.from_iterable(theirs), strict=True)
         gaps = [abs(a - b) for a, b in pairs]
         if any(math.isnan(gap) for gap in gaps):
@@ -61,7 +61,7 @@ class Gap:
 
     @classmethod
     def worst(cls, gaps: Sequence["Gap"]) -> "Gap":
-        """The largest of several, and their mean over all tokens."""
+        """The largest of several gaps, and their mean over all tokens."""
         tokens = sum(gap.tokens for gap in gaps)
         mean = sum(gap.mean * gap.tokens for gap in gaps) / max(tokens, 1)
         largest = max((gap.largest for gap in gaps), key=lambda gap: math.inf if math.isnan(gap) else gap)
@@ -71,22 +71,22 @@ class Gap:
         return f"{self.tokens} tokens, {self.mean:.1e} nats apart on average, {self.largest:.1e} at most"
 
     def is_within(self, bound: Bound) -> bool:
-        """False where a log-prob was no number."""
+        """False if a log-prob was nan."""
         return self.largest <= bound.largest and self.mean <= bound.mean
 
 
 def accepted_gaps(lines: Iterable[str]) -> list[str]:
-    """Those of a file's accepted mismatches that are gaps."""
+    """The accepted mismatches of a file that are gaps."""
     return [line for line in lines if line.startswith(f"{PARITY}:")]
 
 
 def engine_logprobs(completion: Completion) -> Sequence[float]:
-    """The engine's log-probs of a completion's tokens; nan where it has not given any."""
+    """The engine's log-probs of a completion's tokens; nan if it has not given any."""
     return completion.sampled_logprobs or [math.nan] * len(completion.token_ids)
 
 
 def judged(gap: Gap, sides: str, *, dtype: str, temperature: float) -> tuple[bool, str]:
-    """Whether a gap is within the bound of the dtype, and what was found, in a line; `sides` says what is compared."""
+    """Whether a gap is within the bound of the dtype, and one line on the result; `sides` names both sides."""
     bound = BOUNDS[dtype].at(temperature or 1.0)
     if gap.is_within(bound):
         return True, f"{sides} agree: {gap}"
@@ -99,7 +99,7 @@ def judged(gap: Gap, sides: str, *, dtype: str, temperature: float) -> tuple[boo
 def refuse_gap(gap: Gap, sides: str, config: RunConfig, *, allowance: Allowance, remedy: str) -> str:
     """Raise UserError for a gap beyond the bound of the model's dtype, unless it is allowed.
 
-    Returns what was found, in a line.
+    Returns one line on the result.
     """
     dtype = config.model.dtype
     agrees, line = judged(gap, sides, dtype=dtype, temperature=config.sampling.temperature)
@@ -117,14 +117,14 @@ def refuse_gap(gap: Gap, sides: str, config: RunConfig, *, allowance: Allowance,
     raise UserError(
         f"{line}: one of them computes another network than the checkpoint's, so rewards would be learnt for the wrong "
         f'policy. Try engine.backend = "{other}"{finer}; {remedy}. Please report it with this line and the model\'s '
-        f"config.json. To go on all the same: --allow-mismatch {PARITY}"
+        f"config.json. To continue anyway: --allow-mismatch {PARITY}"
     )
 
 
 def plain_logprobs(
     folder: Path, dtype: str, temperature: float, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[list[float]]:
-    """Log-probs by the model's own forward pass in main memory; `sequences` are ids of prompts and completions."""
+    """Log-probs by the model's own forward pass in main memory; `sequences` are token ids of prompt and completion."""
     import torch
 
     from common.model.pretrained import load_causal_lm

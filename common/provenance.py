@@ -1,8 +1,9 @@
-"""What an artifact was made from, the format it is stored in, and the refusal to mix what does not belong together.
+"""The origin of an artifact, its format version, and the refusal to mix work of different origin.
 
 Provenance has two halves. `identity` must be equal for two pieces of work to be mixed: stage 1's samples among
 themselves, stage 1's result with stage 2's training. `context` is recorded for the reader and never compared. A
-difference is refused by name; `--allow-mismatch NAME` accepts it, and what was accepted is written into what is made.
+difference is refused by name; `--allow-mismatch NAME` accepts it, and the accepted difference is recorded in the
+result.
 """
 
 import importlib.metadata
@@ -26,25 +27,25 @@ if TYPE_CHECKING:
     from common.data.prompts import PromptRenderer
 
 SCHEMA_VERSION = 4
-"""Of the files of stage 1: samples, grades, vstar.parquet."""
+"""Format version of stage 1's files: samples, grades, vstar.parquet."""
 
 VSTAR_COMMAND = "python cli.py vstar"
-"""Which makes them."""
+"""The command that makes them."""
 
 Migrations = Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]
-"""By format version, how what a file says of itself is brought to the next version."""
+"""By format version, the function that migrates a file's metadata to the next version."""
 
 METADATA_KEY = b"astar_po"
 
 ACCEPTED = "accepted_mismatches"
-"""In a file's context: the differences that were accepted when it was made."""
+"""Key in a file's context: the differences that were accepted when it was made."""
 
 UNRECORDED = "unrecorded"
-"""In an identity: what its version did not write down, so that nothing can be compared with it."""
+"""Value in an identity that its version did not record, so that it cannot be compared."""
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """The fields in which two identities differ, each with both values in words."""
+    """The fields in which two identities differ, each with a text that gives both values."""
     lines: dict[str, str] = {}
     for key in sorted(expected.keys() | found.keys()):
         here, there = expected.get(key), found.get(key)
@@ -57,13 +58,13 @@ def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "
 
 
 def covers(allowed: str, field_name: str) -> bool:
-    """Whether allowing `allowed` allows this field: by its own name or that of a group (`versions`)."""
+    """Whether `allowed` covers this field, by its own name or by that of a group (`versions`)."""
     return field_name == allowed or field_name.startswith(f"{allowed}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """Which differences the user accepts: fields by name, and differences that were accepted before, word for word."""
+    """The differences that the user accepts: fields by name, and previously accepted differences word for word."""
 
     fields: Collection[str] = ()
     known: Collection[str] = ()
@@ -78,7 +79,7 @@ class Allowance:
         return permitted
 
     def refuse_unknown(self, names: Collection[str]) -> None:
-        """Raise UserError for an allowed field that is no field of these."""
+        """Raise UserError for an allowed field that is not one of `names`."""
         for allowed in self.fields:
             if not any(covers(allowed, name) for name in names):
                 raise UserError(
@@ -91,18 +92,18 @@ STRICT = Allowance()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a file came from: `identity` is compared before anything is mixed, `context` is for the reader."""
+    """The origin of a file: `identity` is compared before anything is mixed, `context` is for the reader."""
 
     identity: dict[str, Any]
     context: dict[str, Any]
 
     @property
     def is_whole(self) -> bool:
-        """Whether its version wrote down all that this one compares."""
+        """Whether its version recorded everything that this version compares."""
         return UNRECORDED not in json.dumps(self.identity["model"])
 
     def refused(self, found: dict[str, Any], allowance: Allowance) -> dict[str, str]:
-        """The fields in which another identity differs and may not, each with both values in words."""
+        """The fields in which another identity differs without permission, each with a text that gives both values."""
         lines = differences(self.identity, found)
         return {name: line for name, line in lines.items() if not allowance.permits(name, line)}
 
@@ -128,7 +129,7 @@ class Provenance:
         return _field_names(self.identity)
 
     def metadata(self, version: int) -> dict[bytes, bytes]:
-        """As Parquet metadata of a file of this format version."""
+        """The provenance as Parquet metadata of a file of this format version."""
         document = {"schema_version": version, "identity": self.identity, "context": self.context}
         return {METADATA_KEY: json.dumps(document).encode()}
 
@@ -142,7 +143,7 @@ def _field_names(document: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def sampler_identity(backend: str, dtype: str, versions: Mapping[str, str | None]) -> dict[str, Any]:
-    """What computed the samples: engine, number format, and the libraries' versions without their builds (`+cpu`)."""
+    """How the samples were computed: engine, number format, and libraries' versions without their builds (`+cpu`)."""
     libraries = ["torch", "transformers", *(["vllm"] if backend == "vllm" else [])]
     return {
         "engine": {"backend": backend, "dtype": dtype},
@@ -171,7 +172,7 @@ def _from_3(document: dict[str, Any]) -> dict[str, Any]:
 
 
 MIGRATIONS: Migrations = {1: _from_1, 2: _from_2, 3: _from_3}
-"""Of the files of stage 1. Columns that a version lacks are read as missing values."""
+"""Migrations of stage 1's files. Columns that a version lacks are read as missing values."""
 
 
 def read_provenance(
@@ -207,7 +208,7 @@ def read_provenance(
 
 
 def context(config: RunConfig) -> dict[str, Any]:
-    """What a reader will want to know of where and how an artifact was made."""
+    """Where and how an artifact was made, for the reader."""
     return {
         "model_path": config.model.path,
         "model_revision": config.model.revision,
@@ -244,7 +245,7 @@ def _commit() -> str | None:
 def sampling_identity(
     config: RunConfig, renderer: "PromptRenderer", model: dict[str, Any], grader: str
 ) -> dict[str, Any]:
-    """All that V̂* depends on besides the prompts: stage 1 records it, stage 2 refuses to train on another."""
+    """Everything that V̂* depends on besides the prompts: stage 1 records it, stage 2 refuses a different one."""
     return {
         "model": model,
         "prompt": renderer.identity(),

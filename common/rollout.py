@@ -17,7 +17,7 @@ class Prompt:
 
     `id` is a content hash of text and answer, never a row position, so that the same prompt has the same id in
     every data set, shard and run. `token_ids` is what the model reads: the text in its template, tokenised, in an
-    array of four bytes a token; `token_hash` is a hash of them.
+    array of four bytes per token; `token_hash` is a hash of them.
     """
 
     id: str
@@ -29,7 +29,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """One completion to sample. With a seed the sample depends on nothing else that shares its batch."""
+    """One completion to sample. With a seed the sample does not depend on the other requests of its batch."""
 
     key: Hashable
     prompt_token_ids: tuple[int, ...]
@@ -41,7 +41,7 @@ class SampleRequest:
 class Completion:
     """A sampled completion y. `token_ids` includes the end token unless the completion was truncated.
 
-    `sampled_logprobs` are those of the sampling distribution (temperature and top-p applied), where asked for.
+    `sampled_logprobs` are those of the sampling distribution (temperature and top-p applied), if requested.
     """
 
     key: Hashable

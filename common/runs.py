@@ -1,4 +1,4 @@
-"""A run's folder artifacts/<run>, laid out here and nowhere else; shards, and who may write to a run."""
+"""The layout of a run's folder artifacts/<run>, which only this module defines; shards, and locks on a run."""
 
 import math
 import os
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
-    """Where a run keeps what."""
+    """The paths of a run's files."""
 
     root: Path
 
@@ -34,7 +34,7 @@ class RunPaths:
 
     @property
     def known_weights(self) -> Path:
-        """What has been found of the model's files, so that they are not read whole again."""
+        """Hashes and findings of the model's files, so that they are not read whole again."""
         return self.root / ".weights.json"
 
     @property
@@ -51,7 +51,7 @@ class RunPaths:
 
     @property
     def completions(self) -> Path:
-        """A few of the completions that training saw, one file per evaluation."""
+        """A few of training's completions, one file per evaluation."""
         return self.root / "completions"
 
     @property
@@ -60,7 +60,7 @@ class RunPaths:
 
     @property
     def libraries_log(self) -> Path:
-        """What libraries said while commands worked on the run."""
+        """Messages of libraries while commands worked on the run."""
         return self.root / "libraries.log"
 
     @property
@@ -74,7 +74,7 @@ class RunPaths:
 
     @property
     def trained_with(self) -> Path:
-        """What the trained policy was trained with; it is written last."""
+        """How the policy was trained; written last."""
         return self.model / "astar_po.json"
 
     @property
@@ -90,7 +90,7 @@ class RunPaths:
         return self.root / "regraded"
 
     def regraded_by(self, grader: str) -> "Regraded":
-        """What `regrade` makes of the run with a grader."""
+        """The results of `regrade` with a grader."""
         return Regraded(self.regraded / re.sub(r"[^A-Za-z0-9.]+", "-", grader))
 
     @property
@@ -111,14 +111,14 @@ class RunPaths:
         return self.report / f"training.{suffix}"
 
     def sweep(self, table: Path, suffix: str) -> Path:
-        """The sweep of a table in this folder, as json, png or svg; that of the run's own is shown by `report`."""
+        """The sweep of a table in this folder, as json, png or svg; `report` shows that of the run's own table."""
         name = "sweep" if table.name == self.vstar.name else f"sweep-{table.stem}"
         return self.report / f"{name}.{suffix}"
 
 
 @dataclass(frozen=True, slots=True)
 class Regraded:
-    """Where a run keeps what another grader's grades give."""
+    """The paths of a run's results under another grader."""
 
     root: Path
 
@@ -128,7 +128,7 @@ class Regraded:
 
     @property
     def changes(self) -> Path:
-        """The prompts with other grades than the run's own table has."""
+        """The prompts whose grades differ from those in the run's own table."""
         return self.root / "changes.parquet"
 
     @property
@@ -137,13 +137,13 @@ class Regraded:
 
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""What a run may be called: it is the name of a folder in artifacts/."""
+"""The pattern of a run's name, which is the name of a folder in artifacts/."""
 
 
 def run_paths(run: str) -> RunPaths:
-    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS where that is set.
+    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS if that is set.
 
-    Raises UserError for what is no name of a run, such as a path that leads out of artifacts/.
+    Raises UserError for an invalid name, such as a path that leads out of artifacts/.
     """
     if not is_run_name(run):
         raise UserError(f"run should match pattern '{RUN_NAME}', found {run!r}; give the name of a run")
@@ -151,13 +151,13 @@ def run_paths(run: str) -> RunPaths:
 
 
 def is_run_name(text: str) -> bool:
-    """Whether a run may be called so."""
+    """Whether this is a valid name of a run."""
     return re.fullmatch(RUN_NAME, text) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Part `index` (from 1) of `count` of a run's prompts; prompts are dealt out by their content hash."""
+    """Part `index` (from 1) of `count` of a run's prompts, which are assigned by their content hash."""
 
     index: int = 1
     count: int = 1
@@ -189,8 +189,8 @@ WHOLE = Shard()
 def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[None]:
     """Hold a run, or a shard of it, so that two jobs of one kind never do the same work in the same run.
 
-    A job's claim is a locked file, which the kernel unlocks with the process, however that ends. Raises UserError if
-    another job holds a shard that overlaps with this one.
+    A job holds a locked file, which the kernel unlocks when the process ends in any way. Raises UserError if another
+    job holds an overlapping shard.
     """
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[N
 
 
 def _locked(path: Path, job: str, *, wait: bool = False) -> AbstractContextManager[object]:
-    """Lock a file until the context ends. Raises UserError if another job holds it and this one shall not wait."""
+    """Lock a file until the context ends. Raises UserError if another job holds it and this one must not wait."""
     try:
         # A lock without the kernel would outlive a process that is killed.
         return FileLock(path, fallback_to_soft=False).acquire(blocking=wait)

@@ -1,4 +1,4 @@
-"""What holds for every table of a run's TOML file, whichever keys it has."""
+"""Rules for every table of a run's TOML file, whichever keys it has."""
 
 from typing import Any, Literal, get_args, get_origin
 
@@ -7,13 +7,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 MOST = 2**31 - 1
-"""Of a whole number whose key has no upper bound of its own: what the libraries count with."""
+"""The upper bound of a whole number whose key has none of its own: the largest that the libraries can hold."""
 
 
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, numbers are finite, values never change after validation.
 
-    A boolean is no number, no text is empty, and whole numbers are bounded.
+    Booleans are not numbers, texts are not empty, and whole numbers are bounded.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", allow_inf_nan=False)
@@ -21,7 +21,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _values_are_of_their_kind(cls, table: Any) -> Any:
-        """Refuse what pydantic would take: booleans for 0 and 1, and texts without a character."""
+        """Refuse values that pydantic would accept: booleans for 0 and 1, and empty texts."""
         given = table if isinstance(table, dict) else {}
         problems = [
             f"{key} {problem}"
@@ -50,7 +50,7 @@ class Section(BaseModel):
 
 
 def _other_kind(value: Any, field: FieldInfo) -> str | None:
-    """What is wrong with a boolean in place of a number, and with an empty text that is no default."""
+    """The error for a boolean in place of a number, or for an empty text that is not a default."""
     kinds = _kinds(field.annotation)
     for part in value if isinstance(value, list | tuple) else [value]:
         if isinstance(part, bool) and bool not in kinds and not kinds.isdisjoint({int, float}):
@@ -61,7 +61,7 @@ def _other_kind(value: Any, field: FieldInfo) -> str | None:
 
 
 def _kinds(annotation: Any) -> set[type]:
-    """The types that a value may be of or hold; a list of possible texts says itself what it takes."""
+    """The types that a value may have or contain; a list of possible texts states its own error."""
     if get_origin(annotation) is Literal:
         return {type(choice) for choice in get_args(annotation)} - {str}
     if inner := get_args(annotation):

@@ -1,4 +1,4 @@
-"""Every random stream by its address: nothing random is kept, all of it is derived from the run's seed."""
+"""Derive every random stream from the run's seed and the stream's address; no random state is stored."""
 
 import hashlib
 

@@ -1,8 +1,8 @@
 """A run's samples: Parquet fragments that appear whole under the hash of their content, and never change.
 
-A sample is addressed by (prompt_id, sample_index) and belongs to the identity in its fragment's metadata. Resume, more
-samples a prompt, more prompts and other machines' shards are one question: which samples are missing? A file whose
-content is not what its name says is set aside, and its samples are missing again.
+A sample is addressed by (prompt_id, sample_index) and belongs to the identity in its fragment's metadata. Resuming,
+more samples per prompt, more prompts and other machines' shards all ask the same question: which samples are missing?
+A file whose content does not match its name is set aside, and its samples count as missing again.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from common.provenance import (
 ADDRESS = ["prompt_id", "sample_index"]
 
 JUDGED = [*ADDRESS, "completion_hash"]
-"""What a later grade belongs to: a sample, and the text that it had."""
+"""The key of a later grade: a sample, and the text that was graded."""
 
 _SAMPLES = pa.schema(
     [
@@ -80,20 +80,20 @@ SAMPLES = Contract(
 )
 
 GRADES = replace(SAMPLES, schema=_GRADES, remedy="python cli.py regrade")
-"""Another grader's verdicts on samples that are stored already; each holds for the text with that hash alone."""
+"""Another grader's verdicts on stored samples; each is valid only for the text with that hash."""
 
 SAMPLE_FILES = "part"
 
 GRADE_FILES = "grades"
 
 DAMAGED = "damaged"
-"""The folder within the store's that damaged files are moved to."""
+"""The folder inside the store's to which damaged files are moved."""
 
 SECONDS = "seconds"
-"""In a file's context: how long its samples took, from the file before it or the opening of the store."""
+"""Key in a file's context: how long its samples took, since the file before it or the opening of the store."""
 
 JUDGE = "judge"
-"""In a file's context: how many replies of a judge model its grades are, and their tokens."""
+"""Key in a file's context: the number of a judge model's replies for its grades, and their tokens."""
 
 _HASH_DIGITS = 64
 
@@ -102,10 +102,10 @@ class SampleStore:
     """The samples of a run, and the grades that other graders gave them later."""
 
     def __init__(self, folder: Path, provenance: Provenance, allowance: Allowance = STRICT) -> None:
-        """Open the store; `provenance` says what its samples must be, and what new ones are.
+        """Open the store; `provenance` is that of its samples and of new ones.
 
-        Raises UserError if it holds samples of another identity, unless `allowance` permits the difference. Samples
-        that another grader has judged may be there, but have a grade only once `add_grades` has brought this one's.
+        Raises UserError if it holds samples of another identity, unless `allowance` permits the difference. It may hold
+        samples judged by another grader; these have no grade until `add_grades` adds this grader's.
         """
         self.folder = folder
         self.provenance = provenance
@@ -121,7 +121,7 @@ class SampleStore:
             ours = found.identity["grader"] == self._grader
             (self._graded if ours else self._graded_otherwise).append(fragment)
         self.accepted = list(accepted)
-        """What was accepted when the samples were drawn."""
+        """The differences that were accepted when the samples were drawn."""
 
     @property
     def _grader(self) -> str:
@@ -139,7 +139,7 @@ class SampleStore:
         return found
 
     def accept_other_grades(self) -> bool:
-        """Let the grades that samples were stored with count where this grader's are missing, if that is allowed."""
+        """Use the grades that samples were stored with if this grader's are missing, if that is allowed."""
         here = Provenance(identity={"grader": self._grader}, context={})
         graders = (read_provenance(fragment).identity["grader"] for fragment in self._graded_otherwise)
         self._other_grades_count = not any(
@@ -160,7 +160,7 @@ class SampleStore:
         ]
 
     def present(self, prompts: pl.DataFrame, num_samples: int) -> NDArray[np.bool_]:
-        """Which of the first `num_samples` samples of each prompt are there, shape (P, num_samples).
+        """Which of the first `num_samples` samples of each prompt are stored, shape (P, num_samples).
 
         `prompts` has the columns prompt_id and prompt_token_hash. Raises UserError if a sample was drawn from other
         prompt tokens.
@@ -180,7 +180,7 @@ class SampleStore:
         return there
 
     def refuse_other_tokens(self, different: pl.DataFrame) -> None:
-        """Raise UserError if there are such prompts, rendered otherwise than they should be, and it is not allowed."""
+        """Raise UserError if samples are of prompts that were rendered differently, unless that is allowed."""
         if different.is_empty():
             return
         name = different.row(0, named=True)["prompt_id"]
@@ -220,7 +220,7 @@ class SampleStore:
     def samples_of(self, prompt_ids: Collection[str], columns: Sequence[pl.Expr]) -> pl.DataFrame:
         """These prompts' samples with this grader's verdict, as expressions over SAMPLES; other rows are not kept.
 
-        A sample that this grader has not judged has the verdict that it was stored with.
+        A sample that this grader has not judged keeps the verdict that it was stored with.
         """
         chosen = pl.col("prompt_id").is_in(list(prompt_ids))
         verdict = _GRADES.names[len(JUDGED) :]
@@ -241,7 +241,7 @@ class SampleStore:
         return _collect(pl.concat([part.select(columns) for part in (ours, others)]))
 
     def ungraded(self) -> Iterator[pl.DataFrame]:
-        """The samples that this grader has not judged yet, with text and completion_hash, a fragment at a time."""
+        """The samples that this grader has not judged yet, with text and completion_hash, one fragment at a time."""
         there = self._later_grades()
         for fragment in self._graded_otherwise:
             missing = _hashed(_collect(_scan([fragment], SAMPLES))).join(there, on=JUDGED, how="anti")
@@ -257,7 +257,7 @@ class SampleStore:
         return _collect(grades.unique(JUDGED, keep="first", maintain_order=True))
 
     def surplus(self) -> int:
-        """How many samples are there more than once, from files copied by hand; of each the first one counts."""
+        """How many samples are stored more than once, from files copied by hand; the first copy counts."""
         found = addresses(self.fragments())
         return found.height - found.n_unique()
 
@@ -268,7 +268,7 @@ class SampleStore:
         return frame
 
     def append(self, rows: Sequence[dict[str, Any]], judge: Mapping[str, int] | None = None) -> Path:
-        """Add samples, as rows of SAMPLES, in one fragment; `judge` is what a judge model used for them."""
+        """Add samples, as rows of SAMPLES, in one fragment; `judge` is a judge model's usage for them."""
         now = time.monotonic()
         seconds, self._since = round(now - self._since, 3), now
         context = {**self.provenance.context, SECONDS: seconds, **({JUDGE: dict(judge)} if judge else {})}
@@ -279,13 +279,13 @@ class SampleStore:
         return path
 
     def seconds(self) -> float | None:
-        """What drawing these samples took, the loading of models included; None if a file does not say."""
+        """The time that drawing these samples took, including loading of models; None if a file does not say."""
         recorded = [read_provenance(fragment).context.get(SECONDS) for fragment in self.fragments()]
         known = [float(seconds) for seconds in recorded if seconds is not None]
         return sum(known) if len(known) == len(recorded) else None
 
     def judge_usage(self) -> dict[str, int]:
-        """What a judge model used for these samples, by name; empty where there was none."""
+        """A judge model's usage for these samples, by name; empty if there was none."""
         total: Counter[str] = Counter()
         for fragment in self.fragments():
             total.update(read_provenance(fragment).context.get(JUDGE, {}))
@@ -309,7 +309,7 @@ def addresses(files: Sequence[Path]) -> pl.DataFrame:
 def add_fragment(
     folder: Path, kind: str, rows: Sequence[dict[str, Any]], contract: Contract, provenance: Provenance
 ) -> Path:
-    """Write rows as a new file of a store; it is there whole or not at all. Raises UserError on a full disk."""
+    """Write rows as a new file of a store, whole or not at all. Raises UserError if the disk is full."""
     table = pa.Table.from_pylist(list(rows), schema=contract.stamped(provenance))
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
@@ -325,9 +325,9 @@ def add_bytes(folder: Path, kind: str, content: bytes | pa.Buffer) -> Path:
 
 
 def set_aside_damaged(folder: Path) -> list[str]:
-    """Move files that are not what they were to the folder DAMAGED, and clear away what killed writers left.
+    """Move damaged files to the folder DAMAGED, and remove temporary files of killed writers.
 
-    Returns a line for each, with what is wrong with it. For jobs that write to the store.
+    Returns one line for each damaged file, with its problem. Only for jobs that write to the store.
     """
     remove_leftovers(folder)
     lines = []
@@ -343,7 +343,7 @@ def set_aside_damaged(folder: Path) -> list[str]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file of a store; None if it is whole. Raises UserError if it may not be read."""
+    """The problem of a file of a store; None if it is whole. Raises UserError if reading is not permitted."""
     digest = path.stem.rpartition("-")[2]
     try:
         if len(digest) == _HASH_DIGITS:
@@ -387,7 +387,7 @@ def _hashed(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def completion_hash(completion: str, raw: bytes | None) -> str:
-    """By what a later grade knows the text that it was given for; 32 hexadecimal digits."""
+    """The hash of a completion, by which a later grade refers to the graded text; 32 hexadecimal digits."""
     return hashlib.sha256(completion.encode() if raw is None else raw).hexdigest()[:32]
 
 
@@ -407,5 +407,5 @@ def _collect(frame: pl.LazyFrame) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(
             f"cannot read the samples: {str(error).splitlines()[0]}; `python cli.py vstar` sets damaged files aside "
-            "and draws their samples anew"
+            "and draws their samples again"
         ) from error

@@ -15,7 +15,7 @@ T = TypeVar("T", bound=np.generic)
 
 
 class Ragged:
-    """How the samples of prompts lie in one array: so many of each prompt, at least 1, one prompt after the other."""
+    """The layout of prompts' samples in one array: `counts_P` of each prompt, at least 1, prompt after prompt."""
 
     def __init__(self, counts_P: Counts) -> None:
         self.counts_P = counts_P
@@ -30,21 +30,21 @@ class Ragged:
         return self.sum(values_S) / self.counts_P
 
     def max(self, values_S: NDArray[T]) -> NDArray[T]:
-        """Each prompt's greatest."""
+        """Each prompt's maximum."""
         return np.maximum.reduceat(values_S, self.starts_P)
 
     def any(self, values_S: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Whether any of a prompt's is true."""
+        """Whether any of a prompt's values is true."""
         return np.logical_or.reduceat(values_S, self.starts_P)
 
     def repeat(self, values_P: NDArray[T]) -> NDArray[T]:
-        """Each prompt's value once for each of its samples."""
+        """Each prompt's value, repeated for each of its samples."""
         return np.repeat(values_P, self.counts_P)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """V̂* of each prompt, and its standard error (nan where it has none)."""
+    """V̂* of each prompt, and its standard error (nan if it has none)."""
 
     vstar_P: Floats
     se_P: Floats
@@ -53,12 +53,12 @@ class Estimate:
 def estimate_vstar(rewards_S: Floats, counts_P: Counts, beta1: float) -> Estimate:
     """Estimate V* of each prompt from the rewards of its samples.
 
-    `counts_P` says how many of `rewards_S` belong to each prompt, in order; each at least 1. Rewards are any finite
-    numbers. `beta1` lies in [0, inf]: 0 gives the best reward (pass@N for 0/1 rewards) and inf the mean, both exactly
-    (the paper's Appendix D). In between the best reward is taken out of the sum first, so that nothing overflows for a
-    small β1, and the rest goes through expm1 and log1p, so that nothing cancels for a large one.
+    `counts_P` is the number of `rewards_S` that belong to each prompt, in order; at least 1 each. Rewards are any
+    finite numbers. `beta1` lies in [0, inf]: 0 gives the best reward (pass@N for 0/1 rewards) and inf the mean, both
+    exactly (the paper's Appendix D). In between, the best reward is taken out of the sum first, so that a small β1
+    does not overflow, and the rest is computed with expm1 and log1p, so that a large β1 does not cancel digits.
 
-    The standard error is the delta method's, β1 · sd(w) / (mean(w) √N) with w = exp(r/β1); it is nan for N = 1 and for
+    The standard error is the delta method's, β1 · sd(w) / (mean(w) √N) with w = exp(r/β1). It is nan for N = 1 and for
     β1 = 0, where the method does not apply.
     """
     samples = Ragged(counts_P)
@@ -84,5 +84,5 @@ def estimate_vstar(rewards_S: Floats, counts_P: Counts, beta1: float) -> Estimat
 
 
 def reward_range(rewards_S: Floats) -> tuple[float, float]:
-    """What rewards can be, judging by these: from 0 or the least of them to 1 or the greatest."""
+    """The assumed range of rewards: from 0 or the least of these to 1 or the greatest."""
     return min(0.0, float(rewards_S.min())), max(1.0, float(rewards_S.max()))

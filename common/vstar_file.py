@@ -1,4 +1,4 @@
-"""vstar.parquet, the contract between the stages: one row per prompt, all that stage 2 needs of stage 1."""
+"""vstar.parquet, the contract between the stages: one row per prompt, with everything stage 2 needs from stage 1."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +31,7 @@ VSTAR = pa.schema(
         pa.field("dropped_by", pa.string()),
     ]
 )
-"""`dropped_by` names the first rule that dropped a prompt; missing where none did, and in files of versions 1 and 2."""
+"""`dropped_by` names the first rule that dropped a prompt; missing if none did, and in files of versions 1 and 2."""
 
 _TOLERANCE = 1e-9
 
@@ -55,7 +55,7 @@ VSTAR_RANGES: dict[str, tuple[str, pl.Expr]] = {
         pl.col("vstar").is_between(-_TOLERANCE, 1 + _TOLERANCE),
     ),
 }
-"""The estimators of V*, and what each promises of its values."""
+"""The estimators of V*, and the rules that their values satisfy."""
 
 ESTIMATORS = tuple(VSTAR_RANGES)
 
@@ -98,12 +98,12 @@ _CONTRACTS = {estimator: _contract(*promise) for estimator, promise in VSTAR_RAN
 
 
 def estimator_of(provenance: Provenance) -> str:
-    """By which estimator the V̂* of a table were computed; the paper's where its context names none."""
+    """The estimator that computed a table's V̂*; the paper's if its context names none."""
     return str(provenance.context.get("estimator", "plugin"))
 
 
 def known_estimator(name: str) -> str:
-    """The name, if there is such an estimator; else UserError."""
+    """The name, if there is such an estimator. Raises UserError otherwise."""
     if name not in ESTIMATORS:
         raise UserError(f"there is no estimator {name}; choose one of {', '.join(ESTIMATORS)}")
     return name
@@ -131,5 +131,5 @@ def scan_vstar(path: Path, columns: Sequence[str] = VSTAR.names) -> Iterator[pl.
 def vstar_writer(
     path: Path, provenance: Provenance, *, changed: Collection[str]
 ) -> AbstractContextManager[Callable[[pl.DataFrame], None]]:
-    """Write vstar.parquet a part at a time, see `Contract.writer`."""
+    """Write vstar.parquet in parts, see `Contract.writer`."""
     return _contract_of(provenance).writer(path, provenance, changed=changed)

@@ -1,9 +1,9 @@
-"""Adaptive N: more samples, in rounds, where the interval of V* is wide, until none is or the budget is used up.
+"""Adaptive N: more samples, in rounds, of prompts with a wide interval of V*, until none is wide or the budget is used.
 
-Which samples are drawn follows from the rewards of each prompt's first samples alone: a run replays its rounds from
-the first one, and what a killed round had drawn is simply there. It stops on an interval's width, never on a success;
-even so the samples that stop a prompt are the ones that V̂* is made of, which biases it: benchmarks/adaptive.py says by
-how much. Where a budget is best spent on average is not asked here: the aim is the same precision for every prompt.
+The rewards of each prompt's first samples alone determine which samples are drawn. A restarted run replays its rounds
+from the first one and finds the samples of a killed round in the store. A prompt stops on the width of its interval,
+never on a success. The samples that stop it still enter its V̂*, which biases it; benchmarks/adaptive.py measures by
+how much. The aim is the same precision for every prompt, not the least error for a given budget.
 
 Shapes: _P prompt, _W wide prompt, _S sample (all prompts' samples, one after the other).
 """
@@ -26,18 +26,18 @@ Draw = Callable[[Places, Counts], Floats]
 """The rewards of the first sizes_W samples of the prompts at places_W, prompt after prompt."""
 
 ADAPTIVE = "adaptive"
-"""In the context of vstar.parquet: the rule with what it drew."""
+"""Key in the context of vstar.parquet: the rule, and the number of samples that it drew."""
 Z = 1.96
-"""The half width of a 95 % interval in standard errors."""
+"""Half the width of a 95 % interval, in standard errors."""
 SMALLEST_STEP = 1 / 4
 LARGEST_STEP = 1
 WIDTH_DIGITS = 9
-"""Widths are compared to so many digits: their last bits differ between machines."""
+"""Widths are rounded to this many digits before they are compared, because their last bits differ between machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A prompt has samples enough when its 95 % interval is at most as wide as `target_se`, a standard error, makes it.
+    """A prompt has enough samples when its 95 % interval is at most as wide as that of a standard error of `target_se`.
 
     `budget` is the number of samples of all prompts and rounds together.
     """
@@ -51,7 +51,7 @@ class Rule:
 
     @property
     def widest(self) -> float:
-        """The width up to which an interval is not wide."""
+        """The largest width that does not count as wide."""
         return round(2 * self.half_width, WIDTH_DIGITS)
 
     def refuse_impossible(self, num_prompts: int, num_samples: int, beta1: float) -> None:
@@ -80,13 +80,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One round: how many prompts were wide before it, and what it adds."""
+    """One round: the number of wide prompts before it, and the samples that it adds."""
 
     wide: int
     prompts: int
     samples: int
     left: int
-    """What the budget has left after it."""
+    """The budget that is left after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +116,10 @@ def allocate(
 ) -> Allocation:
     """Give every prompt `num_samples` samples, then more to the wide ones, widest first, in rounds.
 
-    A round adds what the width calls for, since widths shrink as 1/√n, but at most as many as a prompt has, because
-    the width at a small n is itself uncertain, and at least a quarter of them, so that there are few rounds; the last
-    prompt that the budget reaches gets what is left. Among equally wide prompts the earlier one comes first. `announce`
-    is told of each round before it is drawn.
+    Widths shrink as 1/√n, which gives the number of samples that a round adds to a prompt. It is at most the number
+    that the prompt has, because the width at a small n is itself uncertain, and at least a quarter of that, so that
+    there are few rounds. The last prompt that the budget reaches gets the rest of it. Among equally wide prompts the
+    earlier one comes first. `announce` is called with each round before it is drawn.
     """
     everyone = np.arange(num_prompts)
     sizes_P = np.full(num_prompts, num_samples, dtype=np.int64)

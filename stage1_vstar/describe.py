@@ -1,4 +1,4 @@
-"""What is in an artifact, and from what it was made: for the terminal, and as JSON."""
+"""Describe an artifact, its contents and its origin: for the terminal, and as JSON."""
 
 import json
 import math
@@ -44,7 +44,7 @@ class VstarFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What is in an artifact, in the order of its JSON; means are over prompts, that of tokens over samples."""
+    """The figures of an artifact, in the order of its JSON; means are over prompts, that of tokens over samples."""
 
     path: str
     prompts: int
@@ -107,16 +107,17 @@ def describe(path: Path) -> Description:
 
 
 SOLVABLE = 0.05
-"""A prompt is worth keeping from this pass rate on."""
+"""The least pass rate at which a prompt is worth keeping."""
 PRIOR_POINTS = 400
 
 
 def _uncertainty(rows: pl.DataFrame) -> tuple[float, float | None, float | None]:
-    """How far V̂* may be off: the width of its interval, the plug-in's bias, and whom pass@N = 0 drops wrongly.
+    """How far V̂* may be off: the width of its interval, the plug-in's bias, and the solvable prompts that are dropped.
 
-    For rewards of 0 and 1 the last two are averages over the Beta distribution of pass rates that fits these counts:
-    the last is the share of the prompts of pass rate SOLVABLE or more that have no correct sample. For other rewards,
-    or N = 1, it is None and the bias is `approximate_bias`; it is None too where there are no such prompts.
+    The last is the share of the prompts with a pass rate of SOLVABLE or more that have no correct sample. For rewards
+    of 0 and 1 this share and the bias are averages over the Beta distribution of pass rates that fits these counts. For
+    other rewards, or N = 1, the share is None and the bias is `approximate_bias`. It is also None if there are no such
+    prompts.
     """
     rewards_S = rows["rewards"].explode().to_numpy()
     counts_P = rows["num_samples"].to_numpy().astype(np.int64)
@@ -173,7 +174,7 @@ def _summary(figures: Description) -> RenderableType:
         "filters": ", ".join(context.get("filters", [])) or "none",
         "dropped by": ", ".join(f"{name} {count:,}" for name, count in figures.dropped_by.items()) or "none",
         "accepted mismatches": "; ".join(context.get(ACCEPTED, [])) or "none",
-        "samples a prompt (N)": count,
+        "samples per prompt (N)": count,
         "adaptive N": _adaptive(context.get("adaptive")),
         "β1": f"{figures.beta1:g}",
         "pass rate": f"{figures.pass_rate:.4f}",
@@ -213,7 +214,7 @@ def _summary(figures: Description) -> RenderableType:
 
 
 def _foreseen(model: dict[str, Any] | None) -> str:
-    """What the job that made the file said of training with its config."""
+    """What training would refuse, as noted by the job that made the file."""
     if model is None:
         return "–"
     return "; ".join(model["foreseen"]) or "nothing that `train` would refuse"

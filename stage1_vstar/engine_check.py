@@ -1,4 +1,4 @@
-"""Whether the engine samples from the model in the folder: its log-probs against a plain forward pass."""
+"""Check that the engine samples from the model in the folder: compare its log-probs with a plain forward pass."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from common.store import SampleStore
 from common.terminal.console import Terminal
 
 SMALL_MODEL = 1_000_000_000
-"""Parameters up to which a second copy of the model in main memory goes without asking."""
+"""Up to this many parameters the check loads a second copy of the model into main memory by default."""
 
 
 def check_engine(
@@ -25,7 +25,7 @@ def check_engine(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
 ) -> None:
-    """Raise UserError unless engine and forward pass agree on a few completions; what is allowed is recorded."""
+    """Raise UserError unless engine and forward pass agree on a few completions; an accepted gap is recorded."""
     sampling = SamplingParams(
         temperature=config.sampling.temperature,
         max_completion_tokens=min(TOKENS, config.sampling.max_completion_tokens),

@@ -1,6 +1,6 @@
 """V̂*(x) = β1 ln (1/N) Σ exp(r_i/β1): Algorithm 1, line 4. Pure numpy, for ragged lists of rewards.
 
-Beside it two estimators that are less biased; docs/uncertainty.md compares them. The paper's is the default.
+The paper's estimator is the default. Two others are less biased; docs/uncertainty.md compares them.
 
 Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _R prompt with at least two samples.
 """
@@ -23,9 +23,9 @@ def estimate(
 ) -> Estimate:
     """Estimate V* of each prompt by one of ESTIMATORS; the arguments are those of `estimate_vstar`.
 
-    `prior` is for beta_binomial: the distribution of pass rates over all prompts of the run, where these are only
-    some of them; left out, it is fitted to these. Raises UserError for an unknown name and for data that the
-    estimator is not for.
+    `prior` is for beta_binomial: the distribution of pass rates over all prompts of the run, if these are only some of
+    them. Without it, it is fitted to these. Raises UserError for an unknown name, and for rewards that the estimator
+    cannot use.
     """
     assert prior is None or estimator == "beta_binomial", f"{estimator} knows no prior"
     if known_estimator(estimator) == "plugin":
@@ -38,10 +38,10 @@ def estimate(
 def _jackknife(rewards_S: Floats, counts_P: Counts, beta1: float) -> Estimate:
     """N V̂* − (N − 1) · mean of the V̂* that leave one sample out (Quenouille), with Tukey's standard error.
 
-    It takes the bias of order 1/N off the plug-in. Never below the plug-in, since the logarithm is concave; above
-    the best reward, where few samples and a small β1 can send it, it is cut to the best. A single sample has
-    nothing to leave out: the plug-in stays. So it does for β1 = inf, where the jackknife of a mean is the mean, and
-    for β1 = 0, where the cut gives the best reward.
+    It removes the plug-in's bias of order 1/N. It is never below the plug-in, since the logarithm is concave. With few
+    samples and a small β1 it could exceed the best reward, and is clipped there. It equals the plug-in for a single
+    sample, which leaves nothing out; for β1 = inf, since the jackknife of a mean is the mean; and for β1 = 0, where it
+    is clipped to the best reward.
     """
     plugin = estimate_vstar(rewards_S, counts_P, beta1)
     several_P = counts_P > 1
@@ -54,7 +54,7 @@ def _jackknife(rewards_S: Floats, counts_P: Counts, beta1: float) -> Estimate:
     with np.errstate(over="ignore"):
         excess_S = np.expm1(gaps_S / beta1)
     others_S = samples.repeat(samples.sum(excess_S)) - excess_S
-    # Without the best sample the next best leads the sum: these terms are computed anew, the others by subtraction.
+    # Without the best sample the next best dominates the sum: these terms are recomputed, the others subtracted.
     leaders = np.flatnonzero(gaps_S == 0)
     leader_R = leaders[np.searchsorted(leaders, samples.starts_P)]
     others_S[leader_R] = 0.0

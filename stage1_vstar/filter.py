@@ -19,12 +19,12 @@ from common.vstar_file import VSTAR, scan_vstar, vstar_writer
 from stage1_vstar.table import UNSOLVED, with_dropped
 
 INTERVAL_WIDTH = "interval_width"
-"""A column beside those of the file that rules may use: the width of the 95 % interval of V*."""
+"""An extra column that rules may use: the width of the 95 % interval of V*."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What to drop, and the name under which it is counted and recorded. Looks at one prompt at a time."""
+    """A condition for dropping a prompt, and its name in counts and records. It sees one prompt at a time."""
 
     name: str
     drops: pl.Expr
@@ -32,7 +32,7 @@ class Rule:
 
 @dataclass(slots=True, kw_only=True)
 class RuleCount:
-    """How many prompts a rule matches, and how many of them no earlier rule does: these are dropped by it."""
+    """How many prompts a rule matches, and how many of them no earlier rule matches: those it drops."""
 
     name: str
     matches: int = 0
@@ -41,7 +41,7 @@ class RuleCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filtered:
-    """What `filter_prompts` did."""
+    """The result of `filter_prompts`."""
 
     path: Path
     prompts: int
@@ -49,7 +49,7 @@ class Filtered:
     rules: list[RuleCount]
 
     def lines(self) -> list[str]:
-        """A line a rule, and one for the file."""
+        """One line per rule, and one for the file."""
         return [
             *(f"{rule.name}: {rule.matches:,} prompts, {rule.drops:,} dropped by it" for rule in self.rules),
             f"{self.path}: {self.kept:,} of {self.prompts:,} prompts kept",
@@ -70,7 +70,7 @@ def drop_rules(
     max_truncated: float = 1.0,
     where: Sequence[str] = (),
 ) -> list[Rule]:
-    """The rules that are switched on, in the order in which they claim a prompt. Raises UserError."""
+    """The rules that are switched on, in the order in which they apply. Raises UserError."""
     if not 0 <= min_pass_rate <= max_pass_rate <= 1:
         raise UserError(
             f"the pass-rate range {min_pass_rate:g} to {max_pass_rate:g} is empty or outside 0 to 1; "
@@ -98,7 +98,7 @@ def drop_rules(
 
 
 def kept_where(text: str) -> pl.Expr:
-    """A condition in SQL on the columns of vstar.parquet and INTERVAL_WIDTH. Raises UserError where it is none."""
+    """A condition in SQL on the columns of vstar.parquet and INTERVAL_WIDTH. Raises UserError if it is not valid."""
     advice = 'write a condition on the prompts to keep, such as "pass_rate < 0.9 and length(prompt) < 2000"'
     columns = pl.Schema({**polars_schema(VSTAR), INTERVAL_WIDTH: pl.Float64()})
     try:
@@ -122,7 +122,7 @@ def kept_where(text: str) -> pl.Expr:
 
 
 def _looks_at_one_prompt(expression: pl.Expr) -> bool:
-    """Whether an expression gives each prompt the same value whichever others are read with it."""
+    """Whether an expression's value for a prompt is independent of the other prompts."""
     kind = next(iter(json.loads(expression.meta.serialize(format="json"))))
     if kind not in ("BinaryExpr", "Cast", "Column", "Element", "Eval", "Function", "Literal", "Ternary"):
         return False
@@ -165,7 +165,7 @@ def filter_prompts(source: Path, output: Path | None, rules: list[Rule]) -> Filt
 
 
 def _reward_limits(source: Path) -> tuple[float, float]:
-    """What rewards can be, judging by all of the file's: the intervals of all its parts refer to it."""
+    """The range of rewards over the whole file, to which the intervals of all its parts refer."""
     parts = scan_vstar(source, ["prompt_id", "rewards"])
     ranges = [reward_range(rows["rewards"].explode().to_numpy()) for rows in parts]
     return min(low for low, _ in ranges), max(high for _, high in ranges)
@@ -180,7 +180,7 @@ def _with_interval_width(rows: pl.DataFrame, limits: tuple[float, float]) -> pl.
 
 
 def _matches(rows: pl.DataFrame, rules: list[Rule]) -> pl.DataFrame:
-    """One row per prompt, a column a rule: whether the rule drops the prompt."""
+    """Whether a rule drops a prompt: one row per prompt, one column per rule."""
     try:
         return rows.select(rule.drops.alias(rule.name) for rule in rules)
     except pl.exceptions.PolarsError as error:
@@ -190,6 +190,6 @@ def _matches(rows: pl.DataFrame, rules: list[Rule]) -> pl.DataFrame:
 
 
 def _first_match(matches: pl.DataFrame) -> pl.Expr:
-    """For each prompt the name of the first rule that drops it, missing where none does."""
+    """The name of the first rule that drops each prompt; missing if none does."""
     names = [pl.when(pl.lit(matches[name])).then(pl.lit(name)) for name in matches.columns]
     return pl.coalesce(*names, pl.lit(None, pl.String))

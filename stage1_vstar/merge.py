@@ -1,4 +1,4 @@
-"""Samples of several runs into one: what shards on other machines have drawn, each sample once."""
+"""Merge the samples of several runs into one, such as shards from other machines; each sample once."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -84,7 +84,7 @@ def samples_folder(source: str) -> Path:
 
 
 def whole_files(folder: Path, console: Terminal) -> list[Path]:
-    """A source's files without the damaged ones, which are named: their samples have to be drawn anew."""
+    """A source's undamaged files. Damaged ones are reported; their samples must be drawn again."""
     files = []
     for file in [*sample_files(folder), *sorted(folder.glob(f"{GRADE_FILES}-*.parquet"))]:
         if (problem := damage(file)) is None:

@@ -1,4 +1,4 @@
-"""Another grader over cached completions: new grades beside the old ones, and what that changes."""
+"""Grade cached completions with another grader: keep the old grades beside the new ones, and show what changes."""
 
 import json
 from collections import Counter
@@ -51,7 +51,7 @@ CHANGES = Contract(
     remedy="python cli.py regrade",
     may_be_empty=True,
 )
-"""changes.parquet: one row per prompt with any other outcome or reward, the largest |ΔV̂*| first."""
+"""changes.parquet: one row per prompt with a changed outcome or reward, the largest |ΔV̂*| first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class BeforeAfter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """How far two graders agree, in the order of summary.json."""
+    """The agreement of two graders, in the order of summary.json."""
 
     before: str
     after: str
@@ -95,7 +95,7 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
     with exclusive_run(paths, "vstar"):
         for line in set_aside_damaged(paths.samples):
-            notices.print(f"{line}; `vstar` draws its samples anew")
+            notices.print(f"{line}; `vstar` draws its samples again")
         store = open_store(paths, grader)
         if ungraded := store.ungraded_count():
             notices.print(f"{ungraded:,} completions to grade by {grader}")
@@ -114,7 +114,7 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         if lost := int(old["num_samples"].sum()) - int(new["num_samples"].sum()):
             raise UserError(
                 f"{lost:,} samples of {paths.vstar} are no longer in {paths.samples}; `python cli.py vstar` with the "
-                "old grader draws them anew. The others are graded: the same command then compares"
+                "old grader draws them again. The others are graded: the same command then compares"
             )
         changes = changed_prompts(old, new)
         before = "; ".join(accepted) or provenance.identity["grader"]
@@ -130,10 +130,10 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
 
 
 def open_store(paths: RunPaths, grader: str) -> SampleStore:
-    """The run's store as this grader sees it. What else its samples' identity says does not matter to their text."""
+    """The run's store as this grader sees it. The rest of its samples' identity does not affect their text."""
     if not (files := sample_files(paths.samples)):
         raise UserError(
-            f"no whole file is left in {paths.samples}; draw the samples anew: `python cli.py vstar`"
+            f"no whole file is left in {paths.samples}; draw the samples again: `python cli.py vstar`"
         )
     found = read_provenance(files[0])
     ours = replace(found, identity={**found.identity, "grader": grader})
@@ -141,7 +141,7 @@ def open_store(paths: RunPaths, grader: str) -> SampleStore:
 
 
 def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
-    """A table's provenance under another grader; what `filter` and `rescore` did was about the old grades."""
+    """A table's provenance under another grader, without the records of `filter` and `rescore` on the old grades."""
     about_old = ("filters", "estimator", "prior")
     context = {name: value for name, value in provenance.context.items() if name not in about_old}
     return Provenance(
@@ -151,7 +151,7 @@ def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
 
 
 def grade_missing(store: SampleStore, config: RunConfig, notices: Terminal) -> None:
-    """Grade the samples that this grader has not judged, a fragment at a time."""
+    """Grade the samples that this grader has not judged, one fragment at a time."""
     check = GraderCheck(nothing_judged_before=not store.grade_fragments())
     needs = row_needs(config.grader)
     with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:
@@ -179,7 +179,7 @@ def grade_missing(store: SampleStore, config: RunConfig, notices: Terminal) -> N
 
 
 def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig) -> None:
-    """Raise UserError where a reward function reads what the run's samples do not hold."""
+    """Raise UserError if a reward function reads something that the run's samples do not hold."""
     missing = [f"the column {name}" for name in needs.columns if name not in reference.columns]
     if needs.token_ids:
         missing.insert(0, "completion_ids")
@@ -204,7 +204,7 @@ def regraded_rows(old: pl.DataFrame, store: SampleStore, *, drop_unsolved: bool)
 
 
 def changed_prompts(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
-    """The prompts with any other outcome or reward, in the columns of CHANGES."""
+    """The prompts with a changed outcome or reward, in the columns of CHANGES."""
     columns = ["outcomes", "rewards", "vstar"]
     both = old.select("prompt_id", "prompt", "answer", pl.col(columns).name.suffix("_before")).join(
         new.select("prompt_id", pl.col(columns).name.suffix("_after")), on="prompt_id", maintain_order="left"

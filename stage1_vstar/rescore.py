@@ -1,4 +1,4 @@
-"""Another β1 or another estimator over cached rewards: no model, no generation, and bounded memory."""
+"""Recompute V̂* from cached rewards with another β1 or estimator: no model, no generation, and bounded memory."""
 
 import re
 from dataclasses import replace
@@ -14,9 +14,9 @@ from stage1_vstar.table import success_groups, with_vstar
 
 
 def rescore(source: Path, output: Path, beta1: float, estimator: str = "plugin") -> str:
-    """Recompute V̂* under `beta1` (in [0, inf]) into `output`, which may be `source`; returns what changed, in a line.
+    """Recompute V̂* under `beta1` (in [0, inf]) into `output`, which may be `source`; returns one line on the change.
 
-    Raises UserError, and writes nothing, where the file breaks the contract or the estimator is not for its rewards.
+    Raises UserError, and writes nothing, if the file breaks the contract or the estimator cannot use its rewards.
     """
     provenance = read_provenance(source)
     prior = fitted_prior(source) if estimator == "beta_binomial" else None
@@ -47,11 +47,11 @@ def rescore(source: Path, output: Path, beta1: float, estimator: str = "plugin")
 
 
 _ABOUT_VSTAR = re.compile(r"V\*|vstar|beta1|interval_width")
-"""In the name of a rule of `filter`: another V̂* may drop other prompts by it."""
+"""Marks the name of a rule of `filter` that depends on V̂*: another V̂* may drop other prompts."""
 
 
 def fitted_prior(source: Path) -> BetaPrior:
-    """The prior of pass rates that all prompts of the file determine. Raises UserError unless rewards are 0 and 1."""
+    """The prior of pass rates fitted to all prompts of the file. Raises UserError unless rewards are 0 and 1."""
     parts = []
     for rows in scan_vstar(source, ["prompt_id", "rewards"]):
         rewards = rows["rewards"].explode()

@@ -1,4 +1,4 @@
-"""An adaptive run's rounds on its store: follows the rule of adaptive.py, and draws the samples that it calls for.
+"""The rounds of an adaptive run: follow the rule of adaptive.py, and draw the samples that it calls for.
 
 Shapes: _P prompt, _W wide prompt, _N sample.
 """
@@ -24,7 +24,7 @@ from stage1_vstar.table import prompt_table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstSamples:
-    """Each prompt's first samples: those in the store, and for the others what draws them."""
+    """Each prompt's first samples: reads them from the store, and draws those that are missing."""
 
     prompts: Sequence[Prompt]
     table: pl.DataFrame
@@ -62,9 +62,9 @@ def draw_adaptively(
     config: RunConfig,
     console: Terminal,
 ) -> tuple[pl.DataFrame, Allocation]:
-    """Draw more samples of the prompts whose interval of V* is wide, once all have their first ones.
+    """Draw more samples of the prompts whose interval of V* is wide, after all have their first ones.
 
-    Returns the grades of the samples that count, of all prompts, and how many they are.
+    Returns the grades of the samples that count, of all prompts, and their number.
     """
     num_samples = config.vstar.num_samples
     grades = store.grades(prompt_table(prompts), num_samples)
@@ -85,7 +85,7 @@ def draw_adaptively(
 
 
 def round_line(number: int, each: Round, rule: Rule, num_prompts: int) -> str:
-    """What a round will draw, in a line."""
+    """One line on what a round will draw."""
     which = (
         ""
         if number == 0
@@ -95,9 +95,9 @@ def round_line(number: int, each: Round, rule: Rule, num_prompts: int) -> str:
 
 
 def end_line(allocation: Allocation) -> str:
-    """What all rounds have drawn, in a line."""
+    """One line on what all rounds have drawn."""
     sizes_P = allocation.sizes_P
-    return f"{sizes_P.sum():,} samples, {sizes_P.min()} to {sizes_P.max()} a prompt; " + (
+    return f"{sizes_P.sum():,} samples, {sizes_P.min()} to {sizes_P.max()} per prompt; " + (
         f"the budget is used up, {allocation.still_wide:,} intervals are still wide"
         if allocation.still_wide
         else "no interval is wide"
@@ -116,7 +116,7 @@ def first_grades(store: SampleStore, table: pl.DataFrame) -> pl.DataFrame:
 
 
 def recorded_rule(old: Provenance, path: Path, config: RunConfig, console: Terminal) -> Rule | None:
-    """The rule that the existing file was drawn by: it stays in force."""
+    """The rule by which the existing file was drawn; it stays in force."""
     if (record := old.context.get(ADAPTIVE)) is None:
         return None
     rule = Rule(target_se=record["target_se"], budget=record["budget"])

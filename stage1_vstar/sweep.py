@@ -1,10 +1,10 @@
-"""Which N, which β1: what each choice would have given, from the rewards of one run with many samples.
+"""Which N and which β1: the result of each choice, from the rewards of one run with many samples.
 
-A run with N samples is a subset of the run with more, drawn without replacement from each prompt's samples. Over such
-subsets this gives V̂*, its bias and spread, what the filter drops and the loss that stage 2 starts from. Where rewards
-are 0 or 1 a subset is known by how many correct samples it holds, so that all subsets are weighed exactly (by the
-hypergeometric distribution) and prompts with the same counts are done together; other rewards take SUBSETS random
-subsets of each prompt. V̂* is the paper's plug-in. sweep_view.py prints and draws what is found here.
+A run with N samples is a subset of the larger run, drawn without replacement from each prompt's samples. Over such
+subsets this module computes V̂*, its bias and spread, the prompts that the filter drops, and the loss that stage 2
+starts from. For rewards of 0 and 1 only the number of correct samples in a subset matters: all subsets are weighted
+exactly (by the hypergeometric distribution), and prompts with the same counts are computed together. Other rewards
+take SUBSETS random subsets of each prompt. V̂* is the paper's plug-in. sweep_view.py prints and draws the results.
 
 Shapes: _U unit (one prompt, or prompts with the same counts), _O its possible subsets, _N samples of a subset,
 _M all samples of a prompt, _H bins.
@@ -26,7 +26,7 @@ from common.value import Floats, estimate_vstar
 BETAS = (math.inf, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0)
 
 SUBSETS = 100
-"""Random subsets of each prompt, where rewards are not 0 or 1."""
+"""Number of random subsets of each prompt, if rewards are not 0 or 1."""
 
 SEED = 0
 
@@ -51,7 +51,7 @@ class MeanAndSd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """The loss that stage 2 starts from; no mean where no sample is left that V̂* was not made of."""
+    """The loss that stage 2 starts from; the mean is None if V̂* was made of all samples, so that none is left."""
 
     mean: float | None
     sd: float
@@ -59,7 +59,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """What depends on N only."""
+    """The figures that depend on N only."""
 
     num_samples: int
     left_out: int
@@ -70,7 +70,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """What depends on N and β1."""
+    """The figures that depend on N and β1."""
 
     beta1: float
     num_samples: int
@@ -155,8 +155,8 @@ def parse_sizes(lists: Sequence[str], available: Sequence[int]) -> tuple[int, ..
     for text in _items(lists):
         if not text.isdecimal() or not 1 <= int(text) <= most:
             raise UserError(
-                f"--num-samples {text}: this artifact has at most {most} samples a prompt, so N is a whole number from "
-                f"1 to {most}; `vstar --set vstar.num_samples=…` draws more"
+                f"--num-samples {text}: this artifact has at most {most} samples per prompt, so N is a whole number "
+                f"from 1 to {most}; `vstar --set vstar.num_samples=…` draws more"
             )
         sizes.add(int(text))
     return tuple(sorted(sizes))
@@ -168,10 +168,10 @@ def _items(lists: Sequence[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subsets:
-    """The subsets of N samples that each unit's prompts can have, with what counts in each.
+    """The subsets of N samples that each unit's prompts can have, with their statistics.
 
-    `rest_*` are the mean reward and the mean squared reward of the samples outside the subset, which are fresh draws
-    as far as V̂* is concerned; nan where no sample is outside.
+    `rest_*` are the mean reward and the mean squared reward of the samples outside the subset. V̂* does not depend on
+    these, so they count as fresh draws; nan if no sample is outside.
     """
 
     probability_UO: Floats
@@ -193,7 +193,7 @@ class Counted:
     correct_U: NDArray[np.int64]
 
     def subsets(self, num_samples: int) -> Subsets:
-        """Subset O holds O correct samples; there are num_samples + 1 such sorts."""
+        """Subset O holds O correct samples; there are num_samples + 1 kinds of subsets."""
         from scipy.stats import hypergeom
 
         correct_U1, correct_O = self.correct_U[:, None], np.arange(num_samples + 1)
@@ -228,7 +228,7 @@ class Listed:
     """Random orders of the samples: the first N of one are a subset of N."""
 
     def subsets(self, num_samples: int) -> Subsets:
-        """As many random subsets as there are orders; of all samples there is one subset only."""
+        """As many random subsets as there are orders; only one if N is all samples."""
         whole = num_samples == self.size
         order_UOM = np.arange(self.size)[None, None, :] if whole else self.order_UOM
         rewards_UOM = np.take_along_axis(self.rewards_UM[:, None, :], order_UOM, axis=2)
@@ -318,12 +318,12 @@ class Mean:
 
     @property
     def sd(self) -> float:
-        """Of the mean over prompts."""
+        """The standard deviation of the mean over prompts."""
         return math.sqrt(self.variance) / self.weight
 
     @property
     def prompt_sd(self) -> float:
-        """Of one prompt's figure, root mean square over prompts of equal weight."""
+        """The standard deviation of one prompt's figure, root mean square over prompts of equal weight."""
         return math.sqrt(self.variance / self.weight)
 
     def result(self) -> MeanAndSd:
@@ -332,7 +332,7 @@ class Mean:
 
 @dataclass(slots=True)
 class ColumnSums:
-    """A column in the making."""
+    """Accumulates a column."""
 
     dropped: Mean = field(default_factory=Mean)
     dropped_solvable: Mean = field(default_factory=Mean)
@@ -356,7 +356,7 @@ class ColumnSums:
 
 @dataclass(slots=True)
 class CellSums:
-    """A cell in the making. The distribution is over prompts and subsets."""
+    """Accumulates a cell. The distribution is over prompts and subsets."""
 
     lowest: float
     highest: float
@@ -395,7 +395,7 @@ class CellSums:
         self.loss.add(loss_UO, subsets.probability_UO, unit.prompts_U)
 
     def quantile(self, share: float) -> float:
-        """The mean of V̂* in the narrow bin where that share of the mass is reached: exact where V̂* has few values."""
+        """The mean of V̂* in the narrow bin where this share of the mass is reached; exact if V̂* has few values."""
         reached_H = np.cumsum(self.mass_H)
         place = int(np.searchsorted(reached_H, share * reached_H[-1]))
         return float(self.sum_H[place] / self.mass_H[place])
@@ -420,8 +420,8 @@ def sweep(rows: pl.DataFrame, betas: Sequence[float], sizes: Sequence[int]) -> S
     """Every figure of the sweep, for the rows of an artifact.
 
     Bias and errors are against V̂* of all the prompt's samples, itself an estimate. A prompt with fewer than N samples
-    is left out of that N. The loss at a prompt's own full N has no sample left that V̂* was not made of: there it is
-    that of N − 1.
+    is left out of that N. If N is the number of a prompt's samples, V̂* uses all of them and none is left for the loss:
+    the loss is then that of N − 1.
     """
     rewards = rows["rewards"].explode().to_numpy()
     lowest, highest = float(rewards.min()), float(rewards.max())

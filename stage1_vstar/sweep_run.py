@@ -1,4 +1,4 @@
-"""The command `sweep`: an artifact swept, and what that leaves in report/."""
+"""The command `sweep`: sweep an artifact and write the results to report/."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,12 @@ from stage1_vstar.sweep import SweepFile, parse_betas, parse_sizes, sweep
 def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[str] = ()) -> SweepFile:
     """Sweep an artifact over β1 and N and write report/sweep.json, .png and .svg beside it; returns the figures.
 
-    The JSON names the samples and the drawings that it belongs to by their digests, and is written last: one that a
-    killed or another sweep has left beside other files is told from a whole one.
+    The JSON holds the digests of its samples and its drawings, and is written last. A JSON that does not belong to the
+    files beside it, left by a killed or an earlier sweep, can therefore be recognised.
 
-    The arguments are comma lists; without them BETAS, and the powers of two up to the most samples that a prompt has.
-    Raises UserError for a β1 that is no number from 0 to inf, and for an N that no prompt has.
+    The arguments are comma-separated lists. The defaults are BETAS, and the powers of two up to the largest number of
+    samples that a prompt has. Raises UserError for a β1 that is no number from 0 to inf, and for an N that no prompt
+    has.
     """
     betas = parse_betas(beta1)
     rows, _ = read_vstar(source)

@@ -21,7 +21,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def show(swept: SweepFile, console: Terminal) -> None:
-    """Print what depends on N, then one table of N by β1 for each figure; 80 columns hold the standard β1."""
+    """Print the figures that depend on N, then one table of N by β1 per figure; the standard β1 fit into 80 columns."""
     figures = swept.figures
     console.print(swept.path)
     console.print(f"{figures.prompts:,} prompts, up to {figures.max_num_samples} samples each")
@@ -31,8 +31,8 @@ def show(swept: SweepFile, console: Terminal) -> None:
     console.print()
     console.print(
         f"± is the standard deviation over subsets of N samples. Errors are against V̂* of all samples of "
-        f"a prompt, itself an estimate. The loss is E(r − V̂*)² under π_ref with samples that V̂* was not made of; at "
-        f"N = {figures.max_num_samples} there are none, and it is that of N − 1."
+        f"a prompt, itself an estimate. The loss is E(r − V̂*)² under π_ref with samples that are not part of V̂*; at "
+        f"N = {figures.max_num_samples} there are none, and the loss of N − 1 is shown."
     )
 
 
@@ -88,7 +88,7 @@ def _table(title: str) -> Table:
 
 
 def _three_digits(value: float) -> str:
-    """A bias of 1e-17 is 0 that was rounded on the way; it shall not print as -0.000."""
+    """Three decimals. A bias of −1e-17 is a rounded 0 and must not print as -0.000."""
     return f"{round(value, 3) + 0.0:.3f}"
 
 
@@ -206,7 +206,7 @@ def _size_axis(axes: "Axes", sizes: Sequence[int], *, few: bool = False) -> None
 
 
 def _small(sizes: Sequence[int]) -> int:
-    """The paper's N where it was swept, or else the one in the middle."""
+    """The paper's N if it was swept, or else the one in the middle."""
     return PAPERS_N if PAPERS_N in sizes[:-1] else sizes[(len(sizes) - 1) // 2]
 
 

@@ -1,4 +1,4 @@
-"""From samples to the rows of vstar.parquet, and from such rows to rows with another V̂* or other keep flags."""
+"""Make the rows of vstar.parquet from samples, and change the V̂* or the keep flags of existing rows."""
 
 from collections.abc import Iterable
 
@@ -11,11 +11,11 @@ from common.rollout import Prompt
 from stage1_vstar.estimator import estimate
 
 UNSOLVED = "pass@N = 0"
-"""The name of the rule that drops prompts without any correct sample; no sample of theirs can teach anything."""
+"""The name of the rule that drops prompts without any correct sample, from which training learns nothing."""
 
 
 def prompt_table(prompts: Iterable[Prompt]) -> pl.DataFrame:
-    """The columns of vstar.parquet that are known before any sample is drawn, one row per prompt."""
+    """The columns of vstar.parquet that are known before sampling, one row per prompt."""
     names = ("prompt_id", "prompt", "answer", "prompt_token_hash")
     rows = [(prompt.id, prompt.text, prompt.answer, prompt.token_hash) for prompt in prompts]
     return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
@@ -62,12 +62,12 @@ def with_vstar(
 
 
 def with_dropped(rows: pl.DataFrame, dropped_by: pl.Expr) -> pl.DataFrame:
-    """The same rows, each with the name of the rule that drops it; stage 2 trains on those that none drops."""
+    """The same rows, each with the name of the rule that drops it; stage 2 trains on the rows that no rule drops."""
     return rows.with_columns(dropped_by.alias("dropped_by")).with_columns(keep=pl.col("dropped_by").is_null())
 
 
 def success_groups(rows: pl.DataFrame) -> pl.DataFrame:
-    """How many prompts have so many successes of so many trials, for rewards of 0 and 1: what `fit_prior` needs."""
+    """The number of prompts for each (successes, trials), for rewards of 0 and 1; the input of `fit_prior`."""
     successes = pl.col("rewards").list.sum().cast(pl.Int64).alias("successes")
     trials = pl.col("rewards").list.len().cast(pl.Int64).alias("trials")
     groups = rows.group_by(successes, trials).agg(pl.len().cast(pl.Int64).alias("prompts"))

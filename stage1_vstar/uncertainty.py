@@ -1,4 +1,4 @@
-"""How far V̂* may be from V*: intervals, the plug-in's bias, and what the pass@N filter drops. docs/uncertainty.md.
+"""How far V̂* may be from V*: intervals, and the plug-in's bias. See docs/uncertainty.md.
 
 Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _K number of successes.
 """
@@ -49,14 +49,14 @@ def interval(
 ) -> Interval:
     """An interval that holds V* of a prompt with probability `level`, for each prompt; arguments as `estimate_vstar`.
 
-    A prompt whose rewards are all at the ends of the range of rewards, as 0/1 rewards are, gets the binomial
-    interval of `binomial_interval` mapped to V*; any other that of `_bounded_interval`. `limits` is that range; by
-    default `reward_range` of these rewards. Who works through a file in parts and has rewards outside 0 to 1 gives
-    it, so that the parts agree.
+    If all rewards of a prompt are at the ends of the range of rewards, as 0/1 rewards are, it gets the interval of
+    `binomial_interval` mapped to V*; otherwise that of `_bounded_interval`. `limits` is the range, by default
+    `reward_range` of these rewards. Pass it if you read a file in parts and rewards lie outside 0 to 1, so that all
+    parts use the same range.
 
     At β1 = 0, V* is the best reward that the policy can give at all. It is at least the best seen, and no number of
-    samples shows that it is not the greatest possible: the interval is [best seen, greatest possible], a point for
-    a solved prompt.
+    samples shows that nothing better is possible: the interval is [best seen, greatest possible], a point for a
+    solved prompt.
     """
     bottom, top = limits or reward_range(rewards_S)
     samples = Ragged(counts_P)
@@ -79,9 +79,9 @@ def interval(
 def binomial_interval(successes_P: Counts, trials_P: Counts, level: float) -> tuple[Floats, Floats]:
     """Wilson's interval of p, with the exact bound where all samples but one agree.
 
-    Wilson's lower bound for a single success is too high: just below it p is covered 83 % of the time. There the
-    bound is the p at which `level` of all prompts have no success, as Brown, Cai and DasGupta (2001) do with
-    Poisson's distribution; likewise for a single failure.
+    Wilson's lower bound for a single success is too high: for p just below it, coverage is 83 %. The bound used there
+    is the p at which `level` of all prompts have no success, as Brown, Cai and DasGupta (2001) do with Poisson's
+    distribution; likewise for a single failure.
     """
     z = NormalDist().inv_cdf((1 + level) / 2)
     rate_P = successes_P / trials_P
@@ -99,10 +99,10 @@ def _bounded_interval(
 ) -> tuple[Floats, Floats]:
     """Quantiles of V* under the Bayesian bootstrap, in closed form, with half a sample added at the far end.
 
-    The Bayesian bootstrap (Rubin, 1981) weighs a prompt's samples by a Dirichlet(1, …, 1). Alone it never goes
-    beyond what was seen: eight equal rewards would leave no doubt. So the upper bound comes with a weight of ½ at
-    the greatest possible reward and the lower with one at the least. The quantile of the weighted mean of exp(r/β1)
-    is that of the Beta distribution with its mean and variance.
+    The Bayesian bootstrap (Rubin, 1981) weights a prompt's samples by a Dirichlet(1, …, 1). Alone it never goes beyond
+    the observed rewards: eight equal rewards would give an interval of width 0. So the upper bound adds a weight of ½
+    at the greatest possible reward, and the lower bound one at the least. The quantile of the weighted mean of
+    exp(r/β1) is taken from the Beta distribution with the same mean and variance.
     """
     from scipy.special import betaincinv
 
@@ -136,7 +136,7 @@ def _share(rewards_S: Floats, top_S: Floats, beta1: float, bottom: float) -> Flo
 
 
 LOWEST_RATE = 1e-100
-"""SciPy's binomial distribution overflows at rates of 1e-308, which a prior has where nothing is ever solved."""
+"""SciPy's binomial distribution overflows at rates of 1e-308, which a prior has if nothing is ever solved."""
 
 
 def plugin_bias(pass_rate: ArrayLike, num_samples: int, beta1: float) -> Floats:

@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter, and which weights cannot. Needs no peft: stage 1 asks too."""
+"""Which layers of a model get an adapter, and which weights cannot have one. Needs no peft: stage 1 uses it too."""
 
 import re
 from pathlib import Path
@@ -23,14 +23,14 @@ def refuse_unknown_layers(folder: Path, lora: LoraConfig) -> None:
 
 
 def adapted_layers(model: PreTrainedModel, chosen: tuple[str, ...] | str) -> list[str] | str:
-    """What peft shall adapt: names of layers, or a pattern where the model has other parts with layers of these names.
+    """peft's target: names of layers, or a pattern if other parts of the model have layers of the same names.
 
-    The output layer is none of them: log-probs read its weight directly.
+    The output layer is excluded: log-probs read its weight directly.
     """
     trunk, without = text_trunk(model), unadapted(model)
     linear = linear_layers(model) - without
     names = linear if isinstance(chosen, str) else set(chosen)
-    choice = f'choose of {", ".join(sorted(linear))}, or "all-linear"'
+    choice = f'choose from {", ".join(sorted(linear))}, or "all-linear"'
     if refused := sorted(names & without):
         raise UserError(
             f"train.lora.target_modules: no adapter can be put beside this model's {', '.join(refused)}: the names of "
@@ -54,11 +54,11 @@ def linear_layers(model: PreTrainedModel) -> set[str]:
 
 
 def unadapted(model: PreTrainedModel) -> set[str]:
-    """The names of weights that no adapter can be put beside.
+    """The names of weights that cannot have an adapter.
 
-    transformers keeps the weights of all experts of a layer in one tensor; peft takes the names that they have in a
-    checkpoint for these, also where an ordinary layer is called so. The kernels of a state-space layer read the weight
-    of its output projection directly, past an adapter.
+    transformers keeps the weights of all experts of a layer in one tensor. peft takes the names of these weights in a
+    checkpoint for that tensor, even if an ordinary layer has the same name. The kernels of a state-space layer read the
+    weight of its output projection directly, past an adapter.
     """
     experts = {found[1] for name in CheckpointNames(model).shapes if (found := EXPERT.search(name))}
     whole = {

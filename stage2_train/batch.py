@@ -1,4 +1,4 @@
-"""Completions as tensors: the tokens, padded in micro-batches, and what is known of each completion and each token.
+"""Completions as tensors: the tokens, padded in micro-batches, and the columns of each completion and each token.
 
 Tokens are sorted by length, cut into micro-batches under a token budget and padded on the right. Right padding needs no
 attention mask: a causal model's real tokens never see the padding that follows them.
@@ -20,7 +20,7 @@ from common.rollout import Rollout
 ABSENT: Any = None
 """A column that the objective did not ask for."""
 TOKENS_A_BATCH = 512
-"""What a forward and backward pass costs however few tokens it has, in tokens: weights are read, gradients written."""
+"""The fixed cost of a forward and backward pass, in tokens: it reads the weights and writes the gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What an optimizer step is made of, over all its slices and all ranks: what a slice's loss is divided by."""
+    """Totals of an optimizer step over all its slices and all ranks, by which a slice's loss is divided."""
 
     sequences: int
     groups: int
@@ -88,7 +88,7 @@ class Totals:
 
     @classmethod
     def together(cls, totals: Iterable["Totals"]) -> Self:
-        """Those of several steps."""
+        """The totals of several steps together."""
         each = list(totals)
         return cls(
             sequences=sum(one.sequences for one in each),
@@ -103,7 +103,7 @@ class Step:
 
     slices: Sequence[TokenBatch]
     filler: TokenBatch
-    """Goes through the networks while only other ranks have a slice left: under ZeRO-3 that is a collective act."""
+    """Passed through the networks when only other ranks have slices left: under ZeRO-3 a pass is collective."""
     totals: Totals
 
     @property
@@ -114,9 +114,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What an objective knows of some completions besides the policy's log-probs; the columns are those that it needs.
+    """The data of some completions besides the policy's log-probs, in the columns that the objective needs.
 
-    A prompt's completions stand together. All of them are judged: what the grader failed on is not here.
+    A prompt's completions are adjacent. Completions that the grader could not judge are left out.
     """
 
     group_of_B: Tensor
@@ -125,15 +125,15 @@ class Batch:
     """Completion tokens."""
     rewards_B: Tensor
     totals: Totals
-    """Of the iteration in `credit`, of the step in `loss`."""
+    """Totals of the iteration in `credit`, of the step in `loss`."""
     vstar_B: Tensor = ABSENT
     """V̂* of the prompt, from stage 1."""
     quantile_B: Tensor = ABSENT
-    """The share of the prompt's rewards in stage 1 that are no greater than the completion's."""
+    """The share of the prompt's rewards in stage 1 that do not exceed the completion's."""
     expected_B: Tensor = ABSENT
-    """The reward that the prompt's history lets expect."""
+    """The reward that is expected from the prompt's history."""
     rewards_K: Tensor = ABSENT
-    """The reward that falls to each token: that of a step at the step's last one, any other at the completion's."""
+    """The reward given to each token: a step's reward at the step's last token, any other at the completion's last."""
     reference_K: Tensor = ABSENT
     """ln π_ref."""
     old_K: Tensor = ABSENT
@@ -141,11 +141,11 @@ class Batch:
     values_K: Tensor = ABSENT
     """The critic's value of the state before each token."""
     sampled_K: Tensor = ABSENT
-    """The engine's own log-probs, nan where it was not asked for them."""
+    """The engine's own log-probs, nan if they were not requested."""
     advantages_B: Tensor = ABSENT
     advantages_K: Tensor = ABSENT
     returns_K: Tensor = ABSENT
-    """Credit: what an objective's `credit` adds."""
+    """Credit, which an objective's `credit` adds."""
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values
     """Adds up tensors of one shape; a collective operation, for `credit`."""
 
@@ -177,12 +177,12 @@ class Batch:
 
     @property
     def sizes_G(self) -> Tensor:
-        """How many sequences each group has."""
+        """The size of each group, shape (G,)."""
         return self.sum_by_group(torch.ones_like(self.rewards_B))
 
     @property
     def group_size_B(self) -> Tensor:
-        """How many sequences the group of each has."""
+        """The size of each sequence's group, shape (B,)."""
         return self.sizes_G[self.group_of_B]
 
     def mean_by_group(self, values_B: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class Batch:
         return self.sum_by_group(values_B)[self.group_of_B] / self.group_size_B
 
     def before_update(self, logprobs_K: Tensor) -> Tensor:
-        """ln π before the iteration's first step: the policy's own, where that is the only step."""
+        """ln π before the iteration's first step: the policy's own if that is the only step."""
         return logprobs_K.detach() if self.old_K is ABSENT else self.old_K
 
     def with_columns(self, **columns: Tensor) -> "Batch":
@@ -198,7 +198,7 @@ class Batch:
         return replace(self, **columns)  # type: ignore[arg-type]
 
     def at(self, rows: Sequence[int], totals: Totals) -> "Batch":
-        """Some of the sequences in that order, with the totals of the step that they are a part of."""
+        """Some of the sequences, in the given order, with the totals of the step that they belong to."""
         rows_B = torch.tensor(rows, dtype=torch.long, device=self.lengths_B.device)
         places_K = self.places_of(rows_B)
         taken = {}
@@ -210,7 +210,7 @@ class Batch:
         return replace(self, totals=totals, **taken)  # type: ignore[arg-type]
 
     def places_of(self, rows_B: Tensor) -> Tensor:
-        """Where the tokens of these sequences stand among all tokens, sequence after sequence."""
+        """The positions of these sequences' tokens among all tokens, sequence after sequence."""
         starts_B = self.lengths_B.cumsum(0) - self.lengths_B
         lengths_B = self.lengths_B[rows_B]
         ends_B = lengths_B.cumsum(0)
@@ -228,13 +228,13 @@ def token_batches(
 ) -> Iterator[TokenBatch]:
     """Cut units of sequences into micro-batches of similar length, each at most `tokens_per_batch` padded tokens.
 
-    A unit stays together: one sequence, or a group of them. Of all such cuts of the units sorted by their longest
-    sequence, the one that costs least: a micro-batch costs its padded tokens, and as much as `TOKENS_A_BATCH` more for
-    being one. A single unit that is larger than allowed makes one alone.
+    A unit, one sequence or a group of them, stays together. Units are sorted by their longest sequence and cut where
+    the total cost is least. A micro-batch costs its padded tokens plus `TOKENS_A_BATCH`. A single unit above the limit
+    gets a micro-batch of its own.
     """
     ordered = sorted(units, key=_longest, reverse=True)
-    costs = [0]  # of the best cut of the first so many units
-    starts = [0]  # where that cut's last micro-batch starts
+    costs = [0]  # costs[n] is the cost of the best cut of the first n units
+    starts = [0]  # starts[n] is where that cut's last micro-batch starts
     for end in range(1, len(ordered) + 1):
         rows = len(ordered[end - 1])
         best = (costs[end - 1] + rows * _longest(ordered[end - 1]) + TOKENS_A_BATCH, end - 1)

@@ -1,16 +1,16 @@
 """Checkpoints on disk: whole or absent, verified before they are used; the newest few and the best are kept.
 
     checkpoints/iteration-000050/
-      state/          what DeepSpeed saves of the policy: weights, optimizer and schedule
-      critic/         the same of the critic, where the objective trains one
-      state.json      the iteration, what the run depends on, the number of processes, the held-out accuracy
-      rollouts.json   the batches drawn ahead for the iterations to come, where train.staleness is not 0
-      history.parquet what the objective remembers of each prompt, where it does
+      state/          DeepSpeed's files of the policy: weights, optimizer and schedule
+      critic/         the same for the critic, if the objective trains one
+      state.json      the iteration, everything the run depends on, the number of processes, the held-out accuracy
+      rollouts.json   the batches drawn ahead for the next iterations, if train.staleness is not 0
+      history.parquet each prompt's history, if the objective keeps one
       manifest.json   the SHA-256 of each of these files
-    checkpoints/damaged/   those whose files were not what their manifest says
+    checkpoints/damaged/   checkpoints whose files do not match their manifest
 
 Data order, rollout seeds and random states are functions of the config's seed and the iteration (`prompt_batch`,
-`derive_seed`): the iteration's number is all that has to be kept of them.
+`derive_seed`), so only the iteration's number is stored.
 """
 
 import json
@@ -44,7 +44,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the weights, {} where it cannot be read; `newest_intact` tells why."""
+    """The state saved beside the weights; {} if it cannot be read, and `newest_intact` then says why."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -87,7 +87,7 @@ def write(
 
 
 def load(checkpoint: Path, parts: "Mapping[str, Learner]") -> None:
-    """Take over what `write` was given of each part; a collective operation."""
+    """Load each part from what `write` saved; a collective operation."""
     for name, learner in parts.items():
         learner.load(checkpoint, name)
 
@@ -100,7 +100,7 @@ def read_rollouts(checkpoint: Path) -> list[list[dict[str, Any]]]:
 
 
 def read_history(checkpoint: Path) -> pl.DataFrame:
-    """What the objective remembered of each prompt."""
+    """Each prompt's history."""
     return pl.read_parquet(checkpoint / HISTORY, glob=False)
 
 
@@ -113,7 +113,7 @@ def _unfinished(folder: Path, iteration: int) -> Path:
 
 
 def _finish(temporary: Path, state: dict[str, Any], keep: int) -> None:
-    """Seal what was written to `temporary` and give it its final name; drop all but `keep` and the best."""
+    """Write the manifest of `temporary` and give it its final name; drop all but `keep` and the best."""
     (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=2), encoding="utf-8")
     for path in (*temporary.rglob("*"), temporary):
@@ -123,7 +123,7 @@ def _finish(temporary: Path, state: dict[str, Any], keep: int) -> None:
     sync(folder)
     found = checkpoints(folder)
     for old in set(found[:-keep]) - {best(found)}:
-        # Renamed first: what is half deleted must not look like a checkpoint.
+        # Renamed first: a half deleted folder must not look like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
 
 
@@ -135,9 +135,9 @@ def best(found: list[Path]) -> Path | None:
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are what its manifest says; damaged ones are moved aside and named.
+    """The newest checkpoint whose files match its manifest; damaged ones are moved aside and reported.
 
-    Also removes what killed jobs left half written. For the main rank alone.
+    Also removes half-written files of killed jobs. Only for the main rank.
     """
     for leftover in folder.glob(".iteration-*.tmp"):
         shutil.rmtree(leftover)
@@ -149,13 +149,13 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
         earlier = checkpoints(folder)
-        then = f"continuing from {earlier[-1].name}" if earlier else "there is none before it: starting anew"
+        then = f"continuing from {earlier[-1].name}" if earlier else "there is none before it: starting over"
         say(f"warning: {checkpoint} is damaged ({found}); it is now {aside}, {then}")
     return None
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing is."""
+    """The damage of a checkpoint's files, None if there is none."""
     try:
         expected: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A rank's rollouts of an iteration to the batch that its objective sees, and to the optimizer steps on it.
+"""Turns a rank's rollouts of an iteration into the batch that its objective sees, and into optimizer steps on it.
 
 Shapes: _B sequence, _K completion token.
 """
@@ -23,7 +23,7 @@ from stage2_train.ranks import Ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collated:
-    """What an iteration trains on; `rows` says which of the rollouts each of the batch's rows is."""
+    """The batch and steps of an iteration; `rows` gives the rollout of each of the batch's rows."""
 
     batch: Batch
     steps: Sequence[Step]
@@ -43,13 +43,13 @@ class Cutter:
 
 
 Value = Callable[[Rollout], float]
-"""What is known of a completion from its prompt's past."""
+"""A value of a completion that follows from its prompt's past."""
 
 
 def known_values(
     columns: frozenset[Column], stage1: Stage1 | None, history: PromptHistory | None
 ) -> dict[str, Value]:
-    """The columns of one number per completion that come from stage 1, or from what has been remembered since."""
+    """The columns with one number per completion that come from stage 1, or from the prompt's history since."""
     values: dict[str, Value] = {}
     assert stage1 or columns.isdisjoint(STAGE1_COLUMNS), "the objective needs stage 1"
     if "vstar" in columns and stage1:
@@ -65,7 +65,7 @@ def known_values(
 
 
 def quantile(reward: float, rewards: Sequence[float]) -> float:
-    """The share of the rewards that are no greater."""
+    """The share of the rewards that do not exceed it."""
     return sum(other <= reward for other in rewards) / len(rewards)
 
 
@@ -80,7 +80,7 @@ class Collator:
         cut: Cutter,
         ranks: Ranks,
     ) -> None:
-        """`values` are columns by name, the renderer knows which text a token ends."""
+        """`values` are columns by name; the renderer maps tokens to positions in the text."""
         self._train = train
         self._objective = train.objective
         self._values = values
@@ -91,8 +91,8 @@ class Collator:
     def __call__(self, rollouts: Sequence[Rollout], places: Sequence[int]) -> Collated:
         """The batch and the steps of these rollouts, group after group; `places` number the groups in the whole job.
 
-        A collective operation. What the grader could not judge is left out, and with it a group of which too little is
-        left for the objective.
+        A collective operation. Completions that the grader could not judge are left out, and so is a group in which too
+        few are left for the objective.
         """
         size = self._objective.group_size
         rows: list[int] = []
@@ -175,7 +175,7 @@ class Collator:
         ]
 
     def _idle(self, rollouts: Sequence[Rollout], first: int) -> TokenBatch:
-        """Something for the networks where nothing of a step was judged on this rank: a unit of what was not."""
+        """Input for the networks if nothing of a step was judged on this rank: a unit that was not judged."""
         size = self._objective.group_size if self._objective.unit == "group" else 1
         unit = [TokenSequence.of(-1, rollout) for rollout in rollouts[first : first + size]]
         (tokens,) = self._cut([unit])
@@ -183,9 +183,9 @@ class Collator:
 
 
 def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> list[float]:
-    """The reward that falls to each token: a step's to the token that ends it, the completion's to the last one.
+    """The reward of each token: a step's reward goes to the token that ends it, the completion's to the last token.
 
-    The last token is the one that ends the completion, which adds no text: a step that ends with the text ends there.
+    The last token ends the completion and adds no text; a step that ends with the text ends at that token.
     """
     token_ids, text = rollout.completion.token_ids, rollout.completion.text
     rewards = [0.0] * len(token_ids)

@@ -1,4 +1,4 @@
-"""A few of the completions that training sees, for the eye: artifacts/<run>/completions/iteration-000010.parquet.
+"""A few of training's completions, for people to read: artifacts/<run>/completions/iteration-000010.parquet.
 
 One file per evaluation, which polars, DuckDB and pandas read together as completions/*.parquet. Training rollouts join
 stage 1's rows on prompt_id; held-out prompts have none, and no pass rate or V̂* here.
@@ -13,7 +13,7 @@ from common.files import atomic_path
 from common.rollout import Rollout
 
 SHOWN = 8
-"""Completions of each kind in a file."""
+"""Completions of each kind per file."""
 
 COLUMNS: Mapping[str, pl.DataType] = {
     "iteration": pl.Int32(),
@@ -61,7 +61,7 @@ def write_completions(
 
 
 def forget_completions(folder: Path, first_iteration: int) -> None:
-    """Remove the files of `first_iteration` and later: they belonged to a run that was lost."""
+    """Remove the files of `first_iteration` and later: those iterations were lost."""
     for file in folder.glob("iteration-*.parquet"):
         if int(file.stem.removeprefix("iteration-")) >= first_iteration:
             file.unlink()

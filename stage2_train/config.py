@@ -1,4 +1,4 @@
-"""The configuration of a whole run: what both stages read, and how stage 2 trains. Imports no torch."""
+"""The configuration of a whole run: the settings of both stages, including stage 2's. Imports no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from stage2_train.objectives import AStarPO, ObjectiveConfig
 from stage2_train.objectives.protocol import STAGE1_COLUMNS, Column
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""Of a moving average."""
+"""The decay of a moving average."""
 
 
 class LoraConfig(Section):
@@ -35,10 +35,10 @@ class TrainConfig(Section):
     mini_batch_size: Annotated[int, Field(ge=1)] = 128
     """Prompts per optimizer step, with all of their completions: a group is never split."""
     staleness: Annotated[int, Field(ge=0)] = 0
-    """Iterations by which the weights behind completions may lag, which are then drawn during training."""
+    """By how many iterations the weights that draw completions may lag; above 0, drawing overlaps training."""
     epochs: Annotated[int, Field(ge=1)] = 25
     iterations: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many iterations, whatever `epochs` says."""
+    """Stop after this many iterations; overrides `epochs`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up; constant after it."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -53,7 +53,7 @@ class TrainConfig(Section):
     offload_optimizer: bool = False
     """Keep the optimizer's states in the host's memory and step there."""
     offload_reference: bool = False
-    """Keep the reference model in the host's memory but for the moments when it is asked."""
+    """Keep the reference model in the host's memory, except while it computes log-probs."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Iterations between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
@@ -84,12 +84,12 @@ class TrainConfig(Section):
         return self.objective.passes * (self.batch_size // self.mini_batch_size)
 
     def iterations_over(self, prompts: int) -> int:
-        """Batches until each of so many prompts has been seen `epochs` times, or the configured number."""
+        """The configured number, or the batches in which each prompt is seen `epochs` times."""
         return self.iterations or max(1, self.epochs * prompts // self.batch_size)
 
     @property
     def columns(self) -> frozenset[Column]:
-        """What the objective needs to know of completions."""
+        """The columns that the objective needs."""
         return self.objective.needs(self.steps_per_iteration)
 
     @property
@@ -134,8 +134,8 @@ class Config(RunConfig):
     def _deepspeed_can_train(self) -> "Config":
         if self.model.dtype == "bfloat16" and self.train.zero_stage == 0:
             raise ValueError(
-                "train.zero_stage 0 does not go with model.dtype bfloat16: DeepSpeed's optimizer for it takes a step "
-                "before the first gradient; choose zero_stage 1, which needs no more memory, or dtype float32"
+                "train.zero_stage 0 cannot be combined with model.dtype bfloat16: DeepSpeed's optimizer for it takes a "
+                "step before the first gradient; choose zero_stage 1, which needs no more memory, or dtype float32"
             )
         return self
 
@@ -143,7 +143,7 @@ class Config(RunConfig):
     def _one_thread_speaks_to_other_ranks(self) -> "Config":
         if self.engine.training_tensor_parallel_size > 1 and self.train.staleness > 0:
             raise ValueError(
-                f"train.staleness {self.train.staleness} does not go with engine.training_tensor_parallel_size "
+                f"train.staleness {self.train.staleness} cannot be combined with engine.training_tensor_parallel_size "
                 f"{self.engine.training_tensor_parallel_size}: the engine's and the trainer's collective operations "
                 "could wait for each other; set one of them to its default"
             )

@@ -1,7 +1,7 @@
 """The critic: the reference model's network with a scalar head, which learns the value of each state.
 
-The state before a completion's token is the prompt with the tokens before it. In the field's terms this is a model for
-token classification with one label, and it is one: whatever reads those reads a critic.
+The state before a completion's token is the prompt with the tokens before it. The critic is a transformers model for
+token classification with one label, so any code that loads such models loads a critic.
 
 Shapes: _B sequence, _T position, _H hidden, _K completion token of the micro-batch.
 """
@@ -35,7 +35,7 @@ class ValueModel(nn.Module):
 
 
 class Critic:
-    """V: values of states, and the learner behind them. At the start it says 0 of every state."""
+    """V: values of states, and the learner behind them. At the start every state has the value 0."""
 
     def __init__(self, folder: Path, config: Config, ranks: Ranks, *, learning_rate: float) -> None:
         """Start from the reference model in `folder`."""

@@ -1,6 +1,6 @@
-"""What training starts from, read and checked before any model loads: prompts, held-out prompts, and stage 1's word.
+"""Training's inputs, read and checked before any model loads: prompts, held-out prompts, and stage 1's results.
 
-Prompts are those that stage 1's file keeps; an objective that needs nothing of stage 1 may take them from [data].
+Prompts are those that stage 1's file keeps. An objective that needs nothing from stage 1 may take them from [data].
 """
 
 import hashlib
@@ -39,37 +39,37 @@ from stage2_train.preflight import refuse_first
 from stage2_train.ranks import ALONE, Ranks
 
 EQUAL_REWARDS = "rewards.equal"
-"""The name by which a result of stage 1 is accepted that has one reward for everything."""
+"""The name by which --allow-mismatch accepts a result of stage 1 whose rewards are all equal."""
 CHOICE = ("format", "path", "name", "split", "prompt_field", "answer_field", "limit", "seed")
-"""The keys of [data] that say which prompts are meant."""
+"""The keys of [data] that select the prompts."""
 
 LARGEST_TIED_SHARE = 0.5
-"""Of the prompts that may have rewards of two values only where an objective goes by their quantiles."""
+"""The largest share of prompts with only two reward values, for an objective that uses quantiles of rewards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage1:
-    """What vstar.parquet says of the prompts that are trained on; its columns by prompt id."""
+    """The data of vstar.parquet on the training prompts; its columns by prompt id."""
 
     file: Path
     vstar: Mapping[str, float]
     pass_rate: Mapping[str, float]
     rewards: Mapping[str, Sequence[float]]
     beta1: float
-    """Of the artifact, which may have been re-scored since the config was written."""
+    """β1 of the artifact, which may have been rescored since the config was written."""
     num_samples: str
     """N of the artifact, or its range over prompts."""
     first_batch: FirstBatch | None
-    """What stage 1's samples say of the first iteration."""
+    """The forecast of the first iteration from stage 1's samples."""
     accepted_mismatches: tuple[str, ...] = ()
-    """In which the artifact's identity differs from this run's, as the user allowed."""
+    """Differences between the artifact's identity and this run's that the user allowed."""
     remarks: tuple[str, ...] = ()
-    """What a user must know of the artifact, in lines."""
+    """Lines to tell the user about the artifact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """What training starts from."""
+    """Training's inputs."""
 
     folder: Path
     """The reference model's."""
@@ -78,16 +78,17 @@ class TrainingData:
     held_out: list[Prompt]
     stage1: Stage1 | None
     identity: Mapping[str, Any]
-    """Of model, prompt template, sampling and grader."""
+    """The identity of model, prompt template, sampling and grader."""
 
     def iterations(self, config: Config) -> int:
-        """How many iterations this run has."""
+        """The number of iterations of this run."""
         return config.train.iterations_over(len(self.prompts))
 
     def usable(self, config: Config, pool: GraderPool, ranks: Ranks) -> "TrainingData":
-        """Less the prompts whose reference answer the grader cannot use, where nobody has looked yet.
+        """Without the prompts whose reference answer the grader cannot use, if that has not been checked yet.
 
-        A collective operation: the main rank looks, since a slow grader on one rank must not give it other prompts.
+        A collective operation: only the main rank checks, since a slow grader must not leave ranks with different
+        prompts.
         """
         prompts, held_out = self.prompts, self.held_out
         if self.stage1 is None:
@@ -97,7 +98,7 @@ class TrainingData:
         return replace(self, prompts=prompts, held_out=held_out)
 
     def digest(self) -> dict[str, Any]:
-        """What tells whether a run goes on with the same data, and without stage 1's file with the same setting."""
+        """Identifies the data, and without stage 1's file the settings behind them: a continued run must match."""
         if self.stage1 is None:
             return {"prompts": _digest([prompt.id for prompt in self.prompts]), "identity": self.identity}
         return {"vstar": _digest(sorted(self.stage1.vstar.items()))}
@@ -172,7 +173,7 @@ def _from_stage1(
     expected.refuse_unless_same(
         Provenance(identity=theirs, context={}),
         what=str(file),
-        advice="V̂* holds for its own model, template, sampling and grader only: use those, make it anew "
+        advice="V̂* holds for its own model, template, sampling and grader only: use those, make it again "
         "with another --run",
         allowance=allowance,
     )
@@ -205,13 +206,13 @@ def _refuse_nothing_to_learn(kept: pl.DataFrame, file: Path, allowance: Allowanc
     line = f"{EQUAL_REWARDS}: each of the {samples:,} samples of stage 1 has the reward {reward:g}"
     if not allowance.permits(EQUAL_REWARDS, line):
         raise UserError(
-            f"{file}: {line}, so there is nothing to learn from: {'; '.join(doubts(kept))}. To train all the same: "
+            f"{file}: {line}, so there is nothing to learn from: {'; '.join(doubts(kept))}. To train anyway: "
             f"--allow-mismatch {EQUAL_REWARDS}"
         )
 
 
 def _remarks(data: DataConfig, kept: pl.DataFrame, provenance: Provenance) -> Iterator[str]:
-    """Where [data] would choose other prompts now, and where rewards below 0 make a truncated completion the best."""
+    """Lines on differing prompts in [data], and on rewards below 0, which make a truncated completion the best."""
     if theirs := provenance.context.get("data"):
         ours = data.model_dump(include=set(CHOICE), exclude_none=True)
         if other := differences(ours, {key: theirs[key] for key in CHOICE if key in theirs}, "data."):
@@ -221,7 +222,7 @@ def _remarks(data: DataConfig, kept: pl.DataFrame, provenance: Provenance) -> It
 
 
 def _refuse_unfit_rewards(rewards: pl.Series, train: TrainConfig, file: Path) -> None:
-    """Raise UserError where an objective cannot make anything of stage 1's rewards, a list for each prompt."""
+    """Raise UserError if the objective cannot use stage 1's rewards, which are one list per prompt."""
     name = train.objective.name
     tied = int((rewards.list.n_unique() <= 2).sum())
     if "quantile" in train.columns and tied > LARGEST_TIED_SHARE * len(rewards):
@@ -255,7 +256,7 @@ def _refuse_other_tokens(prompts: list[Prompt], kept: pl.DataFrame, file: Path, 
     if not allowance.permits("prompt.tokens", line):
         raise UserError(
             f"{file}: stage 1 rendered its prompts to other token ids: {line}; use the library versions that "
-            "it names (`python cli.py inspect`), make it anew with another --run, "
+            "it names (`python cli.py inspect`), make it again with another --run, "
             "or accept it with --allow-mismatch prompt.tokens"
         )
 

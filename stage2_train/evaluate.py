@@ -1,4 +1,4 @@
-"""How good is a model, and how far from the reference: greedy accuracy, pass@1, pass@k, KL(π‖π_ref).
+"""Evaluate a model: greedy accuracy, pass@1, pass@k, and its distance from the reference, KL(π‖π_ref).
 
 Shapes: _P prompt, _N sample.
 """
@@ -45,7 +45,7 @@ BOOTSTRAP_RESAMPLES = 2000
 def evaluate(config: Config, models: Sequence[Path], console: Terminal) -> list[dict[str, Any]]:
     """Evaluate models on the config's held-out prompts, one after the other.
 
-    Raises UserError before it loads anything.
+    Raises UserError before any model is loaded.
     """
     data = config.held_out
     if data is None:
@@ -99,7 +99,7 @@ def evaluate(config: Config, models: Sequence[Path], console: Terminal) -> list[
 
 
 def _refuse_other_reference(reference: Path, config: Config) -> None:
-    """Raise UserError where the reference is no longer the model that the run's stage 1 has sampled from."""
+    """Raise UserError if the reference is no longer the model that the run's stage 1 sampled from."""
     paths = run_paths(config.run)
     if not paths.vstar.is_file():
         return
@@ -138,7 +138,7 @@ def sample_both_ways(
 
 
 def refuse_unjudged(rollouts: Sequence[Rollout]) -> None:
-    """Raise UserError where the grader could judge none of the completions that it read: all would count as wrong."""
+    """Raise UserError if the grader could judge none of the completions: all would count as wrong."""
     grades = [rollout.grade for rollout in rollouts if not rollout.completion.truncated]
     if grades and not any(grade.is_judged for grade in grades):
         raise UserError(
@@ -185,7 +185,7 @@ def pass_at_k(solved_P: NDArray[np.int64], samples: int, k: int) -> float:
 
 
 def bootstrap_interval(values_P: NDArray[np.float64], *, seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, resampling prompts; of one prompt there is nothing to resample."""
+    """The 95 % percentile interval of the mean, resampling prompts; a single prompt cannot be resampled."""
     from scipy.stats import bootstrap
 
     if len(values_P) == 1:
@@ -200,9 +200,9 @@ def bootstrap_interval(values_P: NDArray[np.float64], *, seed: int) -> tuple[flo
 def kl_to_reference(
     rollouts: Sequence[Rollout], model: Path, reference: Path, config: Config, console: Terminal
 ) -> dict[str, float]:
-    """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error (over prompts), a token's share.
+    """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error (over prompts), and KL per token.
 
-    Says whether the engine that drew them has the same log-probs of π.
+    Warns if the engine that drew them has other log-probs of π.
     """
     sequences = [TokenSequence.of(row, rollout) for row, rollout in enumerate(rollouts)]
     ours = completion_logprobs(sequences, model, config)
@@ -259,8 +259,8 @@ def show(result: dict[str, Any], console: Terminal) -> None:
     if others:
         console.print(f"  {'  '.join(others)}")
     console.print(
-        f"  KL(π‖π_ref)      {result['kl_sequence']:.4f} ± {result['kl_sequence_se']:.4f} nats a completion, "
-        f"{result['kl_token']:.5f} a token"
+        f"  KL(π‖π_ref)      {result['kl_sequence']:.4f} ± {result['kl_sequence_se']:.4f} nats per completion, "
+        f"{result['kl_token']:.5f} per token"
     )
     console.print(
         f"  completions      {result['completion_tokens_mean']:.1f} tokens, {result['truncated']:.1%} truncated"

@@ -1,4 +1,4 @@
-"""The folder of a trained model: the reference's own, with other weights."""
+"""The folder of a trained model: a copy of the reference's, with the trained weights."""
 
 import json
 import shutil
@@ -25,9 +25,9 @@ COPIED = (
     "chat_template*",
     "*processor_config.json",
 )
-"""As the reference has them, if it has them."""
+"""Files that are copied from the reference, if it has them."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
-"""config.json's, of this and of earlier versions of transformers."""
+"""The keys of config.json in this and in earlier versions of transformers."""
 
 
 def write_model(
@@ -35,7 +35,7 @@ def write_model(
 ) -> None:
     """Write trained weights, named as in the reference's checkpoint, and the rest of its folder, into `folder`.
 
-    Tensors of the checkpoint that are no weights of the trained model, such as buffers, are the reference's.
+    Tensors of the checkpoint that are not weights of the trained model, such as buffers, are copied from the reference.
     """
     others = {name: tensor for name, tensor in stored_weights(reference) if not names.covers(name)}
     save_torch_state_dict(weights | others, folder, metadata={"format": "pt"})
@@ -50,7 +50,7 @@ def write_model(
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
-    """A config whose weights, and those of each part that says so, are of this dtype."""
+    """The config with this dtype, also in each part that states one."""
     if not isinstance(config, dict):
         return config
     return {key: dtype if key in DTYPE_KEYS else _with_dtype(value, dtype) for key, value in config.items()}

@@ -1,18 +1,20 @@
-"""What stage 2's first batch will show, from stage 1's rewards: `forecast` prints it, `train` checks itself by it.
+"""Forecast the loss and reward of stage 2's first batch from stage 1's rewards.
 
-In the first iteration π = π_ref, so that the regression loss is the mean of (r − V̂*)² over a batch, with a fresh r
-from the very distribution that stage 1 sampled. The cached rewards are not fresh in that formula, for two reasons:
-V̂* was computed from them, and a filter may have kept a prompt for them. Both make the plain average over them wrong.
-What is right is the distribution of a *further* reward given a prompt's N own, which neither can disturb:
+`forecast` prints the result, and `train` compares its first iteration with it.
 
-- rewards of 0 and 1: the posterior mean of the success probability, under the distribution of these probabilities
-  over the prompts that makes all cached rewards likeliest (nonparametric maximum likelihood: Kiefer and Wolfowitz
-  1956, by EM on a grid). No shape is assumed of it: prompts never solved, or always, are points of the grid;
-- any other rewards: credibility (Bühlmann 1967), the mixture Z · own samples + (1 − Z) · all prompts' samples with
+In the first iteration π = π_ref, so the regression loss is the mean of (r − V̂*)² over a batch, with a fresh r from
+the distribution that stage 1 sampled. The cached rewards cannot stand for fresh ones, for two reasons: V̂* was
+computed from them, and a filter may have kept a prompt because of them. Their plain average is therefore biased.
+Neither affects the distribution of a *further* reward given a prompt's N own, which is used instead:
+
+- rewards of 0 and 1: the posterior mean of the success probability. The prior is the distribution over prompts under
+  which all cached rewards are most likely (nonparametric maximum likelihood: Kiefer and Wolfowitz 1956, by EM on a
+  grid). It assumes no shape: the grid includes prompts that are never or always solved;
+- other rewards: credibility (Bühlmann 1967), the mixture Z · own samples + (1 − Z) · all prompts' samples with
   Z = N / (N + within/between variance), the best linear predictor.
 
-A file of M samples that all are 1 does not prove that no other reward is possible: half a sample of the least and half
-of the greatest possible reward are added to the whole file (for 0/1 rewards Jeffreys' prior of the mean rate).
+Even if all samples of a file are 1, other rewards may be possible. So half a sample of the least and half a sample of
+the greatest possible reward are added to the whole file (for 0/1 rewards Jeffreys' prior of the mean rate).
 
 Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _G group of prompts with the same successes
 and trials, _Q grid point, _R resample of the prompts.
@@ -29,21 +31,21 @@ from common.value import Floats, reward_range
 from stage2_train.config import TrainConfig
 
 LEVEL = 0.95
-"""Of the intervals that are shown."""
+"""Coverage of the intervals that are shown."""
 ALARM_LEVEL = 0.999
-"""Of the intervals outside which training warns: of each figure, an honest run does so about once in a thousand."""
+"""Coverage of the intervals outside which training warns: an honest run is warned once in 1,000, for each figure."""
 
 GRID_POINTS = 201
 EM_STEPS = 1000
 RESAMPLES = 50
-"""Of the prompts, to see how well they determine the distribution that is estimated from them."""
+"""Number of resamples of the prompts; they show how well the prompts determine the estimated distribution."""
 _ROUNDING = 1e-5
 """Training computes in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
-    """A figure before it is known: mean, standard deviation, skewness, and the range that it cannot leave."""
+    """The distribution of a figure before it is known: mean, standard deviation, skewness, and possible range."""
 
     mean: float
     sd: float
@@ -54,8 +56,9 @@ class Expectation:
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """The central interval of the gamma distribution with these three moments, cut to the possible range.
 
-        Shifted, and mirrored for a negative skewness (Pearson's type III); the normal one for a skewness of 0. A count
-        of rare events is skewed: a normal interval of the mean 0.1 would end at 1.1, and 2 of them come once in 200.
+        It is shifted, and mirrored for a negative skewness (Pearson's type III); for a skewness of 0 it is the normal
+        distribution. Counts of rare events are skewed: with a mean of 0.1 a normal interval would end at 1.1, although
+        2 events occur once in 200.
         """
         from scipy.stats import pearson3
 
@@ -89,7 +92,7 @@ class FirstBatch:
         }
 
     def warning(self, loss: float, reward: float) -> str | None:
-        """What to tell the user of a first iteration that came out as stage 1's samples make unlikely, in one line."""
+        """One line for the user if the first iteration is unlikely given stage 1's samples."""
         found = {"loss": (self.loss, loss), "reward": (self.reward, reward)}
         outside = [
             "{} {:.4g} is outside {:.4g} to {:.4g}".format(name, value, *expected.interval(ALARM_LEVEL))
@@ -106,17 +109,17 @@ class FirstBatch:
 
 
 def expected_first_batch(rows: pl.DataFrame, train: TrainConfig) -> FirstBatch | None:
-    """`first_batch` of a run, where its loss is (r − V̂*)² at first and each completion is of another prompt."""
+    """`first_batch` of a run whose loss starts as (r − V̂*)² and whose completions are of different prompts."""
     if "vstar" not in train.columns or train.objective.group_size > 1:
         return None
     return first_batch(rows, train.batch_size)
 
 
 def first_batch(rows: pl.DataFrame, batch_size: int) -> FirstBatch | None:
-    """What the rows of vstar.parquet say of a batch of `batch_size` kept prompts with a fresh completion each.
+    """The forecast for a batch of `batch_size` kept prompts with one fresh completion each, from vstar.parquet's rows.
 
-    Dropped prompts take part in the estimate of how prompts differ. None where no prompt has two samples: nothing then
-    tells how much of the rewards' variance lies within a prompt.
+    Dropped prompts take part in the estimate of how prompts differ. None if no prompt has two samples, since the
+    variance within a prompt is then unknown.
     """
     counts_P = rows["rewards"].list.len().to_numpy().astype(np.int64)
     if counts_P.max() < 2:
@@ -128,7 +131,7 @@ def first_batch(rows: pl.DataFrame, batch_size: int) -> FirstBatch | None:
     losses_P = np.stack([_moment_about(vstar_P, fresh.moments_P, power) for power in (2, 4, 6)])
     lowest, highest = reward_range(rewards_S)
     counts_P = counts_P[kept_P]
-    # Of a reward of 0 or 1 the loss is V̂*² + r (1 − 2 V̂*).
+    # For a reward r of 0 or 1 the loss is V̂*² + r (1 − 2 V̂*).
     loss_error = fresh.shared_error(1 - 2 * vstar_P)
     reward_error = fresh.shared_error(np.ones(len(vstar_P)))
     return FirstBatch(
@@ -150,14 +153,15 @@ def batch_mean(
 ) -> Expectation:
     """The mean over a batch of a figure with these moments E[xᵏ], k = 1 … 3, in each prompt; shape (3, P).
 
-    The batch is what training takes: so many whole passes over the prompts, which all are in every batch, and the rest
-    drawn without replacement, whose variance over the prompts shrinks by the share of prompts that it holds.
+    As in training, a batch consists of whole passes over the prompts and a rest that is drawn without replacement.
+    Every batch holds the whole passes; the variance of the rest over the prompts shrinks by the share of prompts that
+    it holds.
 
-    A prompt's mean is known from its `counts_P` samples only, and what it is off by is the same at each visit:
-    `correlation_P` is that part of the figure's variance, so that v visits have v + v (v − 1) · correlation times the
-    variance of one. And all prompts' means can be off together, since how prompts differ is an estimate too: the mean
-    over the prompts has the variance `shared_error` for that, or more where it would else be known better than from
-    its own samples, which give it to (variance given the prompt) / (N · prompts).
+    A prompt's mean is known from its `counts_P` samples only, with the same error at each visit. `correlation_P` is
+    that part of the figure's variance, so v visits have v + v (v − 1) · correlation times the variance of one. All
+    prompts' means can also be wrong together, since the distribution over prompts is an estimate: `shared_error` is
+    the variance of the mean over the prompts for that reason. It is raised if the mean would otherwise be known better
+    than its own samples allow, which is to (variance given the prompt) / (N · prompts).
     """
     prompts = len(correlation_P)
     passes, rest = divmod(batch_size, prompts)
@@ -174,8 +178,8 @@ def batch_mean(
     deviation_P = mean_P - mean_P.mean()
     between = float(mean_P.var(ddof=1)) if prompts > 1 else 0.0
     variance = visits + rest * left_out * between
-    # Errors that visits share make a sum more skewed as they do a negative binomial's or beta-binomial's: `excess` is
-    # their variance over that of independent visits.
+    # Errors shared by visits make a sum more skewed, as in a negative binomial or beta-binomial: `excess` is their
+    # variance over that of independent visits.
     excess = visits / (batch_size * within) if within > 0 else 1.0
     third = batch_size * float(skew_P.mean()) * excess * (2 * excess - 1) + rest * left_out * float(
         ((2 * left_out - 1) * deviation_P**3 + 3 * deviation_P * variance_P).mean()
@@ -191,11 +195,12 @@ def batch_mean(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreshRewards:
-    """What is known of further rewards of each prompt, given its own and all prompts' rewards.
+    """The distribution of further rewards of each prompt, given its own and all prompts' rewards.
 
-    `moments_P` is E[rᵏ], k = 0 … 6, shape (7, P). `correlation_P` is that of two further rewards of a prompt, which
-    both are drawn from the same unknown distribution; the loss has the same where the reward is 0 or 1, and it is
-    taken for any. `rates_RG` are the groups' success probabilities from resampled prompts; `group_P` is a prompt's.
+    `moments_P` is E[rᵏ], k = 0 … 6, shape (7, P). `correlation_P` is the correlation of two further rewards of a
+    prompt, which are drawn from the same unknown distribution. For rewards of 0 and 1 the loss has the same
+    correlation, and it is used for other rewards too. `rates_RG` are the groups' success probabilities from resampled
+    prompts; `group_P` is a prompt's group.
     """
 
     moments_P: Floats
@@ -219,7 +224,7 @@ class FreshRewards:
 
 
 def fresh_rewards(rewards_S: Floats, counts_P: NDArray[np.int64]) -> FreshRewards:
-    """What the rewards of all prompts tell of further ones of each."""
+    """Predict further rewards of each prompt from the rewards of all prompts."""
     starts_P = np.concatenate([[0], np.cumsum(counts_P)[:-1]])
     powers_K = np.arange(7)[:, None]
     if np.isin(rewards_S, (0.0, 1.0)).all():
@@ -259,16 +264,16 @@ def _moment_about(centre_P: Floats, moments_P: Floats, power: int) -> Floats:
 def _success_probability(
     successes_P: NDArray[np.int64], trials_P: NDArray[np.int64]
 ) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
-    """Each prompt's posterior mean and variance under the prior on the grid that is likeliest for all prompts.
+    """Each prompt's posterior mean and variance under the maximum-likelihood prior on the grid.
 
-    Then the posterior means of the groups under the priors from resampled prompts, and each prompt's group.
+    Also returns the posterior means of the groups under the priors from resampled prompts, and each prompt's group.
     """
     width = int(trials_P.max()) + 1
     codes_G, group_P, prompts_G = np.unique(
         successes_P * width + trials_P, return_inverse=True, return_counts=True
     )
     successes_G, trials_G = codes_G // width, codes_G % width
-    # Closest together at 0 and 1, where the binomial distribution is narrowest.
+    # The grid is densest at 0 and 1, where the binomial distribution is narrowest.
     grid_Q = np.sin(np.linspace(0, np.pi / 2, GRID_POINTS)) ** 2
     from scipy.special import xlog1py, xlogy
 

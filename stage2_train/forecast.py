@@ -1,6 +1,7 @@
-"""What a training run will take, before it starts: steps, tokens, the first iteration's figures, memory.
+"""Forecast a training run before it starts: steps, tokens, the first iteration's figures, memory.
 
-Reads vstar.parquet, the config, and the model's config.json, tokenizer.json and weight headers: no model, no torch.
+Reads vstar.parquet, the config, and the model's config.json, tokenizer.json and weight headers. Loads no model and no
+torch.
 """
 
 import json
@@ -28,12 +29,12 @@ from stage2_train.memory import memory_per_gpu, read_shape
 from stage2_train.preflight import foresight
 
 TOKENIZED_PROMPTS = 2000
-"""So many prompts, chosen at random, stand for all in the number of prompt tokens."""
+"""The mean number of prompt tokens is taken over this many prompts, chosen at random."""
 GIB = 2**30
 
 
 def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> dict[str, Any]:
-    """The figures that `show` prints, as a JSON document. Raises UserError for a file or a model that is none."""
+    """The figures that `show` prints, as a JSON document. Raises UserError for an invalid file or model."""
     if config.train.mini_batch_size % gpus:
         raise UserError(
             f"--gpus {gpus}: train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "
@@ -41,7 +42,7 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
         )
     if not (math.isfinite(gpu_gib) and gpu_gib > 0):
         raise UserError(
-            f"--gpu-memory {gpu_gib:g} is no amount of memory; give one GPU's, in GiB, such as 80"
+            f"--gpu-memory {gpu_gib:g} is not an amount of memory; give one GPU's, in GiB, such as 80"
         )
     rows, provenance = read_vstar(vstar_file)
     kept = rows.filter("keep")
@@ -105,7 +106,7 @@ def _tokens(kept: pl.DataFrame, completions: int, config: Config, folder: Path) 
 
 
 def completion_tokens(kept: pl.DataFrame, completions: int) -> Expectation:
-    """The tokens in `completions` completions, dealt out evenly over the kept prompts.
+    """The tokens in `completions` completions, spread evenly over the kept prompts.
 
     Two sources of error: the completions to come vary, and so did the cached ones that the means were taken from.
     """
@@ -126,7 +127,7 @@ def completion_tokens(kept: pl.DataFrame, completions: int) -> Expectation:
 
 
 def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float:
-    """By the tokenizer alone, since transformers would load torch: what a chat template adds is not counted."""
+    """Counted by the tokenizer alone, since transformers would load torch; a chat template's tokens are left out."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
@@ -138,8 +139,8 @@ def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float
     refuse_pointer(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # of a damaged file it raises nothing more particular
-        raise UserError(f"{file} is no tokenizer ({cause(error)}); {AGAIN}") from error
+    except Exception as error:  # it raises nothing more specific for a damaged file
+        raise UserError(f"{file} is not a tokenizer ({cause(error)}); {AGAIN}") from error
     encodings = tokenizer.encode_batch(rendered, add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings) / len(encodings)
 

@@ -20,12 +20,12 @@ from stage2_train.ranks import Ranks
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 
-# On a CPU it would compile collectives of its own for a minute, under a lock file that outlives a killed process:
-# every later start would wait for it for ever.
+# On a CPU it would compile its own collectives for a minute, under a lock file that outlives a killed process:
+# every later start would then wait forever.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 MAX_SKIPPED_STEPS = 5
-"""Steps in a row that a non-finite gradient may cost."""
+"""Training ends after this many skipped steps in a row."""
 
 
 class Learner:
@@ -67,7 +67,7 @@ class Learner:
         )
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The module's output. Under ZeRO-3 a collective operation, as is all that follows."""
+        """The module's output. Under ZeRO-3 a collective operation, like all methods below."""
         return self._engine(*inputs)
 
     @property
@@ -78,7 +78,7 @@ class Learner:
     def backward(self, loss_share: Tensor, *, last: bool) -> None:
         """Accumulate the gradients of a slice; `last` closes the step.
 
-        DeepSpeed averages gradients over ranks where shares of one loss have to be summed, hence the factor.
+        DeepSpeed averages gradients over ranks, but shares of one loss have to be summed; hence the factor.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss_share * self._ranks.world_size, scale_wrt_gas=False)
@@ -86,8 +86,8 @@ class Learner:
     def step(self) -> float:
         """Clip, update, advance the schedule; returns the gradient norm before clipping.
 
-        Where it is not finite, so on every rank, the step is skipped: weights, optimizer and schedule stay as they
-        are and NaN is returned. Raises UserError after MAX_SKIPPED_STEPS of these in a row.
+        If the norm is not finite, on every rank then, the step is skipped: weights, optimizer and schedule do not
+        change and NaN is returned. Raises UserError after MAX_SKIPPED_STEPS skipped steps in a row.
         """
         norm = self._take_step()
         if math.isfinite(norm):
@@ -106,7 +106,7 @@ class Learner:
         if self._zero_stage > 0:
             self._engine.step()  # skips on its own
             return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
-        # Without ZeRO, DeepSpeed neither checks float32 gradients nor tells the norm that it clips by.
+        # Without ZeRO, DeepSpeed neither checks float32 gradients nor reports the norm that it clips by.
         gradients = [parameter.grad for parameter in self.module.parameters()]
         norm = float(torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None]))
         if math.isfinite(norm):
@@ -122,7 +122,7 @@ class Learner:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Meanwhile nothing in the network is random, as dropout is."""
+        """A context without randomness in the network, such as dropout."""
         self._engine.eval()
         try:
             yield
@@ -136,7 +136,7 @@ class Learner:
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """Meanwhile these parameters are whole on every rank."""
+        """A context in which these parameters are whole on every rank."""
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.is_partitioned):
             yield
 
@@ -148,7 +148,7 @@ class Learner:
         )
 
     def load(self, folder: Path, name: str) -> None:
-        """Take over what `save` wrote."""
+        """Load what `save` wrote."""
         is_whole = all(parameter.requires_grad for parameter in self.module.parameters())
         path, _ = self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=is_whole)
         assert path is not None, f"{folder} was found intact"

@@ -1,11 +1,11 @@
-"""Log-probs of completions under a causal language model. The policy's and the reference's come from here alone.
+"""Log-probs of completions under a causal language model; the only source of the policy's and the reference's.
 
-Only the positions that predict a completion token reach the vocabulary, and that a slice of it at a time: with
-Qwen2.5's vocabulary of 151,936 the logits of a single completion of 1,280 tokens take 778 MB in float32, and autograd
-keeps several tensors of that size. `LinearLogprobs` has one slice's, in the parameters' dtype.
+Logits are computed only at positions that predict a completion token, and for one slice of the vocabulary at a time.
+With Qwen2.5's vocabulary of 151,936 the logits of a single completion of 1,280 tokens take 778 MB in float32, and
+autograd keeps several tensors of that size. `LinearLogprobs` holds the logits of one slice, in the parameters' dtype.
 
 Shapes: _B sequence, _T position, _K completion token of the batch, _R of a block of these, _H hidden, _V vocabulary,
-_C of a slice of it, _S slice.
+_C column of a slice of it, _S slice.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,20 @@ from stage2_train.config import Config
 LOGITS_PER_CHUNK = 2**26
 """Elements of the largest logits tensor: 256 MiB in float32, 128 MiB in bfloat16."""
 LOGITS_PER_BLOCK = 2**22
-"""Elements of it whose softmax is taken at a time, in float32: temporaries of 16 MiB, near a processor's cache."""
+"""Elements of it whose softmax is computed at a time, in float32: temporaries of 16 MiB, about a processor's cache."""
 
 
 class VocabularyHead(nn.Module):
     """The last layer, from hidden states to the log-probs of given tokens.
 
-    It reads the layer's weights instead of calling it, so that it is one step of the network however many slices
-    there are: under ZeRO-3 each call of a layer is a collective operation, and ranks differ in their number of them.
+    It reads the layer's weights instead of calling it, so that any number of slices counts as one step of the network:
+    under ZeRO-3 each call of a layer is a collective operation, and ranks differ in their number of slices.
     """
 
     def __init__(
         self, lm_head: nn.Linear, temperature: float, transform: LogitTransform | None = None
     ) -> None:
-        """`transform` is what the model does to the layer's logits, element by element."""
+        """`transform` is the model's function of the layer's logits, element by element."""
         super().__init__()
         self.lm_head = lm_head
         self.temperature = temperature
@@ -54,17 +54,17 @@ class VocabularyHead(nn.Module):
 class LinearLogprobs(torch.autograd.Function):
     """ln softmax(f(hidden Wᵀ) / temperature) at given tokens, and the softmax's entropy, by slices of the vocabulary.
 
-    f is what the model does to its logits, one by one, such as a soft cap; mostly nothing.
+    f is the model's elementwise function of its logits, such as a soft cap; mostly the identity.
 
-    Only the backward pass knows g and h, the loss's derivatives by each log-prob and each entropy H. It computes a
-    slice's logits again and writes over them the loss's gradient with respect to them,
-    [g (onehot − softmax) − h softmax (ln softmax + H)] / temperature; where no loss asks for the entropy, h is None and
-    its term is not computed. The last slice's logits are still in the buffer from the forward pass, so that with a
-    single slice nothing is computed twice. Each slice of the weight gets its gradient in one piece, in its own dtype;
-    the hidden states' is added up in float32.
+    Only the backward pass knows g and h, the loss's derivatives with respect to each log-prob and each entropy H. It
+    recomputes a slice's logits and overwrites them with the loss's gradient with respect to them, [g (onehot −
+    softmax) − h softmax (ln softmax + H)] / temperature. If no loss uses the entropy, h is None and its term is
+    skipped. The last slice's logits are still in the buffer from the forward pass, so a single slice is not computed
+    twice. Each slice of the weight gets its gradient in one piece, in its own dtype; the gradient of the hidden states
+    is summed in float32.
 
-    torch's `linear_cross_entropy` and Liger's `LigerFusedLinearPPO` recompute likewise, but give no entropy; the
-    first also rounds log-probs to a bfloat16 model's dtype, the second holds a float32 gradient of the whole weight.
+    torch's `linear_cross_entropy` and Liger's `LigerFusedLinearPPO` recompute in the same way, but give no entropy. The
+    first also rounds log-probs to a bfloat16 model's dtype; the second holds a float32 gradient of the whole weight.
     """
 
     @staticmethod
@@ -199,7 +199,7 @@ class LogprobModel(nn.Module):
     def __init__(self, model: PreTrainedModel, temperature: float) -> None:
         """`temperature` is the sampling temperature: the policy is the distribution that completions come from.
 
-        Raises UserError where the logits do not follow from an output layer.
+        Raises UserError if the logits do not come from an output layer.
         """
         super().__init__()
         self.model = model

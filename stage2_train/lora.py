@@ -26,7 +26,7 @@ from stage2_train.config import Config
 ADAPTER = "default"
 """peft's name for a model's only adapter."""
 WEIGHTS_FILE = "adapter_model.safetensors"
-"""What PeftModel.from_pretrained looks for."""
+"""The file that PeftModel.from_pretrained looks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +63,11 @@ class Adapter:
             revision=config.model.revision,
         )
         with torch.random.fork_rng(devices=[]):
-            # Every rank draws the same A: DeepSpeed's ZeRO-3 takes each rank's own part of it.
+            # Every rank draws the same A; under ZeRO-3 DeepSpeed keeps each rank's part of it.
             torch.manual_seed(derive_seed(config.seed, "lora"))
             self._model: PeftModel = get_peft_model(model, self._settings, autocast_adapter_dtype=False)
         if "{run}" not in config.model.path:
-            # The hub's name of a model, where it has one, says more than a folder in this machine's cache.
+            # The hub's name of a model, if it has one, is more useful than a folder in this machine's cache.
             self._settings.base_model_name_or_path = config.model.path
         self._updates = {
             f"{name}.base_layer.weight": LowRankUpdate(
@@ -82,12 +82,12 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Meanwhile the model is the one that training began with."""
+        """A context in which the model is the one that training began with."""
         with self._model.disable_adapter():
             yield
 
     def merged_weights(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, LowRankUpdate | None]]:
-        """The base model's weights under its own names, each with what is to be added to it."""
+        """The base model's weights under its own names, each with the update to add to it."""
         return {
             name.replace(".base_layer.", "."): (weight, self._updates.get(name))
             for name, weight in weights.items()

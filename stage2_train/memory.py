@@ -1,8 +1,8 @@
 """How much memory a GPU needs for stage 2: arithmetic on the model's shape and the config, without torch or a GPU.
 
-What DeepSpeed keeps was read off its own tensors (tests/test_forecast.py repeats that); what a layer keeps for its
-backward pass off torch's. Two moments can be the worst: the backward pass of the largest micro-batch, and the
-optimizer's step, when the activations are gone.
+The sizes were read from DeepSpeed's tensors, and for a layer's activations from torch's (tests/test_forecast.py repeats
+that). Memory peaks either in the backward pass of the largest micro-batch or in the optimizer's step, when the
+activations are freed.
 """
 
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ from stage2_train.objectives.protocol import TrainsCritic
 
 FLOAT32 = 4
 BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size, in elements: allocated whole, however small the model is."""
+"""DeepSpeed's reduce_bucket_size, in elements: always allocated in full, even for a small model."""
 LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's stage3_max_live_parameters: what ZeRO-3 keeps gathered at a time at most."""
+"""DeepSpeed's stage3_max_live_parameters: the most parameters that ZeRO-3 keeps gathered at a time."""
 STEP_GROUP = 1_000_000_000
-"""DeepSpeed's sub_group_size: ZeRO-3 steps through so many parameters at a time."""
+"""DeepSpeed's sub_group_size: the number of parameters that a ZeRO-3 step updates at a time."""
 LOGITS_PER_CHUNK = 2**26
 LOGITS_PER_BLOCK = 2**22
-"""As in logprobs.py, which imports torch."""
+"""The same as in logprobs.py, which cannot be imported here because it imports torch."""
 BLOCK_COPIES = 2
-"""Float32 tensors of a block's size that are there at once in its backward pass."""
+"""Float32 tensors of a block's size that exist at once in its backward pass."""
 
 ASSUMPTIONS = (
     "the largest micro-batch is full, and each of its tokens may be a completion's",
@@ -75,9 +75,9 @@ def read_shape(folder: Path) -> Shape:
 def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -> dict[str, Any]:
     """Bytes on each of `gpus` GPUs of `gpu_bytes`, by component, and whether that fits.
 
-    `held` lasts all training, `rollout` comes on top while an engine that sleeps otherwise is awake, `reference` while
-    an offloaded reference model is asked, `backward` during the backward pass, `step` during the optimizer's step.
-    `host` is what a process keeps in main memory of what was offloaded.
+    `held` lasts all training. On top of it come `rollout` while an otherwise sleeping engine is awake, `reference`
+    while an offloaded reference model computes, `backward` during the backward pass, and `step` during the optimizer's
+    step. `host` is the offloaded memory that a process keeps in main memory.
     """
     engine = _engine(shape, config, gpu_bytes)
     sleeps = config.engine.sleep_while_training
@@ -113,7 +113,7 @@ def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -
 
 
 def trained_parameters(shape: Shape, config: Config) -> int:
-    """All of the model's, or an adapter's: a matrix from each layer's inputs to the rank, and one to its outputs."""
+    """The trained parameters: the model's, or an adapter's two matrices per layer (inputs to rank, rank to outputs)."""
     lora = config.train.lora
     return (
         shape.parameters if lora is None else shape.layers * lora.rank * sum(map(sum, _adapted(shape, lora)))
@@ -135,16 +135,16 @@ def _adapted(shape: Shape, lora: LoraConfig) -> list[tuple[int, int]]:
     if unknown := sorted(names - linear.keys()):
         raise UserError(
             f"train.lora.target_modules: a model of the Qwen, Llama or Mistral kind has no linear layers called "
-            f"{', '.join(unknown)} before its output layer; choose of {', '.join(linear)}"
+            f"{', '.join(unknown)} before its output layer; choose from {', '.join(linear)}"
         )
     return [linear[name] for name in sorted(names)]
 
 
 def model_states(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
-    """What DeepSpeed keeps of the policy on each GPU, in bytes, after the backward pass of a micro-batch.
+    """DeepSpeed's memory for the policy on each GPU, in bytes, after the backward pass of a micro-batch.
 
-    ZeRO-1 shares the optimizer's states out among the ranks, ZeRO-2 the gradients too, ZeRO-3 the parameters too. The
-    float32 copy of the parameters is there under any ZeRO stage, even where they are float32 themselves.
+    ZeRO-1 partitions the optimizer's states over the ranks, ZeRO-2 the gradients too, ZeRO-3 the parameters too. The
+    float32 copy of the parameters exists under any ZeRO stage, even if the parameters are float32 themselves.
     """
     size, train = _size(config), config.train
     trained = trained_parameters(shape, config)
@@ -164,7 +164,7 @@ def model_states(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
 
 
 def _critic(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
-    """Model states and bucket of the critic, where the objective trains one: the policy less its output layer."""
+    """Model states and bucket of the critic, if the objective trains one: the policy without its output layer."""
     if not isinstance(config.train.objective, TrainsCritic):
         return {}
     head = 0 if shape.is_tied else shape.vocabulary * shape.hidden
@@ -183,7 +183,7 @@ def _optimizer_states(trained: int, config: Config, gpus: int) -> dict[str, int]
 
 
 def host_memory(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
-    """What a process keeps in the host's memory of what was offloaded, in bytes: the step's temporaries included."""
+    """The offloaded bytes that a process keeps in the host's memory, including the step's temporaries."""
     held = {"reference model": _weights(shape, config)} if config.train.offload_reference else {}
     if not config.train.offload_optimizer:
         return held
@@ -248,11 +248,11 @@ def _step(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
 
 
 def layer_activations(shape: Shape, config: Config) -> int:
-    """Bytes a token that one layer keeps for its backward pass, with an attention that keeps no scores.
+    """Bytes per token that one layer keeps for its backward pass, with an attention that keeps no scores.
 
-    Four tensors of the feed-forward's width; queries and the attention's output; keys and values; and each of the two
-    norms its input in float32, its output and, to train its weight, the normalised value. An adapter keeps the low-rank
-    tensor between its two matrices and, with dropout, its thinned-out inputs and which these are.
+    These are: four tensors of the feed-forward's width; queries and the attention's output; keys and values; for each
+    of the two norms its input in float32, its output and, to train its weight, the normalised value. An adapter keeps
+    the low-rank tensor between its two matrices and, with dropout, the masked inputs and the mask.
     """
     size, lora = _size(config), config.train.lora
     wide = 4 * shape.intermediate + 2 * shape.queries + 2 * shape.keys
@@ -267,7 +267,7 @@ def layer_activations(shape: Shape, config: Config) -> int:
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """The most tokens in a forward pass: the budget, or a sequence, or a group that stays together, beyond that."""
+    """The most tokens in a forward pass: the budget, or one sequence or group that exceeds it."""
     objective = config.train.objective
     longest = longest_allowed_prompt(config) + config.sampling.max_completion_tokens
     together = objective.group_size if objective.unit == "group" else 1

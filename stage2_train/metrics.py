@@ -1,6 +1,6 @@
-"""Where a training run's numbers go: metrics.jsonl, TensorBoard, W&B by flag, one console line an iteration.
+"""Write a training run's numbers to metrics.jsonl, TensorBoard, optionally W&B, and one console line per iteration.
 
-In a terminal a progress bar with the time left stands below these lines.
+In a terminal a progress bar with the remaining time is shown below these lines.
 """
 
 import json
@@ -39,13 +39,13 @@ def timed(name: str, metrics: Metrics) -> Iterator[None]:
 
 
 def _wait_for_device() -> None:
-    """Let a GPU finish what it was given, so that its time is booked where it belongs."""
+    """Let a GPU finish its work, so that the time is attributed to the right phase."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held so far: of the GPU where there is one, else the process's resident set."""
+    """The most memory held so far: of the GPU if there is one, else the process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -53,12 +53,12 @@ def peak_memory_bytes() -> int:
 
 
 class MetricsLog:
-    """Writes each iteration's metrics everywhere they go. For the main rank alone."""
+    """Writes each iteration's metrics to all destinations. Only for the main rank."""
 
     def __init__(
         self, config: Config, paths: RunPaths, console: Terminal, *, first_iteration: int, last: int
     ) -> None:
-        """Continue after `first_iteration` − 1: what was logged of later iterations belonged to a lost run."""
+        """Continue after `first_iteration` − 1: lines of later iterations belong to lost work and are removed."""
         from stage2_train.tensorboard_file import TensorBoardFile
 
         self._paths = paths
@@ -75,7 +75,7 @@ class MetricsLog:
         self._bar.start()
 
     def close(self) -> None:
-        """Flush everything; a line that could not be written has been complained of."""
+        """Flush everything; failures to write have been reported before."""
         self._bar.stop()
         for file in (self._file, self._board):
             with suppress(OSError):
@@ -86,7 +86,7 @@ class MetricsLog:
     def write(self, iteration: int, metrics: Metrics) -> None:
         """Log one iteration; its line is on disk when this returns, before any checkpoint that continues after it.
 
-        Raises UserError where the disk is full.
+        Raises UserError if the disk is full.
         """
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -1,6 +1,6 @@
-"""Whether engine, trainer and reference agree on the policy: asked before the first iteration and after the first load.
+"""Check that engine, trainer and reference agree on the policy, before the first iteration and after the first load.
 
-The engine loads the reference's weights itself; from then on it is given the policy's. Each can go wrong on its own.
+The engine loads the reference's weights itself; later it receives the policy's. Each can go wrong on its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def parity_draw(data: TrainingData, config: Config, ranks: Ranks) -> Draw:
 
 
 class ParityGate:
-    """Ends training whose engine does not sample from the policy that it trains."""
+    """Ends training if the engine does not sample from the policy that is trained."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class ParityGate:
         allowance: Allowance,
         console: Terminal,
     ) -> None:
-        """`draw` is what is compared; `scorers` are the trainer's policy, and its reference where it has one."""
+        """`draw` gives the completions to compare; `scorers` are the trainer's policy, and its reference if any."""
         self._source = source
         self._draw = draw
         self._scorers = scorers
@@ -64,7 +64,7 @@ class ParityGate:
     def after(self, turn: Turn) -> None:
         """Compare before the first iteration, and after the first one that this process has trained.
 
-        A collective operation. Raises UserError for a gap beyond the bound of the model's dtype that is not allowed.
+        A collective operation. Raises UserError for a gap beyond the bound of the model's dtype, unless it is accepted.
         """
         if self._is_over:
             return

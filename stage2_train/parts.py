@@ -1,6 +1,6 @@
-"""What an objective's training is made of: the networks, scorers and columns that it needs, and no others.
+"""Build the networks, scorers and columns that an objective needs, and no others.
 
-The branches on what an objective is are here, at set-up; the loop has none.
+All branches on the kind of objective are here, at set-up; the loop has none.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from stage2_train.update import Update, trained_parts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """All that an iteration needs besides rollouts."""
+    """Everything that an iteration needs besides rollouts."""
 
     policy: Policy
     scorers: Mapping[Column, Scorer]
-    """By the column that each fills."""
+    """The scorers, by the column that each fills."""
     collate: Collator
     update: Update
     history: PromptHistory | None
@@ -37,7 +37,7 @@ class Parts:
 
 
 def build_parts(config: Config, data: TrainingData, ranks: Ranks) -> Parts:
-    """Load the policy, and what else the objective needs."""
+    """Load the policy and everything else that the objective needs."""
     train, objective = config.train, config.train.objective
     policy = Policy(data.folder, config, ranks)
     critic = None

@@ -55,7 +55,7 @@ class Policy:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Meanwhile log-probs are those of the model that training began with: without adapter and dropout."""
+        """A context in which log-probs are those of the initial model: without adapter and dropout."""
         assert self._adapter is not None, "only LoRA leaves the model as it was"
         with self.learner.evaluating(), self._adapter.disabled():
             yield
@@ -63,7 +63,7 @@ class Policy:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight under its name and in its shape in the reference's checkpoint, an adapter merged into it.
 
-        ZeRO-3's are gathered a bucket at a time, so every rank has to take them all.
+        Under ZeRO-3 they are gathered one bucket at a time, so every rank must iterate over all of them.
         """
         weights = self._base_weights()
         for bucket in _buckets(self._names.groups, weights):
@@ -79,7 +79,7 @@ class Policy:
         return weight.detach().clone() if self.learner.is_partitioned else weight.detach()
 
     def _base_weights(self) -> dict[str, tuple[Tensor, LowRankUpdate | None]]:
-        """The model's own weights under its own names, each with what is to be added to it."""
+        """The model's own weights under its own names, each with the update to add to it."""
         weights = named_state(self.learner.module.model)
         if self._adapter:
             return self._adapter.merged_weights(weights)
@@ -93,10 +93,10 @@ class Policy:
                 yield name, weight
 
     def export(self, folder: Path) -> None:
-        """Write the policy as the reference's folder with other weights, whole or not at all.
+        """Write the policy as the reference's folder with the trained weights, whole or not at all.
 
         An adapter is merged into the weights, and also written to folder/adapter in peft's format. Raises UserError
-        where a weight is not finite.
+        if a weight is not finite.
         """
         state = self._in_main_memory(self.named_weights())
         adapter_state = self._in_main_memory(self._adapter_weights()) if self._adapter else {}
@@ -119,7 +119,7 @@ class Policy:
 
 
 def _parts(weight: Tensor, update: LowRankUpdate | None) -> list[nn.Parameter]:
-    """What of a weight may be partitioned."""
+    """The parameters of a weight that may be partitioned."""
     own = [weight] if isinstance(weight, nn.Parameter) else []
     return own if update is None else [*own, update.down_RI, update.up_OR]
 

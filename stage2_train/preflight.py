@@ -1,4 +1,4 @@
-"""What training refuses of a config and its model, told before anything is paid for: `vstar` and `forecast` say it.
+"""Find what training would refuse in a config and its model, before any cost: `vstar` and `forecast` report it.
 
 Reads no weights, and needs no library that only training needs.
 """
@@ -20,14 +20,14 @@ def refuse_first(config: Config, folder: Path) -> None:
 
 
 def foresight(config: Config, folder: Path) -> list[str]:
-    """What training will refuse, and what it will leave as it is, a line each."""
+    """One line for each thing that training will refuse, or will leave unchanged."""
     if problems := list(_problems(config, folder)):
         return [f"`train` will refuse this: {problem}" for problem in problems]
     return remarks(config, folder)
 
 
 def remarks(config: Config, folder: Path) -> list[str]:
-    """What training leaves as it is where one could think otherwise, a line each."""
+    """One line for each thing that training unexpectedly leaves unchanged."""
     if config.train.lora is None:
         return []
     from common.model.pretrained import empty_causal_lm
@@ -75,7 +75,7 @@ def _engine(config: Config, folder: Path) -> None:
 
 
 def _held_out(config: Config, folder: Path) -> None:
-    """Of files on this machine; whether the hub has a data set is asked where it is used."""
+    """Checks files on this machine only; a data set of the hub is looked up when it is used."""
     data = config.held_out
     if data is not None and data.path and local_files(data) is not None:
         read_rows(data, config)

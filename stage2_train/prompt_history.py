@@ -1,8 +1,8 @@
-"""What an objective remembers of each prompt, from stage 1's samples on: a baseline where there is no group.
+"""Each prompt's history, which starts with stage 1's samples: a baseline for objectives without groups.
 
-A prompt's tally changes after the iteration that visits it, by its reward and by how far the policy has moved since the
-last visit. That is measured on the completion of the last visit, whose log-probs are kept with it: 8 bytes per token of
-each prompt's last completion, on every rank.
+A prompt's tally changes after the iteration that visits it, by its reward and by the policy's drift since the last
+visit. The drift is measured on the last visit's completion, which is kept with its log-probs: 8 bytes per token of each
+prompt's last completion, on every rank.
 """
 
 from array import array
@@ -25,7 +25,7 @@ SCHEMA = {
     "token_ids": pl.List(pl.Int32),
     "logprobs": pl.List(pl.Float32),
 }
-"""As a checkpoint keeps it: one row per prompt; the last two are null before its first visit."""
+"""The format in checkpoints: one row per prompt; the last two are null before its first visit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ class PromptHistory:
         self._visits: dict[str, Visit] = {}
 
     def expected(self, prompt_id: str) -> float:
-        """The reward that a prompt's history lets expect."""
+        """The reward that is expected from a prompt's history."""
         return self._tallies[prompt_id].expected
 
     def visit(self, rollouts: Sequence[Rollout]) -> None:
-        """Take notice of this rank's rollouts of an iteration, after its update; a collective operation.
+        """Add this rank's rollouts of an iteration, after its update; a collective operation.
 
         Raises UserError for a reward outside 0 to 1.
         """
@@ -116,7 +116,7 @@ class PromptHistory:
         return [found[row] for row in range(len(sequences))]
 
     def table(self) -> pl.DataFrame:
-        """As a checkpoint keeps it."""
+        """The history as a checkpoint keeps it."""
         rows = [
             (prompt, tally.solved, tally.failed, *_lists(self._visits.get(prompt)))
             for prompt, tally in self._tallies.items()
@@ -124,7 +124,7 @@ class PromptHistory:
         return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 
     def resume(self, table: pl.DataFrame) -> None:
-        """Take over what `table` gave."""
+        """Restore what `table` gave."""
         self._tallies, self._visits = {}, {}
         for prompt, solved, failed, token_ids, logprobs in table.iter_rows():
             self._tallies[prompt] = Tally(solved, failed)

@@ -1,4 +1,4 @@
-"""The processes of a training job: who they are, and what they tell each other."""
+"""The processes of a training job: their ranks, and the communication between them."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from common.errors import UserError
 
 PATIENCE = timedelta(minutes=30)
-"""With a rank that has more to do, such as the main one with a large checkpoint, before the job is given up."""
+"""How long to wait for a slower rank, such as the main one with a large checkpoint, before the job fails."""
 
 T = TypeVar("T")
 
@@ -71,16 +71,16 @@ class Ranks:
         return [item for part in parts for item in part]
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
 
     def once(self, work: Callable[[], T]) -> T:
-        """What the work gives, which the main rank does for all of them. Raises its UserError on every rank."""
+        """The result of work that the main rank does for all ranks. Raises its UserError on every rank."""
         return self._shared(work, self.is_main, 0)
 
     def once_a_node(self, work: Callable[[], T]) -> T:
-        """What the work gives, which one rank of each node does for all of them. Raises its UserError on every rank."""
+        """The result of work that one rank of each node does for its ranks. Raises its UserError on every rank."""
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return self._shared(work, local_rank == 0, self.rank - local_rank)
 
@@ -105,7 +105,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def launched_processes() -> int:
-    """How many processes the launcher says to have started; 1 without a launcher. Raises UserError for no number."""
+    """The number of processes according to the launcher; 1 without one. Raises UserError if it is not a number."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise UserError(
@@ -115,7 +115,7 @@ def launched_processes() -> int:
 
 
 def _refuse_incomplete_launch(processes: int) -> None:
-    """Raise UserError unless the environment says who this process is and where the others meet."""
+    """Raise UserError unless the environment gives this process's rank and the address where the ranks meet."""
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
         text = os.environ.get(name, "")
         if not text or (name != "MASTER_ADDR" and not text.isdecimal()):
@@ -131,10 +131,10 @@ def _refuse_incomplete_launch(processes: int) -> None:
 
 
 def join_ranks(seed: int) -> Ranks:
-    """Initialise torch.distributed, before any vLLM engine: one that came first would be taken for the job's group.
+    """Initialise torch.distributed, before any vLLM engine, whose group would otherwise be taken for the job's.
 
-    Under torchrun the launcher's environment says who we are; without it the job is this process alone, whatever RANK
-    and MASTER_ADDR say. Raises UserError where the others are not there.
+    Under torchrun the launcher's environment gives the rank; without it the job is this process alone, whatever RANK
+    and MASTER_ADDR say. Raises UserError if the other processes cannot be reached.
     """
     expected = launched_processes()
     if expected == 1:

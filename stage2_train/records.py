@@ -1,4 +1,4 @@
-"""What is logged of each completion of an iteration, and its summary over all of them."""
+"""The figures logged for each completion of an iteration, and their summary over all completions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from stage2_train.batch import ABSENT, Batch
 from stage2_train.metrics import Metrics
 
 LOG_RATIO = "log_ratio"
-"""ln π/π_ref of a completion, where the objective has a reference."""
+"""ln π/π_ref of a completion, if the objective has a reference."""
 ENTROPY = "entropy"
-"""Of π, summed over the completion's tokens."""
+"""Entropy of π, summed over the completion's tokens."""
 LOGPROB_GAP = "logprob_gap"
-"""The largest difference between the engine's and the trainer's log-prob of a token; nan where it was not compared."""
+"""The largest difference between the engine's and the trainer's log-prob of a token; nan if it was not compared."""
 
 
 @dataclass(slots=True, kw_only=True)
 class SequenceRecord:
-    """What is logged of one completion."""
+    """The figures of one completion."""
 
     reward: float
     completion_tokens: int
@@ -29,12 +29,12 @@ class SequenceRecord:
     unjudged: bool
     """The grader failed: the reward of 0 says nothing, and the completion is left out of the training."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Of a reward that is a weighted sum, the rewards that it is of by name."""
+    """The parts of a reward that is a weighted sum, by name."""
     advantage: float | None = None
     trained: bool = False
-    """Whether it took part in an optimizer step that was not skipped; without that the figures mean nothing."""
+    """Whether it took part in an optimizer step that was not skipped; otherwise the figures are meaningless."""
     figures: dict[str, float] = field(default_factory=dict)
-    """What the losses said of it, the mean over passes: by the name that is logged, or one of those above."""
+    """Figures from the losses, averaged over passes, by the name in the log or one of the names above."""
     steps: int = 0
     """Optimizer steps that it was part of, skipped ones too."""
 
@@ -57,7 +57,7 @@ class Records:
         self._rows = rows
 
     def note_credit(self, batch: Batch) -> None:
-        """Note the advantages, of a completion the mean over its tokens, where the objective has any."""
+        """Record the advantages, if the objective has any; for a completion, the mean over its tokens."""
         advantages_B = batch.advantages_B
         if batch.advantages_K is not ABSENT:
             advantages_B = batch.mean_by_sequence(batch.advantages_K)
@@ -66,7 +66,7 @@ class Records:
                 self.all[row].advantage = advantage
 
     def note_slice(self, rows: Sequence[int], figures: Mapping[str, Tensor]) -> None:
-        """Note the figures of a slice, each of shape (B,); `rows` are those of the batch."""
+        """Record the figures of a slice, each of shape (B,); `rows` are rows of the batch."""
         for name, values_B in figures.items():
             for row, value in zip(rows, values_B.tolist(), strict=True):
                 record = self.all[self._rows[row]]
@@ -74,14 +74,14 @@ class Records:
                 record.figures[name] = before + (value - before) / (record.steps + 1)
 
     def note_step(self, rows: Sequence[int], gradient_norm: float) -> None:
-        """Note whether a step on these rows of the batch was taken."""
+        """Record whether a step on these rows of the batch was taken."""
         for row in rows:
             self.all[self._rows[row]].steps += 1
             self.all[self._rows[row]].trained |= math.isfinite(gradient_norm)
 
 
 def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
-    """Rewards of the judged completions, figures of those trained on, lengths of all; NaN where there are none."""
+    """Rewards of the judged completions, figures of those trained on, lengths of all; NaN if there are none."""
     judged = [record for record in records if not record.unjudged]
     trained = [record for record in records if record.trained]
     tokens = sum(record.completion_tokens for record in records)
@@ -120,7 +120,7 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
 
 
 def _means_of_parts(records: Sequence[SequenceRecord]) -> Metrics:
-    """Of each part over the completions that it applied to."""
+    """The mean of each part over the completions that it applied to."""
     names = dict.fromkeys(name for record in records for name in record.parts)
     rewards = {name: [record.parts[name] for record in records if name in record.parts] for name in names}
     return {f"reward/{name}": sum(each) / len(each) for name, each in rewards.items()}

@@ -1,4 +1,4 @@
-"""Whether a run is finished, or goes on from a checkpoint: what the two must share, and the refusal of all else."""
+"""Decide whether a run is finished or continues from a checkpoint, and refuse a checkpoint that does not match."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,19 +26,19 @@ MAY_DIFFER: Mapping[str, Any] = {
         *("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"),
     },
 }
-"""What may differ between a run and its continuation: its length, how it is watched, the resources it takes."""
+"""Settings that may differ between a run and its continuation: length, observation and resources."""
 
 
 def origin(config: Config, data: TrainingData) -> dict[str, Any]:
-    """What two runs must share for one to continue the other: all that shapes the trajectory, data and V̂* included."""
+    """Everything that shapes the trajectory, including data and V̂*: a run and its continuation must agree on it."""
     return {"config": config.model_dump(mode="json", exclude=MAY_DIFFER), **data.digest()}
 
 
 def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
-    """What an older version of this program wrote, with the settings of [train] that it did not know yet."""
+    """The record of an older version of this program, completed by the settings of [train] that it did not have."""
     config = origin["config"]
     train = TrainConfig().model_dump(mode="json", exclude=set(MAY_DIFFER["train"])) | config["train"]
-    with suppress(ValidationError):  # of an objective that this version does not have: refused as another one
+    with suppress(ValidationError):  # an objective unknown to this version is refused as a different one
         objective = TypeAdapter(ObjectiveConfig).validate_python(train["objective"])
         train["objective"] = objective.model_dump(mode="json")
     filled = origin | {"config": config | {"train": train}}
@@ -49,20 +49,20 @@ def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(config: Config, data: TrainingData) -> dict[str, Any]:
-    """What is written beside a trained model."""
+    """The record written beside a trained model."""
     accepted = [] if data.stage1 is None else list(data.stage1.accepted_mismatches)
     return {"iterations": data.iterations(config), "origin": origin(config, data), ACCEPTED: accepted}
 
 
 class TrainedWith(BaseModel):
-    """What tells whether a trained model is the one that a run would give."""
+    """Identifies a trained model, to tell whether a run would give the same one."""
 
     iterations: int
     origin: dict[str, Any]
 
 
 def is_finished(paths: RunPaths, trained_with: dict[str, Any]) -> bool:
-    """Whether the exported model is what this run would give."""
+    """Whether the exported model is the one that this run would give."""
     if not paths.trained_with.is_file():
         return False
     found = read_document(
@@ -75,7 +75,7 @@ def is_finished(paths: RunPaths, trained_with: dict[str, Any]) -> bool:
 def refuse_other_origin(
     paths: RunPaths, ours: dict[str, Any], state: dict[str, Any], iterations: int
 ) -> None:
-    """Raise UserError unless the newest checkpoint, whose state this is, belongs to this run; {} is none."""
+    """Raise UserError unless the newest checkpoint belongs to this run; `state` is its state, {} without one."""
     if not state:
         return
     if lines := differences(ours, with_defaults(state["origin"])):
@@ -91,9 +91,9 @@ def refuse_other_origin(
 
 
 def refuse_other_world(paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> None:
-    """Raise UserError unless the checkpoint, whose state this is, was made by as many processes; {} is none."""
+    """Raise UserError unless the checkpoint with this `state` was made by as many processes; {} is no checkpoint."""
     if state and state["world_size"] != ranks.world_size:
         raise UserError(
-            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by as many, "
-            f"found {ranks.world_size}; start {state['world_size']}, or delete that folder"
+            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by the same "
+            f"number, found {ranks.world_size}; start {state['world_size']}, or delete that folder"
         )

@@ -1,4 +1,4 @@
-"""Stage 2 whole: from a config, and stage 1's file where the objective needs it, to a trained model.
+"""Stage 2 as a whole: from a config, and stage 1's file if the objective needs it, to a trained model.
 
 A re-run continues or does nothing.
 """
@@ -54,8 +54,8 @@ def run_stage2(
 ) -> None:
     """Train and export the policy to artifacts/<run>/model; a re-run continues.
 
-    Everything a user can get wrong is checked before a model loads. `observers` watch each iteration right after
-    engine and trainer have been compared. Raises UserError.
+    All user mistakes are checked before a model loads. `observers` see each iteration right after engine and trainer
+    have been compared. Raises UserError.
     """
     _refuse_uneven_split(config, launched_processes())
     _refuse_missing_packages(config)
@@ -153,7 +153,10 @@ def _parity_gate(trainer: Trainer, allowance: Allowance, console: Terminal) -> P
 
 
 def _watchers(trainer: Trainer, paths: RunPaths, console: Terminal, log: MetricsLog | None) -> list[Watcher]:
-    """In the order in which they see an iteration: the log has what others add, a checkpoint is of a sound policy."""
+    """The watchers, in the order in which they see an iteration.
+
+    The log comes after watchers that add figures, and a checkpoint after the checks of the policy.
+    """
     config, data, ranks = trainer.config, trainer.data, trainer.ranks
     watchers: list[Watcher] = []
     if data.held_out:
@@ -179,7 +182,7 @@ def _watchers(trainer: Trainer, paths: RunPaths, console: Terminal, log: Metrics
 
 
 def _describe(config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
-    """What is about to be trained, in two lines, and what there is to say of it."""
+    """Print two lines on the training run, and notes on its data."""
     train, stage1 = config.train, data.stage1
     lines = [f"{len(data.prompts):,} prompts of [data]"]
     if stage1 is not None:

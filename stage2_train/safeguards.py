@@ -1,6 +1,6 @@
-"""When training has to end before its last iteration: on request, at a boundary, or because it has gone wrong.
+"""End training before its last iteration: on request, after the running iteration, or because it has gone wrong.
 
-Each refusal depends on figures of the whole batch, so that all ranks raise it alike.
+Each refusal depends on figures of the whole batch, so all ranks raise it together.
 """
 
 import os
@@ -16,11 +16,11 @@ from common.terminal.console import Terminal
 from stage2_train.metrics import Metrics
 
 ENDLESS = 0.95
-"""Share of truncated completions from which on as good as none ends."""
+"""From this share of truncated completions on, practically no completion ends."""
 COLLAPSED_KL = 50.0
-"""Nats a completion: with completions that do not end, no useful policy is this far from its reference."""
+"""Nats per completion: if completions do not end, no useful policy is this far from its reference."""
 COLLAPSED_TOKEN_KL = 2.0
-"""Nats a token: more than a policy that has become certain of each token can be away from a language model."""
+"""Nats per token: more than even a policy that is certain of each token differs from a language model."""
 LARGEST_UNJUDGED_SHARE = 0.5
 
 GENTLER = "lower train.learning_rate or raise train.warmup_steps, and start again under another --run"
@@ -29,11 +29,11 @@ GENTLER = "lower train.learning_rate or raise train.warmup_steps, and start agai
 class StopRequest:
     """SIGTERM or Ctrl-C asks for an end with a checkpoint after the running iteration; the second one ends at once.
 
-    So does whoever closes the pipe that the main rank's console writes to.
+    Closing the pipe that the main rank's console writes to asks for it too.
     """
 
     def __init__(self, console: Terminal, *, is_main: bool) -> None:
-        """Not asked for yet; the main rank will say that it was heard."""
+        """No stop is requested yet; the main rank will announce one."""
         self._is_signalled = False
         self._console = console
         self._is_main = is_main
@@ -63,14 +63,14 @@ class StopRequest:
         self._is_signalled = True
         if self._is_main:
             # print() is not to be called from a signal's handler: it may be interrupting itself.
-            with suppress(OSError):  # Ctrl-C may have ended the reader too
+            with suppress(OSError):  # Ctrl-C may have ended the pipe's reader too
                 os.write(2, b"ending after this iteration with a checkpoint; a second signal ends at once\n")
 
 
 def refuse_divergence(number: int, metrics: Metrics) -> None:
-    """Raise UserError once training has gone wrong beyond repair, before it is written to a checkpoint.
+    """Raise UserError once training has gone wrong beyond repair, before a checkpoint is written.
 
-    An objective without a reference measures no KL, and is not judged by it.
+    An objective without a reference measures no KL, so KL is not checked for it.
     """
     sequence_kl, token_kl = metrics.get("kl/sequence", 0.0), metrics.get("kl/token", 0.0)
     if metrics["completion/truncated"] >= ENDLESS and sequence_kl > COLLAPSED_KL:
@@ -80,18 +80,18 @@ def refuse_divergence(number: int, metrics: Metrics) -> None:
         )
     if token_kl > COLLAPSED_TOKEN_KL:
         raise UserError(
-            f"iteration {number}: the policy has collapsed: KL to the reference is {token_kl:.1f} nats a "
+            f"iteration {number}: the policy has collapsed: KL to the reference is {token_kl:.1f} nats per "
             f"token; {GENTLER}"
         )
 
 
 def refuse_unjudged(number: int, judged: int, rollouts: int, ours: Sequence[Rollout]) -> None:
-    """Raise UserError where the grader judged too few of a batch's rollouts; `ours` are this rank's, for the reason."""
+    """Raise UserError if the grader judged too few of a batch's rollouts; the message quotes a reason from `ours`."""
     if rollouts - judged <= LARGEST_UNJUDGED_SHARE * rollouts:
         return
     grades = [rollout.grade for rollout in ours if not rollout.grade.is_judged]
     cause = f", such as {grades[0].outcome.value}: {grades[0].reason or 'no reason given'}" if grades else ""
     raise UserError(
-        f"iteration {number}: the grader could not judge {rollouts - judged} of {rollouts} completions{cause}; mend "
+        f"iteration {number}: the grader could not judge {rollouts - judged} of {rollouts} completions{cause}; fix "
         "it, or raise grader.timeout_seconds or grader.memory_gib; the same command continues from the last checkpoint"
     )

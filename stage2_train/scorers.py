@@ -1,7 +1,7 @@
-"""What an objective needs beside the rollouts, a number for each completion token: log-probs of π_ref, π_old, values.
+"""Scorers, which give each completion token a number: log-probs of π_ref or π_old, or the critic's values.
 
-The reference π_ref is a second model, in the device's memory or between visits in the host's; or, under LoRA, the
-policy without its adapter. π_old is the policy itself before an iteration's first step.
+The reference π_ref is a second model, in the device's memory or, while it is not used, in the host's. Under LoRA it is
+the policy without its adapter. π_old is the policy itself before an iteration's first step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ class Scorer(Protocol):
     """A model that gives each completion token a number, without gradients."""
 
     def score(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """Of each batch's completion tokens, shape (K,) each, float32.
+        """The scores of each batch's completion tokens, shape (K,) each, float32.
 
-        Every rank has to call it, with one batch at least; they may differ in their number of them.
+        Every rank has to call it with at least one batch; the number of batches may differ between ranks.
         """
         ...
 
@@ -40,7 +40,7 @@ def build_scorers(
     critic: Critic | None,
     ranks: Ranks,
 ) -> dict[Column, Scorer]:
-    """A scorer for each of these columns that a model has to fill; the reference's weights are those in `folder`."""
+    """A scorer for each of these columns that needs a model; the reference's weights are those in `folder`."""
     scorers: dict[Column, Scorer] = {}
     if "reference" in columns:
         scorers["reference"] = build_reference(folder, config, policy, ranks)
@@ -95,7 +95,7 @@ class SeparateModel:
 
 
 class PolicyScorer:
-    """The policy's own weights, partitioned as they are: as they are now, or without its adapter."""
+    """The policy's own weights, partitioned as they are: in their current state, or without the adapter."""
 
     def __init__(self, policy: Policy, ranks: Ranks, *, adapted: bool = True) -> None:
         self._policy = policy
@@ -127,6 +127,6 @@ class CriticScorer:
 
 
 def _in_step(batches: Sequence[TokenBatch], ranks: Ranks) -> Iterator[TokenBatch]:
-    """As many batches on every rank: under ZeRO-3 a forward pass is a collective operation. Some are repeated."""
+    """Repeat batches so that every rank has as many: under ZeRO-3 a forward pass is a collective operation."""
     for turn in range(ranks.largest(len(batches))):
         yield batches[turn % len(batches)]

@@ -1,6 +1,6 @@
 """Scalars in TensorBoard's format, on disk when `write` returns.
 
-TensorBoard's own writer has a thread for it, in which a full disk is noticed late, and shown as a traceback.
+TensorBoard's own writer uses a thread, which notices a full disk late and prints a traceback.
 """
 
 import os
@@ -15,10 +15,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class TensorBoardFile:
-    """An event file of its own in a folder that TensorBoard reads as one run."""
+    """One event file of several in a folder that TensorBoard reads as one run."""
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        """Go on at `first_step`: what other files say of it and of later steps is no longer shown."""
+        """Continue at `first_step`: TensorBoard then ignores this and later steps in other files."""
         folder.mkdir(parents=True, exist_ok=True)
         # Files are read in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
@@ -28,7 +28,7 @@ class TensorBoardFile:
         self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a step's scalars. Raises OSError where they cannot be written."""
+        """Add a step's scalars. Raises OSError if they cannot be written."""
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._add(Event(step=step, summary=Summary(value=scalars)))
 
@@ -38,5 +38,5 @@ class TensorBoardFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Everything is on disk already."""
+        """Do nothing: everything is on disk already."""
         self._file.close()

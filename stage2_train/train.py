@@ -1,6 +1,6 @@
-"""Stage 2's algorithm: rollouts → score → credit → update, then whoever watches (Algorithm 1, lines 8 to 11).
+"""Stage 2's algorithm: rollouts → score → credit → update → watchers (Algorithm 1, lines 8 to 11).
 
-It has no branch for an objective: what one needs is chosen at set-up (parts.py).
+It has no branch for an objective: set-up builds what an objective needs (parts.py).
 """
 
 import math
@@ -35,9 +35,9 @@ from stage2_train.watchers import Turn, Watcher
 def train(
     trainer: "Trainer", watchers: Sequence[Watcher], console: Terminal, *, first: int, last: int
 ) -> None:
-    """Run iterations `first` to `last`, each of which the watchers see in their order; before the first one, number 0.
+    """Run iterations `first` to `last`, and the watchers, in order, after each of them and before the first (number 0).
 
-    Raises KeyboardInterrupt where a StopRequest asked for it, after the watchers' turn.
+    Raises KeyboardInterrupt if a StopRequest asked for it, after the watchers' turn.
     """
     with StopRequest(console, is_main=trainer.ranks.is_main) as stop:
         if first == 1:
@@ -76,7 +76,7 @@ class Trainer:
         with timed("iteration", metrics):
             rollouts = self.source.rollouts(number, last, metrics)
             self.refuse_unjudged(number, rollouts)
-            # What is random in the network, such as dropout, is the same after a restart.
+            # Randomness in the network, such as dropout, is the same after a restart.
             torch.manual_seed(derive_seed(self.config.seed, "update", number, self.ranks.rank))
             collated = self.parts.collate(rollouts, self.places)
             batch = self.objective.credit(self.score(collated, metrics))
@@ -87,7 +87,7 @@ class Trainer:
                     metrics["train/learning_rate"] = self.parts.policy.learner.learning_rate
                     with timed("update", metrics):
                         norms.append(self.parts.update(step, batch, records))
-                    # From now on the engine's weights are no longer the policy's.
+                    # From now on the engine's weights differ from the policy's.
                     batch = batch.with_columns(sampled_K=ABSENT)
             if self.parts.history:
                 with timed("history", metrics):
@@ -100,11 +100,11 @@ class Trainer:
 
     @property
     def places(self) -> range:
-        """Which of a batch's prompts are this rank's."""
+        """The places of this rank's prompts in a batch."""
         return range(self.ranks.rank, self.config.train.batch_size, self.ranks.world_size)
 
     def draw_of(self, number: int) -> Draw:
-        """What this rank draws for an iteration."""
+        """This rank's draw for an iteration."""
         train = self.config.train
         batch = prompt_batch(len(self.data.prompts), train.batch_size, self.config.seed, number)
         return Draw(
@@ -112,20 +112,20 @@ class Trainer:
             places=self.places,
             seed=derive_seed(self.config.seed, "train", number),
             group_size=self.objective.group_size,
-            # The trainer's log-probs are those of the same weights where none lag behind, and only there.
+            # Engine and trainer have the same weights only if nothing is drawn ahead.
             logprob_checks=min(LOGPROB_CHECKS, train.mini_batch_size) if train.staleness == 0 else 0,
         )
 
     def refuse_unjudged(self, number: int, rollouts: Sequence[Rollout]) -> None:
-        """Raise UserError where the grader could judge too few of the batch's rollouts."""
+        """Raise UserError if the grader could judge too few of the batch's rollouts."""
         judged = self.ranks.total(sum(rollout.grade.is_judged for rollout in rollouts))
         completions = self.config.train.batch_size * self.objective.group_size
         refuse_unjudged(number, judged, completions, rollouts)
 
     def score(self, collated: Collated, metrics: Metrics) -> Batch:
-        """The batch with the columns that models fill: each sees all of the iteration's micro-batches at one visit.
+        """The batch with the columns that models fill; each scores all of the iteration's micro-batches in one call.
 
-        The policy will see the same ones, so that rounding cancels in ratios of probabilities.
+        The policy will train on the same micro-batches, so that rounding cancels in ratios of probabilities.
         """
         batch = collated.batch
         slices = [tokens for step in collated.steps for tokens in step.slices]
@@ -191,7 +191,7 @@ class Trainer:
 
 
 def step_figures(norms: Sequence[dict[str, float]]) -> Metrics:
-    """Of an iteration's steps: each part's mean gradient norm, and how many of its steps were skipped."""
+    """Each part's mean gradient norm over an iteration's steps, and how many of its steps were skipped."""
     figures: Metrics = {}
     for part, prefix in ((POLICY, ""), (CRITIC, "critic_")):
         if part in norms[0]:

@@ -1,6 +1,6 @@
-"""One optimizer step: the losses of its slices, their gradients, and a step of each network that is trained.
+"""One optimizer step: the losses of its slices, their gradients, and a step of each trained network.
 
-It knows neither rollouts nor which objective it serves.
+It depends neither on rollouts nor on the kind of objective.
 """
 
 import math
@@ -31,7 +31,7 @@ class Trained(Protocol):
         ...
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """A share of 0 that goes through the network as the loss does: under ZeRO-3 ranks must not differ in that."""
+        """A share of 0 that runs through the network like the loss: under ZeRO-3 all ranks must run it."""
         ...
 
 
@@ -60,7 +60,7 @@ class TrainedPolicy:
         return Loss(loss.share, figures)
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """As Trained.nothing."""
+        """Like Trained.nothing."""
         policy = self._policy.logprobs(tokens)
         return self._objective.loss(policy, _blank(tokens, policy.logprobs_K.detach())).share * 0.0
 
@@ -79,12 +79,12 @@ class TrainedCritic:
         return Loss(loss.share, {f"loss/{name}": values_B for name, values_B in loss.figures.items()})
 
     def nothing(self, tokens: TokenBatch) -> Tensor:
-        """As Trained.nothing."""
+        """Like Trained.nothing."""
         return self._critic.values(tokens).sum() * 0.0
 
 
 def _blank(tokens: TokenBatch, logprobs_K: Tensor) -> Batch:
-    """One group of completions of which nothing is known: every policy is the same, every other number 0."""
+    """A placeholder group of completions: all policies are equal, every other number is 0."""
     sequences = len(tokens.rows)
     zeros_B, zeros_K = logprobs_K.new_zeros(sequences), torch.zeros_like(logprobs_K)
     known = {"reference_K": logprobs_K, "old_K": logprobs_K}

@@ -1,4 +1,4 @@
-"""Figures for Weights & Biases, a service: without it training goes on, and metrics.jsonl has them all."""
+"""Figures for the service Weights & Biases. If it fails training continues, and metrics.jsonl has all figures."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ class WandbLog:
     """A run of the configured project."""
 
     def __init__(self, config: Config, console: Terminal) -> None:
-        """Begin it. Raises UserError where that fails, as without a login."""
+        """Begin the run. Raises UserError if that fails, such as without a login."""
         import wandb
 
         self._console = console
@@ -26,11 +26,11 @@ class WandbLog:
             ) from error
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Send the figures of an iteration; after a failure, which is said, nothing is sent any more."""
+        """Send the figures of an iteration. A failure is reported once, and nothing is sent after it."""
         self._try(lambda run: run.log(metrics, step=iteration))
 
     def close(self) -> None:
-        """Have all sent."""
+        """Send everything that is still pending."""
         self._try(lambda run: run.finish())
         self._run = None
 
@@ -39,7 +39,7 @@ class WandbLog:
             return
         try:
             work(self._run)
-        except Exception as error:  # noqa: BLE001  of a service anything can fail
+        except Exception as error:  # noqa: BLE001  a service can fail in any way
             self._run = None
             self._console.print(
                 f"warning: wandb failed ({cause(error)}): it gets no more figures, metrics.jsonl does"

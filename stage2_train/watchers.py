@@ -1,4 +1,4 @@
-"""Who sees each iteration after it is over: evaluation, the first batch's check, the log, divergence, checkpoints."""
+"""Watchers, called after each iteration: evaluation, the first batch's check, the log, divergence, checkpoints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from stage2_train.sources.sampler import Draw
 
 ACCURACY = "evaluate/pass_at_1"
 FORECAST_LOSS = "loss/regression"
-"""The figure that the first batch is compared by: (r − V̂*)² where the policy is the reference."""
+"""The figure that is compared for the first batch: (r − V̂*)² while the policy is the reference."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Turn:
-    """An iteration that is over. Number 0 stands for the policy before the first one: it has no figures."""
+    """A finished iteration. Number 0 is the policy before the first iteration and has no figures."""
 
     number: int
     metrics: Metrics
-    """Of the whole batch; watchers add theirs."""
+    """Figures of the whole batch; watchers add theirs."""
     rollouts: Sequence[Rollout]
     """This rank's."""
     is_last: bool
@@ -40,15 +40,15 @@ class Turn:
 
 
 class Watcher(Protocol):
-    """Sees each iteration after it is over, on every rank."""
+    """Called after each iteration, on every rank."""
 
     def after(self, turn: Turn) -> None:
-        """Raises UserError where the job must not go on."""
+        """Raises UserError if the job must not continue."""
         ...
 
 
 class Evaluation:
-    """Sampled accuracy on the held-out prompts, one completion each, and a few completions for the eye."""
+    """Sampled accuracy on the held-out prompts, one completion each, and a few completions to read."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Evaluation:
         self._stage1 = stage1
 
     def after(self, turn: Turn) -> None:
-        """Evaluate every so many iterations and after the last one."""
+        """Evaluate every `evaluate_every` iterations and after the last one."""
         if turn.number % self._every and not turn.is_last:
             return
         with timed("evaluate", turn.metrics):
@@ -88,14 +88,14 @@ class Evaluation:
 
 
 class FirstBatchCheck:
-    """Compares the first iteration with what stage 1's samples let expect of it."""
+    """Compares the first iteration with the forecast from stage 1's samples."""
 
     def __init__(self, expected: FirstBatch, console: Terminal) -> None:
         self._expected = expected
         self._console = console
 
     def after(self, turn: Turn) -> None:
-        """Log what was expected, and warn where the first iteration is not like it."""
+        """Log the forecast, and warn if the first iteration is outside it."""
         if turn.number != 1 or FORECAST_LOSS not in turn.metrics:
             return
         turn.metrics |= self._expected.bounds()
@@ -105,7 +105,7 @@ class FirstBatchCheck:
 
 
 class FirstBatchDoubts:
-    """Says of the first batch what nobody can have wanted, where there is no stage 1 that has said it before."""
+    """Reports results of the first batch that cannot be intended, if there is no stage 1 that has reported them."""
 
     def __init__(self, ranks: Ranks, console: Terminal) -> None:
         self._ranks = ranks
@@ -130,19 +130,19 @@ class FirstBatchDoubts:
 
 
 class Log:
-    """Writes each iteration's figures everywhere they go; for the main rank alone."""
+    """Writes each iteration's figures to all destinations; only for the main rank."""
 
     def __init__(self, log: MetricsLog) -> None:
         self._log = log
 
     def after(self, turn: Turn) -> None:
-        """Write what there is."""
+        """Write the figures that there are."""
         if turn.metrics:
             self._log.write(turn.number, turn.metrics)
 
 
 class Divergence:
-    """Ends training that has gone wrong beyond repair, before it is written to a checkpoint."""
+    """Ends training that has gone wrong beyond repair, before a checkpoint is written."""
 
     def after(self, turn: Turn) -> None:
         """Raises UserError for a collapsed policy."""
@@ -151,14 +151,14 @@ class Divergence:
 
 
 class Checkpoints:
-    """Has a checkpoint written every so many iterations, after the last one, and where the job ends early."""
+    """Writes a checkpoint every `checkpoint_every` iterations, after the last one, and when the job ends early."""
 
     def __init__(self, save: Callable[[int, float | None], None], *, every: int) -> None:
-        """`save` is given the iteration and the held-out accuracy, where it was measured."""
+        """`save` is called with the iteration and the held-out accuracy, if it was measured."""
         self._save = save
         self._every = every
 
     def after(self, turn: Turn) -> None:
-        """A collective operation where it is time for one."""
+        """A collective operation when a checkpoint is due."""
         if turn.number and (turn.number % self._every == 0 or turn.is_last or turn.is_stopping):
             self._save(turn.number, turn.metrics.get(ACCURACY))

@@ -16,7 +16,7 @@ def tensor(values: Sequence[float]) -> Tensor:
 def batch_of(
     lengths: Sequence[int], rewards: Tensor | Sequence[float], *, group_size: int = 1, **columns: Tensor
 ) -> Batch:
-    """Completions of so many tokens, group after group, as one whole step."""
+    """Completions of these lengths, group after group, as one whole step."""
     rewards_B = rewards if isinstance(rewards, Tensor) else tensor(rewards)
     return Batch(
         group_of_B=torch.arange(len(lengths)) // group_size,
@@ -28,7 +28,7 @@ def batch_of(
 
 
 def policy(logprobs_K: Tensor, entropy_K: Tensor | None = None) -> TokenLogprobs:
-    """What the network says of the tokens."""
+    """The network's log-probs of the tokens."""
     return TokenLogprobs(logprobs_K, torch.zeros_like(logprobs_K) if entropy_K is None else entropy_K)
 
 

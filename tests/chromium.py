@@ -37,7 +37,7 @@ Event = dict[str, Any]
 
 
 class Browser:
-    """One tab. `events` holds whatever the page made the browser report, in order."""
+    """One tab. `events` holds everything that the browser reported of the page, in order."""
 
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
@@ -109,7 +109,7 @@ class Browser:
         return result["result"].get("value")
 
     def requests(self) -> list[str]:
-        """The addresses that the page has asked for, itself and what it carries within it left out."""
+        """The addresses that the page has requested, except for itself and its embedded content."""
         asked = [
             event["params"]["request"]["url"]
             for event in self.events

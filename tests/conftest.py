@@ -47,7 +47,7 @@ LONGEST_FILES = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """How many `-n auto` is: a worker for each core; none beside this process where they would share a GPU.
+    """The number of workers for `-n auto`: one per core; none besides this process if they would share a GPU.
 
     With one more a run is a quarter shorter, but on a loaded machine deadlines of good neighbours then pass.
     """
@@ -88,7 +88,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_tiny_model(folder: Path, *, seed: int, context: int = 512, tied: bool = False) -> None:
-    """Write the model that `tiny_model`, or where it is tied `tied_model`, describes; a seed gives other weights."""
+    """Write the model that `tiny_model` (or `tied_model`, if tied) describes; another seed gives other weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -135,7 +135,7 @@ def save_tiny_model(folder: Path, *, seed: int, context: int = 512, tied: bool =
 
 @pytest.fixture
 def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this test's runs live, instead of the checkout's artifacts/."""
+    """The folder of this test's runs, instead of the checkout's artifacts/."""
     folder = tmp_path / "artifacts"
     monkeypatch.setenv("ASTAR_PO_ARTIFACTS", str(folder))
     return folder
@@ -145,7 +145,7 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_cli(artifacts: Path, tmp_path: Path) -> RunCli:
     """Run `python cli.py …` as a user would, in another folder; returns the finished process.
 
-    `warm` as in tests/warm.py: for what loads torch or vLLM, where a start from nothing is tested elsewhere.
+    `warm` as in tests/warm.py, for programs that load torch or vLLM and whose cold start is tested elsewhere.
     """
 
     def run(

@@ -1,4 +1,4 @@
-"""Stand-ins for what is slow or needs a device: an engine that follows a script, and artifacts without a model."""
+"""Fakes of things that are slow or need a device: an engine that follows a script, and artifacts without a model."""
 
 import json
 import random
@@ -30,7 +30,7 @@ CONTEXT: dict[str, Any] = {"model_path": "some/model", "versions": {"torch": "2.
 
 
 class EngineDied(RuntimeError):
-    """What `ScriptedEngine` raises when its script says so."""
+    """The error that `ScriptedEngine` raises when its script says so."""
 
 
 class ScriptedEngine:

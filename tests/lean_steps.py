@@ -66,7 +66,7 @@ class Run:
             self.policy.learner.step()
 
     def logprobs(self) -> torch.Tensor:
-        """Of the policy as it is, for tokens that all ranks share."""
+        """Log-probs of the current policy, for tokens that all ranks share."""
         batch = tokens(1000)
         with torch.no_grad():
             return self.policy.logprobs(batch).logprobs_K

@@ -36,7 +36,7 @@ def is_resumed(processes: int, objective: str) -> bool:
 
 @dataclass
 class Counts:
-    """What one iteration costs."""
+    """The cost of one iteration."""
 
     trained: int = 0
     """Sequences in forward passes with gradients, of the policy."""
@@ -46,7 +46,7 @@ class Counts:
     critic_scored: int = 0
     drawn: int = 0
     models: list[str] = field(default_factory=list)
-    """What is in memory: a policy, a reference, a critic."""
+    """The models in memory: a policy, a reference, a critic."""
     optimizers: int = 0
 
 

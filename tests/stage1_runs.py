@@ -1,4 +1,4 @@
-"""What the tests of stage 1 share: questions, an engine in place of vLLM's, runs and what they leave behind.
+"""Helpers of stage 1's tests: questions, an engine in place of vLLM's, runs and their results.
 
 `python -m tests.stage1_runs ORDER` is a job in a process of its own that waits at its first sample for a line to read.
 """
@@ -30,7 +30,7 @@ from tests.fakes import ScriptedEngine
 QUESTIONS = 6
 
 engine_builder: EngineBuilder = build_engine
-"""What `run` loads its engine with; fixtures replace it."""
+"""The function by which `run` loads its engine; fixtures replace it."""
 
 
 def write_questions(path: Path, rows: int = QUESTIONS) -> Path:
@@ -71,7 +71,7 @@ def run(
     allow_mismatch: Collection[str] = (),
     check: bool = False,
 ) -> str:
-    """Run stage 1; returns what it printed. A scripted engine has no log-probs that could be checked."""
+    """Run stage 1; returns its output. A scripted engine has no log-probs that could be checked."""
     printed = io.StringIO()
     run_stage1(
         config,
@@ -117,7 +117,7 @@ class HeldJob:
         assert self._process.stdout.readline() == "drawing\n"
 
     def finish(self) -> str:
-        """Let it go on to its end; returns what it printed."""
+        """Let it continue to its end; returns its output."""
         printed, _ = self._process.communicate("go on\n", timeout=60)
         assert self._process.returncode == 0
         return printed

@@ -1,4 +1,4 @@
-"""What the tests of stage 2 share: a config for the tiny model, and a vstar.parquet made without sampling."""
+"""Helpers of stage 2's tests: a config for the tiny model, and a vstar.parquet made without sampling."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ REWARDS = ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.
 
 
 def write_questions(path: Path, count: int, *, first: int = 0) -> None:
-    """A .jsonl of questions whose answers are what the tiny model says now and then: 1 to 4."""
+    """A .jsonl of questions whose answers, 1 to 4, the tiny model gives now and then."""
     rows = (
         {
             "prompt": f"Tom has {number} apples." + " Tom buys more." * (number % 3),

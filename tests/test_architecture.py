@@ -1,4 +1,4 @@
-"""The shape of the house: imports go one way, and what is heavy is imported in one place."""
+"""The architecture: imports go one way, and heavy libraries are imported in one place."""
 
 import ast
 import subprocess

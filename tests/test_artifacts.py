@@ -178,7 +178,7 @@ def test_a_missing_or_unusable_model_is_named_with_what_to_do(tiny_model: Path, 
         resolve_model("/no/where", None)
     with pytest.raises(UserError, match=r"there is no model at \./none; check model\.path"):
         resolve_model("./none", None)
-    with pytest.raises(UserError, match=r"no model in Hugging Face format: it has no config\.json"):
+    with pytest.raises(UserError, match=r"not a model in Hugging Face format: it has no config\.json"):
         resolve_model(str(tmp_path), None)
     copy = tmp_path / "copy"
     shutil.copytree(tiny_model, copy, ignore=shutil.ignore_patterns("*.safetensors"))

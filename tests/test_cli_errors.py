@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that starts with `error:` and names the fix, exit code 2, no model loaded."""
+"""Users' mistakes: one line that starts with `error:` and names the fix, exit code 2, no model loaded."""
 
 import json
 import os
@@ -154,7 +154,7 @@ MISTAKES = {
     ),
     "a folder that is no model": Mistake(
         f"{VSTAR} --set model.path=./empty",
-        ("empty is no model in Hugging Face format: it has no config.json",),
+        ("empty is not a model in Hugging Face format: it has no config.json",),
     ),
     "a model without weights": Mistake(
         f"{VSTAR} --set model.path=no_weights", ("holds no *.safetensors weights; convert the model",)
@@ -196,7 +196,7 @@ MISTAKES = {
             'model.weights is "wwwww',
             r'prompt.template is "Q: {prompt}" there and "{prompt}\n" here',
             'grader is "math/0" there and "gsm8k/',
-            "make it anew with another --run",
+            "make it again with another --run",
         ),
     ),
 }

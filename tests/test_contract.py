@@ -168,11 +168,11 @@ def test_an_older_version_is_brought_to_todays_and_lacks_what_came_later(path: P
 def test_the_remedy_is_the_contracts_own(path: Path) -> None:
     assert refusal(path.with_name("none")) == f"there is no {path.parent}/none; make it with `pick fruit`"
     write_unchecked(fruit().drop("grams"), path)
-    assert refusal(path) == f"{path} lacks the columns grams; make it anew with `pick fruit`"
+    assert refusal(path) == f"{path} lacks the columns grams; make it again with `pick fruit`"
     write_unchecked(fruit().cast({"grams": pl.Int64}), path)
-    assert "column grams holds Int64, not Float64; make it anew with `pick fruit`" in refusal(path)
+    assert "column grams holds Int64, not Float64; make it again with `pick fruit`" in refusal(path)
     write_unchecked(fruit().clear(), path)
-    assert refusal(path) == f"{path} has no rows; make it anew with `pick fruit`"
+    assert refusal(path) == f"{path} has no rows; make it again with `pick fruit`"
     write_unchecked(fruit(), path, version=3)
     assert "has format version 3, made by a newer checkout; this one reads 1 to 2" in refusal(path)
     fruit().write_parquet(path)
@@ -184,7 +184,7 @@ def test_a_damaged_file_is_named_with_the_remedy(path: Path) -> None:
     content[4:40] = bytes(36)
     path.write_bytes(content)
     for read in (lambda: FRUIT.read(path), lambda: list(FRUIT.scan(path))):
-        with pytest.raises(DamagedFile, match="remove it and make it anew with `pick fruit`"):
+        with pytest.raises(DamagedFile, match="remove it and make it again with `pick fruit`"):
             read()
 
 

@@ -1,4 +1,4 @@
-"""vLLM and transformers as rollout engines: one distribution, the trainer's, whatever shares the batch.
+"""vLLM and transformers as rollout engines: the trainer's distribution, independent of the rest of the batch.
 
 The model folder carries a generation config with a temperature, top-k and a repetition penalty, as instruction-tuned
 models do: none of it may touch what is sampled.

@@ -1,4 +1,4 @@
-"""Where files go: whole or absent, never in place of what is no file, never outside artifacts/."""
+"""Written files: whole or absent, never in place of something that is not a file, never outside artifacts/."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What training will show and take: the first batch's figures against simulated stages, memory against DeepSpeed's own.
+"""The forecast of training: the first batch's figures against simulated stages, memory against DeepSpeed's own.
 
 Shapes: _P prompt, _N stage-1 sample, _A possible answer.
 """
@@ -666,7 +666,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
     with pytest.raises(UserError, match=r"--gpus 3: train\.mini_batch_size 8 cannot be split evenly"):
         forecast(config, vstar, gpus=3, gpu_gib=80)
     for size in (float("inf"), float("nan"), 0.0, -1.0):
-        with pytest.raises(UserError, match=r"--gpu-memory .* is no amount of memory"):
+        with pytest.raises(UserError, match=r"--gpu-memory .* is not an amount of memory"):
             forecast(config, vstar, gpus=1, gpu_gib=size)
     hollow = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
     qwen_folder(tmp_path)
@@ -680,13 +680,13 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
     ):
         (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
         with pytest.raises(
-            UserError, match=r"config\.json.*(or use another one|no JSON object|not say model_type)"
+            UserError, match=r"config\.json.*(or use another one|no JSON object|has no model_type)"
         ):
             forecast(hollow, vstar, gpus=1, gpu_gib=80)
     (tmp_path / "config.json").write_text(json.dumps(QWEN), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes(b"half a header")
     with pytest.raises(
-        UserError, match=r"model\.safetensors is no whole safetensors file.*download the model again"
+        UserError, match=r"model\.safetensors is not a complete safetensors file.*download the model again"
     ):
         forecast(hollow, vstar, gpus=1, gpu_gib=80)
     (tmp_path / "model.safetensors").unlink()

@@ -171,7 +171,7 @@ def without_biases(folder: Path) -> None:
 
 REFUSED: list[tuple[Change, str]] = [
     (pointer, r"is a Git LFS pointer"),
-    (cut, r"is no whole safetensors file"),
+    (cut, r"is not a complete safetensors file"),
     (quantised, r"is quantised"),
     (lambda folder: change_json(folder / "config.json", compression_config={"bits": 4}), r"is quantised"),
     (lambda folder: (folder / "adapter_config.json").write_text("{}"), r"holds a PEFT adapter"),

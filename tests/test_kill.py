@@ -1,4 +1,4 @@
-"""Stage 1 is killed at any instant and at any write: what a re-run completes is what an undisturbed run gives."""
+"""Stage 1 is killed at any instant and at any write: a re-run completes it to the result of an undisturbed run."""
 
 import os
 import random

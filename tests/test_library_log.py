@@ -1,4 +1,4 @@
-"""What libraries say is in a file of the run, once; the terminal has this project's lines and every traceback."""
+"""Libraries' output goes to a file of the run, once; the terminal has this project's lines and every traceback."""
 
 import runpy
 import subprocess

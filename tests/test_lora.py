@@ -1,4 +1,4 @@
-"""What holds less gives the same: LoRA, an offloaded optimizer or reference, bfloat16 with float32 masters.
+"""Settings that save memory give the same result: LoRA, offloaded optimizer or reference, bfloat16 with float32 copies.
 
 Steps are those of tests/lean_steps.py, in one process and in two. Sums over two are taken in another order.
 """
@@ -202,5 +202,5 @@ def test_bfloat16_needs_zero(config: Config) -> None:
     document["model"]["dtype"] = "bfloat16"
     Config.model_validate(document)
     document["train"]["zero_stage"] = 0
-    with pytest.raises(ValueError, match=r"zero_stage 0 does not go with model\.dtype bfloat16"):
+    with pytest.raises(ValueError, match=r"zero_stage 0 cannot be combined with model\.dtype bfloat16"):
         Config.model_validate(document)

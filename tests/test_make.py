@@ -1,4 +1,4 @@
-"""The Makefile as far as it can be tried without installing anything: what it would run, and for whom."""
+"""The Makefile, as far as it can be tested without installing anything: the commands that it would run."""
 
 import os
 import re

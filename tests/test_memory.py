@@ -1,4 +1,4 @@
-"""Samples stream through stage 1: what it holds at a time does not depend on how many there are."""
+"""Samples stream through stage 1: its memory does not depend on their number."""
 
 import re
 import subprocess

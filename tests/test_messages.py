@@ -1,4 +1,4 @@
-"""A message reaches the user: from whichever process has it, and in whatever encoding the terminal has."""
+"""A message reaches the user from any process, and in any encoding of the terminal."""
 
 import json
 import os

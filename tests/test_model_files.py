@@ -1,4 +1,4 @@
-"""A model's config.json has one reader: whoever asks it for a number gets the same answer, or the same refusal."""
+"""A model's config.json has one reader: everyone who reads a number gets the same answer, or the same refusal."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def test_a_number_is_given_missing_or_refused(tmp_path: Path) -> None:
         numbers.get("hidden_size")
     with pytest.raises(UserError, match=r"intermediate_size is \[1\], not a whole number"):
         numbers.get("intermediate_size")
-    with pytest.raises(UserError, match=r"config\.json does not say head_dim; download"):
+    with pytest.raises(UserError, match=r"config\.json has no head_dim; download"):
         numbers.need("head_dim")
 
 

@@ -1,4 +1,4 @@
-"""One reading of a model's folder says what it is and where it stops, and refuses what no later step could use."""
+"""Reading a model's folder describes it, finds its end tokens, and refuses models that no later step could use."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def test_files_beside_the_model_are_no_part_of_it(folder: Path) -> None:
             {"is_encoder_decoder": True, "model_type": "t5"},
             r"is an encoder-decoder \(t5\).*use a causal language model",
         ),
-        ({"model_type": None}, r"config\.json does not say model_type; download"),
+        ({"model_type": None}, r"config\.json has no model_type; download"),
         (
             {"vocab_size": 4000},
             r"says vocab_size 4000, but the weights' embedding has \d+ rows; they belong to different",
@@ -136,7 +136,9 @@ def test_without_a_generation_config_those_of_the_config_count_as_in_both_librar
 @pytest.mark.parametrize("wrong", ["</s>", -1, 2.0, True, [[3]]])
 def test_an_end_that_is_no_token_id_is_refused(folder: Path, wrong: object) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
-    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is .*, which is no token id"):
+    with pytest.raises(
+        UserError, match=r"generation_config\.json: eos_token_id is .*, which is not a token id"
+    ):
         ends(folder, None)
 
 

@@ -1,4 +1,4 @@
-"""What holds for every objective: shares that add up, gradients, what it needs, where its gradient vanishes."""
+"""Properties of every objective: shares that add up, gradients, its needs, the point where its gradient vanishes."""
 
 import subprocess
 import sys

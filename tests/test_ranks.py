@@ -24,7 +24,7 @@ from tests.training_jobs import ranks_found
 FIGURES_TOLERANCE = 1e-5
 """Relative, for losses, KL, entropy and gradient norm (measured: 2e-6)."""
 LOG_RATIO_TOLERANCE = 5e-5
-"""Nats a completion (measured: 2e-5); its log-probs add up to hundreds."""
+"""Nats per completion (measured: 2e-5); its log-probs add up to hundreds."""
 WEIGHTS_TOLERANCE = 2e-5
 """Absolute (measured: 3e-6). Six steps move a weight by up to 6e-3."""
 MOVEMENT_TOLERANCE = 1e-3
@@ -48,7 +48,7 @@ Sequences = dict[int, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What each rank found, by the number of processes and the case; the weights at the start."""
+    """The results of each rank, by the number of processes and the case; the weights at the start."""
 
     config: Config
     start: dict[str, Tensor]
@@ -72,7 +72,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the formula gives: each step's loss, gradient norm and log-ratios by place; the weights after the last."""
+    """The formula's results: each step's loss, gradient norm and log-ratios by place; the weights after the last."""
 
     losses: list[float]
     norms: list[float]

@@ -1,4 +1,4 @@
-"""regrade: another grader's verdicts on the same completions, and what they change; text and old grades stay."""
+"""regrade: another grader's verdicts on the same completions, and their effect; text and old grades stay."""
 
 import io
 import json
@@ -289,7 +289,7 @@ def test_a_second_regrade_grades_nothing_and_changes_no_file(
 
 
 class DyingPool(GraderPool):
-    """Grades at once what it is given, and dies once it has been given too much. `given` counts over all pools."""
+    """Grades immediately, and dies after too many completions. `given` counts over all pools."""
 
     given = 0
     limit = 10**6

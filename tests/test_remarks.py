@@ -1,4 +1,4 @@
-"""What training says of stage 1's file before it begins: whose prompts these are, and which rewards mislead."""
+"""Training's notes on stage 1's file before it begins: prompts that are not those of [data], misleading rewards."""
 
 import io
 from array import array

@@ -149,7 +149,7 @@ def test_a_damaged_evaluation_is_named(trained: RunPaths, content: str | None, p
     with pytest.raises(DamagedFile) as told:
         report(trained)
     assert str(told.value).startswith(f"{file} is damaged: {problem}")
-    assert str(told.value).endswith("; remove it, or make it anew with `python cli.py evaluate`")
+    assert str(told.value).endswith("; remove it, or make it again with `python cli.py evaluate`")
 
 
 def test_a_folder_with_training_alone_has_a_page(trained: RunPaths) -> None:

@@ -1,4 +1,4 @@
-"""The page of a run: what it says, and that what models wrote is text in it, in a real browser too."""
+"""The page of a run: its content, and that model output stays text in it, in a real browser too."""
 
 import io
 import json

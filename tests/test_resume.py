@@ -276,7 +276,7 @@ def test_without_an_intact_checkpoint_training_starts_anew_and_says_so(tmp_path:
     (tmp_path / "iteration-000001" / "state" / "weights").unlink()
     said: list[str] = []
     assert newest_intact(tmp_path, said.append) is None
-    assert "starting anew" in said[0]
+    assert "starting over" in said[0]
     assert newest_intact(tmp_path / "nothing there", said.append) is None
 
 

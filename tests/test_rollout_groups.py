@@ -169,7 +169,7 @@ def test_a_model_that_cannot_be_divided_is_refused(
         ({"backend": "transformers", "sleep_while_training": True}, {}, "need backend vllm"),
         ({"backend": "transformers", "training_tensor_parallel_size": 2}, {}, "need backend vllm"),
         ({"sleep_while_training": True}, {"staleness": 1}, "found train.staleness 1"),
-        ({"training_tensor_parallel_size": 2}, {"staleness": 1}, "train.staleness 1 does not go with"),
+        ({"training_tensor_parallel_size": 2}, {"staleness": 1}, "train.staleness 1 cannot be combined with"),
     ],
 )
 def test_an_engine_is_not_asked_for_what_it_cannot_do(

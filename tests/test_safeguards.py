@@ -1,4 +1,4 @@
-"""What training survives, and what it stops at: bad gradients, dead engines, graders that fail, collapse."""
+"""Failures that training survives or stops at: bad gradients, dead engines, graders that fail, collapse."""
 
 import json
 import math
@@ -210,7 +210,7 @@ WELL = {"completion/truncated": 0.9, "kl/sequence": 60.0, "kl/token": 0.1}
     ("wrong", "named"),
     [
         ({"completion/truncated": 0.96}, "96% of the completions do not end, KL to the reference is 60 nats"),
-        ({"kl/token": 2.5}, "KL to the reference is 2.5 nats a token"),
+        ({"kl/token": 2.5}, "KL to the reference is 2.5 nats per token"),
     ],
 )
 def test_a_policy_that_has_collapsed_stops_training_with_advice(wrong: dict[str, float], named: str) -> None:

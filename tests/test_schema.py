@@ -1,4 +1,4 @@
-"""The contract between the stages: what is written is read by anyone, what is broken is named."""
+"""The contract between the stages: written files can be read by anyone, broken rules are named."""
 
 import json
 import random
@@ -290,7 +290,7 @@ def test_a_file_that_is_missing_damaged_or_foreign_is_named_with_what_to_do(arti
     damaged = bytearray(whole)
     damaged[4:60] = bytes(56)
     artifact.write_bytes(damaged)
-    assert "remove it and make it anew with `python cli.py vstar`" in refusal(artifact)
+    assert "remove it and make it again with `python cli.py vstar`" in refusal(artifact)
     pl.DataFrame({"prompt_id": ["p"]}).write_parquet(artifact)
     assert "carries no provenance" in refusal(artifact)
 

@@ -1,4 +1,4 @@
-"""The sample store: what is written comes back, what is damaged is missing, what does not belong is refused."""
+"""The sample store: written samples come back, damaged ones count as missing, those of another identity are refused."""
 
 import errno
 import hashlib

@@ -340,7 +340,7 @@ def test_the_command_imports_no_torch(tmp_path: Path) -> None:
     [
         (["--run", "absent"], "there is no"),
         (["--beta1", "-1"], "error: --beta1 -1"),
-        (["--num-samples", "7"], "at most 6 samples a prompt"),
+        (["--num-samples", "7"], "at most 6 samples per prompt"),
     ],
 )
 def test_mistakes_are_told_in_a_line(

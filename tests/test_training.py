@@ -437,7 +437,7 @@ def test_an_artifact_of_another_setting_is_refused_and_the_difference_is_named(
     assert str(vstar) in message
     assert named in message
     assert message.count(" there and ") == 1
-    assert "make it anew" in message
+    assert "make it again" in message
 
 
 def test_an_artifact_of_another_model_is_refused(setting: tuple[Config, Path], tmp_path: Path) -> None:

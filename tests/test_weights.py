@@ -79,7 +79,7 @@ def test_folders_whose_weights_are_not_all_there_are_refused_by_what_is_missing(
 )
 def test_an_index_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(UserError, match="is no list of weight files; download the model again"):
+    with pytest.raises(UserError, match="is not a list of weight files; download the model again"):
         read_weights(tmp_path)
 
 
@@ -102,7 +102,9 @@ def broken(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["cut", "cut tensors", "more", "empty", "page", "header"])
 def test_a_file_that_is_no_whole_safetensors_file_is_named(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(UserError, match=r"model-00002\.safetensors is no whole safetensors file .*download"):
+    with pytest.raises(
+        UserError, match=r"model-00002\.safetensors is not a complete safetensors file .*download"
+    ):
         read_weights(broken(tmp_path, kind))
 
 

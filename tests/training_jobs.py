@@ -58,7 +58,7 @@ PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def fork_ranks(processes: int) -> list[int]:
-    """Become one of so many ranks; in rank 0 the ids of the others."""
+    """Become one of `processes` ranks; in rank 0 the ids of the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

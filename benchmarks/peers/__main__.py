@@ -1,12 +1,12 @@
-"""This trainer beside TRL's A2PO and GRPO (2 generations), each run a process of its own, interleaved.
+"""Compare this trainer with TRL's A2PO and GRPO (2 generations); each run has its own process, interleaved.
 
     make base-model && .venv/bin/python -m benchmarks.peers demo
     .venv/bin/python -m benchmarks.peers vocabulary
     .venv/bin/python -m benchmarks.peers grpo
 
-`grpo` times nothing: it compares the loss and gradient of GRPO on the same log-probs and rewards, and fails where they
+`grpo` times nothing: it compares the loss and gradient of GRPO on the same log-probs and rewards, and fails if they
 differ. TRL gets an environment of its own on first use, artifacts/peers/venv. Each run's logs and figures stay in
-artifacts/peers/<workload>. Time on an otherwise idle machine.
+artifacts/peers/<workload>. Use an otherwise idle machine.
 """
 
 import argparse

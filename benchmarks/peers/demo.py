@@ -1,9 +1,9 @@
 """The demo's task by each trainer, from the start of the first process to a held-out accuracy.
 
 Ours is `cli.py vstar` and then stage 2 as `cli.py train` runs it. All three start from the same base model and take
-the same problems, reward, completions an update, learning rate and seed. Held-out accuracy is one sampled completion
-of each of 512 problems, from the same random streams: ours samples them while it trains, the weights that TRL's
-trainers save are put into the same engine afterwards. Neither the evaluations nor the saving count as training time.
+the same problems, reward, completions per update, learning rate and seed. Held-out accuracy is one sampled completion
+of each of 512 problems, from the same random streams: ours are sampled during training; the weights that TRL's trainers
+save are loaded into the same engine afterwards. Neither the evaluations nor the saving count as training time.
 """
 
 import json
@@ -49,7 +49,7 @@ class Run:
     """(seconds, held-out accuracy)."""
     stage1_seconds: float
     total_seconds: float
-    """From the first process's start to the last one's end, evaluations included where they happen inside."""
+    """From the first process's start to the last one's end, including evaluations that run inside."""
     cpu_seconds: float
     peak_mib: float
 
@@ -97,7 +97,7 @@ def ours(values: dict[str, object], folder: Path) -> Run:
     rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     accuracies = {row["iteration"]: row["evaluate/pass_at_1"] for row in rows if "evaluate/pass_at_1" in row}
     evaluations = {row["iteration"]: row["time/evaluate"] for row in rows if "time/evaluate" in row}
-    # The first one warms the engine up, which the peers do on the clock: what it takes longer than the next is ours.
+    # The first evaluation also warms the engine up. The peers' warm-up counts, so only the next one's time is deducted.
     evaluations[0] = min(list(evaluations.values())[:2])
     off_the_clock = 0.0
     ends = []
@@ -183,8 +183,8 @@ def report(runs: dict[str, list[Run]]) -> str:
         "trainer",
         [
             *map(reaching, ACCURACIES),
-            column("of it stage 1", 0, lambda one: one.stage1_seconds),
-            column("s an iteration", 2, iteration),
+            column("of which stage 1", 0, lambda one: one.stage1_seconds),
+            column("s per iteration", 2, iteration),
             column("CPU s in all", 0, lambda one: one.cpu_seconds),
             column("held-out at the end", 3, lambda one: one.curve[-1][1]),
             column("peak MiB", 0, lambda one: one.peak_mib),

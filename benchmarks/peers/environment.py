@@ -10,7 +10,7 @@ from common.runs import run_paths
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 TORCH = "torch==2.13.0"
 TRL_VARIABLES = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ".", "PYTHONWARNINGS": "ignore"}
-"""What its programs run under."""
+"""The environment variables of its programs."""
 
 
 @cache

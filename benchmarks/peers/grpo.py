@@ -1,4 +1,4 @@
-"""GRPO's advantages, loss and gradient beside TRL's, on the same log-probs and rewards, in float64.
+"""Compare GRPO's advantages, loss and gradient with TRL's, on the same log-probs and rewards, in float64.
 
 The numbers and TRL's answers are one file, tests/golden/trl_grpo.json, with which tests/test_peers.py compares ours.
 
@@ -25,13 +25,13 @@ from stage2_train.objectives.grpo import GRPO
 
 GOLDEN = Path("tests/golden/trl_grpo.json")
 TOLERANCE = 1e-12
-"""Of the largest magnitude among TRL's figures."""
+"""The largest difference, relative to the largest magnitude among TRL's figures."""
 GROUP_SIZE = 3
 REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, -2.0, 0.125, 0.0, 1.0, 1.0]
 """Ties, equal ones, and ones that are no 0 or 1; TRL takes them in float32, which these are exact in."""
 LENGTHS = [1, 4, 2, 3, 1, 2, 5, 2, 3, 1, 4, 2]
 AVERAGES = {"grpo": "sequence", "dapo": "token", "bnpo": "token"}
-"""What a `loss_type` of TRL's is here; bnpo, a mean over each micro-batch's tokens, where there is one of them."""
+"""Our name for each `loss_type` of TRL's; bnpo, a mean over each micro-batch's tokens, with a single micro-batch."""
 MODEL = {
     "model_type": "qwen2",
     "vocab_size": 64,
@@ -46,16 +46,16 @@ MODEL = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a trainer makes of a step."""
+    """A trainer's result for a step."""
 
     advantages_B: Tensor
     loss: Tensor
     gradient_K: Tensor
-    """By each token's log-prob."""
+    """The gradient with respect to each token's log-prob."""
 
 
 def compare(folder: Path, *, write: bool) -> bool:
-    """Have TRL answer, print a table, perhaps keep the answers; whether all of ours are within the tolerance."""
+    """Run TRL, print a table, keep its answers if asked; returns whether all of ours are within the tolerance."""
     given, answered = folder / "steps.json", folder / "answered.json"
     made_up().write(given)
     save_random_model(folder / "model", MODEL)
@@ -92,9 +92,9 @@ def made_up() -> GRPOSteps:
 
 
 def combinations() -> list[dict[str, Any]]:
-    """All of what ours can be told, in one micro-batch, and some of it in two, in a first step, and as bnpo.
+    """All of our settings in one micro-batch, and some of them in two, in a first step, and as bnpo.
 
-    No entropy bonus in two: TRL's is a mean over each micro-batch's tokens, ours is one over the step's.
+    No entropy bonus in two micro-batches: TRL averages over each micro-batch's tokens, ours over the step's.
     """
     types, scales = ("grpo", "dapo"), ("group", "batch", "none")
     return [
@@ -207,7 +207,7 @@ def report(steps: GRPOSteps) -> tuple[str, float]:
 
 
 def name_of(options: dict[str, Any]) -> str:
-    """What tells a step from the others, in TRL's words."""
+    """The settings that distinguish a step, in TRL's words."""
     name = f"{options['loss_type']}, scale {options['scale_rewards']}, beta {options['beta']:g}"
     name += f", epsilon_high {options['epsilon_high']:g}, entropy_coef {options['entropy_coef']:g}"
     if options["gradient_accumulation_steps"] > 1:

@@ -1,4 +1,4 @@
-"""What a trainer is told to do and what it reports, as JSON: this module loads in TRL's environment and in ours."""
+"""The jobs and reports of trainers, as JSON; this module loads in TRL's environment and in ours."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -38,11 +38,11 @@ class Job(JsonFile):
     seed: int
     updates: int
     batch_size: int
-    """Completions that GRPO generates at a time; A2PO generates a micro-batch at a time, whatever is asked."""
+    """Completions that GRPO generates at a time; A2PO generates one micro-batch at a time regardless."""
     mini_batch_size: int
-    """Completions an update."""
+    """Completions per update."""
     micro_batch_size: int
-    """Completions a forward and backward pass."""
+    """Completions per forward and backward pass."""
     max_prompt_tokens: int
     max_completion_tokens: int
     learning_rate: float
@@ -86,7 +86,7 @@ class Job(JsonFile):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report(JsonFile):
-    """What a run tells of itself. Times are seconds since the epoch, less those spent on saving weights."""
+    """A run's report. Times are seconds since the epoch, minus those spent on saving weights."""
 
     imported: float
     began: float
@@ -101,7 +101,7 @@ class Report(JsonFile):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GRPOSteps(JsonFile):
-    """Optimizer steps of GRPO, all on the same numbers, and what TRL makes of each once it has been asked."""
+    """Optimizer steps of GRPO, all on the same numbers, and TRL's result for each once it has run."""
 
     group_size: int
     lengths: list[int]
@@ -111,10 +111,10 @@ class GRPOSteps(JsonFile):
     old: list[float]
     reference: list[float]
     options: list[dict[str, Any]]
-    """What each step is told, in the words of TRL's GRPOConfig."""
+    """The settings of each step, in the words of TRL's GRPOConfig."""
     trl: str = ""
     """Its version."""
     advantages: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     gradients: list[list[float]] = field(default_factory=list)
-    """By each token's log-prob."""
+    """The gradient with respect to each token's log-prob."""

@@ -1,4 +1,4 @@
-"""Stage 2 as `cli.py train` runs it, in a process that says when each iteration ended, as TRL's does of its updates.
+"""Stage 2 as `cli.py train` runs it, in a process that reports the end of each iteration, as TRL's run does.
 
 python -m benchmarks.peers.our_run JOB REPORT. A job may force completions to the lengths of their prompts.
 """
@@ -35,11 +35,11 @@ class OurJob(JsonFile):
     config: dict[str, Any]
     vstar: str
     completion_lengths: dict[str, int] | None = None
-    """By the prompt's text, in place of the model's own end."""
+    """Completion lengths by the prompt's text, in place of the model's own end."""
 
 
 class ForcedEngine(VllmEngine):
-    """vLLM that ends a completion at its length, neither before nor after; its last token becomes the end token."""
+    """vLLM that ends each completion exactly at its given length; the last token becomes the end token."""
 
     def __init__(
         self, config: RunConfig, folder: Path, renderer: PromptRenderer, lengths: Mapping[str, int]
@@ -57,7 +57,7 @@ class ForcedEngine(VllmEngine):
         return super()._completion(request, output, self._lengths[request.prompt_token_ids])
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """As VllmEngine.generate, without log-probs."""
+        """Like VllmEngine.generate, without log-probs."""
         without_logprobs = (replace(request, with_logprobs=False) for request in requests)
         for completion in super().generate(without_logprobs, sampling):
             token_ids = (*completion.token_ids[:-1], self._end)
@@ -66,7 +66,7 @@ class ForcedEngine(VllmEngine):
 
 @dataclass(slots=True)
 class Clock:
-    """A watcher that notes when each iteration has ended, before anyone else looks at it."""
+    """A watcher that records the end of each iteration, before the other watchers."""
 
     ends: list[float] = field(default_factory=list)
     """The first is that of iteration 0, when training is about to begin."""

@@ -1,8 +1,8 @@
 """Optimizer steps of TRL's GRPO, in TRL's environment: python -m benchmarks.peers.trl_grpo STEPS MODEL ANSWERED.
 
-Each is an update of `GRPOTrainer.train`. Told to it from outside: the completions, their rewards, and the log-probs of
-the policy, the old policy and the reference, in place of a model's. All between is TRL's own: advantages, the cut into
-micro-batches, the loss and its division, the backward pass.
+Each is an update of `GRPOTrainer.train`. The completions, their rewards, and the log-probs of the policy, the old
+policy and the reference are given from outside, in place of a model's. Everything between is TRL's own: advantages,
+the cut into micro-batches, the loss and its division, the backward pass.
 """
 
 import sys
@@ -68,7 +68,7 @@ def update(
 
 
 class ToldTrainer(GRPOTrainer):  # type: ignore[misc]
-    """TRL's trainer with completions and log-probs that it is told. The one token of a prompt is its row's number."""
+    """TRL's trainer with given completions and log-probs. The single token of a prompt is its row's number."""
 
     told: GRPOSteps
 
@@ -87,7 +87,7 @@ class ToldTrainer(GRPOTrainer):  # type: ignore[misc]
         compute_entropy: bool = False,
         **__: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        """The reference's, the policy's in its loss, else the old policy's; −ln π stands for an entropy."""
+        """Given log-probs: the reference's, the policy's in its loss, else the old policy's; −ln π is the entropy."""
         if model is self.ref_model:
             logprobs_K = torch.tensor(self.told.reference)
         elif compute_entropy:
@@ -100,7 +100,7 @@ class ToldTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 class Gradient(TrainerCallback):
-    """Notes what an update's micro-batches have added up to."""
+    """Records the sums over an update's micro-batches."""
 
     def __init__(self) -> None:
         self.by_token: list[float] = []

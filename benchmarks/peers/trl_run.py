@@ -1,7 +1,7 @@
 """One run of a TRL trainer, in TRL's environment: python -m benchmarks.peers.trl_run JOB REPORT.
 
-TRL's classes are used as they are. Told to them from outside: the reward function (this project's GSM8K rule), the
-settings of the job, and where lengths are forced a model whose `generate` takes one more logits processor.
+TRL's classes are used unchanged. They get from outside: the reward function (this project's GSM8K rule), the settings
+of the job, and, if lengths are forced, a model whose `generate` takes one more logits processor.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Training as it looks on real models: a vocabulary of 151,936, mixed prompts, completions of up to 1,024 tokens.
+"""Training with the sizes of real models: a vocabulary of 151,936, mixed prompts, completions of up to 1,024 tokens.
 
-The model has random weights, so its completions would have no end of their own: each prompt has a given length, the
-quantiles of a long-tailed distribution, and every trainer's rollouts end there. GRPO takes half of the prompts, one
-of each length, and two completions of each. No completion is right, V̂* is the same for all prompts, and
-nobody runs a stage 1. All train in float32.
+The model has random weights, so its completions would not end on their own. Each prompt has a given length, a quantile
+of a long-tailed distribution, at which every trainer's rollouts end. GRPO takes half of the prompts, one of each
+length, with two completions each. No completion is right, V̂* is the same for all prompts, and no trainer runs stage
+1. All train in float32.
 """
 
 import json
@@ -55,7 +55,7 @@ MODEL = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One trainer once; seconds an iteration."""
+    """One run of a trainer; seconds per iteration."""
 
     seconds: float
     rollout_seconds: float
@@ -64,7 +64,7 @@ class Run:
 
     @classmethod
     def of(cls, finished: Finished, told: Report) -> Self:
-        """What a process took and told."""
+        """A process's cost and report."""
         return cls(
             seconds=(told.updates[-1] - told.began) / len(told.updates),
             rollout_seconds=told.generate_seconds / len(told.updates),
@@ -94,7 +94,7 @@ def compare(repetitions: int, iterations: int, folder: Path) -> str:
             done = peer(TRAINERS[trainer], config, prompts, lengths, vstar, repetition, place)
         runs[trainer].append(done)
         print(
-            f"{trainer}, repetition {repetition}: {done.seconds:.0f} s an iteration, rollouts "
+            f"{trainer}, repetition {repetition}: {done.seconds:.0f} s per iteration, rollouts "
             f"{done.rollout_seconds:.0f} s of it, peak {done.peak_mib:,.0f} MiB",
             flush=True,
         )
@@ -128,7 +128,7 @@ def build_prompts(iterations: int, model: Path) -> tuple[list[str], list[int]]:
 
 
 def settings(model: Path, data: Path, iterations: int) -> Config:
-    """Defaults, but for the size of a batch, no ZeRO on a single process and a cache that is enough for a batch."""
+    """Defaults, except for the size of a batch, no ZeRO on a single process, and a cache that holds one batch."""
     return Config.model_validate(
         {
             "run": "vocabulary",
@@ -216,7 +216,7 @@ def report(runs: dict[str, list[Run]]) -> str:
     return comparison(
         "trainer",
         [
-            column("s an iteration", 1, lambda one: one.seconds),
+            column("s per iteration", 1, lambda one: one.seconds),
             column("rollouts", 1, lambda one: one.rollout_seconds),
             column("training", 1, lambda one: one.seconds - one.rollout_seconds),
             column("peak MiB", 0, lambda one: one.peak_mib),

@@ -1,11 +1,11 @@
 """A small Qwen3 pre-trained in about a minute on the demonstrations of word_problems.py.
 
-Like a real base model it knows how to reason and does not do so reliably: nearly half of its samples guess
-at once and the others slip now and then, so RL has something to bring out. Trained on completion tokens only,
-after the prompt `PROMPT_TEMPLATE`, without a BOS token. torch and transformers are imported inside functions.
+Like a real base model it can reason but does not do so reliably: nearly half of its samples guess at once, and the
+others make mistakes now and then, so RL has something to improve. It is trained on completion tokens only, after the
+prompt `PROMPT_TEMPLATE`, without a BOS token. torch and transformers are imported inside functions.
 
-Why not a Qwen2: transformers 5 gives every model of that type its own tokenizer class, whatever the folder names,
-and that class splits numbers into digits. A Qwen3 may name its class.
+It is not a Qwen2, because transformers 5 gives every model of that type its own tokenizer class, which splits numbers
+into digits, even if the folder names another class. A Qwen3 may name its class.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pretraining:
-    """How the base model is made; the defaults fit a minute on two cores.
+    """The recipe of the base model; with the defaults it takes a minute on two cores.
 
-    First clean worked solutions, of one or two changes and then more; in the remaining steps the demonstrations
-    that guess and slip. `rope_theta` suits texts of a hundred tokens: at 10,000 the next number is found later.
+    Training starts with clean worked solutions, of one or two changes and then more; the remaining steps use the
+    demonstrations that guess and make mistakes. `rope_theta` suits texts of a hundred tokens: at 10,000 the model
+    learns later to find the next number.
     """
 
     steps: int = 800
@@ -67,7 +68,7 @@ def build_base_model(
 ) -> None:
     """Write a Hugging Face folder at `path`, which appears only when whole; same seed, same weights.
 
-    Raises UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
     if path.exists():
         raise ValueError(f"{path} exists already: remove it to build the base model again")
@@ -91,9 +92,9 @@ def build_base_model(
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that gives any text back, in which each word of the task and each number is one token.
+    """A lossless byte-level BPE in which each word of the task and each number is one token.
 
-    Special tokens are reached by id only: `<|endoftext|>` typed in a prompt is text like any other.
+    Special tokens exist by id only: `<|endoftext|>` in a prompt is ordinary text.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -151,7 +152,7 @@ def _pretrain(
         schedule.step()
         optimizer.zero_grad()
         if step % 200 == 0 or step == recipe.steps:
-            progress(f"base model: step {step}/{recipe.steps}, loss {loss.item():.3f} nats a token")
+            progress(f"base model: step {step}/{recipe.steps}, loss {loss.item():.3f} nats per token")
     return model
 
 
@@ -212,7 +213,7 @@ def _batches(
             completions = [demonstration(problem, rng) for problem in pool]
         encoded = zip(_encode(tokenizer, prompts), _encode(tokenizer, completions), strict=True)
         sequences = [(prompt, [*completion, tokenizer.eos_token_id]) for prompt, completion in encoded]
-        # By prompt alone: with the completion's length a batch would be all guesses or none.
+        # By prompt alone: by completion length, a batch would be all guesses or none.
         sequences.sort(key=lambda pair: len(pair[0]))
         starts = [step * recipe.batch_size for step in range(steps)]
         rng.shuffle(starts)

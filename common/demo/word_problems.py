@@ -1,7 +1,7 @@
 """Procedural word problems of one to five additions and subtractions, with rows like GSM8K's.
 
-`generate` gives the questions and clean worked solutions of a split; `demonstration` gives what a base model
-is pre-trained on: text in which some writers guess and some slip. No torch, no model: see base_model.py.
+`generate` gives the questions and clean worked solutions of a split; `demonstration` gives the text on which the base
+model is pre-trained, in which some writers guess and some make mistakes. No torch, no model: see base_model.py.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def generate(split: Split, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def stream(split: Split, rng: random.Random, max_changes: int = MAX_CHANGES) -> Iterator[WordProblem]:
-    """Problems of a split without end; a short question may come twice."""
+    """An endless stream of a split's problems; a short question may come twice."""
     while True:
         problem = _draw(rng, max_changes)
         if problem.split == split:

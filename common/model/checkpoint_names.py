@@ -1,8 +1,8 @@
 """A model's weights under the names and in the shapes of its checkpoint.
 
-transformers keeps some weights otherwise than checkpoints do: those of all experts of a layer in one tensor, parts of a
-name renamed. It converts them when it loads and saves a whole model; here a few weights are converted at a time, by the
-same rules, for engines that share a machine with the model.
+transformers stores some weights differently from checkpoints: all experts of a layer in one tensor, or under changed
+names. It converts them when it loads and saves a whole model. This module converts a few weights at a time, by the same
+rules, for engines that share a machine with the model.
 """
 
 import re
@@ -30,14 +30,14 @@ from common.errors import UserError
 from common.model.weights import read_weights
 
 NUMBER = re.compile(r"\.\d+\.")
-"""A layer's, within a name."""
+"""A layer's number within a name."""
 
 
 class CheckpointNames:
-    """The two ways between a model's weights and the tensors of its checkpoint."""
+    """Converts a model's weights to the tensors of its checkpoint, and back."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Note the names of a model whose parameters are whole, before LoRA adds its own."""
+        """Record the names of a model whose parameters are whole, before LoRA adds its own."""
         self._model = model
         self._state = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._transforms = _transforms(model)
@@ -52,7 +52,7 @@ class CheckpointNames:
             for group in self.groups
             for name, tensor in self.to_checkpoint({name: shapes[name] for name in group}).items()
         }
-        """Of the checkpoint's tensors, by name."""
+        """The shapes of the checkpoint's tensors, by name."""
         self._targets = {name: self._target(name) for name in self.shapes}
 
     def to_checkpoint(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class CheckpointNames:
         return converted
 
     def covers(self, name: str) -> bool:
-        """Whether a tensor of the checkpoint goes into the model, maybe once more under the name of a tied one."""
+        """Whether a tensor of the checkpoint is loaded into the model, perhaps as a copy of a tied weight."""
         return self._target(name)[0] in self._state
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -137,20 +137,20 @@ def named_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def refuse_other_names(names: CheckpointNames, folder: Path) -> None:
-    """Raise UserError unless the weights come out under the names and in the shapes that the files in `folder` have."""
+    """Raise UserError unless converted weights have the names and shapes of the files in `folder`."""
     stored = read_weights(folder).shapes
     wrong = [name for name, shape in names.shapes.items() if stored.get(name) != shape]
     if wrong:
         raise UserError(
             f"{folder}: transformers gives its weights back in another form than the checkpoint's: {len(wrong)} of "
-            f"{len(names.shapes)}, such as {wrong[0]}, which engines could not load; save it anew with save_pretrained"
+            f"{len(names.shapes)}, such as {wrong[0]}, which engines could not load; save it again with save_pretrained"
         )
 
 
 def note_conversions(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
-    """Note on a model without weights by which rules a checkpoint with these names is read, as loading it would.
+    """Record on a model without weights the rules by which a checkpoint with these names is read, as loading would.
 
-    Returns the names of the model's weights that it does not have. Raises UserError for weights of the model's own
+    Returns the names of the model's weights that the checkpoint lacks. Raises UserError for weights of the model's own
     layers that the network has no place for, see `refuse_left_out`.
     """
     rules = get_model_conversion_mapping(model)
@@ -172,11 +172,11 @@ def note_conversions(model: PreTrainedModel, stored: Iterable[str]) -> list[str]
 
 
 def refuse_left_out(model: PreTrainedModel, unplaced: Iterable[str], targets: Mapping[str, str]) -> None:
-    """Raise UserError where tensors without a place in the network look like weights of its layers.
+    """Raise UserError if tensors without a place in the network look like weights of its layers.
 
-    They do where the network has such a layer under another number, or has that layer with other weights: config.json
-    then describes another network than the weights are of, and every library drops them without a word. What the class
-    knows to ignore, and what else a checkpoint may hold, such as a value head, is left alone.
+    They do if the network has such a layer under another number, or has that layer with other weights. Then config.json
+    describes a different network from the weights, and every library drops these silently. Tensors that the class
+    ignores by design, and other extras of a checkpoint, such as a value head, are accepted.
     """
     ignored = [
         *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -199,7 +199,7 @@ def refuse_left_out(model: PreTrainedModel, unplaced: Iterable[str], targets: Ma
 
 
 def _further_targets(rule: WeightTransform, found: Iterable[str]) -> Iterator[str]:
-    """What a rule makes beside its first target: it cuts a tensor into several."""
+    """The targets of a rule after its first one: it cuts a tensor into several."""
     first, *further = rule.target_patterns
     for name in found:
         yield from (name.replace(first, other) for other in further if first in name)

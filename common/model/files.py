@@ -1,4 +1,4 @@
-"""A model's folder: where it is, what it says of itself, what makes it this model."""
+"""A model's folder: its location, its configuration, and its identity."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def resolve_model(path: str, revision: str | None) -> Path:
                 "it into its base model first (merge_and_unload, then save_pretrained)"
             )
         if not (folder / "config.json").is_file():
-            raise UserError(f"{path} is no model in Hugging Face format: it has no config.json")
+            raise UserError(f"{path} is not a model in Hugging Face format: it has no config.json")
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
         raise UserError(
@@ -48,7 +48,7 @@ def resolve_model(path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no model {path}: it is neither a local folder nor to be had from the Hugging Face hub "
+            f"no model {path}: it is neither a local folder nor available from the Hugging Face hub "
             f"({reason}); check model.path"
         ) from error
 
@@ -76,18 +76,18 @@ WITHOUT_EFFECT = {
         "output_hidden_states",
     ),
 }
-"""Keys of config.json that do not change what a model says; the end of a completion is in the prompts' identity."""
+"""Keys of config.json that do not change a model's output; the end tokens are part of the prompts' identity."""
 
 
 def model_identity(folder: Path, memory: Path | None = None) -> dict[str, Any]:
-    """What makes a model this model: hashes of its weights, its tokenizer, and what its config says of the network.
+    """The identity of a model: hashes of its weights, its tokenizer, and the network described by its config.
 
-    What has been found of the weights is kept in `memory`, see `weights_hash`.
+    Hashes of the weights are cached in `memory`, see `weights_hash`.
     """
     weights = read_weights(folder)
     network = network_hash(folder)
     if weights.unread:
-        # All files are in the hash of the weights; which of them the model is made of is not.
+        # The hash of the weights covers all files; it does not tell which of them are loaded.
         loaded = [file.name for file in weights.files]
         network = hashlib.sha256(json.dumps([network, loaded]).encode()).hexdigest()[:32]
     return {
@@ -98,7 +98,7 @@ def model_identity(folder: Path, memory: Path | None = None) -> dict[str, Any]:
 
 
 def network_hash(folder: Path) -> str:
-    """A hash of what a model's config.json says of the network: of all but `WITHOUT_EFFECT`."""
+    """A hash of the network described by a model's config.json: of all keys except `WITHOUT_EFFECT`."""
     config = _without_effectless(read_json(folder / "config.json"))
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -116,21 +116,21 @@ OTHER_NAMES = {
     "num_hidden_layers": "n_layer",
     "intermediate_size": "n_inner",
 }
-"""What GPT-2 and its kind call them."""
+"""The names of these keys in GPT-2 and similar models."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelNumbers:
-    """What a model's config.json says of its language model.
+    """The part of a model's config.json about its language model.
 
-    A number is checked when it is asked for, not before: some kinds of model have a list or nothing in its place.
+    A number is checked only when it is read: some kinds of models have a list or nothing in its place.
     """
 
     path: Path
     document: dict[str, Any]
 
     def get(self, name: str) -> int | None:
-        """A number, or None where the file gives none. Raises UserError for anything but a whole number above 0."""
+        """A number, or None if the file gives none. Raises UserError for anything but a whole number above 0."""
         value = self.document.get(name, self.document.get(OTHER_NAMES.get(name, "")))
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(
@@ -140,9 +140,9 @@ class ModelNumbers:
         return value
 
     def need(self, name: str) -> int:
-        """A number. Raises UserError where the file gives none."""
+        """A number. Raises UserError if the file gives none."""
         if (value := self.get(name)) is None:
-            raise UserError(f"{self.path} does not say {name}; download the model again, or use another one")
+            raise UserError(f"{self.path} has no {name}; download the model again, or use another one")
         return value
 
     @property
@@ -152,7 +152,7 @@ class ModelNumbers:
 
 
 def model_numbers(folder: Path) -> ModelNumbers:
-    """Read a model's config.json; in that of a model that reads more than text, `text_config` is about the language.
+    """Read a model's config.json; for a model that reads more than text, its `text_config`.
 
     Raises UserError if there is none.
     """

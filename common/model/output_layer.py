@@ -1,4 +1,4 @@
-"""How a language model gets from hidden states to logits: through its output layer, and what its class does after that.
+"""How a language model computes logits from hidden states: by its output layer, and its class's function of these.
 
 Shapes: _R position, _H hidden, _C of a slice of the vocabulary.
 """
@@ -13,29 +13,29 @@ from transformers import PreTrainedModel
 from common.errors import UserError
 
 LogitTransform = Callable[[Tensor], Tensor]
-"""What a model does to the output layer's logits, element by element; shape (R, C) to (R, C)."""
+"""A model's elementwise function of the output layer's logits; shape (R, C) to (R, C)."""
 
 PROBE_POSITIONS, PROBE_LOGITS = 3, 6
 PROBE_SCALE = 30.0
-"""Logits of the probe are about so large: a soft cap that leaves these alone changes no softmax."""
+"""Approximate size of the probe's logits: a soft cap that does not change these changes no softmax."""
 
 
 def text_trunk(model: PreTrainedModel) -> nn.Module:
-    """The part of a language model that turns tokens into hidden states; where others read images, the text's."""
+    """The part of a language model that turns tokens into hidden states; the text part if others read images."""
     is_composite = model.config.get_text_config() is not model.config
     trunk: nn.Module = model.get_decoder() if is_composite else model.base_model
     return trunk
 
 
 def freeze_all_but_text(model: PreTrainedModel) -> None:
-    """Train nothing that text does not pass through, such as what reads images."""
+    """Freeze the parts that text does not pass through, such as those that read images."""
     trained = {*text_trunk(model).parameters(), *output_layer(model).parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer to the vocabulary. Raises UserError where the model has none of its own."""
+    """The linear layer to the vocabulary. Raises UserError if the model has none of its own."""
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear or layer not in model.children() or model.base_model is model:
         raise _refusal(model, "it has no output layer that is a linear layer after its body")
@@ -43,11 +43,10 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
-    """What a model's class does to the output layer's logits, such as a soft cap; None if it leaves them alone.
+    """The function that a model's class applies to the output layer's logits, such as a soft cap; None for identity.
 
-    The class's own forward pass is asked, with hidden states and an output layer of a few random numbers in place of
-    the model's: no weights are read. Raises UserError where the logits do not follow from the output layer's, one by
-    one.
+    It is probed by the class's own forward pass, with random hidden states and a small random output layer in place of
+    the model's: no weights are read. Raises UserError if the logits do not follow from the output layer's, one by one.
     """
     layer = output_layer(model)
     random = torch.Generator().manual_seed(0)
@@ -107,7 +106,7 @@ class _Identity(nn.Module):
 
 
 class _Given:
-    """In place of a model's body: gives these hidden states whatever it is asked; its attributes are the body's."""
+    """Replaces a model's body: returns the given hidden states for any input; its attributes are the body's."""
 
     def __init__(self, body: nn.Module, hidden: Tensor) -> None:
         self._body, self._output = body, _Output(hidden)
@@ -117,12 +116,12 @@ class _Given:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._body, name)
-        # OPT's forward pass asks a part of its body, its decoder.
+        # OPT's forward pass calls a part of its body, the decoder.
         return _Given(found, self._output.last_hidden_state) if isinstance(found, nn.Module) else found
 
 
 class _Output:
-    """What a model's body returns, as a record or a tuple, with hidden states and nothing else."""
+    """The output of a model's body, as a record or a tuple, with only hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden

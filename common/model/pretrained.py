@@ -1,7 +1,7 @@
-"""transformers' models: the one place that builds them, for the trainer, the rollout engine and the checks.
+"""transformers' models: the only place that builds them, for the trainer, the rollout engine and the checks.
 
-The classes are transformers' own, found by config.json's model_type. Neither code in the folder nor what another
-library has registered for that type is used: vLLM does so, and lives in the same process.
+The classes are transformers' own, found by config.json's model_type. Code in the folder is not used, nor are classes
+that another library has registered for that type, as vLLM does in the same process.
 """
 
 import re
@@ -28,7 +28,7 @@ from common.model.files import read_json
 from common.model.weights import AGAIN, read_weights
 
 RANDOM = re.compile("drop|jitter")
-"""Settings of a config that make a model random while it trains."""
+"""Settings of a config that add randomness during training."""
 
 
 def load_causal_lm(folder: Path, dtype: str) -> PreTrainedModel:
@@ -39,7 +39,7 @@ def load_causal_lm(folder: Path, dtype: str) -> PreTrainedModel:
 def empty_causal_lm(folder: Path) -> PreTrainedModel:
     """The language model in `folder` without weights, on the meta device.
 
-    Raises UserError for a bad folder, also where the weights' headers show that they are not this model's.
+    Raises UserError for a bad folder, including weights whose headers show that they are not this model's.
     """
     config = read_config(folder)
     kind = model_class(config, folder)
@@ -57,10 +57,10 @@ def empty_causal_lm(folder: Path) -> PreTrainedModel:
 def load_pretrained(kind: type[PreTrainedModel], folder: Path, dtype: str, **options: Any) -> PreTrainedModel:
     """A model of this class with the weights in `folder`. Raises UserError unless the files hold all of its weights.
 
-    With options of the class's config, such as `num_labels`, weights outside the body that these add may be new.
+    Options of the class's config, such as `num_labels`, may add weights outside the body, which may be new.
     """
     config = _own_config(kind, read_config(folder, **options))
-    read_weights(folder)  # says of a damaged file which one it is
+    read_weights(folder)  # names the file if one is damaged
     with refusing(folder), _quiet():
         loaded: Any = kind.from_pretrained(
             folder,
@@ -91,7 +91,7 @@ def load_pretrained(kind: type[PreTrainedModel], folder: Path, dtype: str, **opt
 
 
 def read_config(folder: Path, **options: Any) -> Any:
-    """transformers' reading of a model's config.json. Raises UserError where it has no such model."""
+    """A model's config.json as read by transformers. Raises UserError if transformers has no such model."""
     kind: Any = read_json(folder / "config.json").get("model_type")
     if kind not in CONFIG_MAPPING_NAMES:
         raise UserError(
@@ -103,7 +103,7 @@ def read_config(folder: Path, **options: Any) -> Any:
 
 
 def model_class(config: Any, folder: Path) -> type[PreTrainedModel]:
-    """The class of the language model that a config is of. Raises UserError if there is none."""
+    """The class of a config's language model. Raises UserError if there is none."""
     mapping: Any
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
@@ -115,7 +115,7 @@ def model_class(config: Any, folder: Path) -> type[PreTrainedModel]:
 
 
 def token_classifier(folder: Path) -> type[PreTrainedModel]:
-    """The class that puts a head for labels of tokens on the network in `folder`. Raises UserError if there is none."""
+    """The token classification class for the network in `folder`. Raises UserError if there is none."""
     config = read_config(folder)
     mapping: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
     if type(config) not in mapping:
@@ -128,7 +128,7 @@ def token_classifier(folder: Path) -> type[PreTrainedModel]:
 
 
 def refuse_generation_config(folder: Path) -> None:
-    """Raise UserError for a generation_config.json that transformers cannot read, and would fail of with the model."""
+    """Raise UserError for a generation_config.json that transformers cannot read, which would fail the model's load."""
     file = folder / GENERATION_CONFIG_NAME
     if not file.is_file():
         return
@@ -143,7 +143,7 @@ def refuse_generation_config(folder: Path) -> None:
 
 @contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """What transformers raises meanwhile becomes one line: of a bad folder it raises anything."""
+    """A context that turns errors of transformers into one line; for a bad folder it raises all kinds."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -155,9 +155,9 @@ def refusing(folder: Path) -> Iterator[None]:
 
 
 def _own_config(kind: type[PreTrainedModel], config: Any) -> Any:
-    """The part of a config that a class is built from: a text model's is nested in that of one that reads more.
+    """The part of a config that a class is built from: nested for the text part of a model that reads more than text.
 
-    What would be random in training is off: completions are drawn from the model without dropout, and their log-probs
+    Randomness in training is switched off: completions are drawn from the model without dropout, and their log-probs
     are those of the same model. Attention is computed as the config says.
     """
     text = config.get_text_config()
@@ -166,7 +166,7 @@ def _own_config(kind: type[PreTrainedModel], config: Any) -> Any:
             if RANDOM.search(name) and isinstance(value, float | int) and not isinstance(value, bool):
                 setattr(part, name, 0.0)
         if getattr(part, "attn_logit_softcapping", None):
-            # torch's fused attention knows no soft cap, and transformers leaves it out without a word.
+            # torch's fused attention has no soft cap, and transformers silently leaves it out.
             part._attn_implementation = "eager"
     return text if kind.config_class is type(text) else config
 
@@ -178,7 +178,7 @@ def _some(names: list[str]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a progress bar, and without warnings of what is an error here."""
+    """A context without progress bars, and without warnings about conditions that are errors here."""
     level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,6 +1,6 @@
-"""One reading of a model's folder, before anything expensive: what it is, where it stops, what neither stage can use.
+"""Read a model's folder before anything expensive: describe it, find its end tokens, refuse unusable models.
 
-It reads config.json, generation_config.json and the headers of the weights; no torch, no model.
+Reads config.json, generation_config.json and the headers of the weights; loads no torch and no model.
 """
 
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from common.model.weights import Weights, read_weights
 
 GENERATION_CONFIG = "generation_config.json"
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
-"""What models call the layer that turns token ids into vectors."""
+"""Names of the layer that turns token ids into vectors."""
 LOGIT_TRANSFORMS = (
     *("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier"),
     *("logits_mup_width_multiplier", "mup_width_scale", "output_multiplier"),
 )
-"""Settings with which models change the logits after the output layer; for the description, nothing depends on them."""
+"""Settings by which models change the logits after the output layer; used only for the description."""
 QUANTISED_FORMATS = ("F4", "F6", "F8", "I4", "U4", "I8", "U8")
-"""Beginnings of safetensors' names of the formats that quantised weights are stored in."""
+"""Prefixes of safetensors' names of the formats of quantised weights."""
 QUANTISATION = ("quantization_config", "compression_config")
-"""Where config.json says that weights are quantised."""
+"""Keys of config.json that say that weights are quantised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReading:
-    """What a model's folder says of itself."""
+    """The description of a model, from its folder."""
 
     folder: Path
     numbers: ModelNumbers
     weights: Weights
     embedding_rows: int | None
-    """The token ids that it can read are below this."""
+    """Upper bound of the token ids that it can read."""
 
     @property
     def kind(self) -> str:
@@ -49,7 +49,7 @@ class ModelReading:
         return self.weights.count(tied=self.numbers.is_tied)
 
     def document(self) -> dict[str, Any]:
-        """What an artifact keeps of it, for the reader."""
+        """The description that an artifact keeps for the reader."""
         named = {name: self.numbers.document.get(name) for name in LOGIT_TRANSFORMS}
         return {
             "class": self.kind,
@@ -65,7 +65,7 @@ class ModelReading:
 
 
 def read_model(folder: Path) -> ModelReading:
-    """Read the folder. Raises UserError for what cannot be trained: damaged, quantised, or no decoder."""
+    """Read the folder. Raises UserError for a model that cannot be trained: damaged, quantised, or no decoder."""
     numbers = model_numbers(folder)
     _refuse_other_kinds(folder, numbers.document)
     weights = read_weights(folder)
@@ -99,10 +99,10 @@ def describe_model(document: dict[str, Any], ends: Sequence[str]) -> str:
 
 def _refuse_other_kinds(folder: Path, document: dict[str, Any]) -> None:
     if not isinstance(document.get("model_type"), str):
-        raise UserError(f"{folder / 'config.json'} does not say model_type; download the model again")
+        raise UserError(f"{folder / 'config.json'} has no model_type; download the model again")
     if document.get("is_encoder_decoder"):
         raise UserError(
-            f"{folder} is an encoder-decoder ({document['model_type']}), which reads a prompt another way; use a "
+            f"{folder} is an encoder-decoder ({document['model_type']}), which cannot be trained here; use a "
             "causal language model"
         )
     for key in QUANTISATION:
@@ -134,10 +134,10 @@ def _embedding_rows(folder: Path, numbers: ModelNumbers, weights: Weights) -> in
 
 
 def eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """The ids that end a completion, in ascending order: those that vLLM and transformers stop at.
+    """The ids that end a completion, in ascending order: those at which vLLM and transformers stop.
 
-    The tokenizer's own, and those of generation_config.json; where it names none, or is missing, those of config.json.
-    Raises UserError for none, or for what is no token id of the model.
+    These are the tokenizer's own and those of generation_config.json; if that names none, or is missing, those of
+    config.json. Raises UserError if there are none, or for an id that is not a token id of the model.
     """
     numbers = model_numbers(folder)
     path, found = folder / GENERATION_CONFIG, None
@@ -153,7 +153,7 @@ def eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     ids = [*ids, *([] if tokenizer_eos is None else [tokenizer_eos])]
     if wrong := [each for each in ids if type(each) is not int or each < 0]:
         raise UserError(
-            f"{path}: eos_token_id is {wrong[0]!r}, which is no token id; download the model again"
+            f"{path}: eos_token_id is {wrong[0]!r}, which is not a token id; download the model again"
         )
     if not ids:
         raise UserError(

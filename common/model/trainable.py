@@ -1,4 +1,4 @@
-"""Whether a model can be sampled from and trained, said before a model loads or a token is paid for."""
+"""Check that a model can be sampled from and trained, before a model loads or a token is drawn."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ VLLM_REFUSES = {
     "gpt_oss": "vLLM's own class does not take over new weights for experts while it runs",
     "cohere2": "vLLM's sliding window is one token longer than transformers'",
 }
-"""Types of models that vLLM 0.32 has, but samples from other distributions than the trained ones; and why."""
+"""Types of models for which vLLM 0.32 samples from another distribution than the trained one, and why."""
 
 
 def read_trainable(folder: Path, config: RunConfig) -> ModelReading:
-    """The model in `folder` as it describes itself. Raises UserError unless both stages can use it."""
+    """The description of the model in `folder`. Raises UserError unless both stages can use it."""
     model = read_model(folder)
     refuse_untrainable(folder, config)
     return model
@@ -24,7 +24,7 @@ def read_trainable(folder: Path, config: RunConfig) -> ModelReading:
 def refuse_untrainable(folder: Path, config: RunConfig) -> None:
     """Raise UserError unless the configured engine and the trainer both can use the model in `folder`.
 
-    It is built without weights; of the weights' files the headers are read.
+    The model is built without weights; only the headers of the weights' files are read.
     """
     import torch
 

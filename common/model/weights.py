@@ -1,4 +1,4 @@
-"""A model's weights as files: which ones are loaded, what their headers say, their hashes, whether all are finite."""
+"""A model's weights as files: which are loaded, their headers and hashes, and whether all numbers are finite."""
 
 import json
 import math
@@ -22,7 +22,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 AGAIN = "download the model again"
 POINTER = b"version https://git-lfs"
-"""How a Git LFS pointer begins."""
+"""The first bytes of a Git LFS pointer."""
 
 EXPONENT = {
     "F16": (np.uint16, 0x7C00),
@@ -30,19 +30,19 @@ EXPONENT = {
     "F32": (np.uint32, 0x7F800000),
     "F64": (np.uint64, 0x7FF0000000000000),
 }
-"""By safetensors' name of a number format, how many bits it has and which of them are all set in NaN and infinity."""
+"""By safetensors' name of a number format, its size as an integer type and the bits that NaN and infinity set."""
 NUMBERS_AT_A_TIME = 2**22
 MOST_HEADERS = 512
-"""Of files as they are now, which one command asks for again and again."""
+"""Number of cached headers; one command reads the same ones many times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """What the headers of a model's safetensors files say, tensors by name."""
+    """The contents of the headers of a model's safetensors files, tensors by name."""
 
     files: tuple[Path, ...]
     unread: tuple[Path, ...]
-    """Other safetensors files in the folder, which are no part of the model, such as Mistral's consolidated ones."""
+    """Other safetensors files in the folder, which are not part of the model, such as Mistral's consolidated ones."""
     shapes: Mapping[str, tuple[int, ...]]
     formats: Mapping[str, str]
     """Number formats as safetensors names them, such as BF16."""
@@ -57,10 +57,10 @@ class Weights:
 
 
 def read_weights(folder: Path) -> Weights:
-    """Read the headers of the weights in `folder`, those files that transformers and vLLM load.
+    """Read the headers of the weights in `folder`, of the files that transformers and vLLM load.
 
-    Raises UserError where there are none, one is missing, cut off or no safetensors file, or the two libraries would
-    not agree on which they are.
+    Raises UserError if there are none; if one is missing, cut off or not a safetensors file; or if the two libraries
+    would load different files.
     """
     files = _files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -103,12 +103,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no list of weight files; {AGAIN}") from error
+        raise UserError(f"{index} is not a list of weight files; {AGAIN}") from error
     sound = isinstance(mapping, dict) and all(
         isinstance(name, str) and Path(name).name == name for name in mapping.values()
     )
     if not sound or not mapping:
-        raise UserError(f"{index} is no list of weight files; {AGAIN}")
+        raise UserError(f"{index} is not a list of weight files; {AGAIN}")
     return dict(mapping)
 
 
@@ -123,7 +123,7 @@ def _refuse_missing_tensors(folder: Path, shapes: Mapping[str, object]) -> None:
 
 
 def _header(file: Path) -> Mapping[str, Mapping[str, Any]]:
-    """A file's tensors by name, once its header and its length have been found to agree."""
+    """A file's tensors by name, after checking that its header agrees with its length."""
     try:
         return _header_of(file, _state(file))
     except OSError as error:
@@ -131,10 +131,10 @@ def _header(file: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    """What tells whether a file is as it was.
+    """The state of a file, by which a change is noticed.
 
-    Its bytes, and in ns the times of the last change of the contents, which archives and `touch` set to what they like,
-    and of the file.
+    It consists of the size in bytes and, in ns, the times of the last change of the contents, which archives and
+    `touch` may set to any value, and of the file.
     """
     status = file.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -155,7 +155,7 @@ def _header_of(file: Path, state: tuple[int, int, int]) -> Mapping[str, Mapping[
 
 
 def _fault(file: Path, error: Exception) -> str:
-    """What is wrong with a file that is no whole safetensors file."""
+    """The problem of a file that is not a complete safetensors file."""
     try:
         with file.open("rb") as stream:
             start = stream.read(64)
@@ -163,11 +163,11 @@ def _fault(file: Path, error: Exception) -> str:
         return f"cannot be read: {unreadable.strerror}; correct its permissions, or {AGAIN}"
     if start.startswith(POINTER):
         return "is a Git LFS pointer; fetch what it stands for with `git lfs pull`"
-    return f"is no whole safetensors file ({str(error).splitlines()[0]}): it was cut off or damaged; {AGAIN}"
+    return f"is not a complete safetensors file ({str(error).splitlines()[0]}): it was cut off or damaged; {AGAIN}"
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raise UserError for what a clone without Git LFS leaves in a large file's place."""
+    """Raise UserError for the pointer that a clone without Git LFS leaves in a large file's place."""
     with file.open("rb") as stream:
         if stream.read(len(POINTER)) == POINTER:
             raise UserError(f"{file} {_fault(file, ValueError())}")
@@ -184,7 +184,8 @@ def stored_weights(folder: Path) -> "Iterator[tuple[str, Tensor]]":
 def weights_hash(weights: Weights, memory: Path | None = None) -> str:
     """A hash of a folder's safetensors files, names and contents. Raises UserError for numbers that are not finite.
 
-    What was found of each file is kept in `memory`, and not read again while its size and times stay the same.
+    The result for each file is cached in `memory`, and the file is not read again while its size and times are the
+    same.
     """
     known = _Known(memory)
     files = sorted([*weights.files, *weights.unread])
@@ -201,18 +202,18 @@ def weights_hash(weights: Weights, memory: Path | None = None) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """What reading a whole file has shown."""
+    """The result of reading a whole file."""
 
     state: tuple[int, int, int]
     sha256: str
     is_loaded: bool
-    """Whether it was one of the model's, whose numbers are looked at."""
+    """Whether it was one of the model's loaded files, whose numbers are checked."""
     not_finite: str | None
     """The first tensor with a number that is not finite."""
 
 
 class _Known:
-    """What is known of files by their paths, kept in a file of its own."""
+    """A cache of results of files, by their paths, kept in a file of its own."""
 
     def __init__(self, memory: Path | None) -> None:
         self._memory = memory
@@ -226,10 +227,10 @@ class _Known:
                     for name, values in document.items()
                 }
             except (ValueError, TypeError, KeyError, AttributeError):
-                self._found = {}  # damaged: what it said is found again
+                self._found = {}  # damaged: its results are computed again
 
     def of(self, file: Path, *, is_loaded: bool) -> _Found:
-        """What is known of a file, which is read if it has changed."""
+        """The result of a file, which is read if it has changed."""
         path, state = str(file.resolve()), _state(file)
         known = self._found.get(path)
         if known and known.state == state and known.is_loaded >= is_loaded:
@@ -244,10 +245,10 @@ class _Known:
         return self._found[path]
 
     def keep(self) -> None:
-        """Write it down, if there is anything new, and a run to keep it beside."""
+        """Save the cache, if there is anything new and a run to keep it with."""
         if self._memory and self._is_new and self._memory.parent.is_dir():
             document = {name: asdict(found) for name, found in self._found.items()}
-            with suppress(OSError, UserError):  # then it is found again next time
+            with suppress(OSError, UserError):  # then the results are computed again next time
                 write_text(self._memory, json.dumps(document, indent=1))
 
 

@@ -1,6 +1,6 @@
-"""What came of a run: a page, and for trained ones a short table for the terminal and the curves as PNG and SVG.
+"""Report a run: one page, and for trained runs a short table for the terminal and the curves as PNG and SVG.
 
-Reads the run's artifacts only; no model, no torch. Whatever a run has so far is shown, and nothing else is needed.
+Reads the run's artifacts only; no model, no torch. It shows whatever a run has so far.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def write_report(paths: RunPaths, console: Terminal) -> None:
             f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run `python cli.py vstar` first"
         )
     evaluations = {
-        name: read_document(file, Result, "remove it, or make it anew with `python cli.py evaluate`")
+        name: read_document(file, Result, "remove it, or make it again with `python cli.py evaluate`")
         for name in ("reference", "trained")
         if (file := paths.evaluation(name)).exists()
     }

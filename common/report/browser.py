@@ -1,7 +1,7 @@
 """The completions of the prompts that the page shows.
 
-While the files are read only these prompts' samples are kept, and of a text only its beginning, so that neither a
-million samples nor a long one fill the memory.
+Only these prompts' samples are kept while the files are read, and only the beginning of a text, so that neither a
+million samples nor a long text fills the memory.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from common.runs import RunPaths
 from common.store import SampleStore, sample_files
 
 SAMPLES_SHOWN = 16
-"""Of a prompt: those with the highest and those with the lowest rewards."""
+"""Samples shown of a prompt: those with the highest and those with the lowest rewards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +76,11 @@ def browse(paths: RunPaths, stage1: Stage1) -> list[Group]:
 
 
 def read_samples(folder: Path, provenance: Provenance, prompt_ids: set[str]) -> dict[str, list[Sample]]:
-    """The samples of these prompts under the grader of `provenance`, by prompt; {} where there are no samples."""
+    """The samples of these prompts under the grader of `provenance`, by prompt; {} if there are no samples."""
     if not (files := sample_files(folder)):
         return {}
     found = read_provenance(files[0])
-    # What else the samples' identity says does not matter to whoever looks at them.
+    # The rest of the samples' identity does not matter for looking at them.
     ours = replace(found, identity={**found.identity, "grader": provenance.identity["grader"]})
     store = SampleStore(folder, ours, Allowance(list(ours.identity)))
     text = pl.col("completion")

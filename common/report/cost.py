@@ -1,4 +1,4 @@
-"""What each stage has cost, as far as its files say."""
+"""The cost of each stage, as far as its files record it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _PARTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """A stage's cost; None where the run's files do not say."""
+    """A stage's cost; None if the run's files do not record it."""
 
     stage: str
     what: str
@@ -30,7 +30,7 @@ class Cost:
     """Completion tokens."""
     devices: int | None
     parts: Sequence[tuple[str, float]] = ()
-    """Seconds by what they were spent on."""
+    """Seconds by activity."""
 
     @property
     def device_hours(self) -> float | None:
@@ -40,7 +40,7 @@ class Cost:
 
 
 def stage1_cost(stage1: Stage1) -> Cost:
-    """Drawing and grading of the samples, over all jobs that took part."""
+    """The cost of drawing and grading the samples, over all jobs that took part."""
     recorded = stage1.provenance.context.get("cost", {})
     judge = f"; {JudgeUsage(**recorded['judge'])}" if "judge" in recorded else ""
     return Cost(
@@ -54,7 +54,7 @@ def stage1_cost(stage1: Stage1) -> Cost:
 
 
 def stage2_cost(metrics: Sequence[dict[str, float]]) -> Cost:
-    """The iterations and the evaluations between them."""
+    """The cost of the iterations and the evaluations between them."""
 
     def total(name: str) -> float:
         return sum(point.get(name, 0.0) for point in metrics)

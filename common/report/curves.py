@@ -1,4 +1,4 @@
-"""The training curves, on one sheet or each alone."""
+"""The training curves, on one sheet or as single pictures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ SMOOTHING = 4
 """Iterations to either side in the running mean that is drawn over the raw values."""
 
 Metrics = Sequence[dict[str, float]]
-"""A dictionary a line of metrics.jsonl."""
+"""One dictionary per line of metrics.jsonl."""
 
 
 def draw_training(metrics: Metrics, path: Path, suffix: str) -> None:
@@ -32,7 +32,7 @@ def draw_training(metrics: Metrics, path: Path, suffix: str) -> None:
 
 
 def training_pictures(metrics: Metrics) -> list[Picture]:
-    """The same panels, each a picture."""
+    """The same panels, one picture each."""
     from matplotlib.figure import Figure
 
     pictures = []
@@ -64,12 +64,12 @@ def _accuracy(axes: "Axes", metrics: Metrics) -> None:
 
 def _divergence(axes: "Axes", metrics: Metrics) -> None:
     _curve(axes, metrics, "kl/sequence")
-    axes.set(title="KL(π‖π_ref), nats a completion")
+    axes.set(title="KL(π‖π_ref), nats per completion")
 
 
 def _entropy(axes: "Axes", metrics: Metrics) -> None:
     _curve(axes, metrics, "policy/entropy")
-    axes.set(title="entropy, nats a token", ylim=(0, None))
+    axes.set(title="entropy, nats per token", ylim=(0, None))
 
 
 def _regression(axes: "Axes", metrics: Metrics) -> None:
@@ -91,7 +91,7 @@ def _length(axes: "Axes", metrics: Metrics) -> None:
 
 
 def _panels(metrics: Metrics) -> dict[str, Callable[["Axes", Metrics], None]]:
-    """What each panel is mainly about, and how it is drawn; objectives differ in their loss and measure KL or not."""
+    """The main figure of each panel, and how it is drawn; not every objective measures KL."""
     logged = {name for point in metrics for name in point}
     has_kl = "kl/sequence" in logged or "policy/entropy" not in logged
     return {
@@ -106,8 +106,8 @@ def _panels(metrics: Metrics) -> dict[str, Callable[["Axes", Metrics], None]]:
 
 _WORDS = {
     "reward/solved": "share of correct training completions",
-    "kl/sequence": "KL to the reference in nats a completion",
-    "policy/entropy": "entropy in nats a token",
+    "kl/sequence": "KL to the reference in nats per completion",
+    "policy/entropy": "entropy in nats per token",
     "loss/regression": "regression loss",
     "loss/surrogate": "surrogate loss",
     "completion/tokens_mean": "tokens a completion",

@@ -1,4 +1,4 @@
-"""How pass rates and V̂* are distributed over the prompts, kept and dropped ones apart.
+"""The distributions of pass rates and V̂* over the prompts, with kept and dropped prompts shown separately.
 
 Shapes: _P prompt, _E edge of a bin.
 """
@@ -19,7 +19,7 @@ BINS = 20
 
 
 def pass_rate_picture(prompts: pl.DataFrame) -> Picture:
-    """Prompts by pass rate: a bar for each possible one where all prompts have the same, small N."""
+    """Prompts by pass rate: one bar for each possible rate if all prompts have the same, small N."""
     rate_P = prompts["pass_rate"].to_numpy()
     solved, unsolved = float((rate_P == 1).mean()), float((rate_P == 0).mean())
     return Picture(

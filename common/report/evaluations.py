@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 
 class Result(BaseModel):
-    """What is shown of a model's figures."""
+    """The figures of a model that are shown."""
 
     greedy_accuracy: float
     pass_at_1: float
@@ -27,5 +27,5 @@ _ROWS: dict[str, Callable[[Result], str]] = {
 
 
 def evaluation_rows(evaluations: Mapping[str, Result]) -> list[tuple[str, Sequence[str]]]:
-    """A label and a cell for each model."""
+    """A label, and one cell for each model."""
     return [(label, [cell(result) for result in evaluations.values()]) for label, cell in _ROWS.items()]

@@ -1,7 +1,7 @@
-"""The page: one HTML file that holds everything it shows and opens from disk, on a phone as well as on paper.
+"""The page: one self-contained HTML file that opens from disk, on a phone as well as on paper.
 
-It has no script and its policy forbids the browser to run or load any: drawings are images within the file, and what
-models wrote passes through the template's escaping.
+It has no script, and its policy forbids the browser to run or load any. Drawings are images within the file, and model
+output passes through the template's escaping.
 """
 
 import base64
@@ -48,7 +48,7 @@ MEANINGS: dict[Outcome, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutcomeRow:
-    """How many completions ended so."""
+    """How many completions have this outcome."""
 
     name: str
     meaning: str
@@ -143,7 +143,7 @@ def _key_figures(prompts: pl.DataFrame, estimator: str) -> list[tuple[str, str]]
 
 
 def _dropped(prompts: pl.DataFrame) -> list[tuple[str, int]]:
-    """The rules that prompts were dropped by, with how many, the most first; old files do not say."""
+    """The rules that dropped prompts, with their numbers, the largest first; old files do not record them."""
     counts = prompts["dropped_by"].drop_nulls().value_counts(sort=True)
     return [(rule, count) for rule, count in counts.iter_rows()]
 
@@ -164,11 +164,11 @@ def outcome_rows(outcomes: pl.DataFrame) -> list[OutcomeRow]:
 
 
 def _sweep(paths: RunPaths, stage1: Stage1) -> dict[str, Any] | None:
-    """What `sweep` has drawn, and its figures by N; without both where they are not of these samples."""
+    """The plot of `sweep` and its figures by N; empty if they are not of these samples."""
     drawing, document = (paths.sweep(paths.vstar, suffix) for suffix in ("svg", "json"))
     if not document.exists():
         return None
-    remedy = f"remove it, or make it anew with `python cli.py sweep --run {paths.root.name}`"
+    remedy = f"remove it, or make it again with `python cli.py sweep --run {paths.root.name}`"
     made_of = read_document(document, SweptFrom, remedy)
     drawn = file_digest(drawing) if drawing.exists() else None
     if (made_of.samples, made_of.drawings.get("svg")) != (stage1.samples_digest, drawn):
@@ -183,14 +183,14 @@ def _sweep(paths: RunPaths, stage1: Stage1) -> dict[str, Any] | None:
 
 
 def _regrades(paths: RunPaths) -> list[Regrade]:
-    """What `regrade` found out, a summary a grader."""
+    """The results of `regrade`, one summary per grader."""
     files = [regraded.summary for regraded in paths.regrades if regraded.summary.exists()]
-    remedy = "remove it, or make it anew with `python cli.py regrade`"
+    remedy = "remove it, or make it again with `python cli.py regrade`"
     return [read_document(file, Regrade, remedy) for file in files]
 
 
 def _documents(paths: RunPaths) -> list[tuple[str, str]]:
-    """Files that say how the run was made, whole."""
+    """The complete files that record how the run was made."""
     files = [paths.config, paths.trained_with]
     return [
         (str(file.relative_to(paths.root)), file.read_text(encoding="utf-8", errors="replace"))
@@ -200,7 +200,7 @@ def _documents(paths: RunPaths) -> list[tuple[str, str]]:
 
 
 def flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every value of a nested document under its dotted name, in words."""
+    """Every value of a nested document as text, under its dotted name."""
     for key, value in document.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -212,7 +212,7 @@ def flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the units that a reader would choose."""
+    """Seconds in readable units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""How every figure of this project looks: one style, one way to a file, one way into a page.
+"""The style of every figure of this project, and how it is written to a file or put into a page.
 
 Colours are greys, told apart by lightness and line style: they survive a black-and-white printer and, inverted, a dark
 page. The background is transparent in a page and white in a file. The same data give the same bytes.

@@ -1,4 +1,4 @@
-"""What `regrade` leaves for `report`."""
+"""The results of `regrade` that `report` reads."""
 
 from pydantic import BaseModel
 
@@ -11,7 +11,7 @@ class BeforeAfter(BaseModel):
 
 
 class Regrade(BaseModel):
-    """What is shown of a regrade's summary."""
+    """The part of a regrade's summary that is shown."""
 
     before: str
     after: str

@@ -1,4 +1,4 @@
-"""What the page needs of vstar.parquet, gathered part by part: of most prompts a few numbers, of some everything."""
+"""Gathers the page's data from vstar.parquet, part by part: a few numbers of most prompts, everything of some."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from common.report.sweep_files import SamplesDigest
 from common.vstar_file import scan_vstar
 
 PROMPTS_SHOWN = 5
-"""In each group."""
+"""Prompts per group."""
 
 NUMBERS = ["num_samples", "pass_rate", "pass_at_n", "beta1", "vstar", "vstar_se", "keep", "dropped_by"]
 """The columns that are kept of every prompt."""
@@ -20,7 +20,7 @@ NUMBERS = ["num_samples", "pass_rate", "pass_at_n", "beta1", "vstar", "vstar_se"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why a prompt is worth a look: which prompts qualify, and in which order; the prompt id decides between equals."""
+    """A reason to look at a prompt: which prompts qualify, and in which order; ties are broken by prompt id."""
 
     title: str
     words: str
@@ -28,7 +28,7 @@ class Reason:
     order: Sequence[pl.Expr]
 
     def first(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """The PROMPTS_SHOWN rows that come first."""
+        """The first PROMPTS_SHOWN rows."""
         return rows.filter(self.qualifies).sort(*self.order, "prompt_id").head(PROMPTS_SHOWN)
 
 

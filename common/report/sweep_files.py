@@ -1,4 +1,4 @@
-"""What `sweep` leaves for `report`: where it lies, and of which samples it is."""
+"""The files that `sweep` writes and `report` reads: their paths, and the digest of the samples that they describe."""
 
 import hashlib
 from pathlib import Path
@@ -11,26 +11,26 @@ from common.runs import RunPaths
 
 
 def sweep_file(source: Path, suffix: str) -> Path:
-    """Where the sweep of a table lies, which need not be a run's."""
+    """The paths of a table's sweep; the table need not belong to a run."""
     return RunPaths(source.parent).sweep(source, suffix)
 
 
 class SweptFrom(BaseModel):
-    """Of which samples a sweep is, and its drawings by their digests; older ones do not say."""
+    """The digests of a sweep's samples and drawings; older sweeps do not record them."""
 
     samples: str | None = None
     drawings: dict[str, str] = {}
 
 
 class MeanAndSd(BaseModel):
-    """Over subsets of N samples."""
+    """Mean and standard deviation over subsets of N samples."""
 
     mean: float
     sd: float
 
 
 class SweptColumn(BaseModel):
-    """What depends on N."""
+    """The figures that depend on N."""
 
     num_samples: int
     dropped: MeanAndSd
@@ -38,23 +38,23 @@ class SweptColumn(BaseModel):
 
 
 class SweptFigures(BaseModel):
-    """What is shown of a sweep's figures."""
+    """The figures of a sweep that are shown."""
 
     by_num_samples: list[SweptColumn]
 
 
 class SamplesDigest:
-    """A digest of all that a sweep reads of a table: prompts and samples in their order, whatever parts they come in.
+    """A digest of everything that a sweep reads from a table: prompts and samples in order, independent of the parts.
 
-    What `rescore` and `filter` change (V̂*, keep) is not in it, as a sweep does not depend on it.
+    Columns that `rescore` and `filter` change (V̂*, keep) are not in it, since a sweep does not depend on them.
     """
 
     def __init__(self) -> None:
-        # A stream a column: the bytes of a column are the same however the rows are cut into parts.
+        # One stream per column: a column's bytes do not depend on how the rows are cut into parts.
         self._streams = [hashlib.sha256() for _ in range(5)]
 
     def add(self, rows: pl.DataFrame) -> None:
-        """Go on with the next rows of vstar.parquet."""
+        """Add the next rows of vstar.parquet."""
         samples = rows.select(
             pl.col("rewards").explode().cast(pl.Float64),
             (pl.col("outcomes").explode() == Outcome.CORRECT.value).cast(pl.UInt8),
@@ -71,5 +71,5 @@ class SamplesDigest:
             stream.update(part)
 
     def hexdigest(self) -> str:
-        """Of all rows so far."""
+        """The digest of all rows so far."""
         return hashlib.sha256(b"".join(stream.digest() for stream in self._streams)).hexdigest()

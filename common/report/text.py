@@ -1,7 +1,7 @@
-"""What models write, made fit to be shown: bounded, and with nothing in it that acts unseen.
+"""Make model output fit to be shown: bounded, and without invisible characters that have an effect.
 
-Escaping for HTML is the template's work; this is about characters that no escaping touches: controls, marks that
-reverse the reading direction, what has no glyph.
+The template escapes HTML. This module handles characters that escaping leaves alone: control characters, marks that
+reverse the reading direction, and characters without a glyph.
 """
 
 import unicodedata
@@ -17,7 +17,7 @@ _LAYOUT = "\n\t"
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """The beginning of a text, and how long the whole is."""
+    """The beginning of a text, and the length of the whole."""
 
     text: str
     characters: int
@@ -33,7 +33,7 @@ class Excerpt:
 
 
 def visible(text: str) -> Markup:
-    """A text as HTML in which each unseen character stands as its code, such as U+202E, marked."""
+    """A text as HTML in which each invisible character is replaced by its marked code, such as U+202E."""
     parts: list[str] = []
     start = 0
     for place, character in enumerate(text):

@@ -1,4 +1,4 @@
-"""Where missing samples are drawn: today by one engine in this process."""
+"""Draws missing samples, with one engine in this process."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,7 +22,7 @@ EngineCheck = Callable[[RolloutEngine, Sequence[Prompt]], None]
 
 
 class LocalExecutor:
-    """Draws missing samples. Graders and model are loaded at the first one and serve all rounds after it."""
+    """Draws missing samples. Graders and model are loaded for the first one and serve all later rounds."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class LocalExecutor:
         build_engine: EngineBuilder,
         check: EngineCheck | None,
     ) -> None:
-        """`check`, if any, is given the engine, and the prompts that it is about to serve, before it draws anything."""
+        """`check`, if any, is called with the engine and its prompts before anything is drawn."""
         self._config = config
         self._folder = folder
         self._renderer = renderer
@@ -50,7 +50,7 @@ class LocalExecutor:
 
     @property
     def has_drawn(self) -> bool:
-        """Whether there was a sample to draw, for which the model was loaded."""
+        """Whether the model was loaded, because there was a sample to draw."""
         return self._engine is not None
 
     def __enter__(self) -> Self:

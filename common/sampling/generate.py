@@ -1,4 +1,4 @@
-"""Sample, grade and store what is missing: one engine, one pass, grading and writing beside it."""
+"""Sample, grade and store missing samples: one engine and one pass; grading and writing run in parallel."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,8 +32,8 @@ def generate_samples(
 ) -> None:
     """Draw the missing samples from the reference policy, grade them and append them to the store.
 
-    A grader that can judge nothing at all is refused; one that is `grader_proven` may have met just the prompts whose
-    completions it cannot judge.
+    A grader that can judge none of the first completions is refused, unless it is `grader_proven`: then only prompts
+    that it cannot judge may be left.
     """
     places = {prompt.id: place for place, prompt in enumerate(missing.prompts)}
     running: dict[Address, dict[str, Any]] = {}
@@ -62,7 +62,7 @@ def generate_samples(
                 progress.add(place, len(completion.token_ids))
             check.all_there = True
             collect(pool.drain())
-        finally:  # interrupted: what is graded by now is kept
+        finally:  # interrupted: completions that are graded by now are kept
             collect(pool.ready())
     for reason, count in check.unjudged.most_common(3):
         console.print(f"{count:,} completions could not be judged, reward 0: {reason}")
@@ -71,7 +71,7 @@ def generate_samples(
 
 
 def appending(store: SampleStore, pool: GraderPool) -> Callable[[list[dict[str, Any]]], Path]:
-    """Appends rows to the store, with what the judge has used since the last ones."""
+    """Appends rows to the store, with the judge's usage since the last ones."""
     counted = JudgeUsage()
 
     def append(rows: list[dict[str, Any]]) -> Path:
@@ -98,7 +98,7 @@ def write_graded(
 
 
 def ungraded_row(prompt: Prompt, index: int, completion: Completion) -> dict[str, Any]:
-    """A row of samples/*.parquet that lacks its grade."""
+    """A row of samples/*.parquet, without its grade."""
     text, raw = stored_text(completion.text)
     return {
         "prompt_id": prompt.id,

@@ -1,17 +1,17 @@
-"""Whether a grader can judge anything at all."""
+"""Check whether a grader can judge anything at all."""
 
 from collections import Counter
 
 from common.grading import Grade, Outcome
 
 GRADER_TRIAL = 64
-"""A grader that can judge none of this many completions is broken."""
+"""A grader that can judge none of this many completions is considered broken."""
 
 
 class GraderCheck:
     """Finds out whether the grader can judge anything at all.
 
-    Where it has judged samples before, a few hard ones that were left over say nothing about it.
+    If it has judged samples before, failures on the few that are left prove nothing.
     """
 
     def __init__(self, *, nothing_judged_before: bool, proven: bool = False) -> None:

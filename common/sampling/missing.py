@@ -1,4 +1,4 @@
-"""The samples that are still to be drawn. Resume, shards and a larger N are this one question."""
+"""The samples that are still to be drawn, whether after an interruption, in a shard, or for a larger N."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """The samples still to be drawn: prompts, and for each which of its samples, shape (P, N)."""
+    """The samples still to be drawn: prompts, and which samples of each, shape (P, N)."""
 
     prompts: Sequence[Prompt]
     samples_PN: NDArray[np.bool_]
@@ -28,7 +28,7 @@ class Missing:
         return self._at(np.flatnonzero(self.samples_PN.any(axis=1)))
 
     def of(self, prompt_ids: Collection[str]) -> "Missing":
-        """These prompts alone."""
+        """The same for these prompts only."""
         return self._at(
             np.array(
                 [place for place, prompt in enumerate(self.prompts) if prompt.id in prompt_ids], dtype=np.intp
@@ -39,7 +39,7 @@ class Missing:
         return Missing([self.prompts[place] for place in places], self.samples_PN[places])
 
     def requests(self, seed: int) -> Iterator[SampleRequest]:
-        """Each prompt's samples together, so that they share its prefix in the engine. The key is its address."""
+        """One request per sample, keyed by its address; a prompt's are adjacent, to share its prefix in the engine."""
         for prompt, samples_N in zip(self.prompts, self.samples_PN, strict=True):
             for index in np.flatnonzero(samples_N).tolist():
                 yield SampleRequest(

@@ -1,4 +1,4 @@
-"""How far stage 1 is: a bar in a terminal, a line now and then in a log file."""
+"""Progress of stage 1: a bar in a terminal, a line now and then in a log file."""
 
 import time
 from types import TracebackType
@@ -15,7 +15,7 @@ LOG_SECONDS = 30.0
 
 
 class SamplingProgress:
-    """Counts samples, prompts and tokens, and shows them with the rate and the time left."""
+    """Counts samples, prompts and tokens, and shows them with the rate and the remaining time."""
 
     def __init__(self, missing_PN: NDArray[np.bool_], console: Terminal) -> None:
         """`missing_PN` marks the samples to draw of each prompt."""
@@ -39,7 +39,7 @@ class SamplingProgress:
         self._bar.stop()
 
     def add(self, place: int, tokens: int) -> None:
-        """Count one sample of the prompt at that place."""
+        """Count one sample of the prompt at this place."""
         self._done += 1
         self._tokens += tokens
         self._left_P[place] -= 1

@@ -1,4 +1,4 @@
-"""Rows to fragments, beside the engine."""
+"""Writes rows to fragments, in a thread beside the engine."""
 
 import time
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from typing import Any, Self
 FRAGMENT_SAMPLES = 4096
 FRAGMENT_CHARACTERS = 64 * 1024**2
 FRAGMENT_SECONDS = 60.0
-"""A killed job loses at most what was graded since the last fragment."""
+"""A killed job loses at most the samples graded since the last fragment."""
 
 
 class FragmentWriter:
-    """Collects graded rows and has them appended to a store from a thread of its own.
+    """Collects graded rows and appends them to a store in a thread of its own.
 
-    Whoever adds a row waits for the disk only where that takes longer than sampling a whole fragment. What the disk
-    refuses is raised at a later row, or at the end.
+    Adding a row waits for the disk only if writing takes longer than sampling a whole fragment. An error of the disk is
+    raised at a later row, or at the end.
     """
 
     def __init__(self, append: Callable[[list[dict[str, Any]]], Path]) -> None:
@@ -34,7 +34,7 @@ class FragmentWriter:
         self._since = time.monotonic()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take a row; what has come together becomes a fragment once it is large or old enough."""
+        """Add a row; the collected rows become a fragment once they are many or old enough."""
         self._rows.append(row)
         self._characters += len(row.get("completion", ""))
         if (
@@ -45,13 +45,13 @@ class FragmentWriter:
             self._flush()
 
     def discard(self) -> None:
-        """Forget the rows of the fragment that has not been written."""
+        """Discard the rows of the unwritten fragment."""
         self._start()
 
     def _flush(self) -> None:
         self._settle()
         if rows := self._rows:
-            self._start()  # first: rows must not be written twice, whatever interrupts this
+            self._start()  # first: an interruption must not lead to rows being written twice
             self.written = True
             self._writing = self._thread.submit(self._append, rows)
 
@@ -66,7 +66,7 @@ class FragmentWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write what is left, also where an error ends the job: it has been sampled and graded."""
+        """Write the remaining rows, even if an error ends the job: they are sampled and graded."""
         try:
             self._flush()
             self._settle()

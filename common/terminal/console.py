@@ -1,4 +1,4 @@
-"""What commands print to."""
+"""The console that commands print to."""
 
 from typing import IO, Any
 
@@ -6,7 +6,7 @@ from rich.console import Console
 
 
 class Terminal(Console):
-    """Text is printed as it is: a line stays a line, however narrow the terminal and whatever looks like markup."""
+    """Prints text unchanged: lines are not wrapped to the terminal, and markup is not interpreted."""
 
     def __init__(
         self,
@@ -17,7 +17,7 @@ class Terminal(Console):
         quiet: bool = False,
         force_terminal: bool | None = None,
     ) -> None:
-        """Standard output, standard error or a file; the width, of tables, is by default the terminal's."""
+        """Print to standard output, standard error or a file; the width of tables is by default the terminal's."""
         super().__init__(
             stderr=stderr,
             file=file,
@@ -28,16 +28,16 @@ class Terminal(Console):
             markup=False,
         )
         self.outlives_its_reader = False
-        """Whether to fall silent where a pipe is closed, instead of ending the process: for work that ends in order."""
+        """Whether to stop printing when a pipe is closed, instead of ending the process: for jobs that must finish."""
         self.has_lost_its_reader = False
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's; only tables are fitted into the terminal."""
+        """Like rich's `print`, but only tables are fitted to the terminal."""
         options.setdefault("soft_wrap", all(isinstance(each, str) for each in objects))
         super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
-        """Whoever read the output has enough. Raises SystemExit, unless the work outlives that."""
+        """The reader has closed the pipe. Raises SystemExit, unless the job must finish."""
         self.has_lost_its_reader = True
         try:
             super().on_broken_pipe()  # leaves the console quiet

@@ -1,7 +1,7 @@
-"""What libraries say goes to a file of the run, each distinct line once; the terminal is left to this project's lines.
+"""Send libraries' output to a file of the run, each distinct line once; the terminal shows only this project's lines.
 
-Python's streams are divided by who writes to them. File descriptors stay as they are, so that the last words of a crash
-(NCCL, CUDA, an abort) reach the terminal; so do tracebacks, and the prints of whoever is at work on this project.
+Writes to Python's streams are routed by the code that makes them. File descriptors stay as they are, so that the output
+of a crash (NCCL, CUDA, an abort) reaches the terminal, and so do tracebacks and your own debugging prints.
 """
 
 import logging
@@ -27,8 +27,8 @@ _TIME = re.compile(r"[\d-]*\d\d:\d\d:\d\d([.,]\d+)?")
 
 @contextmanager
 def libraries_logged(path: Path) -> Iterator[None]:
-    """Meanwhile what libraries write to standard output and error goes to the file, once its folder is there."""
-    if sys.stdout is None or sys.stderr is None:  # closed by whoever started this process
+    """A context in which libraries' standard output and error go to the file, as soon as its folder exists."""
+    if sys.stdout is None or sys.stderr is None:  # closed by the parent process
         yield
         return
     log = LibraryLog(path, sys.stderr)
@@ -38,7 +38,7 @@ def libraries_logged(path: Path) -> Iterator[None]:
 
 
 class DividedStream:
-    """A standard stream on which only this project's own lines appear. For all but `write` it is the stream itself."""
+    """A standard stream that shows only this project's own lines. Except for `write` it behaves like the stream."""
 
     def __init__(self, stream: TextIO, log: "LibraryLog") -> None:
         self._stream = stream
@@ -46,11 +46,11 @@ class DividedStream:
 
     @property
     def rich_proxied_file(self) -> TextIO:
-        """Where rich's consoles write instead: theirs are our lines."""
+        """The stream for rich's consoles, whose lines are ours."""
         return self._stream
 
     def write(self, text: str) -> int:
-        """Write it, or where a library says it note it; a library's progress bar is for a terminal only."""
+        """Write our text; log a library's. A library's progress bar is shown in a terminal only."""
         writer = sys._getframe(1).f_code.co_filename
         if not is_library(writer):
             return self._stream.write(text)
@@ -66,7 +66,7 @@ class DividedStream:
 
 @cache
 def is_library(file: str) -> bool:
-    """Whether code of that file speaks for a library: an installed package, or Python's own logging and warnings."""
+    """Whether code in that file belongs to a library: an installed package, or Python's own logging and warnings."""
     if file in _MESSENGERS or "site-packages" in file or "dist-packages" in file:
         return True
     return os.path.isabs(file) and not file.startswith(_OURS)
@@ -76,7 +76,7 @@ class LibraryLog:
     """Lines of this process in a file that the processes of a job append to."""
 
     def __init__(self, path: Path, fallback: TextIO) -> None:
-        """Where the file cannot be written, which is said, lines go to `fallback`."""
+        """If the file cannot be written, this is reported once and lines go to `fallback`."""
         self._path = path
         self._fallback = fallback
         self._is_writable = True
@@ -88,7 +88,7 @@ class LibraryLog:
         self._waiting = [f"{self._prefix}{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv[1:])}"]
 
     def add(self, text: str) -> None:
-        """Note the lines that the text ends, but for those that were there before at another time."""
+        """Log the lines that the text completes, except for lines that were logged before."""
         with self._lock:
             *lines, self._unfinished = (self._unfinished + text).split("\n")
             for line in lines:
@@ -109,7 +109,7 @@ class LibraryLog:
             except OSError as error:
                 self._is_writable = False
                 print(
-                    f"warning: cannot write {self._path}: {error.strerror}; what libraries say follows here",
+                    f"warning: cannot write {self._path}: {error.strerror}; messages of libraries follow here",
                     file=self._fallback,
                 )
         self._fallback.write(lines)

@@ -1,8 +1,8 @@
-"""What a command says: its last words reach the user, whoever of a job's processes has them and whatever the terminal.
+"""A command's final message: it reaches the user from any process of a job, and on any terminal.
 
-The processes of a training job often find the same mistake. Whichever is first says it, before the launcher ends the
-others, and notes so in a file of the temporary folder. A note counts only for processes that were there when it was
-made, so that what an earlier job said silences nobody.
+The processes of a training job often find the same mistake. The first one reports it, before the launcher ends the
+others, and notes this in a file of the temporary folder. A note counts only for processes that were running when it was
+made, so that the message of an earlier job silences nobody.
 """
 
 import fcntl
@@ -27,19 +27,19 @@ _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 def prepare_output() -> None:
-    """Have all three standard streams, and none that lacks a character: it shows what it cannot encode as an escape."""
+    """Make sure that all three standard streams exist; characters that they cannot encode are escaped."""
     for standard in range(3):
         try:
             os.fstat(standard)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the place of the one that was closed
+            os.open(os.devnull, os.O_RDWR)  # takes the place of the closed one
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(document: str) -> None:
-    """Print a JSON document; where standard output lacks one of its characters all of them are JSON's own escapes."""
+    """Print a JSON document, with JSON's escapes if standard output cannot encode one of its characters."""
     try:
         document.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -48,7 +48,7 @@ def print_json(document: str) -> None:
 
 
 def leave(status: int, message: str, *, unless_said: bool = False) -> NoReturn:
-    """Say the last words and end this process at once, whatever its engines, graders and threads are doing."""
+    """Print the final message and end this process at once, whatever its engines, graders and threads are doing."""
     say_once(message, unless_said=unless_said)
     with suppress(OSError):
         if sys.stdout is not None:
@@ -59,7 +59,7 @@ def leave(status: int, message: str, *, unless_said: bool = False) -> NoReturn:
 def say_once(message: str, *, unless_said: bool = False) -> None:
     """Print to standard error, once for all processes of a training job that share it.
 
-    With `unless_said`, not where one of them has already said why the job ends.
+    With `unless_said`, do nothing if one of them has already reported why the job ends.
     """
     note = _open_note()
     try:
@@ -78,12 +78,12 @@ def say_once(message: str, *, unless_said: bool = False) -> None:
 
 
 def say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback of what no user can mend; for sys.excepthook."""
+    """Print the traceback of an error that no user can fix; for sys.excepthook."""
     say_once("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def _open_note() -> int | None:
-    """The locked file of what this job's processes have said; None for a process alone, or where it cannot be had."""
+    """The locked file of this job's messages; None for a single process, or if the file cannot be opened."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     try:
@@ -97,7 +97,7 @@ def _open_note() -> int | None:
         note = os.open(Path(tempfile.gettempdir(), name), flags, 0o600)
         fcntl.flock(
             note, fcntl.LOCK_EX
-        )  # until it is closed: whoever waits knows that the message has been printed
+        )  # until it is closed: a waiting process then knows that the message has been printed
     except OSError:
         return None
     return note

@@ -1,15 +1,15 @@
-"""The progress bar of both stages: in a terminal only, a log file gets lines instead."""
+"""The progress bar of both stages, in a terminal only; a log file gets lines instead."""
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from common.terminal.console import Terminal
 
 RATE_WINDOW_SECONDS = 3600.0
-"""The time left follows from the rate over this long: several of the longest iterations."""
+"""The remaining time is computed from the rate over this period: several of the longest iterations."""
 
 
 def progress_bar(console: Terminal) -> Progress:
-    """A bar with its task's description and the time left; it shows nothing unless the console is a terminal."""
+    """A bar with its task's description and the remaining time; hidden unless the console is a terminal."""
     return Progress(
         BarColumn(bar_width=None),
         TextColumn("{task.description}"),
@@ -17,7 +17,7 @@ def progress_bar(console: Terminal) -> Progress:
         TimeRemainingColumn(compact=True),
         console=console,
         disable=not console.is_terminal,
-        # What libraries say would otherwise appear above the bar.
+        # Libraries' output would otherwise appear above the bar.
         redirect_stdout=False,
         redirect_stderr=False,
         speed_estimate_period=RATE_WINDOW_SECONDS,

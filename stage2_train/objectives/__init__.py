@@ -25,4 +25,4 @@ ObjectiveConfig = Annotated[
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]
-"""[train.objective], which is A*-PO's where it has no name."""
+"""[train.objective]; without a name it is A*-PO's."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class AStarPO(Section):
-    """A*-PO: the regression's temperature β2, and where V̂* comes from."""
+    """A*-PO: the regression's temperature β2, and the source of V̂*."""
 
     name: Literal["astar_po"] = "astar_po"
     beta2: Annotated[float, Field(gt=0)] = 1e-3
@@ -34,7 +34,7 @@ class AStarPO(Section):
     """Completions of each prompt in an iteration; the paper draws one."""
     vstar: Literal["stage1", "group"] = "stage1"
     beta1: Beta1 | None = None
-    """Of the group's V̂*, 0.5 by default; stage 1 has its own."""
+    """β1 of the group's V̂*, 0.5 by default; stage 1 has its own β1."""
 
     passes: ClassVar[int] = 1
     unit: ClassVar[Literal["sequence"]] = "sequence"
@@ -54,12 +54,12 @@ class AStarPO(Section):
 
     @property
     def least_judged(self) -> int:
-        """A completion has others, where V̂* comes from them."""
+        """2 if V̂* comes from the other completions of the group."""
         return 2 if self.vstar == "group" else 1
 
     @property
     def allows_staleness(self) -> bool:
-        """Not where completions also give V̂*."""
+        """Not allowed if completions also give V̂*."""
         return self.vstar == "stage1"
 
     def needs(self, steps: int) -> frozenset[Column]:

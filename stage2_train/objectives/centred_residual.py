@@ -2,16 +2,16 @@
 
     ℓ(π) = mean over prompts of 1/(K − 1) Σ_i (e_i − mean e)²,    e_i = β ln π(y_i|x)/π_anchor(y_i|x) − r_i
 
-It vanishes where e is the same for all completions, that is for π ∝ π_anchor exp(r/β), whatever the constant: no V̂* is
-needed, the group's mean stands for it. Σ (e_i − mean e) = 0, so that the gradient through the mean vanishes, and with
-it the difference between what the field calls
+It vanishes if e is the same for all completions, that is for π ∝ π_anchor exp(r/β), whatever the constant: no V̂* is
+needed, the group's mean replaces it. Since Σ (e_i − mean e) = 0, the gradient through the mean vanishes, and with it
+the difference between these published losses:
 
     VarGrad (Trajectory Balance with Asynchrony: Bartoldson et al., 2025, arXiv:2503.18929)   anchor π_ref
     AGRO (Tang et al., 2025, arXiv:2503.19612)    anchor π_ref, times ½
     GVPO (Zhang et al., 2025, arXiv:2504.19599)   anchor π_old, times ½
     REBEL (rebel.py)                              anchor π_old, K = 2, times 2
 
-As it stands, its gradient is A*-PO's with the mean of the other completions' residuals in V̂*'s place.
+Without a factor, its gradient is A*-PO's with the mean of the other completions' residuals in place of V̂*.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CentredResidual(Section):
         return self.anchor == "reference"
 
     def needs(self, steps: int) -> frozenset[Column]:
-        """ln π_ref; or ln π_old, where it differs from ln π."""
+        """ln π_ref; or ln π_old, if it differs from ln π."""
         if self.anchor == "reference":
             return frozenset({"reference"})
         return frozenset({"old"} if steps > 1 else ())

@@ -31,7 +31,7 @@ SMALLEST_DEVIATION = 1e-4
 
 
 class GRPO(Section):
-    """GRPO: how far a step may go, and what it pays for."""
+    """GRPO: the clip of a step, its penalty and bonus."""
 
     name: Literal["grpo"]
     group_size: Annotated[int, Field(ge=2)] = 2
@@ -45,7 +45,7 @@ class GRPO(Section):
     entropy: Annotated[float, Field(ge=0)] = 1e-3
     """γ_H."""
     scale: Literal["group", "batch", "none"] = "group"
-    """Whose standard deviation advantages are divided by."""
+    """Advantages are divided by the standard deviation of the group or of the batch, or not at all."""
     average: Average = "sequence"
 
     unit: ClassVar[Literal["sequence"]] = "sequence"
@@ -53,7 +53,7 @@ class GRPO(Section):
     allows_staleness: ClassVar[bool] = False
 
     def needs(self, steps: int) -> frozenset[Column]:
-        """ln π_old, where it differs from ln π, and ln π_ref, where it is paid for."""
+        """ln π_old, if it differs from ln π, and ln π_ref, if the KL penalty is on."""
         columns: set[Column] = {"old"} if steps > 1 else set()
         return frozenset(columns | ({"reference"} if self.kl else set()))
 

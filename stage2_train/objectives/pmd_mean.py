@@ -2,8 +2,8 @@
 
     ℓ(π) = mean over (x, y) of ( τ ln π(y|x)/π_old(y|x) − (r(x, y) − mean r) )²
 
-the practice of Kimi k1.5 (2025, arXiv:2501.12599, §2.3.2) and K2, analysed in arXiv:2602.05933. It is the centred
-residual with the reward alone centred, so that the group's mean log-ratio is held back too.
+This is the practice of Kimi k1.5 (2025, arXiv:2501.12599, §2.3.2) and K2, analysed in arXiv:2602.05933. It is the
+centred residual with only the reward centred, so the group's mean log-ratio is penalised too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PMDMean(Section):
-    """PMD-mean: τ, which holds the policy at the one before the iteration."""
+    """PMD-mean: τ, which keeps the policy near the one before the iteration."""
 
     name: Literal["pmd_mean"]
     tau: Annotated[float, Field(gt=0)] = 1e-2
@@ -33,7 +33,7 @@ class PMDMean(Section):
     allows_staleness: ClassVar[bool] = False
 
     def needs(self, steps: int) -> frozenset[Column]:
-        """ln π_old, where it differs from ln π."""
+        """ln π_old, if it differs from ln π."""
         return frozenset({"old"} if steps > 1 else ())
 
     def credit(self, batch: Batch) -> Batch:

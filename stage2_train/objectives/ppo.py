@@ -1,12 +1,12 @@
 """PPO: a critic's advantages in a clipped surrogate. (Schulman et al., 2017, arXiv:1707.06347, as in RLHF)
 
-    r_t = step reward − γ_KL (ln π_old − ln π_ref)                 the completion's reward falls to its last token
+    r_t = step reward − γ_KL (ln π_old − ln π_ref)                 the completion's reward goes to its last token
     Â_t = Σ_k (γλ)^k δ_{t+k},   δ_t = r_t + γ V(s_{t+1}) − V(s_t)  (GAE; Schulman et al., 2016, arXiv:1506.02438)
     ℓ(π) = mean over tokens of −min(ρ Â, clip(ρ, 1 ± ε) Â) − γ_H · entropy
     ℓ(V) = mean over tokens of ½ max((V − R)², (clip(V, V_old ± c) − R)²),   R = Â + V_old
 
-Â is whitened over the whole batch after R was taken. The weights are those of the A*-PO paper (Appendix A.5); what it
-does not say (whitening, c) is as in the trainer that it was run with.
+Â is whitened over the whole batch after R is computed. The weights are those of the A*-PO paper (Appendix A.5);
+whitening and c, which it does not state, follow the trainer that the paper used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class PPO(Section):
-    """PPO: how far a step may go, how credit is assigned, and what is paid for."""
+    """PPO: the clip of a step, the assignment of credit, the penalty and the bonus."""
 
     name: Literal["ppo"]
     passes: Annotated[int, Field(ge=1)] = 1
@@ -51,7 +51,7 @@ class PPO(Section):
     allows_staleness: ClassVar[bool] = False
 
     def needs(self, steps: int) -> frozenset[Column]:
-        """Rewards by token, ln π_old, V, and ln π_ref, where it is paid for."""
+        """Rewards by token, ln π_old, V, and ln π_ref, if the KL penalty is on."""
         columns: set[Column] = {"rewards", "old", "values"}
         return frozenset(columns | ({"reference"} if self.kl else set()))
 
@@ -92,7 +92,7 @@ class PPO(Section):
 def generalised_advantages(
     rewards_K: Tensor, values_K: Tensor, lengths_B: Tensor, discount: float, gae_lambda: float
 ) -> Tensor:
-    """GAE of each token, shape (K,); after a sequence's last token nothing is worth anything."""
+    """GAE of each token, shape (K,); the value after a sequence's last token is 0."""
     if not len(values_K):
         return values_K
     longest = int(lengths_B.max())

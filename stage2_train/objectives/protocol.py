@@ -1,4 +1,4 @@
-"""What an objective is. Each is its own section of the config, `[train.objective]`, with the behaviour beside it.
+"""The interface of an objective. Each is its own section of the config, `[train.objective]`, with its behaviour.
 
 Shapes: _B sequence, _K completion token (all sequences', one after the other).
 """
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from stage2_train.batch import Batch, TokenLogprobs
 
 Column = Literal["vstar", "quantile", "expected", "rewards", "reference", "old", "values"]
-"""A column of Batch that not every objective pays for."""
+"""A column of Batch that only some objectives need."""
 STAGE1_COLUMNS: frozenset[Column] = frozenset({"vstar", "quantile", "expected"})
-"""Those that only stage 1's file can give."""
+"""The columns that only stage 1's file can give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class Loss:
 
 
 class Objective(Protocol):
-    """An objective: frozen, and free of torch until it is used."""
+    """An objective: frozen, and it does not import torch until it is used."""
 
     @property
     def name(self) -> str:
-        """By which `train.objective.name` chooses it."""
+        """The value of `train.objective.name` that selects it."""
         ...
 
     @property
@@ -52,7 +52,7 @@ class Objective(Protocol):
 
     @property
     def unit(self) -> Literal["sequence", "group"]:
-        """What a micro-batch must not split."""
+        """The unit that a micro-batch must not split."""
         ...
 
     @property
@@ -66,7 +66,7 @@ class Objective(Protocol):
         ...
 
     def needs(self, steps: int) -> frozenset[Column]:
-        """The columns that it reads, where an iteration takes that many optimizer steps."""
+        """The columns that it reads if an iteration has `steps` optimizer steps."""
         ...
 
     def credit(self, batch: Batch) -> Batch:
@@ -92,25 +92,25 @@ class TrainsCritic(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What is remembered of a prompt: the weight of its successes, and of its failures."""
+    """A prompt's history: the weight of its successes, and of its failures."""
 
     solved: float
     failed: float
 
     @property
     def expected(self) -> float:
-        """The reward that it lets expect."""
+        """The reward that is expected from it."""
         return self.solved / (self.solved + self.failed)
 
 
 @runtime_checkable
 class KeepsHistory(Protocol):
-    """An objective whose baseline is what it remembers of a prompt, for rewards from 0 to 1."""
+    """An objective whose baseline is a prompt's history, for rewards from 0 to 1."""
 
     def first_tally(self, rewards: Sequence[float]) -> Tally:
-        """Of a prompt, from its rewards in stage 1."""
+        """The tally of a prompt from its rewards in stage 1."""
         ...
 
     def next_tally(self, tally: Tally, reward: float, drift: float) -> Tally:
-        """After a visit. `drift` is how far the policy has moved since the last one, in nats per token."""
+        """The tally after a visit. `drift` is the policy's change since the last one, in nats per token."""
         ...

@@ -2,9 +2,9 @@
 
     ℓ(π) = mean over (x, y) of ( β ln π(y|x)/π_ref(y|x) − (F(r) − β ln Z) )²,    ln Z = ln β + 1/β + ln(1 − exp(−1/β))
 
-F(r) is the share of the prompt's rewards in stage 1 that are no greater. Of a continuous reward it is uniform under
-π_ref, which is what makes Z known: no V̂* has to be estimated. Rewards of 0 and 1 tie, and are refused. (The authors'
-code leaves out the last term of ln Z, which is below 1e-4 for β ≤ 0.1.)
+F(r) is the share of the prompt's rewards in stage 1 that do not exceed r. For a continuous reward it is uniform under
+π_ref, so Z is known and no V̂* has to be estimated. Rewards of 0 and 1 tie, and are refused. (The authors' code leaves
+out the last term of ln Z, which is below 1e-4 for β ≤ 0.1.)
 """
 
 from __future__ import annotations

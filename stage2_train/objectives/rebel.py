@@ -2,7 +2,7 @@
 
     ℓ(π) = mean over prompts of ( (1/η) [ln π/π_t (y|x) − ln π/π_t (y'|x)] − (r(x, y) − r(x, y')) )²
 
-π_t is the policy that the pair was drawn from. It is the centred residual of a pair, twice.
+π_t is the policy that the pair was drawn from. The loss is twice the centred residual of a pair.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class REBEL(Section):
-    """REBEL: η, by which rewards count."""
+    """REBEL: η, the weight of rewards."""
 
     name: Literal["rebel"]
     eta: Annotated[float, Field(gt=0)] = 1e3
@@ -32,7 +32,7 @@ class REBEL(Section):
     allows_staleness: ClassVar[bool] = False
 
     def needs(self, steps: int) -> frozenset[Column]:
-        """ln π_t, where it differs from ln π."""
+        """ln π_t, if it differs from ln π."""
         return frozenset({"old"} if steps > 1 else ())
 
     def credit(self, batch: Batch) -> Batch:

@@ -4,11 +4,11 @@
     A = r − p̂(x), whitened over the whole batch             in GRPO's clipped surrogate, averaged over tokens
     α ← ρ α + r,   β ← ρ β + 1 − r,   ρ = 2^(−D/0.06) clipped to [0.875, 0.96]
 
-Stage 1's S successes of N samples are its beginning: α = N₀ (S + ½)/(N + 1), β = N₀ (N − S + ½)/(N + 1), with
-N₀ = 1/(1 − 0.875) = 8. D is how far the policy has moved since the prompt's last visit: the mean over the tokens of
-that visit's completion of |ln π_now − ln π_then|, both taken after their iteration's update; 0 at the first visit.
-Formulas and constants are those of the authors' code (verl-recipe/spo). Not taken over: its sampling of prompts by
-their difficulty, and its bound on the surrogate of negative advantages.
+The initial values come from stage 1's S successes of N samples: α = N₀ (S + ½)/(N + 1), β = N₀ (N − S + ½)/(N + 1),
+with N₀ = 1/(1 − 0.875) = 8. D is the policy's change since the prompt's last visit: the mean of |ln π_now − ln π_then|
+over the tokens of that visit's completion, both taken after their iteration's update; 0 at the first visit. Formulas
+and constants are those of the authors' code (verl-recipe/spo), without its sampling of prompts by their difficulty and
+its bound on the surrogate of negative advantages.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from stage2_train.batch import Batch, TokenLogprobs
 
 HALF_LIFE = 0.06
-"""The drift that halves what is remembered, in nats per token."""
+"""The drift that halves the weight of a prompt's history, in nats per token."""
 
 
 class SPO(Section):
-    """SPO: how fast it forgets, and how far a step may go."""
+    """SPO: how fast it forgets, and the clip of a step."""
 
     name: Literal["spo"]
     least_kept: Annotated[float, Field(ge=0, lt=1)] = 0.875
@@ -56,7 +56,7 @@ class SPO(Section):
         return self
 
     def needs(self, steps: int) -> frozenset[Column]:
-        """p̂, and ln π_old, where it differs from ln π."""
+        """p̂, and ln π_old, if it differs from ln π."""
         columns: set[Column] = {"expected"}
         return frozenset(columns | ({"old"} if steps > 1 else set()))
 

@@ -1,4 +1,4 @@
-"""What GRPO, PPO and SPO share: PPO's clipped surrogate, the estimator of KL, the averages over a step.
+"""Shared by GRPO, PPO and SPO: PPO's clipped surrogate, the estimator of KL, the averages over a step.
 
 Shapes: _B sequence, _K completion token.
 """
@@ -20,7 +20,7 @@ Average = Literal["sequence", "token"]
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """The loss of each token, and whether its ratio is beyond the clip on the side where that stops the gradient."""
+    """The loss of each token, and whether the clip stops its gradient."""
 
     loss_K: Tensor
     is_clipped_K: Tensor
@@ -49,7 +49,7 @@ def averaged(values_K: Tensor, batch: Batch, average: Average) -> Tensor:
 def mean_and_deviation(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (n − 1) of all ranks' values, in float64; a collective operation.
 
-    In float32 the mean of equal values is off by their last bit, and the deviation is that bit.
+    In float32 the mean of equal values can be wrong in the last bit, which would then be their deviation.
     """
     exact = values.double()
     pair = exact.new_empty(2)
@@ -61,6 +61,6 @@ def mean_and_deviation(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def whitened(values: Tensor, batch: Batch) -> Tensor:
-    """All ranks' values less their mean, divided by their standard deviation; 0 where they are all equal."""
+    """All ranks' values minus their mean, divided by their standard deviation; 0 if they are all equal."""
     mean, deviation = mean_and_deviation(values, batch)
     return ((values - mean) / (deviation + SMALLEST_DEVIATION)).to(values.dtype)

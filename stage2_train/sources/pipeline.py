@@ -1,8 +1,8 @@
-"""Rollouts ahead of their iteration: while one batch is trained on, the engine draws later ones.
+"""Draw rollouts ahead of their iteration: while the trainer works on one batch, the engine draws later ones.
 
-With staleness k the completions of iteration n come from the weights after iteration n − 1 − k, those of the first k
-iterations from the reference. Only objectives that say so (`allows_staleness`) take such completions. With k = 0 they
-come from the policy itself, and nothing overlaps.
+With staleness k the completions of iteration n come from the weights after iteration n − 1 − k, and those of the first
+k iterations from the reference. Only objectives with `allows_staleness` accept such completions. With k = 0 they come
+from the current policy, and drawing and training do not overlap.
 """
 
 from collections import deque
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class RolloutPipeline:
     """The batches that are being drawn, and those that wait for their iteration.
 
-    All that a rank does here but the drawing itself it does in its main thread and at the same point as the other
-    ranks, since gathering the weights is a collective operation. `version` is the number of finished iterations.
+    Except for the drawing itself, a rank does everything here in its main thread, at the same point as the other ranks,
+    since gathering the weights is a collective operation. `version` is the number of finished iterations.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RolloutPipeline:
         self._begun: deque[tuple[Draw, Callable[[], Attempt]]] = deque()
         self._next = 1
         self._version = 0
-        """Of the weights that the engine will hold when all that has been begun is drawn."""
+        """Version of the weights that the engine will hold after all begun draws."""
         self._rebuilds = 0
 
     def rollouts(self, number: int, last: int, metrics: Metrics) -> list[Rollout]:
@@ -67,7 +67,7 @@ class RolloutPipeline:
         return rollouts
 
     def now(self, draw: Draw, version: int) -> list[Rollout]:
-        """Rollouts of the current policy, once what has been begun is drawn."""
+        """Rollouts of the current policy, drawn after all begun draws."""
         self.waiting(version)
         if self._version != version:
             self._sampler.load_weights(self._weights())
@@ -75,19 +75,19 @@ class RolloutPipeline:
         return self._settle(draw, self._sampler.attempt(draw), version)
 
     def waiting(self, version: int) -> list[list[Rollout]]:
-        """The batches drawn for the iterations to come; they keep waiting for them."""
+        """The batches drawn for later iterations, which keep waiting for them."""
         batches = [self._take(version) for _ in range(len(self._begun))]
         self.resume(version, batches)
         return batches
 
     def resume(self, version: int, batches: Sequence[list[Rollout]]) -> None:
-        """Continue after `version` iterations with the batches that were waiting then."""
+        """Continue after `version` iterations with the batches that were waiting at that point."""
         self._next = version + 1
         for batch in batches:
             self._hold(self._draw_of(self._next), partial(_given, batch))
 
     def close(self) -> None:
-        """Begin nothing more, and let go of what is being drawn."""
+        """Begin no more draws, and discard those under way."""
         self._sampler.end()
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
@@ -109,9 +109,9 @@ class RolloutPipeline:
         self._next += 1
 
     def _bring_weights(self, version: int) -> "list[tuple[str, Tensor]] | None":
-        """Give the engine the current weights; or, where it is still busy with older ones, copies to be loaded later.
+        """Give the engine the current weights; if it is still busy with older ones, return copies to be loaded later.
 
-        An engine can only be busy here with a staleness of 2 or more.
+        The engine can only be busy here with a staleness of 2 or more.
         """
         if self._version == version:
             return None
@@ -146,7 +146,7 @@ def _given(attempt: "Attempt") -> "Attempt":
 
 
 def _take_own_stream(device: int | None) -> None:
-    """On a GPU the thread's kernels wait for the trainer's only where they go to a stream of their own."""
+    """Use a CUDA stream of its own, so that the thread's kernels do not wait for the trainer's."""
     if device is not None:
         torch.cuda.set_device(device)  # a thread starts with the first one
         torch.cuda.set_stream(torch.cuda.Stream())

@@ -11,7 +11,7 @@ from common.rollout import Completion, Prompt, Rollout, SampleRequest
 from common.seeds import derive_seed
 
 LOGPROB_CHECKS = 4
-"""Completions an iteration whose log-probs the engine reports, to compare with the trainer's."""
+"""Completions per iteration whose log-probs the engine reports, to compare with the trainer's."""
 
 
 def collect_rollouts(
@@ -26,7 +26,7 @@ def collect_rollouts(
     logprob_checks: int = 0,
     is_ending: Event | None = None,
 ) -> list[Rollout]:
-    """Sample and grade, in order of the prompts, each prompt's group of completions together.
+    """Sample and grade completions, in the order of the prompts, each prompt's group together.
 
     `places` number the prompts within the whole job, so that a sample is the same however the job is split over ranks.
     Raises RuntimeError once another thread sets `is_ending`.
@@ -68,7 +68,7 @@ def collect_rollouts(
 
 
 def as_json(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as a checkpoint keeps it; its prompt by its id."""
+    """A rollout in the format of checkpoints, which refers to its prompt by id."""
     completion, grade = rollout.completion, rollout.grade
     return {
         "prompt_id": rollout.prompt.id,
@@ -82,7 +82,7 @@ def as_json(rollout: Rollout) -> dict[str, Any]:
 
 
 def from_json(document: dict[str, Any], prompts: Mapping[str, Prompt]) -> Rollout:
-    """What `as_json` was given; `prompts` by id."""
+    """The inverse of `as_json`; `prompts` by id."""
     return Rollout(
         prompt=prompts[document["prompt_id"]],
         completion=Completion(

@@ -1,4 +1,4 @@
-"""The rollout engine of a training job and the grader behind it. An engine that dies is built anew, once a batch."""
+"""The rollout engine of a training job and its grader. An engine that dies is rebuilt, once per batch."""
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """What a rank draws at a time: completions of each prompt, from the random streams of `seed` and `places`.
+    """One draw of a rank: completions of each prompt, from the random streams of `seed` and `places`.
 
-    `places` number the prompts within the whole job. Of the first `logprob_checks` the engine reports log-probs.
+    `places` number the prompts within the whole job. The engine reports log-probs of the first `logprob_checks`.
     """
 
     prompts: Sequence[Prompt]
@@ -33,7 +33,7 @@ class Draw:
     group_size: int = 1
     logprob_checks: int = 0
     longest: int | None = None
-    """Cut completions off at so many tokens, where that is less than the configured limit."""
+    """Truncate completions at this many tokens, if that is less than the configured limit."""
 
 
 class Sampler:
@@ -51,35 +51,35 @@ class Sampler:
         self._is_ending = Event()
 
     def attempt(self, draw: Draw, weights: "list[tuple[str, Tensor]] | None" = None) -> list[Rollout] | None:
-        """The graded completions, or None if the engine died of them.
+        """The graded completions, or None if the engine died while drawing them.
 
-        `weights`, if any, are loaded first and then let go. This is what may run in another thread.
+        `weights`, if any, are loaded first and then released. Only this method may run in another thread.
         """
         try:
             if weights is not None:
                 self._engine.load_weights(weights)
                 weights.clear()
             return self._collect(draw)
-        except Exception as error:  # an engine may die of anything
+        except Exception as error:  # an engine may die in any way
             if isinstance(error, UserError) and not isinstance(error, EngineFailed):
                 raise
             if self._is_ending.is_set():
                 return None
             print(
                 f"warning: rank {self._ranks.rank}: the rollout engine died ({cause(error.__cause__ or error)}); "
-                "it is built anew with the current weights and draws its batch again",
+                "it is rebuilt with the current weights and draws its batch again",
                 file=sys.stderr,
             )
-            dict(self._pool.drain())  # grades that belong to no draw any more
+            dict(self._pool.drain())  # grades of draws that were discarded
             return None
 
     def settle(
         self, draw: Draw, rollouts: list[Rollout] | None, weights: "Callable[[], NamedWeights]"
     ) -> tuple[list[Rollout], int]:
-        """Draw again what an engine died of; also gives the number of ranks whose engine had to be built anew.
+        """Draw a batch again whose engine died; also returns the number of ranks whose engine had to be rebuilt.
 
-        Every rank asks for the weights, whoever's engine died: under ZeRO-3 giving them is a collective operation.
-        Requests carry their seeds, so that with equal weights the second attempt draws what the first would have.
+        Every rank gathers the weights, whichever engine died: under ZeRO-3 that is a collective operation. Requests
+        carry their seeds, so with equal weights the second attempt draws the same completions.
         """
         died = self._ranks.total(int(rollouts is None))
         if died:
@@ -114,11 +114,11 @@ class Sampler:
         self._engine.load_weights(weights)
 
     def sleep(self) -> None:
-        """Let the engine do without its memory until it is given weights again."""
+        """Release the engine's memory until it receives weights again."""
         self._engine.sleep()
 
     def end(self) -> None:
-        """Stop a draw that is under way in another thread; it gives nothing."""
+        """Stop a draw under way in another thread; it returns no completions."""
         self._is_ending.set()
 
     def close(self) -> None:
