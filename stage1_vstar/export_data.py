@@ -63,7 +63,8 @@ class _Prompts:
 
     @property
     def grader(self) -> str:
-        return str(self.provenance.identity["grader"]).partition("/")[0]
+        """Its name and version."""
+        return str(self.provenance.identity["grader"])
 
     def parts(self, *columns: str) -> Iterator[pl.DataFrame]:
         """Their rows, some at a time. Raises UserError in the end if there are none."""
@@ -143,7 +144,8 @@ def _write_trl(prompts: _Prompts, output: Path) -> Iterator[str]:
 
 def _write_verl(prompts: _Prompts, output: Path) -> Iterator[str]:
     """One row per prompt: messages, the answer as ground truth, the figures in `extra_info`."""
-    source, ability = VERL_RULES.get(prompts.grader, (prompts.grader, "other"))
+    known = VERL_RULES.get(prompts.grader.partition("/")[0])
+    source, ability = known or (prompts.grader, "other")
     split = prompts.provenance.context.get("data", {}).get("split", "train")
     lists = 0
 
@@ -165,8 +167,8 @@ def _write_verl(prompts: _Prompts, output: Path) -> Iterator[str]:
             lists += sum(answer.lstrip().startswith('["') for answer in rows["answer"])
 
     yield f"{output}: {_write_tables(tables(), VERL, prompts, output):,} prompts for verl, data_source {source}"
-    if prompts.grader not in VERL_RULES:
-        yield f"verl has no rule of its own for {source}: set its custom_reward_function"
+    if known is None:
+        yield f"verl has no rule of its own for the grader {source}: set its custom_reward_function"
     if lists:
         yield (
             f'{lists:,} answers look like JSON lists, of which data.format = "auto" would take the element: to read '

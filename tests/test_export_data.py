@@ -128,10 +128,14 @@ def test_a_file_for_verl_has_its_columns(tmp_path: Path) -> None:
 
 
 def test_what_verl_must_be_told_is_said(tmp_path: Path) -> None:
-    source = artifact(tmp_path / "vstar.parquet", {"Which?": ('["a", "b"]', "cw")}, grader="mine:reward/ab12")
+    source = artifact(
+        tmp_path / "vstar.parquet", {"Which?": ('["a", "b"]', "cw")}, grader="1 math/3 + 0.5 mine:style@ab12"
+    )
     path = tmp_path / "verl.parquet"
     lines = export_data(source, path, "verl")
-    assert lines[1] == "verl has no rule of its own for mine:reward: set its custom_reward_function"
+    assert lines[1] == (
+        "verl has no rule of its own for the grader 1 math/3 + 0.5 mine:style@ab12: set its custom_reward_function"
+    )
     assert lines[2].startswith("1 answers look like JSON lists")
     fields = {"prompt_field": "prompt", "answer_field": "reward_model.ground_truth"}
     assert read_back(path, **fields) == [("Which?", '["a", "b"]')]

@@ -100,8 +100,8 @@ def test_a_real_model_is_sampled_trained_exported_and_evaluated(run_cli: RunCli,
     said = step("vstar")
     [largest] = re.findall(r"forward pass by transformers agree: .* apart on average, (\S+) at most", said)
     assert float(largest) < GAP
-    rows = read_vstar(paths.vstar)[0]
-    assert rows["pass_rate"].mean() > 0.3, "the model can count"
+    rates = read_vstar(paths.vstar)[0]["pass_rate"].to_list()
+    assert sum(rates) / len(rates) > 0.3, "the model can count"
 
     step("train")
     steps = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
@@ -115,7 +115,7 @@ def test_a_real_model_is_sampled_trained_exported_and_evaluated(run_cli: RunCli,
     check_weights(paths.model)
 
     trained = json.loads(step("evaluate", "--model", paths.model, "--json"))
-    assert trained["pass_at_1"] > 0.3
+    assert trained["greedy_accuracy"] > 0.5
     assert 0 < trained["kl_sequence"] < 1, "the weights have moved, a little"
 
 
@@ -127,12 +127,13 @@ def check_weights(folder: Path) -> None:
     """The embedding is stored once, and transformers loads it as the output layer too."""
     from transformers import AutoModelForCausalLM
 
+    auto_model: Any = AutoModelForCausalLM
     [file] = folder.glob("*.safetensors")
     with safe_open(file, "pt") as weights:
         names = set(weights.keys())
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, loading = auto_model.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
