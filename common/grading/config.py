@@ -54,11 +54,11 @@ class GraderConfig(Section):
     weights: Annotated[list[float], Field(min_length=1)] | None = None
     """One per name; 1 each by default."""
     convention: Literal["plain", "trl", "verl", "verifiers"] | None = None
-    """How functions are called; by default as their parameters' names tell (docs/rewards.md)."""
+    """The calling convention of functions; by default recognised by their parameters' names (docs/rewards.md)."""
     columns: list[str] | None = None
     """The columns of the data set that functions with **kwargs get; by default all."""
     answer_after: str | None = None
-    """What ends a reasoning model's thinking, such as "</think>": rules and the judge read what follows the last."""
+    """The end of a reasoning model's thinking, such as "</think>": rules and the judge read the text after the last."""
     judge: JudgeConfig | None = None
     workers: int = Field(default=1, ge=1, le=1024)
     max_concurrent: int = Field(default=32, ge=1, le=4096)
@@ -73,7 +73,7 @@ class GraderConfig(Section):
 
     @property
     def title(self) -> str:
-        """What messages call the grader."""
+        """The grader's name in messages."""
         return repr(self.name)
 
     @property
@@ -132,7 +132,7 @@ class GraderConfig(Section):
 
     @property
     def spec(self) -> GraderSpec:
-        """What a worker process needs to know."""
+        """The grader as a worker process is told it."""
         weights = self.weights or ([1.0] * len(self.names) if len(self.names) > 1 else [])
         judge = None
         if self.judge is not None:

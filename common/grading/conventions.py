@@ -56,15 +56,15 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a reward function reads beside prompt, completion and answer."""
+    """The data that a reward function reads besides prompt, completion and answer."""
 
     columns: tuple[str, ...] = ()
-    """Of the data set, without which it cannot be called."""
+    """Columns that it cannot be called without."""
     optional_columns: tuple[str, ...] = ()
     all_columns: bool = False
     """Whether it takes any column, as **kwargs."""
     token_ids: bool = False
-    """Of the completion, without which it cannot be called."""
+    """Whether it cannot be called without the completion's token ids."""
     may_read_token_ids: bool = False
 
     @property
@@ -102,7 +102,7 @@ class RewardFunction:
 
     @property
     def needs(self) -> Needs:
-        """What must come with a completion."""
+        """The data that must come with a completion."""
         own = {
             PLAIN: self.parameters[:3],
             "trl": OF_TRL,
@@ -124,7 +124,7 @@ class RewardFunction:
         )
 
     def call(self, judged: Judged) -> Any:
-        """What the function returns for a completion; of an async one the coroutine."""
+        """Calls the function for a completion; an async function returns its coroutine."""
         arguments = _ARGUMENTS[self.convention](judged)
         if self.convention == PLAIN:
             further = {name: value for name, value in arguments.items() if self._takes(name)}

@@ -90,7 +90,7 @@ class Part(Protocol):
         ...
 
     def load(self) -> Needs:
-        """Get ready to grade, in the process that will; what it reads of a row. Raises UserError."""
+        """Gets ready to grade, in this process, and returns the parts of a row that it reads. Raises UserError."""
         ...
 
     @property
@@ -199,13 +199,13 @@ class Grader:
 
     @property
     def max_completion_characters(self) -> int | None:
-        """How much of a completion's end is read; None where all of it may be."""
+        """The number of characters read from a completion's end; None if all of it may be read."""
         if self.spec.answer_after or len(self._rules) < len(self._parts):
             return None
         return max(rule.max_completion_characters for rule in self._rules)
 
     def load(self) -> Needs:
-        """Get ready to grade, in the process that will; what the parts read of a row. Raises UserError."""
+        """Gets ready to grade, in this process, and returns the parts of a row that are read. Raises UserError."""
         return reduce(or_, [part.load() for part in self._parts])
 
     @property
@@ -218,7 +218,7 @@ class Grader:
         return self._rules[0].extract_gold(raw) if self._rules else raw
 
     def validate_gold(self, answer: str) -> str | None:
-        """What is wrong with a reference answer, if anything."""
+        """The problem with a reference answer, or None."""
         gold = reference_of(answer).answer
         problems = (rule.validate_gold(gold) for rule in self._rules)
         return next((problem for problem in problems if problem is not None), None)

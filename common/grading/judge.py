@@ -45,7 +45,7 @@ if it does not.
 """
 
 UNAVAILABLE = "the judge does not answer: "
-"""How the reason of a grade begins that the judge did not give for reasons of its own."""
+"""The beginning of a grade's reason if the judge could not be reached; it says nothing about the completion."""
 
 _SCORE = re.compile(r"\bscore\W{0,8}?(-?\d++(?:\.\d++)?)", re.IGNORECASE)
 _PLACES = re.compile(r"\{(prompt|answer|completion)\}")
@@ -53,7 +53,7 @@ _PLACES = re.compile(r"\{(prompt|answer|completion)\}")
 
 @dataclass(frozen=True, slots=True)
 class JudgeUsage:
-    """What a judge has answered, and in how many tokens."""
+    """Counts of a judge's replies and their tokens."""
 
     replies: int = 0
     prompt_tokens: int = 0
@@ -71,7 +71,7 @@ class JudgeUsage:
         return JudgeUsage(*map(sub, astuple(self), astuple(other)))
 
     def columns(self) -> dict[str, int]:
-        """By name."""
+        """The counts by name."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -159,7 +159,7 @@ class Judge:
         return self._grade_of(text, tokens)
 
     def _grade_of(self, text: str, tokens: tuple[int, int]) -> Grade:
-        """What the reply's last score means."""
+        """The grade for a reply, by its last score."""
         found = _SCORE.findall(text)
         if not found:
             end = " ".join(text.split())[-120:]

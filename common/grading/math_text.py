@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 MAX_DEPTH = 60
-"""Of braces in braces; deeper text is left as it is."""
+"""Levels of nested braces; deeper text is left as it is."""
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎", "0123456789+-=()", strict=True))
@@ -306,7 +306,7 @@ def _opened(content: str) -> str:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the brace at `start` closes, or -1."""
+    """The position at which the brace at `start` closes, or -1."""
     depth = 0
     for position in range(start, len(text)):
         if text[position] in "{}" and text[position - 1] != "\\":

@@ -176,12 +176,12 @@ PLACEHOLDERS = frozenset(
         "tbd",
     ]
 )
-"""What data sets write where they have no answer."""
+"""Placeholders that data sets write instead of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What the words beside a number say; `known` where every one of them is a unit of measurement."""
+    """The words beside a number; `known` if every one of them is a unit of measurement."""
 
     words: tuple[str, ...]
     known: bool

@@ -1,4 +1,4 @@
-"""What a run's reward functions read of a data set's rows: asked of a worker process, which runs the user's code."""
+"""Finds out which columns a run's reward functions read, in a worker process: only there does the user's code run."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from common.grading.spec import GraderSpec
 
 
 def row_needs(config: GraderConfig) -> Needs:
-    """What the grader's functions read of a row; of built-in graders nothing.
+    """The parts of a row that the grader's functions read; built-in graders read none.
 
     Raises UserError for a function that cannot be loaded.
     """

@@ -1,4 +1,4 @@
-"""What grading a completion can end in, and the one policy that turns it into a reward.
+"""The outcomes of grading a completion, and the one policy that turns an outcome into a reward.
 
 Both stages import these nouns; neither assigns a reward of its own.
 """
@@ -42,14 +42,14 @@ class Grade:
     extracted: str | None = None
     reason: str | None = None
     step_rewards: tuple[tuple[int, float], ...] | None = None
-    """Where the reward function gave one to each step: the step's end, in characters of the completion, and its reward.
+    """Rewards per step, if the reward function gave them: the step's end, in characters of the completion, and its reward.
 
     The reward is their sum.
     """
     parts: tuple[tuple[str, float], ...] | None = None
-    """Where the reward is a weighted sum: the names and the rewards of what it is made of."""
+    """Names and rewards of the parts, if the reward is a weighted sum."""
     judge_tokens: tuple[int, int] | None = None
-    """Where a judge model was asked: the tokens of its prompt and of its reply."""
+    """Tokens of the judge's prompt and reply, if a judge model was asked."""
 
     @property
     def is_judged(self) -> bool:
@@ -57,7 +57,7 @@ class Grade:
         return self.outcome not in UNJUDGED
 
     def as_tuple(self) -> tuple[Any, ...]:
-        """Its values in order, for `Grade.of`: what is sent between processes is plain."""
+        """Its values in order, as they are sent between processes; `Grade.of` reads them."""
         return (
             *(self.outcome.value, self.reward, self.extracted, self.reason),
             *(self.step_rewards, self.parts, self.judge_tokens),
@@ -65,7 +65,7 @@ class Grade:
 
     @classmethod
     def of(cls, values: tuple[Any, ...]) -> "Grade":
-        """What `as_tuple` gave."""
+        """Reads the values that `as_tuple` gave."""
         outcome, *others = values
         names = ("reward", "extracted", "reason", "step_rewards", "parts", "judge_tokens")
         return cls(outcome=Outcome(outcome), **dict(zip(names, others, strict=True)))

@@ -29,15 +29,15 @@ MAX_UNANSWERED = 8
 """Requests in a row that a judge may leave without an answer, each after its retries."""
 
 MAX_ATTEMPTS = 3
-"""How often one completion is sent to a judge that answers others."""
+"""Attempts to have one completion judged while the judge answers others."""
 
 GATHER_SECONDS = 0.01
-"""A completion that comes alone waits this long for others: each message interrupts the engine beside it."""
+"""A single completion waits this long for others, because each message interrupts the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradingTask:
-    """What `grade_all` grades."""
+    """One completion for `grade_all`."""
 
     prompt: str
     completion: str
@@ -94,7 +94,7 @@ class GraderPool:
         self._submit(self._inbox, key, prompt, completion, answer, truncated, token_ids)
 
     def ready(self) -> list[tuple[Any, Grade]]:
-        """What has finished since the last call, without waiting."""
+        """Returns the grades that have finished since the last call, without waiting."""
         with self._changed:
             return self._collect(self._inbox)
 
@@ -118,7 +118,7 @@ class GraderPool:
         return [grade for _, grade in sorted(self._wait(inbox), key=lambda pair: pair[0])]
 
     def validate_golds(self, answers: Sequence[str]) -> list[str | None]:
-        """What is wrong with each extracted reference answer, before anything is generated for it."""
+        """Returns the problem of each reference answer, or None, before anything is generated for it."""
         inbox = Inbox()
         for position, answer in enumerate(answers):
             self._enqueue(Job(inbox, position, "", None, answer))
@@ -150,7 +150,7 @@ class GraderPool:
                 )
 
     def usage_lines(self) -> list[str]:
-        """What a judge has used, in a line, where there is one."""
+        """A line on the replies and tokens of the judge, if there was one."""
         return [str(self.judge_usage)] if self.judge_usage.replies else []
 
     def close(self) -> None:
@@ -329,9 +329,9 @@ class GraderPool:
             self._deliver(*self._answered(finished))
 
     def _answered(self, finished: list[tuple[Job, Grade]]) -> tuple[list[tuple[Job, Grade]], list[Job]]:
-        """What is finished, and what a judge that did not answer is to be asked again.
+        """Splits these into finished grades and jobs to send again because the judge did not answer.
 
-        Raises UserError if it has not answered for a while.
+        Raises UserError after too many requests in a row without an answer.
         """
         done: list[tuple[Job, Grade]] = []
         again: list[Job] = []

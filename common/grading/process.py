@@ -28,13 +28,13 @@ START_SECONDS = 120.0
 MAX_BATCH = 512
 BATCH_SECONDS = 0.02  # long enough to pay for its message, short enough not to queue behind a slow item
 ROUNDS = 4
-"""How often a batch of an async grader fills its places: few of them are free until its slowest grade is there."""
+"""Completions in a batch of an async grader, as a multiple of those graded at a time: a batch ends with its slowest."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 class Inbox:
-    """Where grades wait for whoever submitted the work."""
+    """The finished grades of one caller, until it collects them."""
 
     def __init__(self) -> None:
         self.finished: list[tuple[Any, Grade]] = []
@@ -52,9 +52,9 @@ class Job:
     answer: str
     token_ids: Sequence[int] | None = None
     attempts: int = 0
-    """How often a judge that does not answer has been asked."""
+    """Requests to a judge that had no answer."""
     alone: bool = False
-    """Whether it may have been what a process died of, which many had under way."""
+    """Whether to grade it by itself, because a process died while it and others were being graded."""
 
     @property
     def characters(self) -> int:
@@ -68,7 +68,7 @@ class WorkerProcess:
         self.batch: deque[Job] = deque()
         self.ready = False
         self.needs = Needs()
-        """What its grader reads of a row; known once it is ready."""
+        """The parts of a row that its grader reads; known once it is ready."""
         self.batch_size = 8
         self.death = ""  # how it died, once buried
         self._received = 0

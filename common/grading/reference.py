@@ -1,4 +1,4 @@
-"""What a prompt's answer holds: the reference answer, and the columns of the data set that reward functions read.
+"""A prompt's reference answer, together with the columns of its row that reward functions read.
 
 Every file of ours has one text per answer. Where a reward function takes columns, that text is a JSON object of the
 answer and these columns. So samples, `regrade` and stage 2 carry them along and know nothing of them.
@@ -22,7 +22,7 @@ class Reference:
     raw: Any = None
     """The answer as the data set's file holds it, where it is no text."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """By name, as the data set's file holds them."""
+    """Cells by column name, as the file has them."""
     is_messages: bool = False
     """Whether the data set's prompt is a list of messages."""
 

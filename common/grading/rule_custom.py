@@ -16,7 +16,7 @@ from common.grading.conventions import Judged, RewardFunction, recognise
 from common.grading.outcome import Grade, Outcome, graded
 
 WRONG_TYPE = "wrong type: "
-"""How the reason of a grade begins whose function returned what is no reward, whatever the completion."""
+"""The beginning of a grade's reason if the function returned something that is never a reward."""
 
 ADVICE = "docs/rewards.md lists the functions that can be called"
 

@@ -1,4 +1,4 @@
-"""What a grader is made of, in words that a process without pydantic can read."""
+"""A grader's parts and settings, as plain data that a worker reads without pydantic."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ class JudgeSpec:
     request_timeout_seconds: float
     retries: int
     requests_per_minute: float | None
-    """Of one worker process."""
+    """Per worker process."""
     api_key_env: str
 
 
@@ -41,7 +41,7 @@ class GraderSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "GraderSpec":
-        """What `to_json` wrote."""
+        """Reads the text that `to_json` wrote."""
         values: dict[str, Any] = json.loads(text)
         judge = values["judge"]
         values |= {"names": tuple(values["names"]), "weights": tuple(values["weights"])}

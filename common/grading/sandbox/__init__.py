@@ -71,7 +71,7 @@ def run(program: str, tests: Sequence[tuple[str, str]], *, seconds: float, memor
 
 
 def _read(process: "subprocess.Popen[bytes]") -> bytes:
-    """What the child reports, up to the length of an honest report; its timer bounds the wait."""
+    """The child's report, up to the length of an honest one; its timer bounds the wait."""
     assert process.stdout is not None, "the child's report is piped"
     report = b""
     while len(report) < _LONGEST_REPORT:
