@@ -42,7 +42,7 @@ class Grade:
     extracted: str | None = None
     reason: str | None = None
     step_rewards: tuple[tuple[int, float], ...] | None = None
-    """Rewards per step, if the reward function gave them: the step's end, in characters of the completion, and its reward.
+    """Per step, if the function gave rewards to steps: its end in characters of the completion, and its reward.
 
     The reward is their sum.
     """

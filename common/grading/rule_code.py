@@ -115,7 +115,7 @@ def _run(program: str, steps: tuple[tuple[str, str], ...]) -> sandbox.Run:
 
 @lru_cache(maxsize=1_024)
 def _steps(gold: str) -> tuple[tuple[str, str], ...]:
-    """The programs to run after the completion: the set-up and each test, with names. ValueError if one is not Python."""
+    """The set-up and each test, with names, to run after the completion. ValueError if one is not Python."""
     setup, tests = _parts(gold)
     steps = [("the set-up", setup)] if setup.strip() else []
     steps += [(f"test {number}", test) for number, test in enumerate(tests, start=1)]
