@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.rollout import Rollout
 from stage2_train.batch import Batch, Step, TokenBatch, TokenSequence, Totals, token_batches
 from stage2_train.config import TrainConfig

@@ -14,13 +14,8 @@ from numpy.typing import NDArray
 
 from common.config import SamplingParams
 from common.data.held_out import remarks_beside_data
-from common.data.prompts import (
-    PromptRenderer,
-    check_fit,
-    load_prompts,
-    refuse_none_usable,
-    usable_prompts,
-)
+from common.data.prompts import check_fit, load_prompts, refuse_none_usable, usable_prompts
+from common.data.rendering import PromptRenderer
 from common.doubts import ALL_TRUNCATED
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError

@@ -7,7 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from common.data.prompts import PromptRenderer, load_prompts
+from common.data.prompts import load_prompts
+from common.data.rendering import PromptRenderer
 from common.grading import fingerprint
 from common.model.files import model_identity
 from common.provenance import Provenance, sampling_identity

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.rollout import Completion, SampleRequest

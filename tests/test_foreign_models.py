@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.architectures import named
 from benchmarks.architectures import write_model as write_tiny
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import build_engine
 from common.engines.loadable import loadable_folder
 from common.errors import UserError

@@ -14,7 +14,7 @@ import cli  # noqa: F401  the thread settings of the command line
 from benchmarks.peers.job import JsonFile, Report
 from benchmarks.processes import resident_mib
 from common.config import RunConfig, SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import EngineBuilder, build_engine
 from common.engines.vllm_engine import VllmEngine
 from common.parity import PARITY

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from common.config import RunConfig, SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines.endings import is_truncated
 from common.model.checkpoint_names import CheckpointNames
 from common.model.pretrained import load_causal_lm

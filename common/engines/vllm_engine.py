@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from common.config import RunConfig, SamplingParams
-from common.data.prompts import PromptRenderer, longest_allowed_prompt
+from common.data.prompts import longest_allowed_prompt
+from common.data.rendering import PromptRenderer
 from common.engines.endings import is_truncated
 from common.engines.loadable import loadable_folder
 from common.engines.shared_engine import SharedEngine, refuse_wrong_size
