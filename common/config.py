@@ -219,7 +219,7 @@ class SamplingParams(Section):
         return {key: getattr(self, key) for key in self.cuts if getattr(self, key) != fields[key].default}
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two samples to be of one distribution; keys that came later, only where they are set."""
+        """What must be equal for two samples to be of one distribution; a key that came later only where it is set."""
         return {
             key: value for key, value in self.model_dump(mode="json").items() if key not in LATER or value
         }

@@ -185,7 +185,8 @@ class Collator:
 def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> list[float]:
     """The reward of each token: a step's reward goes to the token that ends it, the completion's to the last token.
 
-    The last token ends the completion and adds no text; a step that ends with the text ends at that token.
+    The last token ends the completion: an EOS, or the end of a stop string, which is not in the text. A step that ends
+    with the text ends at that token.
     """
     token_ids, text = rollout.completion.token_ids, rollout.completion.text
     rewards = [0.0] * len(token_ids)
