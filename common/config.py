@@ -406,6 +406,8 @@ def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
         elif item["type"] == "value_error":
             problems.append(f"{place}: {item['ctx']['error']}")
         else:
-            message = re.sub(r"^Input should be", "should be", item["msg"])
+            message = re.sub(r"^Input should be", "should be", item["msg"]).replace(
+                "valid tuple", "valid list"
+            )
             problems.append(f"{place} {message}, found {item['input']!r}")
     return "; ".join(problems)
