@@ -136,7 +136,7 @@ def test_a_prompt_keeps_its_text_and_its_tokens_are_those_of_all_of_it(
     (plain,) = prompts(tiny_config(chat_model, path))
     assert (prompt.text, prompt.id) == ("3 + 3?", plain.id)
     tokenizer = PromptRenderer(chat_model, config.data).tokenizer
-    assert tokenizer.decode(prompt.token_ids) == shown(chat_model, **FRAMING)
+    assert tokenizer.decode(list(prompt.token_ids)) == shown(chat_model, **FRAMING)
     specials = [tokenizer.added_tokens_encoder[name] for name in ("<|im_start|>", "<think>")]
     assert prompt.token_ids[0] == specials[0]
     assert specials[1] in prompt.token_ids[-3:]

@@ -268,11 +268,14 @@ def test_a_result_without_any_reward_is_doubted_with_an_example_and_not_trained_
 
 
 def test_what_training_will_refuse_is_said_before_it_is_sampled_for(folder: Path, engines: Engines) -> None:
-    config = config_of(folder, sampling={"top_p": 0.9}, train={"lora": {"target_modules": ["c_attn"]}})
+    config = config_of(
+        folder, sampling={"top_p": 0.9, "min_p": 0.1}, train={"lora": {"target_modules": ["c_attn"]}}
+    )
     lines = foresight(config, folder)
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert lines[0].startswith("`train` will refuse this: sampling.top_p is 0.9")
-    assert lines[1].startswith("`train` will refuse this: train.lora.target_modules")
+    assert lines[1].startswith("`train` will refuse this: sampling.min_p is 0.1")
+    assert lines[2].startswith("`train` will refuse this: train.lora.target_modules")
     run(config)
     with pytest.raises(UserError, match=r"sampling\.top_p is 0\.9"):
         prepare(config, run_paths(config.run).vstar)
