@@ -1,5 +1,6 @@
 """Chat and reasoning models: what is put around a question, what is refused, and both stages with a small one."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.provenance import Provenance, sampling_identity
 from common.rollout import Prompt
+from common.runs import WHOLE
 from common.store import SampleStore
+from common.terminal.console import Terminal
 from common.vstar_file import read_vstar
+from stage1_vstar.run import read_prompts
 from stage2_train.config import Config
 from tests.chat_model import NO_THOUGHTS, TEMPLATE, save_chat_model
 from tests.conftest import RunCli
@@ -288,6 +292,12 @@ def test_an_instruct_model_without_its_template_gets_a_hint_and_a_base_model_non
     assert line.startswith("hint: this is an instruct model")
     assert "(<|im_end|>)" in line
     assert 'set data.template = "chat"' in line
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "3 + 3?", "answer": "6"}))
+    printed = io.StringIO()
+    config = tiny_config(chat_model, path, data={"template": "gsm8k"})
+    read_prompts(config, chat_model, WHOLE, Terminal(file=printed, width=300))
+    assert line in printed.getvalue().splitlines()
     assert hint(chat_model, "chat") is None
     assert hint(chat_model, "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n") is None
     assert hint(tiny_model, "gsm8k") is None
@@ -339,6 +349,10 @@ def test_a_chat_model_goes_through_both_stages_and_is_evaluated(
     samples = SampleStore(artifacts / "tiny" / "samples", provenance).read()
     assert not samples["completion"].str.contains("7", literal=True).any()
     assert "correct" in set(samples["outcome"])
+
+    inspected = run_cli("inspect", "--run", "tiny").stdout
+    assert "system prompt" in inspected
+    assert f"[['enable_thinking', {thinks}]]" in inspected
 
     other = ("--set", f"data.chat_template_kwargs={{ enable_thinking = {str(not thinks).lower()} }}")
     refused = run_cli("train", "--config", file, *other, warm=True)

@@ -209,7 +209,7 @@ class PromptRenderer:
             return None
         return (
             "hint: this is an instruct model, whose completions end as its chat template ends a turn "
-            f"({self.tokenizer.convert_ids_to_tokens(end)}), and it is asked without it; set "
+            f"({self.tokenizer.convert_ids_to_tokens(end)}), and it is asked without that template; set "
             f'{self._section}.template = "chat", unless you mean this'
         )
 
