@@ -173,8 +173,8 @@ class VllmEngine:
                     break
                 with self._failing_in_one_line():
                     outputs = engine.step()
-                    stopped = _stopped(outputs, stop)
-                    engine.abort_request(stopped)
+                    if stopped := _stopped(outputs, stop):
+                        engine.abort_request(stopped)
                 for output in outputs:
                     if output.finished or output.request_id in stopped:
                         assert isinstance(output, vllm.RequestOutput)
