@@ -120,7 +120,7 @@ class DataConfig(Section):
     few_shot: list[FewShot] | None = None
     """Examples, shown before each prompt."""
     chat_template_kwargs: dict[str, JsonValue] | None = None
-    """What the chat template is told, such as enable_thinking."""
+    """Arguments of the chat template, such as enable_thinking."""
     prefill: str | None = None
     """The beginning of each completion, given to the model as part of the prompt."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -178,7 +178,7 @@ class HeldOutConfig(DataConfig):
 
 
 LATER = ("top_k", "min_p", "stop")
-"""Keys of [sampling] that the identity of older samples does not have; what is off is 0 or empty."""
+"""Keys of [sampling] that the identity of older samples lacks; 0 or empty means off."""
 
 
 class SamplingParams(Section):
@@ -186,18 +186,18 @@ class SamplingParams(Section):
 
     may_be_blank: ClassVar[tuple[str, ...]] = ("stop",)
     cuts: ClassVar[tuple[str, ...]] = ("top_p", "top_k", "min_p")
-    """The keys that leave tokens out of the model's distribution."""
+    """The keys that remove tokens from the model's distribution."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The most probable tokens with this share of the probability; 1 takes all."""
+    """Sample from the most probable tokens that together have this probability; 1 keeps all tokens."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """So many of the most probable tokens; 0 takes all."""
+    """Sample from this many of the most probable tokens; 0 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The tokens with at least this share of the most probable one's probability; 0 takes all."""
+    """Sample from tokens with at least this fraction of the highest probability; 0 keeps all."""
     max_completion_tokens: Annotated[int, Field(ge=1)] = 1024
     stop: Annotated[tuple[str, ...], Field(max_length=16)] = ()
-    """A completion also ends with the token that completes one of these, and its text before it."""
+    """Texts that end a completion: its last token completes one of them, and its text ends before it."""
 
     @model_validator(mode="after")
     def _is_a_distribution_that_engines_draw_from(self) -> Self:
@@ -214,12 +214,12 @@ class SamplingParams(Section):
 
     @property
     def cut_by(self) -> dict[str, float]:
-        """What leaves tokens out of the model's distribution."""
+        """The settings that remove tokens from the model's distribution, with their values."""
         fields = type(self).model_fields
         return {key: getattr(self, key) for key in self.cuts if getattr(self, key) != fields[key].default}
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two samples to be of one distribution; a key that came later only where it is set."""
+        """The settings that samples of one distribution share; LATER keys are included only if set."""
         return {
             key: value for key, value in self.model_dump(mode="json").items() if key not in LATER or value
         }

@@ -290,7 +290,7 @@ def test_an_instruct_model_without_its_template_gets_a_hint_and_a_base_model_non
     line = hint(chat_model, "gsm8k")
     assert line is not None
     assert line.startswith("hint: this is an instruct model")
-    assert "(<|im_end|>)" in line
+    assert "end with <|im_end|>," in line
     assert 'set data.template = "chat"' in line
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "3 + 3?", "answer": "6"}))

@@ -1,5 +1,6 @@
-"""What [data] puts around a question: a system prompt, examples, an instruction, the beginning of the answer."""
+"""The framing of a question by [data]: a system prompt, examples, an instruction, the beginning of the answer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.config import DataConfig
@@ -7,7 +8,7 @@ from common.data.messages import Turns, turns_of
 
 
 def text_prompt(template: str, text: str, data: DataConfig) -> str:
-    """What the model reads of a question in a text template: after the examples, each with a blank line behind it."""
+    """A question in a text template, after the examples, which a blank line separates, and before the prefill."""
     examples = (
         f"{_in_template(template, each.prompt, data)}{each.completion}\n\n" for each in data.few_shot or ()
     )
@@ -15,7 +16,7 @@ def text_prompt(template: str, text: str, data: DataConfig) -> str:
 
 
 def chat_turns(text: str, data: DataConfig) -> Turns:
-    """The messages that a chat template is given of a question: a system prompt, the examples, the question's own."""
+    """The messages of a question for a chat template: a system prompt, the examples, then the question's own."""
     *earlier, question = turns_of(text)
     system: Turns = []
     if earlier and earlier[0]["role"] == "system":
@@ -32,11 +33,21 @@ def chat_turns(text: str, data: DataConfig) -> Turns:
 
 
 def framing_identity(data: DataConfig) -> dict[str, Any]:
-    """All of it that is set, as JSON has it; nothing where a question is all that the template is given."""
+    """The settings of the framing, as JSON; empty if the template is given the question alone."""
     framing = data.model_dump(mode="json", include=set(data.shown) - {"template"})
     if framing["chat_template_kwargs"]:
         framing["chat_template_kwargs"] = sorted(map(list, framing["chat_template_kwargs"].items()))
     return {key: value for key, value in framing.items() if value}
+
+
+def recorded_framing(prompt_identity: Mapping[str, Any]) -> DataConfig:
+    """The framing that an artifact's identity records, without any other setting of [data]."""
+    found = {
+        key: value for key, value in prompt_identity.items() if key in set(DataConfig.shown) - {"template"}
+    }
+    if "chat_template_kwargs" in found:
+        found["chat_template_kwargs"] = dict(found["chat_template_kwargs"])
+    return DataConfig.model_validate(found)
 
 
 def _in_template(template: str, text: str, data: DataConfig) -> str:

@@ -1,4 +1,4 @@
-"""Questions to what the model reads: templates, tokens; and what it wrote to text."""
+"""Rendering: questions to prompts in a template and their token ids, completions to text."""
 
 import inspect
 import json
@@ -59,8 +59,7 @@ class PromptRenderer:
     def __init__(self, folder: Path, data: DataConfig) -> None:
         """Load the tokenizer.
 
-        Raises UserError if it cannot end a completion, or for a chat template that is unusable or reads less than it
-        would be told.
+        Raises UserError if it cannot end a completion, or if the chat template is unusable or ignores a setting.
         """
         self._folder, self._data, self._section = folder, data, data.section
         self.tokenizer = load_tokenizer(folder)
@@ -140,7 +139,7 @@ class PromptRenderer:
         return str(self.tokenizer.decode(shown, skip_special_tokens=False))
 
     def _chat(self, turns: Turns, told: Mapping[str, Any] | None, *, asks: bool = True) -> str:
-        """These turns in the chat template, and where it `asks`, the beginning of the assistant's next."""
+        """Render turns in the chat template; if it `asks`, with the beginning of the assistant's next turn."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -174,7 +173,7 @@ class PromptRenderer:
         self._refuse_unread(rendered)
 
     def _refuse_unread(self, rendered: list[str]) -> None:
-        """Raise UserError for what the chat template is told and does not read; `rendered` are the probes."""
+        """Raise UserError for a setting that the chat template ignores; `rendered` are the probes with all settings."""
         data, source = self._data, str(self.tokenizer.chat_template)
         told = data.chat_template_kwargs or {}
         without: dict[str, dict[str, Any]] = {
@@ -192,14 +191,14 @@ class PromptRenderer:
                 )
 
     def _probes_or_none(self, data: DataConfig) -> list[str] | None:
-        """None where the chat template cannot do without what is missing."""
+        """The rendered probes; None if the chat template fails on them."""
         try:
             return self._probes(data)
         except UserError:
             return None
 
     def hint(self) -> str | None:
-        """A line where an instruct model is asked without its chat template."""
+        """A line for the user if an instruct model is prompted without its chat template."""
         if self.template == "chat" or not self.tokenizer.chat_template:
             return None
         added = set(self.tokenizer.all_special_ids) | self.tokenizer.added_tokens_decoder.keys()
@@ -208,9 +207,9 @@ class PromptRenderer:
         if end not in self.eos_token_ids or not added.isdisjoint(ids):
             return None
         return (
-            "hint: this is an instruct model, whose completions end as its chat template ends a turn "
-            f"({self.tokenizer.convert_ids_to_tokens(end)}), and it is asked without that template; set "
-            f'{self._section}.template = "chat", unless you mean this'
+            "hint: this is an instruct model (its completions end with "
+            f"{self.tokenizer.convert_ids_to_tokens(end)}, as the turns of its chat template do), but its prompts are "
+            f'not in that template; set {self._section}.template = "chat" unless you mean this'
         )
 
     def _end_of_turn(self, added: Collection[int]) -> int | None:
@@ -322,7 +321,7 @@ def prompt_template(data: DataConfig) -> str:
 
 
 def _set_by_rendering(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    """The names that a chat template, or who calls it, is given by us; tools and documents are the user's."""
+    """The names of arguments that rendering passes itself; tools and documents are left to the user."""
     options = inspect.signature(tokenizer.apply_chat_template).parameters
     return {*options, "messages", "strftime_now"} - {"tools", "documents"}
 

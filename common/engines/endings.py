@@ -1,4 +1,4 @@
-"""How a completion ended, by the engine's own word, and where a stop string ends it."""
+"""How a completion ended: the engine's report checked against the tokens, and the search for stop strings."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -13,7 +13,7 @@ PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class StopStrings:
-    """Texts that end a completion, looked for in its tokens as they are drawn."""
+    """Texts that end a completion, searched for after each sampled token."""
 
     def __init__(self, texts: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
         self._texts = texts
@@ -26,7 +26,7 @@ class StopStrings:
         return bool(self._texts)
 
     def may_complete(self, token: int) -> bool:
-        """Whether the token can be the last of a stop string: few tokens can, and no other one is worth a look."""
+        """Whether the token can be the last of a stop string: only after such a token is the text searched."""
         known = self._may_complete.get(token)
         if known is None:
             twice = self._decode([token, token])  # at the beginning of a text some tokens lose a space
@@ -49,7 +49,7 @@ class StopStrings:
 
 
 class Endings:
-    """What ends completions of a model under a sampling distribution."""
+    """The ends of completions of one model under one sampling distribution."""
 
     def __init__(self, renderer: PromptRenderer, sampling: SamplingParams) -> None:
         self.stop = StopStrings(sampling.stop, renderer.decode)
@@ -64,7 +64,7 @@ class Endings:
         reason: str | None,
         sampled_logprobs: Sequence[float] | None,
     ) -> Completion:
-        """What an engine drew, of which it says that it ended by `reason`: "stop" or "length". Raises UserError."""
+        """A completion from its tokens and the engine's reason for its end: "stop" or "length". Raises UserError."""
         text = self._decode(token_ids)
         before = self.stop.before(text)
         return Completion(

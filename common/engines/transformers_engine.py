@@ -81,7 +81,7 @@ class TransformersEngine:
         endings: Endings,
         stopped: int | None,
     ) -> Completion:
-        """What was drawn up to the first EOS or to the end of a stop string; behind it is padding."""
+        """The completion up to the first EOS or the end of a stop string; padding follows it."""
         eos = (place + 1 for place, token in enumerate(token_ids) if token in self._renderer.eos_token_ids)
         ends = [end for end in (next(eos, None), stopped) if end is not None]
         kept = token_ids[: min(ends, default=None)]
@@ -105,7 +105,7 @@ class TransformersEngine:
 
 
 class _AtStopString(StoppingCriteria):
-    """Ends rows at the token that completes a stop string, and keeps how long their completions are then."""
+    """Ends a row at the token that completes a stop string, and records the length of its completion."""
 
     def __init__(self, stop: StopStrings, prompt_length: int, rows: int) -> None:
         self._stop = stop
@@ -125,8 +125,8 @@ class _SeededSampler(LogitsProcessor):
     """Samples inside greedy `generate`: it leaves only the drawn token possible.
 
     `generate` itself draws a whole batch from one random stream; here each row has its own, so that a sample does
-    not depend on its neighbours: a number from 0 to 1 for each token, which is looked up in the distribution's
-    cumulative sum. Nothing but the seeds is made on the host.
+    not depend on its neighbours. One uniform number per token is looked up in the cumulative sum of the distribution,
+    on the device of the scores.
     """
 
     def __init__(self, seeds: list[int], sampling: SamplingParams, device: torch.device) -> None:

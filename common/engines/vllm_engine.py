@@ -205,7 +205,7 @@ class VllmEngine:
             stop_token_ids=list(self._eos_token_ids),
             logprobs=0 if request.with_logprobs else None,
             detokenize=False,
-            # Stop strings are looked for by us, in each token: both engines then end at the same one.
+            # We search for stop strings ourselves, token by token, so that both engines end at the same token.
             output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
         )
 
@@ -278,7 +278,7 @@ class VllmEngine:
 
 
 def _stopped(outputs: Iterable[Any], stop: StopStrings) -> list[str]:
-    """The requests that a stop string has ended, whatever vLLM says of their end."""
+    """Find the requests that a stop string ends, and mark their completions as ended."""
     found = []
     for output in outputs if stop else ():
         (completion,) = output.outputs
