@@ -21,7 +21,7 @@ MAY_DIFFER: Mapping[str, Any] = {
     "vstar": True,
     "evaluate": True,
     "engine": True,
-    "grader": {"workers", "timeout_seconds", "memory_gib"},
+    "grader": {"workers", "max_concurrent", "timeout_seconds", "memory_gib"},
     "train": {
         *("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "wandb_project"),
         *("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"),
