@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines.vllm_engine import VllmEngine
 from common.rollout import SampleRequest
 

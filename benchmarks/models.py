@@ -146,7 +146,7 @@ class Kept:
 
 def gaps(folder: Path, config: Any) -> dict[str, Any]:
     """Run the pipeline, and return the gap between engine and trainer at each of its steps."""
-    from common.data.prompts import PromptRenderer
+    from common.data.rendering import PromptRenderer
     from common.runs import run_paths
     from common.terminal.console import Terminal
     from stage1_vstar.run import run_stage1
@@ -172,7 +172,8 @@ def differences(engine: Any, folder: Path, config: Any) -> Any:
     """Between the engine's log-probs of some tokens and those of the model in `folder`, absolute."""
     import torch
 
-    from common.data.prompts import PromptRenderer, load_prompts
+    from common.data.prompts import load_prompts
+    from common.data.rendering import PromptRenderer
     from common.rollout import SampleRequest
     from stage2_train.batch import TokenSequence, token_batches
     from stage2_train.logprobs import load_model, token_logprobs

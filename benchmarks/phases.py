@@ -30,7 +30,7 @@ from benchmarks.processes import alone, assignments
 from benchmarks.tables import markdown
 from benchmarks.training import DEMO, made_up_data, save_random_model, training
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines.vllm_engine import VllmEngine
 from common.errors import UserError
 from common.rollout import Completion, Rollout, SampleRequest

@@ -23,7 +23,8 @@ from benchmarks.processes import rotations
 from benchmarks.tables import Column, comparison
 from common.config import DataConfig
 from common.data.datasets import read_pairs
-from common.data.prompts import PromptRenderer, load_prompts, prompt_id
+from common.data.prompts import load_prompts, prompt_id
+from common.data.rendering import PromptRenderer
 from common.demo import word_problems
 from common.model.files import reference_model
 from common.rollout import Prompt

@@ -21,7 +21,8 @@ import cli  # noqa: F401  the thread settings of the command line
 from benchmarks import bare_vllm
 from benchmarks.processes import rotations
 from benchmarks.tables import markdown
-from common.data.prompts import PromptRenderer, load_prompts
+from common.data.prompts import load_prompts
+from common.data.rendering import PromptRenderer
 from common.engines.vllm_engine import VllmEngine
 from common.grading import GraderPool
 from common.model.files import model_identity, reference_model

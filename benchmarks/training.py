@@ -16,7 +16,7 @@ import torch
 
 import cli  # noqa: F401  the thread settings of the command line
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.demo.base_model import build_tokenizer
 from common.engines import RolloutEngine
 from common.grading import GraderPool

@@ -13,7 +13,15 @@ from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from common.errors import UserError
 from common.grading import GraderConfig
@@ -74,11 +82,23 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
+class FewShot(Section):
+    """An example of a question and its answer, shown before each prompt."""
+
+    prompt: str
+    completion: str
+
+
 class DataConfig(Section):
     """Where prompts come from and how they are shown to the model."""
 
     section: ClassVar[str] = "data"
     """Its name in the TOML file, for messages."""
+    may_be_blank: ClassVar[tuple[str, ...]] = ("prefill",)
+    chat_only: ClassVar[tuple[str, ...]] = ("system_prompt", "chat_template_kwargs")
+    """The keys that a text template has no place for."""
+    shown: ClassVar[tuple[str, ...]] = ("template", "instruction", "few_shot", "prefill", *chat_only)
+    """The keys that say how prompts are shown: [evaluate.data] takes those of [data] that it does not set."""
 
     format: Literal["auto", "gsm8k", "math", "openr1", "generic", "word_problems", "mbpp"] = "auto"
     """"auto" recognises other projects' formats too, by their columns (docs/data.md)."""
@@ -93,6 +113,16 @@ class DataConfig(Section):
     answer_field: str | None = None
     template: str | None = None
     """A named template or a text containing {prompt}; by default the format's own (the paper's Table 4)."""
+    system_prompt: str | None = None
+    """A first turn of the system, where a prompt has none of its own."""
+    instruction: str | None = None
+    """A line after each question, such as how to mark the answer."""
+    few_shot: list[FewShot] | None = None
+    """Examples, shown before each prompt."""
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    """Arguments of the chat template, such as enable_thinking."""
+    prefill: str | None = None
+    """The beginning of each completion, given to the model as part of the prompt."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Take this many prompts, chosen at random by `seed`; all of them in file order by default."""
     seed: Seed = 0
@@ -147,12 +177,27 @@ class HeldOutConfig(DataConfig):
     section: ClassVar[str] = "evaluate.data"
 
 
+LATER = ("top_k", "min_p", "stop")
+"""Keys of [sampling] that the identity of older samples lacks; 0 or empty means off."""
+
+
 class SamplingParams(Section):
     """The distribution that completions are drawn from, in both stages; temperature 0 is greedy."""
 
+    may_be_blank: ClassVar[tuple[str, ...]] = ("stop",)
+    cuts: ClassVar[tuple[str, ...]] = ("top_p", "top_k", "min_p")
+    """The keys that remove tokens from the model's distribution."""
+
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most probable tokens that together have this probability; 1 keeps all tokens."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from this many of the most probable tokens; 0 keeps all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Sample from tokens with at least this fraction of the highest probability; 0 keeps all."""
     max_completion_tokens: Annotated[int, Field(ge=1)] = 1024
+    stop: Annotated[tuple[str, ...], Field(max_length=16)] = ()
+    """Texts that end a completion: its last token completes one of them, and its text ends before it."""
 
     @model_validator(mode="after")
     def _is_a_distribution_that_engines_draw_from(self) -> Self:
@@ -163,9 +208,21 @@ class SamplingParams(Section):
             )
         if self.temperature == 0:
             self.refuse_unused(
-                "top_p", because="temperature 0 takes the most probable token; raise it, or leave top_p out"
+                *self.cuts, because="temperature 0 takes the most probable token; raise it, or leave it out"
             )
         return self
+
+    @property
+    def cut_by(self) -> dict[str, float]:
+        """The settings that remove tokens from the model's distribution, with their values."""
+        fields = type(self).model_fields
+        return {key: getattr(self, key) for key in self.cuts if getattr(self, key) != fields[key].default}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that samples of one distribution share; LATER keys are included only if set."""
+        return {
+            key: value for key, value in self.model_dump(mode="json").items() if key not in LATER or value
+        }
 
 
 class EngineConfig(Section):
@@ -239,11 +296,15 @@ class RunConfig(Section):
 
     @property
     def held_out(self) -> DataConfig | None:
-        """[evaluate.data], asked in the template of [data] where it names none of its own."""
+        """[evaluate.data], shown as [data] is where it does not say otherwise."""
         data = self.evaluate.data
-        if data is None or data.template is not None:
-            return data
-        return data.model_copy(update={"template": self.data.template})
+        if data is None:
+            return None
+        inherited = set(data.shown)
+        if data.template not in (None, "chat"):
+            inherited -= set(data.chat_only)
+        update = {key: getattr(self.data, key) for key in inherited if getattr(data, key) is None}
+        return data.model_copy(update=update)
 
     def to_json(self) -> str:
         """Every value, defaults included."""
@@ -345,6 +406,8 @@ def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
         elif item["type"] == "value_error":
             problems.append(f"{place}: {item['ctx']['error']}")
         else:
-            message = re.sub(r"^Input should be", "should be", item["msg"])
+            message = re.sub(r"^Input should be", "should be", item["msg"]).replace(
+                "valid tuple", "valid list"
+            )
             problems.append(f"{place} {message}, found {item['input']!r}")
     return "; ".join(problems)

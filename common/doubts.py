@@ -10,7 +10,7 @@ SHORTEST = 1
 ALL_TRUNCATED = (
     "every completion was cut off at sampling.max_completion_tokens: raise it, or the model writes an EOS token that "
     "is no end here (eos_token_id in its generation_config.json), or it was not trained to stop, as a base model under "
-    "a chat template"
+    "a chat template: then name in sampling.stop the text that ends an answer"
 )
 
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.config import RunConfig
+from common.config import LATER, DataConfig, RunConfig
 from common.errors import DamagedFile, UserError
 from common.files import obstacle_at
 from common.runs import REPOSITORY
 
 if TYPE_CHECKING:
-    from common.data.prompts import PromptRenderer
+    from common.data.rendering import PromptRenderer
 
 SCHEMA_VERSION = 4
 """Format version of stage 1's files: samples, grades, vstar.parquet."""
@@ -125,8 +125,9 @@ class Provenance:
         return replace(self, context={**self.context, ACCEPTED: list(allowance.used)})
 
     def fields(self) -> Iterator[str]:
-        """The names of the identity's fields, as differences name them."""
-        return _field_names(self.identity)
+        """The names of the identity's fields, as differences name them, with those that another file may have."""
+        optional = (*(f"prompt.{key}" for key in DataConfig.shown), *(f"sampling.{key}" for key in LATER))
+        yield from dict.fromkeys([*_field_names(self.identity), *optional])
 
     def metadata(self, version: int) -> dict[bytes, bytes]:
         """The provenance as Parquet metadata of a file of this format version."""
@@ -249,6 +250,6 @@ def sampling_identity(
     return {
         "model": model,
         "prompt": renderer.identity(),
-        "sampling": config.sampling.model_dump(),
+        "sampling": config.sampling.identity(),
         "grader": grader,
     }

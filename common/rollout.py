@@ -39,9 +39,10 @@ class SampleRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A sampled completion y. `token_ids` includes the end token unless the completion was truncated.
+    """A sampled completion y. `token_ids` includes what ended it, if it was not truncated; `text` does not.
 
-    `sampled_logprobs` are those of the sampling distribution (temperature and top-p applied), if requested.
+    `sampled_logprobs` are those of the sampling distribution (temperature, min-p, top-k and top-p applied), if
+    requested.
     """
 
     key: Hashable

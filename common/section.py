@@ -1,6 +1,6 @@
 """Rules for every table of a run's TOML file, whichever keys it has."""
 
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -18,6 +18,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", allow_inf_nan=False)
 
+    may_be_blank: ClassVar[tuple[str, ...]] = ()
+    """The keys whose texts may be of spaces and line breaks alone."""
+
     @model_validator(mode="before")
     @classmethod
     def _values_are_of_their_kind(cls, table: Any) -> Any:
@@ -26,7 +29,8 @@ class Section(BaseModel):
         problems = [
             f"{key} {problem}"
             for key, field in cls.model_fields.items()
-            if key in given and (problem := _other_kind(given[key], field)) is not None
+            if key in given
+            and (problem := _other_kind(given[key], field, may_be_blank=key in cls.may_be_blank)) is not None
         ]
         if problems:
             raise ValueError("; ".join(problems))
@@ -49,13 +53,14 @@ class Section(BaseModel):
             raise ValueError(f"{found} would have no effect: {because}")
 
 
-def _other_kind(value: Any, field: FieldInfo) -> str | None:
+def _other_kind(value: Any, field: FieldInfo, *, may_be_blank: bool) -> str | None:
     """The error for a boolean in place of a number, or for an empty text that is not a default."""
     kinds = _kinds(field.annotation)
     for part in value if isinstance(value, list | tuple) else [value]:
         if isinstance(part, bool) and bool not in kinds and not kinds.isdisjoint({int, float}):
             return f"should be a number, found {value!r}"
-        if isinstance(part, str) and not part.strip() and str in kinds and part != field.default:
+        is_empty = isinstance(part, str) and not (part if may_be_blank else part.strip())
+        if is_empty and str in kinds and part != field.default:
             return f"should not be empty, found {value!r}" + ("" if field.is_required() else "; leave it out")
     return None
 

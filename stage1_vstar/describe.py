@@ -200,6 +200,11 @@ def _summary(figures: Description) -> RenderableType:
         ),
         "foreseen by vstar": _foreseen(context.get("model")),
         "prompt template": repr(identity["prompt"]["template"]),
+        **{
+            key.replace("_", " "): repr(value)
+            for key, value in identity["prompt"].items()
+            if key not in ("template", "eos_token_ids")
+        },
         "sampling": ", ".join(f"{name} {value}" for name, value in identity["sampling"].items()),
         "grader": identity["grader"]
         + (f", regraded from {context['regraded_from']}" if "regraded_from" in context else ""),

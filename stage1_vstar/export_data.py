@@ -11,7 +11,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.data.messages import Turns, turns_of
+from common.config import DataConfig
+from common.data.framing import chat_turns, framing_identity, recorded_framing, text_prompt
+from common.data.messages import Turns
 from common.errors import UserError
 from common.files import atomic_path
 from common.provenance import SCHEMA_VERSION, Provenance, read_provenance
@@ -49,6 +51,7 @@ class _Prompts:
 
     source: Path
     provenance: Provenance
+    framing: DataConfig
     dropped_too: bool
     in_template: bool
 
@@ -80,17 +83,28 @@ class _Prompts:
             )
 
     def text(self, prompt: str) -> str:
-        return self.template.replace("{prompt}", prompt) if self.in_template else prompt
+        return text_prompt(self.template, prompt, self.framing) if self.in_template else prompt
 
     def turns(self, prompt: str) -> Turns:
-        return turns_of(prompt) if self.is_chat else [{"role": "user", "content": self.text(prompt)}]
+        if self.is_chat:
+            return chat_turns(prompt, self.framing)
+        return [{"role": "user", "content": self.text(prompt)}]
 
     def remarks(self) -> Iterator[str]:
-        if not self.is_chat and not self.in_template and self.template != "{prompt}":
+        framing = framing_identity(self.framing)
+        if not self.is_chat and not self.in_template and (self.template != "{prompt}" or framing):
+            around = f" with {', '.join(framing)}" if framing else ""
             yield (
-                f"the figures are of prompts in the template {json.dumps(self.template, ensure_ascii=False)}, "
+                f"the figures are of prompts in the template {json.dumps(self.template, ensure_ascii=False)}{around}, "
                 "the file has the questions alone: --in-template writes them in it"
             )
+        for key in ("chat_template_kwargs", "prefill") if self.is_chat else ():
+            if key in framing:
+                value = json.dumps(getattr(self.framing, key), ensure_ascii=False)
+                yield (
+                    f"the figures are of prompts with {key} {value}, which messages cannot hold: set it in the other "
+                    "trainer"
+                )
 
 
 def export_data(
@@ -107,9 +121,11 @@ def export_data(
         raise UserError(
             f"--output {output}: a file in the format {format_name} ends in {SUFFIXES[format_name]}; rename it"
         )
+    provenance = read_provenance(source)
     prompts = _Prompts(
         source=source,
-        provenance=read_provenance(source),
+        provenance=provenance,
+        framing=recorded_framing(provenance.identity["prompt"]),
         dropped_too=dropped_too,
         in_template=in_template,
     )

@@ -10,7 +10,8 @@ import polars as pl
 
 from common.config import RunConfig
 from common.data.datasets import read_data_set, recognised_as
-from common.data.prompts import PromptRenderer, check_fit, prompt_id, prompts_from_pairs
+from common.data.prompts import check_fit, prompt_id, prompts_from_pairs
+from common.data.rendering import PromptRenderer
 from common.doubts import doubts, equal_reward
 from common.engines import EngineBuilder, build_engine
 from common.errors import DamagedFile, UserError
@@ -321,6 +322,8 @@ def read_prompts(
     prompts = prompts_from_pairs(pairs, config.data, renderer)
     check_fit(prompts, config, folder)
     console.print(f"first prompt: {excerpt(renderer.in_template(prompts[0].text))}")
+    if (hint := renderer.hint()) is not None:
+        console.print(hint)
     if left_out := len(pairs) - len(prompts):
         limit = config.data.max_prompt_tokens
         console.print(

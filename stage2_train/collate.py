@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.rollout import Rollout
 from stage2_train.batch import Batch, Step, TokenBatch, TokenSequence, Totals, token_batches
 from stage2_train.config import TrainConfig
@@ -185,7 +185,8 @@ class Collator:
 def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> list[float]:
     """The reward of each token: a step's reward goes to the token that ends it, the completion's to the last token.
 
-    The last token ends the completion and adds no text; a step that ends with the text ends at that token.
+    The last token ends the completion: an EOS, or the end of a stop string, which is not in the text. A step that ends
+    with the text ends at that token.
     """
     token_ids, text = rollout.completion.token_ids, rollout.completion.text
     rewards = [0.0] * len(token_ids)

@@ -15,13 +15,13 @@ import polars as pl
 
 from common.config import DataConfig
 from common.data.prompts import (
-    PromptRenderer,
     check_fit,
     load_prompts,
     prompts_from_pairs,
     refuse_none_usable,
     usable_prompts,
 )
+from common.data.rendering import PromptRenderer
 from common.doubts import doubts, equal_reward
 from common.errors import UserError
 from common.grading import GraderPool, fingerprint, negative_rewards_warning

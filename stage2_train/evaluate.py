@@ -14,13 +14,8 @@ from numpy.typing import NDArray
 
 from common.config import SamplingParams
 from common.data.held_out import remarks_beside_data
-from common.data.prompts import (
-    PromptRenderer,
-    check_fit,
-    load_prompts,
-    refuse_none_usable,
-    usable_prompts,
-)
+from common.data.prompts import check_fit, load_prompts, refuse_none_usable, usable_prompts
+from common.data.rendering import PromptRenderer
 from common.doubts import ALL_TRUNCATED
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
@@ -116,10 +111,10 @@ def sample_both_ways(
     config: Config, prompts: Sequence[Prompt], engine: RolloutEngine, pool: GraderPool
 ) -> tuple[list[Rollout], list[Rollout]]:
     """A greedy completion of each prompt, and num_samples from the training distribution."""
-    greedy = SamplingParams(
-        temperature=0.0, top_p=1.0, max_completion_tokens=config.sampling.max_completion_tokens
-    )
     sampled = config.sampling
+    greedy = SamplingParams(
+        temperature=0.0, max_completion_tokens=sampled.max_completion_tokens, stop=sampled.stop
+    )
     seed = derive_seed(config.seed, "evaluate")
     places = range(len(prompts))
     return (
@@ -132,7 +127,7 @@ def sample_both_ways(
             seed=seed,
             places=places,
             group_size=config.evaluate.num_samples,
-            logprob_checks=COMPLETIONS,
+            logprob_checks=0 if sampled.cut_by else COMPLETIONS,
         ),
     )
 
@@ -202,21 +197,16 @@ def kl_to_reference(
 ) -> dict[str, float]:
     """KL(π‖π_ref) from completions of π: the mean of ln π/π_ref, its standard error (over prompts), and KL per token.
 
-    Warns if the engine that drew them has other log-probs of π.
+    Warns if the engine that drew them has other log-probs of π. Under top-p, top-k or min-p it has, and is not asked.
     """
     sequences = [TokenSequence.of(row, rollout) for row, rollout in enumerate(rollouts)]
     ours = completion_logprobs(sequences, model, config)
     theirs = completion_logprobs(sequences, reference, config)
-    checked = [row for row, rollout in enumerate(rollouts) if rollout.completion.sampled_logprobs]
-    gap = Gap.between(
-        [engine_logprobs(rollouts[row].completion) for row in checked],
-        [ours[row].tolist() for row in checked],
-    )
-    sides = f"the engine ({config.engine.backend}) and a forward pass by transformers of {model}"
-    agrees, line = judged(gap, sides, dtype=config.model.dtype, temperature=config.sampling.temperature)
-    console.print(
-        line if agrees else f"warning: {line}: the figures above are of another network than its KL"
-    )
+    if config.sampling.cut_by:
+        names = ", ".join(f"sampling.{key}" for key in config.sampling.cut_by)
+        console.print(f"KL is of the models whole, without {names}, on completions that were drawn with it")
+    else:
+        _say_whether_engine_agrees(rollouts, ours, model, config, console)
     log_ratio = np.array([float((mine - other).sum()) for mine, other in zip(ours, theirs, strict=True)])
     tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
     by_prompt_P = log_ratio.reshape(-1, config.evaluate.num_samples).mean(axis=1)
@@ -227,6 +217,25 @@ def kl_to_reference(
         else 0.0,
         "kl_token": float(log_ratio.sum() / tokens),
     }
+
+
+def _say_whether_engine_agrees(
+    rollouts: Sequence[Rollout],
+    ours: Sequence[NDArray[np.float64]],
+    model: Path,
+    config: Config,
+    console: Terminal,
+) -> None:
+    checked = [row for row, rollout in enumerate(rollouts) if rollout.completion.sampled_logprobs]
+    gap = Gap.between(
+        [engine_logprobs(rollouts[row].completion) for row in checked],
+        [ours[row].tolist() for row in checked],
+    )
+    sides = f"the engine ({config.engine.backend}) and a forward pass by transformers of {model}"
+    agrees, line = judged(gap, sides, dtype=config.model.dtype, temperature=config.sampling.temperature)
+    console.print(
+        line if agrees else f"warning: {line}: the figures above are of another network than its KL"
+    )
 
 
 @torch.no_grad()

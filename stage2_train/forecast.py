@@ -15,7 +15,9 @@ import polars as pl
 from rich.table import Table
 from rich.text import Text
 
-from common.data.prompts import prompt_template
+from common.config import DataConfig
+from common.data.framing import chat_turns, text_prompt
+from common.data.rendering import prompt_template
 from common.errors import UserError, cause
 from common.model.files import reference_model
 from common.model.reading import describe_model, read_model
@@ -127,15 +129,18 @@ def completion_tokens(kept: pl.DataFrame, completions: int) -> Expectation:
 
 
 def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float:
-    """Counted by the tokenizer alone, since transformers would load torch; a chat template's tokens are left out."""
+    """Counted by the tokenizer alone, since transformers would load torch; of a chat template only the turns count."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         return float(config.data.max_prompt_tokens)
-    template = prompt_template(config.data)
     chosen = random.Random(0).sample(texts.to_list(), min(TOKENIZED_PROMPTS, len(texts)))
-    rendered = chosen if template == "chat" else [template.replace("{prompt}", text) for text in chosen]
+    template, data = prompt_template(config.data), config.data
+    rendered = [
+        _turns_alone(text, data) if template == "chat" else text_prompt(template, text, data)
+        for text in chosen
+    ]
     refuse_pointer(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -143,6 +148,11 @@ def _mean_prompt_tokens(texts: pl.Series, config: Config, folder: Path) -> float
         raise UserError(f"{file} is not a tokenizer ({cause(error)}); {AGAIN}") from error
     encodings = tokenizer.encode_batch(rendered, add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings) / len(encodings)
+
+
+def _turns_alone(text: str, data: DataConfig) -> str:
+    turns = [turn["content"] for turn in chat_turns(text, data)]
+    return "\n".join([*turns, *([data.prefill] if data.prefill else [])])
 
 
 def to_json(figures: dict[str, Any]) -> str:

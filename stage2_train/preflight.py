@@ -53,10 +53,10 @@ def _problems(config: Config, folder: Path) -> Iterator[UserError]:
 def _settings(config: Config) -> Iterator[UserError]:
     if config.sampling.temperature == 0:
         yield UserError("sampling.temperature is 0: training needs a policy that samples; set it above 0")
-    if config.sampling.top_p < 1:
+    for key, value in config.sampling.cut_by.items():
         yield UserError(
-            f"sampling.top_p is {config.sampling.top_p:g}: completions would not come from the policy whose "
-            "log-probs are trained on; set it to 1 to train"
+            f"sampling.{key} is {value:g}: completions would not come from the policy whose log-probs are trained on; "
+            "leave it out to train"
         )
 
 

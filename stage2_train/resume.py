@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from common.config import SamplingParams
 from common.documents import read_document
 from common.errors import UserError
 from common.provenance import ACCEPTED, UNRECORDED, differences
@@ -20,7 +21,7 @@ MAY_DIFFER: Mapping[str, Any] = {
     "vstar": True,
     "evaluate": True,
     "engine": True,
-    "grader": {"workers", "timeout_seconds", "memory_gib"},
+    "grader": {"workers", "max_concurrent", "timeout_seconds", "memory_gib"},
     "train": {
         *("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "wandb_project"),
         *("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"),
@@ -35,13 +36,14 @@ def origin(config: Config, data: TrainingData) -> dict[str, Any]:
 
 
 def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
-    """The record of an older version of this program, completed by the settings of [train] that it did not have."""
+    """The record of an older version, completed by the settings of [train] and [sampling] that it did not have."""
     config = origin["config"]
+    sampling = SamplingParams().model_dump(mode="json") | config["sampling"]
     train = TrainConfig().model_dump(mode="json", exclude=set(MAY_DIFFER["train"])) | config["train"]
     with suppress(ValidationError):  # an objective unknown to this version is refused as a different one
         objective = TypeAdapter(ObjectiveConfig).validate_python(train["objective"])
         train["objective"] = objective.model_dump(mode="json")
-    filled = origin | {"config": config | {"train": train}}
+    filled = origin | {"config": config | {"sampling": sampling, "train": train}}
     if "identity" in origin:
         model = {"config": UNRECORDED} | origin["identity"]["model"]
         filled["identity"] = origin["identity"] | {"model": model}

@@ -4,7 +4,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -87,12 +87,14 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_tiny_model(folder: Path, *, seed: int, context: int = 512, tied: bool = False) -> None:
+def save_tiny_model(
+    folder: Path, *, seed: int, context: int = 512, tied: bool = False, tokenizer: Any = None
+) -> None:
     """Write the model that `tiny_model` (or `tied_model`, if tied) describes; another seed gives other weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
     width = 64
     config = Qwen2Config(
         vocab_size=len(tokenizer),

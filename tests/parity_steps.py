@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.terminal.console import Terminal

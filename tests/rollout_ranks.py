@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import RolloutEngine, build_engine
 from common.rollout import Completion, SampleRequest
 from common.seeds import derive_seed

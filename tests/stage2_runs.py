@@ -7,7 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from common.data.prompts import PromptRenderer, load_prompts
+from common.data.prompts import load_prompts
+from common.data.rendering import PromptRenderer
 from common.grading import fingerprint
 from common.model.files import model_identity
 from common.provenance import Provenance, sampling_identity
@@ -100,6 +101,14 @@ def write_tiny_vstar(
     write_vstar(frame, Provenance(identity={**identity, "seed": 1, **(change or {})}, context={}), path)
 
 
+def _inline(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_inline(inner)}' for key, inner in value.items())} }}"
+    return json.dumps(value)
+
+
 def as_toml(config: Config) -> str:
     """The config as a TOML file."""
     lines: list[str] = []
@@ -108,7 +117,7 @@ def as_toml(config: Config) -> str:
         if name:
             lines.append(f"[{name}]")
         tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-        lines.extend(f"{key} = {json.dumps(value)}" for key, value in values.items() if key not in tables)
+        lines.extend(f"{key} = {_inline(value)}" for key, value in values.items() if key not in tables)
         for key, value in tables.items():
             table(f"{name}.{key}" if name else key, value)
 

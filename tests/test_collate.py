@@ -155,6 +155,13 @@ def test_a_steps_reward_falls_to_the_token_that_ends_it() -> None:
     assert rewards_by_token(ended(one), Renderer().decode) == [0.0, 0.25, 0.5, 0.0, 1.0]
 
 
+def test_the_tokens_of_a_stop_string_are_in_no_step_and_the_last_of_them_ends_the_completion() -> None:
+    """Of "abcd" the text ends before the stop string "cd"."""
+    one = rollout(0, "abcd", 0.75, step_rewards=((1, 0.25), (2, 0.5)))
+    one = replace(one, completion=replace(one.completion, text="ab"))
+    assert rewards_by_token(one, Renderer().decode) == [0.25, 0.0, 0.0, 0.5]
+
+
 def test_a_token_that_ends_several_steps_gets_all_of_their_rewards() -> None:
     one = rollout(0, "abcd", 1.75, step_rewards=((1, 0.25), (2, 0.5), (4, 1.0)))
 

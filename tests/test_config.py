@@ -148,6 +148,22 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
             "vstar.num_samples should be less than or equal to 1000000, found 10000000000000",
         ),
         ("evaluate.num_samples=1000001", "evaluate.num_samples should be less than or equal to 1000000"),
+        ("sampling.top_k=-1", "sampling.top_k should be greater than or equal to 0, found -1"),
+        ("sampling.min_p=1.5", "sampling.min_p should be less than or equal to 1, found 1.5"),
+        ("sampling.stop='\\n'", "sampling.stop should be a valid list, found '\\\\n'"),
+        ("sampling.stop=['a', '']", "sampling: stop should not be empty, found ['a', '']; leave it out"),
+        (
+            f"sampling.stop={['x'] * 17}",
+            "sampling.stop Tuple should have at most 16 items after validation, not 17",
+        ),
+        ("data.system_prompt=' '", "data: system_prompt should not be empty, found ' '; leave it out"),
+        ("data.prefill=''", "data: prefill should not be empty, found ''; leave it out"),
+        ("data.few_shot=[{prompt='x'}]", "data.few_shot.0.completion is missing"),
+        (
+            "data.few_shot=[{prompt='x', answer='y'}]",
+            "unknown key data.few_shot.0.answer; use one of prompt, completion",
+        ),
+        ("data.chat_template_kwargs=1", "data.chat_template_kwargs should be a valid dictionary, found 1"),
         (
             "sampling.max_completion_tokens=99999999999999999999999",
             "sampling.max_completion_tokens should be less than or equal to 2147483647, found 999",
@@ -213,6 +229,10 @@ UNUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("sampling.temperature=0", "sampling.top_p=0.9"),
         "sampling: top_p = 0.9 would have no effect: temperature 0 takes",
     ),
+    "top-k and min-p of greedy sampling": (
+        ("sampling.temperature=0", "sampling.top_k=5", "sampling.min_p=0.1"),
+        "sampling: top_k = 5, min_p = 0.1 would have no effect: temperature 0 takes",
+    ),
     **{
         f"{key} without vLLM": (
             ("engine.backend=transformers", f"engine.{key}={value}"),
@@ -259,7 +279,8 @@ def test_settings_that_have_an_effect_and_defaults_that_are_written_out_are_not_
         ("data.limit=8", "data.seed=4294967295"),
         ("data.split=train", "data.seed=0", "evaluate.num_samples=8", "train.evaluate_every=10"),
         ("engine.backend=transformers", "engine.enforce_eager=false", "engine.max_num_seqs=4"),
-        ("sampling.temperature=0", "sampling.top_p=1"),
+        ("sampling.temperature=0", "sampling.top_p=1", "sampling.top_k=0", "sampling.min_p=0"),
+        ('sampling.stop=["\\n\\n", " "]', 'data.prefill="\\n"'),
         ("evaluate.data.format=word_problems", "evaluate.data.split=test", "evaluate.num_samples=4"),
         ("seed=4294967295", "grader.name=code", "grader.timeout_seconds=5"),
     ):

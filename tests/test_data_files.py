@@ -13,7 +13,8 @@ import pytest
 from common.config import COMPRESSED, LOCAL_FILES, data_suffix
 from common.data.datasets import read_data_set, read_pairs
 from common.data.files import rows_in
-from common.data.prompts import PromptRenderer, load_prompts
+from common.data.prompts import load_prompts
+from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from stage2_train.config import Config
 from stage2_train.preflight import refuse_first

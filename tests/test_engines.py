@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.rollout import Completion, SampleRequest
@@ -196,6 +196,93 @@ def test_samples_follow_the_models_distribution(engine: RolloutEngine, folder: P
     likely_V = probability_V > 0.01
     assert int(likely_V.sum()) >= 5
     assert float(((frequency_V - probability_V).abs() / error_V)[likely_V].max()) < 4
+
+
+STOP = ("7", "3", "#1", "# 1", "#4", "# 4")
+
+
+def at_stop_string(completion: Completion, renderer: PromptRenderer) -> Completion | None:
+    """What is left of a completion up to its first stop string, found token by token; None where it has none."""
+    for length in range(1, len(completion.token_ids) + 1):
+        text = renderer.decode(completion.token_ids[:length])
+        ends = sorted((text.index(each) + len(each), text.index(each)) for each in STOP if each in text)
+        if ends:
+            assert completion.sampled_logprobs is not None
+            return replace(
+                completion,
+                token_ids=completion.token_ids[:length],
+                text=text[: ends[0][1]],
+                truncated=False,
+                sampled_logprobs=completion.sampled_logprobs[:length],
+            )
+    return None
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING, GREEDY], ids=["sampled", "greedy"])
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string_and_its_text_before_it(
+    engine: RolloutEngine, folder: Path, config: Config, sampling: SamplingParams
+) -> None:
+    """What either engine draws without stop strings says where it has to end with them."""
+    renderer = PromptRenderer(folder, config.data)
+    batch = requests(renderer)
+    free = sample(engine, batch, sampling)
+    stopped = sample(engine, batch, sampling.model_copy(update={"stop": STOP}))
+    cut = {key: at_stop_string(completion, renderer) for key, completion in free.items()}
+    assert any(cut.values())
+    for key, completion in free.items():
+        expected = cut[key] or completion
+        assert stopped[key].token_ids == expected.token_ids
+        assert (stopped[key].text, stopped[key].truncated) == (expected.text, expected.truncated)
+        assert stopped[key].sampled_logprobs == pytest.approx(expected.sampled_logprobs, abs=TOLERANCE)
+    if sampling is SAMPLING:
+        assert not all(cut.values())
+        lengths = {len(each.token_ids) for each in cut.values() if each}
+        assert len(lengths) > 1
+        # One whose stop string is complete with its last token has ended by itself.
+        shortest = min(lengths)
+        limited = sampling.model_copy(update={"stop": STOP, "max_completion_tokens": shortest})
+        at_limit = sample(engine, batch, limited)
+        assert all(
+            not at_limit[key].truncated
+            for key, each in cut.items()
+            if each and len(each.token_ids) == shortest
+        )
+        assert any(each.truncated for each in at_limit.values())
+
+
+CUTS: dict[str, dict[str, float]] = {
+    "top_k": {"top_k": 3},
+    "min_p": {"min_p": 0.1},
+    "all": {"min_p": 0.05, "top_k": 4, "top_p": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_log_probs_under_a_cut_are_those_of_the_tokens_that_are_left(
+    engine: RolloutEngine, folder: Path, config: Config, name: str
+) -> None:
+    """In vLLM's order: temperature, min-p, top-k, top-p. The first token of 300 seeds."""
+    cut = CUTS[name]
+    one = requests(PromptRenderer(folder, config.data), 1)[0]
+    batch = [replace(one, key=number, seed=number) for number in range(300)]
+    first = SAMPLING.model_copy(update={"max_completion_tokens": 1, "temperature": 1.5, **cut})
+    found = {each.token_ids[0]: each.sampled_logprobs or () for each in sample(engine, batch, first).values()}
+
+    with torch.no_grad():
+        logits_V = load(folder, 1.0).model(input_ids=torch.tensor([one.prompt_token_ids])).logits[0, -1]
+    chance_V = (logits_V / 1.5).double().softmax(-1)
+    chance_V[chance_V < cut.get("min_p", 0.0) * chance_V.max()] = 0
+    order = chance_V.argsort(descending=True)
+    chance_V[order[int(cut.get("top_k", len(order))) :]] = 0
+    chance_V /= chance_V.sum()
+    before_V = chance_V[order].cumsum(-1) - chance_V[order]
+    chance_V[order[before_V >= cut.get("top_p", 2.0)]] = 0
+    chance_V /= chance_V.sum()
+
+    assert 1 < len(found) < 10
+    assert set(found) == set(chance_V.nonzero()[:, 0].tolist())
+    for token, (logprob,) in found.items():
+        assert logprob == pytest.approx(float(chance_V[token].log()), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.model.files import model_identity
 from common.rollout import Completion, SampleRequest

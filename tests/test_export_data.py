@@ -32,7 +32,12 @@ LONE = {" What is 1 + 1?\n": ("2", "cw"), "Ünïcode “½”?": ("0.5", "cc"), 
 
 
 def artifact(
-    path: Path, prompts: Mapping[str, tuple[str, str]], *, template: str = CHAT, grader: str = "math/1"
+    path: Path,
+    prompts: Mapping[str, tuple[str, str]],
+    *,
+    template: str = CHAT,
+    grader: str = "math/1",
+    framing: Mapping[str, Any] | None = None,
 ) -> Path:
     """A vstar.parquet of these prompts, under their real ids; those that no sample solves are not kept."""
     names = {prompt_id(text, answer): (text, answer, marks) for text, (answer, marks) in prompts.items()}
@@ -49,7 +54,8 @@ def artifact(
     rows = rows.with_columns(
         keep=pl.col("pass_at_n"), dropped_by=pl.when(~pl.col("pass_at_n")).then(pl.lit("pass@N = 0"))
     )
-    identity = {**IDENTITY, "prompt": {"template": template, "eos_token_ids": [0]}, "grader": grader}
+    prompt = {"template": template, "eos_token_ids": [0], **(framing or {})}
+    identity = {**IDENTITY, "prompt": prompt, "grader": grader}
     write_vstar(rows, Provenance(identity=identity, context=CONTEXT), path)
     return path
 
@@ -104,6 +110,34 @@ def test_a_file_for_trl_has_messages_where_the_model_has_a_chat_template_and_tex
     assert format_of(tiny_config(tmp_path, tmp_path / "2.parquet", data={"format": "auto"}).data).name == (
         "prompt and answer"
     )
+
+
+def test_prompts_are_written_with_all_that_was_put_around_them(tmp_path: Path) -> None:
+    framing = {
+        "instruction": "Use ####.",
+        "few_shot": [{"prompt": "1?", "completion": "#### 1"}],
+        "prefill": "So ",
+    }
+    of_chat = {**framing, "system_prompt": "Add.", "chat_template_kwargs": [["enable_thinking", False]]}
+    chat = artifact(tmp_path / "chat.parquet", {"2?": ("2", "cc")}, framing=of_chat)
+    _, told, prefilled = export_data(chat, tmp_path / "1.parquet", "trl")
+    assert pandas.read_parquet(tmp_path / "1.parquet")["prompt"][0].tolist() == [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "1?\nUse ####."},
+        {"role": "assistant", "content": "#### 1"},
+        {"role": "user", "content": "2?\nUse ####."},
+    ]
+    assert 'with chat_template_kwargs {"enable_thinking": false}, which messages cannot hold' in told
+    assert 'with prefill "So "' in prefilled
+    plain = artifact(
+        tmp_path / "plain.parquet", {"2?": ("2", "cc")}, template="Q: {prompt} A: ", framing=framing
+    )
+    (_,) = export_data(plain, tmp_path / "2.parquet", "trl", in_template=True)
+    assert pandas.read_parquet(tmp_path / "2.parquet")["prompt"].tolist() == [
+        "Q: 1?\nUse ####. A: #### 1\n\nQ: 2?\nUse ####. A: So "
+    ]
+    _, remark = export_data(plain, tmp_path / "3.parquet", "trl")
+    assert "with instruction, few_shot, prefill, the file has the questions alone" in remark
 
 
 def test_a_file_for_verl_has_its_columns(tmp_path: Path) -> None:

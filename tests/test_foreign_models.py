@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.architectures import named
 from benchmarks.architectures import write_model as write_tiny
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import build_engine
 from common.engines.loadable import loadable_folder
 from common.errors import UserError
@@ -98,7 +98,7 @@ def test_completions_are_those_of_the_model_wherever_its_end_and_its_padding_are
     run(config_of(folder, run="after"))
     same = ["prompt_id", "rewards", "outcomes", "completion_tokens"]
     assert rows_of("after").select(same).equals(rows_of("before").select(same))
-    assert "truncated" not in set(rows_of("after")["outcomes"].list.first())
+    assert set(rows_of("after")["outcomes"].list.first()) != {"truncated"}
 
 
 def test_a_tokenizer_that_names_neither_end_nor_padding_takes_the_models_end_for_both(tmp_path: Path) -> None:
@@ -268,11 +268,14 @@ def test_a_result_without_any_reward_is_doubted_with_an_example_and_not_trained_
 
 
 def test_what_training_will_refuse_is_said_before_it_is_sampled_for(folder: Path, engines: Engines) -> None:
-    config = config_of(folder, sampling={"top_p": 0.9}, train={"lora": {"target_modules": ["c_attn"]}})
+    config = config_of(
+        folder, sampling={"top_p": 0.9, "min_p": 0.1}, train={"lora": {"target_modules": ["c_attn"]}}
+    )
     lines = foresight(config, folder)
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert lines[0].startswith("`train` will refuse this: sampling.top_p is 0.9")
-    assert lines[1].startswith("`train` will refuse this: train.lora.target_modules")
+    assert lines[1].startswith("`train` will refuse this: sampling.min_p is 0.1")
+    assert lines[2].startswith("`train` will refuse this: train.lora.target_modules")
     run(config)
     with pytest.raises(UserError, match=r"sampling\.top_p is 0\.9"):
         prepare(config, run_paths(config.run).vstar)

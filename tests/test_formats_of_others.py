@@ -15,7 +15,8 @@ from common.data.datasets import format_of, read_data_set, read_pairs
 from common.data.formats import DISTINCT, PAIRS, DataFormat
 from common.data.held_out import remarks
 from common.data.messages import text_of_turns, turns_of
-from common.data.prompts import TEMPLATES, PromptRenderer, load_prompts, prompts_from_pairs
+from common.data.prompts import load_prompts, prompts_from_pairs
+from common.data.rendering import TEMPLATES, PromptRenderer
 from common.errors import UserError
 from common.grading import Outcome, find_grader
 from common.runs import WHOLE
@@ -356,7 +357,7 @@ def test_data_are_read_without_torch_or_transformers(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from common.data.datasets import read_data_set\n"
-        "from common.data.prompts import prompt_template\n"
+        "from common.data.rendering import prompt_template\n"
         "from stage2_train.config import load_config\n"
         f"settings = ['data.path=' + {str(path)!r}, 'data.format=auto']\n"
         "config = load_config(Path('configs/openr1-r1-distill-qwen-1.5b.toml'), settings)\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.data.held_out import remarks, remarks_beside_data
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.grading import GraderPool
 from common.terminal.console import Terminal

@@ -14,17 +14,9 @@ from tokenizers import AddedToken, Regex, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from common.config import DataConfig
-from common.data import prompts
-from common.data.prompts import (
-    BATCH,
-    TEMPLATES,
-    PromptRenderer,
-    check_fit,
-    load_prompts,
-    longest_allowed_prompt,
-    prompt_id,
-    usable_prompts,
-)
+from common.data import rendering
+from common.data.prompts import check_fit, load_prompts, longest_allowed_prompt, prompt_id, usable_prompts
+from common.data.rendering import BATCH, TEMPLATES, PromptRenderer
 from common.demo.base_model import build_tokenizer
 from common.errors import UserError
 from common.grading import GraderPool
@@ -420,9 +412,9 @@ def test_a_tokenizer_with_calls_of_its_own_is_called(
             return super()._encode_plus(*arguments, **options)
 
     tokenizer = PromptRenderer(tiny_model, tiny_config(tiny_model, data_file).data).tokenizer
-    assert prompts._is_plain(tokenizer)
+    assert rendering._is_plain(tokenizer)
     own = Own(tokenizer_object=tokenizer.backend_tokenizer)  # type: ignore[no-untyped-call]
-    assert not prompts._is_plain(own)
+    assert not rendering._is_plain(own)
 
 
 @pytest.mark.parametrize("text", ["many " * 800_000, " " * 4_000_000 + "x", "9" * 4_000_000, "é" * 4_000_000])

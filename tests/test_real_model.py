@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from benchmarks import real_model
 from common.config import DataConfig
-from common.data.prompts import PromptRenderer, load_tokenizer
+from common.data.rendering import PromptRenderer, load_tokenizer
 from common.runs import run_paths
 from common.vstar_file import read_vstar
 from stage2_train.config import Config

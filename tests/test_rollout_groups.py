@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import RolloutEngine, build_engine
 from common.engines.shared_engine import refuse_wrong_size
 from common.errors import UserError

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer, load_prompts
+from common.data.prompts import load_prompts
+from common.data.rendering import PromptRenderer
 from common.errors import EngineFailed, UserError
 from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Completion, Prompt, Rollout, SampleRequest

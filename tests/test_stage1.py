@@ -311,7 +311,8 @@ def test_rewards_of_a_users_own_may_be_any_number(
 
 
 def test_missing_samples_keep_each_prompts_together(tiny_model: Path, data_file: Path) -> None:
-    from common.data.prompts import PromptRenderer, load_prompts
+    from common.data.prompts import load_prompts
+    from common.data.rendering import PromptRenderer
 
     config = tiny_config(tiny_model, data_file)
     prompts = load_prompts(config.data, config, PromptRenderer(tiny_model, config.data))[:3]

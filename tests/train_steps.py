@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from common.config import SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.grading import GraderPool
 from common.rollout import Completion, Rollout, SampleRequest
 from stage2_train import learner, logprobs

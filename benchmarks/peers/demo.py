@@ -21,7 +21,8 @@ from benchmarks.peers.job import Job, JsonFile, Report
 from benchmarks.peers.our_run import OurJob
 from benchmarks.processes import Finished, alone, assignments, cli, rotations, run
 from benchmarks.tables import Column, comparison
-from common.data.prompts import PromptRenderer, load_prompts
+from common.data.prompts import load_prompts
+from common.data.rendering import PromptRenderer
 from common.runs import RunPaths, run_paths
 from stage2_train.config import load_config
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import cli  # noqa: F401  the thread settings of the command line
-from common.data.prompts import PromptRenderer, load_prompts
+from common.data.prompts import load_prompts
+from common.data.rendering import PromptRenderer
 from common.engines import build_engine
 from common.grading import GraderPool
 from common.seeds import derive_seed

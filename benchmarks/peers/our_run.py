@@ -14,8 +14,9 @@ import cli  # noqa: F401  the thread settings of the command line
 from benchmarks.peers.job import JsonFile, Report
 from benchmarks.processes import resident_mib
 from common.config import RunConfig, SamplingParams
-from common.data.prompts import PromptRenderer
+from common.data.rendering import PromptRenderer
 from common.engines import EngineBuilder, build_engine
+from common.engines.endings import Endings
 from common.engines.vllm_engine import VllmEngine
 from common.parity import PARITY
 from common.rollout import Completion, SampleRequest
@@ -53,8 +54,11 @@ class ForcedEngine(VllmEngine):
         parameters.min_tokens = parameters.max_tokens = self._lengths[request.prompt_token_ids]
         return parameters
 
-    def _completion(self, request: SampleRequest, output: "vllm.CompletionOutput", limit: int) -> Completion:
-        return super()._completion(request, output, self._lengths[request.prompt_token_ids])
+    def _completion(
+        self, request: SampleRequest, output: "vllm.CompletionOutput", endings: Endings
+    ) -> Completion:
+        length = SamplingParams(max_completion_tokens=self._lengths[request.prompt_token_ids])
+        return super()._completion(request, output, Endings(self._renderer, length))
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         """Like VllmEngine.generate, without log-probs."""

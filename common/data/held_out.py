@@ -4,9 +4,11 @@ from collections.abc import Iterable
 
 from common.config import DataConfig, RunConfig
 from common.data.datasets import format_of, read_rows, recognised_as
+from common.data.framing import framing_identity
 from common.data.messages import turns_of
-from common.data.prompts import prompt_template
+from common.data.rendering import prompt_template
 from common.errors import UserError
+from common.provenance import differences
 
 
 def remarks(config: RunConfig, held_out: Iterable[str], training: Iterable[str]) -> list[str]:
@@ -14,7 +16,7 @@ def remarks(config: RunConfig, held_out: Iterable[str], training: Iterable[str])
     data = config.held_out
     assert data is not None, "there are held-out prompts"
     seen = [recognised_as(data, format_of(data))] if data.format == "auto" else []
-    return [*seen, *_other_template(config.data, data), *_shared(list(held_out), training)]
+    return [*seen, *_asked_otherwise(config.data, data), *_shared(list(held_out), training)]
 
 
 def remarks_beside_data(config: RunConfig, held_out: Iterable[str]) -> list[str]:
@@ -30,14 +32,21 @@ def remarks_beside_data(config: RunConfig, held_out: Iterable[str]) -> list[str]
     return remarks(config, held_out, training)
 
 
-def _other_template(training: DataConfig, held_out: DataConfig) -> list[str]:
+def _asked_otherwise(training: DataConfig, held_out: DataConfig) -> list[str]:
     ours, theirs = prompt_template(training), prompt_template(held_out)
-    if ours == theirs:
-        return []
-    return [
-        f"held-out prompts are asked in another template, {theirs!r}, than training prompts, {ours!r}: "
-        "set evaluate.data.template to that of [data] if this is not meant"
-    ]
+    found = []
+    if ours != theirs:
+        found.append(
+            f"held-out prompts are asked in another template, {theirs!r}, than training prompts, {ours!r}: "
+            "set evaluate.data.template to that of [data] if this is not meant"
+        )
+    lines = differences(framing_identity(training), framing_identity(held_out))
+    if lines and ours == theirs:
+        found.append(
+            f"held-out prompts are shown with another {', '.join(lines)} than training prompts: set it under "
+            "[evaluate.data] as under [data] if this is not meant"
+        )
+    return found
 
 
 def _shared(held_out: list[str], training: Iterable[str]) -> list[str]:

@@ -1,24 +1,103 @@
-"""How a completion ended, by the engine's own word."""
+"""How a completion ended: the engine's report checked against the tokens, and the search for stop strings."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+from common.config import SamplingParams
+from common.data.rendering import PromptRenderer
 from common.errors import UserError
+from common.rollout import Completion, SampleRequest
+
+SPARE = 4
+"""Tokens beside those that a stop string can be of: a character may begin in a token that ends another."""
+PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+class StopStrings:
+    """Texts that end a completion, searched for after each sampled token."""
+
+    def __init__(self, texts: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
+        self._texts = texts
+        self._decode = decode
+        self._last_characters = {text[-1] for text in texts} | {PART_OF_A_CHARACTER}
+        self._window = max((len(text.encode()) for text in texts), default=0) + SPARE
+        self._may_complete: dict[int, bool] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
+    def may_complete(self, token: int) -> bool:
+        """Whether the token can be the last of a stop string: only after such a token is the text searched."""
+        known = self._may_complete.get(token)
+        if known is None:
+            twice = self._decode([token, token])  # at the beginning of a text some tokens lose a space
+            known = self._may_complete[token] = not self._last_characters.isdisjoint(twice)
+        return known
+
+    def end(self, token_ids: Sequence[int]) -> bool:
+        """Whether the last of a completion's tokens has completed a stop string."""
+        return (
+            bool(token_ids)
+            and self.may_complete(token_ids[-1])
+            and self.before(self._decode(token_ids[-self._window :])) is not None
+            and self.before(self._decode(token_ids)) is not None
+        )
+
+    def before(self, text: str) -> str | None:
+        """The text before the stop string that is complete first; None where there is none."""
+        ends = [(place + len(each), place) for each in self._texts if (place := text.find(each)) >= 0]
+        return text[: min(ends)[1]] if ends else None
+
+
+class Endings:
+    """The ends of completions of one model under one sampling distribution."""
+
+    def __init__(self, renderer: PromptRenderer, sampling: SamplingParams) -> None:
+        self.stop = StopStrings(sampling.stop, renderer.decode)
+        self._decode = renderer.decode
+        self._eos_token_ids = frozenset(renderer.eos_token_ids)
+        self._limit = sampling.max_completion_tokens
+
+    def completion(
+        self,
+        request: SampleRequest,
+        token_ids: Sequence[int],
+        reason: str | None,
+        sampled_logprobs: Sequence[float] | None,
+    ) -> Completion:
+        """A completion from its tokens and the engine's reason for its end: "stop" or "length". Raises UserError."""
+        text = self._decode(token_ids)
+        before = self.stop.before(text)
+        return Completion(
+            key=request.key,
+            token_ids=tuple(token_ids),
+            text=text if before is None else before,
+            truncated=is_truncated(
+                reason, token_ids, self._limit, self._eos_token_ids, holds_stop_string=before is not None
+            ),
+            sampled_logprobs=None if sampled_logprobs is None else tuple(sampled_logprobs),
+        )
 
 
 def is_truncated(
-    reason: str | None, token_ids: Sequence[int], limit: int, eos_token_ids: Collection[int]
+    reason: str | None,
+    token_ids: Sequence[int],
+    limit: int,
+    eos_token_ids: Collection[int],
+    *,
+    holds_stop_string: bool = False,
 ) -> bool:
     """Whether a completion was cut off at `limit` tokens ("length") instead of ending by itself ("stop").
 
     Raises UserError where the engine's word contradicts the tokens: every reward would depend on who is right.
     """
-    if reason == "stop" and token_ids and token_ids[-1] in eos_token_ids:
+    if reason == "stop" and token_ids and (token_ids[-1] in eos_token_ids or holds_stop_string):
         return False
-    if reason == "length" and len(token_ids) == limit:
+    if reason == "length" and len(token_ids) == limit and not holds_stop_string:
         return True
     last = f"ends with token {token_ids[-1]}" if token_ids else "is empty"
     raise UserError(
-        f'the engine says of a completion of {len(token_ids)} tokens that it ended by "{reason}", but it {last}, where '
-        f"completions end at {sorted(eos_token_ids)} or after sampling.max_completion_tokens = {limit}; correct "
-        "eos_token_id in the model's generation_config.json, or try the other engine.backend"
+        f'the engine says of a completion of {len(token_ids)} tokens that it ended by "{reason}", but it {last}'
+        f"{' and holds a stop string' if holds_stop_string else ''}, where completions end at "
+        f"{sorted(eos_token_ids)}, at a text of sampling.stop or after sampling.max_completion_tokens = {limit}; "
+        "correct eos_token_id in the model's generation_config.json, or try the other engine.backend"
     )

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from common.config import RunConfig, SamplingParams
-from common.data.prompts import PromptRenderer
-from common.engines.endings import is_truncated
+from common.data.rendering import PromptRenderer
+from common.engines.endings import Endings, StopStrings
 from common.model.checkpoint_names import CheckpointNames
 from common.model.pretrained import load_causal_lm
 from common.rollout import Completion, SampleRequest
@@ -46,40 +52,44 @@ class TransformersEngine:
             length = len(request.prompt_token_ids)
             input_ids_BT[row, longest - length :] = torch.tensor(request.prompt_token_ids)
             attention_mask_BT[row, longest - length :] = 1
-        sampler = _SeededSampler([request.seed for request in batch], sampling)
+        endings = Endings(self._renderer, sampling)
+        sampler = _SeededSampler([request.seed for request in batch], sampling, self._device)
+        stopped = _AtStopString(endings.stop, longest, len(batch))
         output_BT = self._model.generate(
             input_ids=input_ids_BT.to(self._device),
             attention_mask=attention_mask_BT.to(self._device),
             max_new_tokens=sampling.max_completion_tokens,
             do_sample=False,
             logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([stopped] if endings.stop else []),
             eos_token_id=list(self._renderer.eos_token_ids),
             pad_token_id=self._renderer.pad_token_id,
         )
-        logprobs_TB = [column.tolist() for column in sampler.logprobs]
+        logprobs_BT = torch.stack(sampler.logprobs, dim=1).tolist()
         return [
             self._completion(
-                request,
-                output_BT[row, longest:].tolist(),
-                [column[row] for column in logprobs_TB],
-                sampling.max_completion_tokens,
+                request, output_BT[row, longest:].tolist(), logprobs_BT[row], endings, stopped.ends[row]
             )
             for row, request in enumerate(batch)
         ]
 
     def _completion(
-        self, request: SampleRequest, token_ids: list[int], logprobs: list[float], limit: int
+        self,
+        request: SampleRequest,
+        token_ids: list[int],
+        logprobs: list[float],
+        endings: Endings,
+        stopped: int | None,
     ) -> Completion:
-        ends = (place for place, token in enumerate(token_ids) if token in self._renderer.eos_token_ids)
-        end = next(ends, None)
-        kept = token_ids if end is None else token_ids[: end + 1]
-        reason = "length" if end is None else "stop"
-        return Completion(
-            key=request.key,
-            token_ids=tuple(kept),
-            text=self._renderer.decode(kept),
-            truncated=is_truncated(reason, kept, limit, self._renderer.eos_token_ids),
-            sampled_logprobs=tuple(logprobs[: len(kept)]) if request.with_logprobs else None,
+        """The completion up to the first EOS or the end of a stop string; padding follows it."""
+        eos = (place + 1 for place, token in enumerate(token_ids) if token in self._renderer.eos_token_ids)
+        ends = [end for end in (next(eos, None), stopped) if end is not None]
+        kept = token_ids[: min(ends, default=None)]
+        return endings.completion(
+            request,
+            kept,
+            "stop" if ends else "length",
+            logprobs[: len(kept)] if request.with_logprobs else None,
         )
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -94,17 +104,45 @@ class TransformersEngine:
         del self._model, self._names
 
 
+class _AtStopString(StoppingCriteria):
+    """Ends a row at the token that completes a stop string, and records the length of its completion."""
+
+    def __init__(self, stop: StopStrings, prompt_length: int, rows: int) -> None:
+        self._stop = stop
+        self._start = prompt_length
+        self.ends: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if self.ends[row] is None and self._stop.may_complete(token):
+                token_ids = input_ids[row, self._start :].tolist()
+                self.ends[row] = len(token_ids) if self._stop.end(token_ids) else None
+        is_done_B = torch.tensor([end is not None for end in self.ends], device=input_ids.device)
+        return cast(torch.BoolTensor, is_done_B)
+
+
 class _SeededSampler(LogitsProcessor):
-    """Samples inside greedy `generate`: it leaves only the drawn token possible (the Gumbel-max trick).
+    """Samples inside greedy `generate`: it leaves only the drawn token possible.
 
     `generate` itself draws a whole batch from one random stream; here each row has its own, so that a sample does
-    not depend on its neighbours.
+    not depend on its neighbours. One uniform number per token is looked up in the cumulative sum of the distribution,
+    on the device of the scores.
     """
 
-    def __init__(self, seeds: list[int], sampling: SamplingParams) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: list[int], sampling: SamplingParams, device: torch.device) -> None:
+        limit = sampling.max_completion_tokens
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform_B = [torch.rand(limit, generator=generator, dtype=torch.float64) for generator in generators]
+        self._uniform_BT = torch.stack(uniform_B).to(device)
         self._temperature = sampling.temperature
-        self._top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+        warpers: dict[str, Any] = {  # in vLLM's order
+            "min_p": MinPLogitsWarper,
+            "top_k": TopKLogitsWarper,
+            "top_p": TopPLogitsWarper,
+        }
+        self._warpers = [
+            kind(sampling.cut_by[key]) for key, kind in warpers.items() if key in sampling.cut_by
+        ]
         self.logprobs: list[torch.Tensor] = []
         """A tensor a step: the drawn tokens' log-probs under the sampling distribution, shape (B,)."""
 
@@ -112,14 +150,21 @@ class _SeededSampler(LogitsProcessor):
         scores_BV = scores.float()
         if self._temperature > 0:
             scores_BV = scores_BV / self._temperature
-            if self._top_p is not None:
-                scores_BV = self._top_p(input_ids, scores_BV)
-            vocabulary = scores_BV.shape[-1]
-            noise_BV = torch.stack(
-                [torch.empty(vocabulary).exponential_(generator=generator) for generator in self._generators]
-            )
-            drawn_B = (scores_BV - noise_BV.log().to(scores_BV.device)).argmax(-1, keepdim=True)
+            for warp in self._warpers:
+                scores_BV = warp(input_ids, scores_BV)
+            drawn_B = drawn_tokens(scores_BV, self._uniform_BT[:, len(self.logprobs)])[:, None]
         else:
             drawn_B = scores_BV.argmax(-1, keepdim=True)
-        self.logprobs.append(scores_BV.log_softmax(-1).gather(-1, drawn_B).squeeze(-1).cpu())
+        self.logprobs.append((scores_BV.gather(-1, drawn_B) - scores_BV.logsumexp(-1, keepdim=True))[:, 0])
         return cast(torch.FloatTensor, torch.full_like(scores, -torch.inf).scatter(-1, drawn_B, 0.0))
+
+
+def drawn_tokens(scores_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """The token of each row at which the cumulative sum of softmax(scores) passes a number from 0 up to 1.
+
+    In float64, in which the sum still tells the rarest tokens apart. A token without a probability is never drawn.
+    """
+    sum_BV = scores_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total_B = sum_BV[:, -1]
+    place_B = torch.minimum(uniform_B * total_B, total_B.nextafter(torch.zeros_like(total_B)))
+    return torch.searchsorted(sum_BV, place_B[:, None], right=True)[:, 0]

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from common.config import RunConfig, SamplingParams
-from common.data.prompts import PromptRenderer, longest_allowed_prompt
-from common.engines.endings import is_truncated
+from common.data.prompts import longest_allowed_prompt
+from common.data.rendering import PromptRenderer
+from common.engines.endings import Endings, StopStrings
 from common.engines.loadable import loadable_folder
 from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.engines.vllm_repairs import (
@@ -129,11 +130,12 @@ class VllmEngine:
         whole job can go on.
         """
         shared = self._group.share(requests) if self._group else ((True, request) for request in requests)
-        with closing(self._outputs(shared, sampling)) as outputs:
+        endings = Endings(self._renderer, sampling)
+        with closing(self._outputs(shared, sampling, endings.stop)) as outputs:
             try:
                 for is_own, request, output in outputs:
                     if is_own:
-                        yield self._completion(request, output, sampling.max_completion_tokens)
+                        yield self._completion(request, output, endings)
             except GeneratorExit:
                 # The caller has lost interest, but the other ranks of a group need this one's part of each step.
                 if self._group:
@@ -141,7 +143,7 @@ class VllmEngine:
                 raise
 
     def _outputs(
-        self, requests: Iterable[tuple[bool, SampleRequest]], sampling: SamplingParams
+        self, requests: Iterable[tuple[bool, SampleRequest]], sampling: SamplingParams, stop: StopStrings
     ) -> "Generator[tuple[bool, SampleRequest, vllm.CompletionOutput]]":
         import vllm
 
@@ -170,9 +172,11 @@ class VllmEngine:
                 if not running:
                     break
                 with self._failing_in_one_line():
-                    finished = engine.step()
-                for output in finished:
-                    if output.finished:
+                    outputs = engine.step()
+                    if stopped := _stopped(outputs, stop):
+                        engine.abort_request(stopped)
+                for output in outputs:
+                    if output.finished or output.request_id in stopped:
                         assert isinstance(output, vllm.RequestOutput)
                         yield *running.pop(output.request_id), output.outputs[0]
         finally:
@@ -194,28 +198,26 @@ class VllmEngine:
         return vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
             max_tokens=sampling.max_completion_tokens,
             seed=request.seed if sampling.temperature > 0 else None,
             stop_token_ids=list(self._eos_token_ids),
             logprobs=0 if request.with_logprobs else None,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            # We search for stop strings ourselves, token by token, so that both engines end at the same token.
+            output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, request: SampleRequest, output: "vllm.CompletionOutput", limit: int) -> Completion:
-        token_ids = tuple(output.token_ids)
+    def _completion(
+        self, request: SampleRequest, output: "vllm.CompletionOutput", endings: Endings
+    ) -> Completion:
         logprobs = None
         if request.with_logprobs:
             assert output.logprobs is not None
             entries: list[Any] = list(output.logprobs)
-            logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, entries, strict=True))
-        return Completion(
-            key=request.key,
-            token_ids=token_ids,
-            text=self._renderer.decode(token_ids),
-            truncated=is_truncated(output.finish_reason, token_ids, limit, self._eos_token_ids),
-            sampled_logprobs=logprobs,
-        )
+            logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, entries, strict=True)]
+        return endings.completion(request, output.token_ids, output.finish_reason, logprobs)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place and forget the key-value cache of the old ones; wakes the engine.
@@ -273,6 +275,17 @@ class VllmEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _stopped(outputs: Iterable[Any], stop: StopStrings) -> list[str]:
+    """Find the requests that a stop string ends, and mark their completions as ended."""
+    found = []
+    for output in outputs if stop else ():
+        (completion,) = output.outputs
+        if stop.end(completion.token_ids):
+            completion.finish_reason = "stop"
+            found.append(output.request_id)
+    return found
 
 
 @contextmanager

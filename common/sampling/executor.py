@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Self
 
 from common.config import RunConfig
-from common.data.prompts import PromptRenderer, usable_prompts
+from common.data.prompts import usable_prompts
+from common.data.rendering import PromptRenderer
 from common.engines import EngineBuilder, RolloutEngine
 from common.errors import UserError
 from common.grading import GraderPool

@@ -1,0 +1,65 @@
+"""The transformers engine's draw: a number from 0 to 1 looked up in the cumulative sum of a row's distribution."""
+
+import pytest
+import torch
+
+from common.config import SamplingParams
+from common.engines.transformers_engine import _SeededSampler, drawn_tokens
+
+HIGHEST = 1 - 2**-53
+VOCABULARY = 151_936
+
+
+def drawn(probabilities: list[float], *numbers: float) -> list[int]:
+    scores_BV = torch.tensor([probabilities] * len(numbers)).log()
+    return drawn_tokens(scores_BV, torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
+def test_a_number_draws_the_token_whose_share_it_falls_into() -> None:
+    assert drawn([0.25, 0.5, 0.25], 0.0, 0.2499, 0.2501, 0.7499, 0.7501, HIGHEST) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_token_without_a_probability_is_never_drawn() -> None:
+    assert drawn([0.0, 0.5, 0.0, 0.5, 0.0], 0.0, 0.4999, 0.5001, HIGHEST) == [1, 1, 3, 3]
+    assert drawn([0.0, 1.0, 0.0], 0.0, 0.5, HIGHEST) == [1, 1, 1]
+
+
+def test_the_rarest_tokens_of_a_large_vocabulary_keep_their_share() -> None:
+    """Behind a token of nearly all the probability each other one has 1e-9, which a sum in float32 would lose."""
+    scores_V = torch.full((VOCABULARY,), 1e-9).log()
+    scores_V[0] = 0.0
+    total = 1 + 1e-9 * (VOCABULARY - 1)
+    for token in (1, 2, 1000, VOCABULARY - 1):
+        number = torch.tensor([(1 + (token - 0.5) * 1e-9) / total], dtype=torch.float64)
+        assert abs(int(drawn_tokens(scores_V[None], number)) - token) <= 1 + token // 1000
+
+
+def test_a_rows_draws_depend_on_its_seed_alone_whatever_its_neighbours_and_the_limit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores_TV = torch.randn(9, 1000, generator=generator)
+
+    def draws(seeds: list[int], limit: int) -> torch.Tensor:
+        sampler = _SeededSampler(seeds, SamplingParams(max_completion_tokens=limit), torch.device("cpu"))
+        rows = [sampler(None, scores_V.expand(len(seeds), -1)).argmax(-1) for scores_V in scores_TV]  # type: ignore[arg-type]
+        return torch.stack(rows, dim=1)
+
+    together = draws([3, 4, 5], 9)
+    assert len({tuple(row.tolist()) for row in together}) == 3
+    for row, seed in enumerate((3, 4, 5)):
+        assert torch.equal(draws([seed], 9)[0], together[row])
+        assert torch.equal(draws([9, seed], 500)[1], together[row])
+
+
+@pytest.mark.parametrize(
+    ("cut", "left"), [({"top_k": 2}, 2), ({"min_p": 0.4}, 3), ({"top_p": 0.6}, 2), ({}, 4)]
+)
+def test_log_probs_of_the_tokens_that_are_left_sum_to_one(cut: dict[str, float], left: int) -> None:
+    scores_V = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    seeds = list(range(200))
+    sampler = _SeededSampler(
+        seeds, SamplingParams.model_validate({"max_completion_tokens": 1, **cut}), torch.device("cpu")
+    )
+    tokens = sampler(None, scores_V.expand(len(seeds), -1)).argmax(-1).tolist()  # type: ignore[arg-type]
+    chances = dict(zip(tokens, sampler.logprobs[0].exp().tolist(), strict=True))
+    assert sorted(chances) == list(range(left))
+    assert sum(chances.values()) == pytest.approx(1, abs=1e-6)
