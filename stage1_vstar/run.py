@@ -11,7 +11,7 @@ import polars as pl
 from common.config import RunConfig
 from common.data.datasets import read_data_set, recognised_as
 from common.data.prompts import check_fit, prompt_id, prompts_from_pairs
-from common.data.rendering import PromptRenderer
+from common.data.rendering import END_OF_THINKING, PromptRenderer
 from common.doubts import doubts, equal_reward
 from common.engines import EngineBuilder, build_engine
 from common.errors import DamagedFile, UserError
@@ -322,7 +322,7 @@ def read_prompts(
     prompts = prompts_from_pairs(pairs, config.data, renderer)
     check_fit(prompts, config, folder)
     console.print(f"first prompt: {excerpt(renderer.in_template(prompts[0].text))}")
-    if (hint := renderer.hint()) is not None:
+    for hint in hints(config, renderer):
         console.print(hint)
     if left_out := len(pairs) - len(prompts):
         limit = config.data.max_prompt_tokens
@@ -330,6 +330,17 @@ def read_prompts(
             f"{left_out:,} of {len(pairs):,} rows left out: longer than {limit} tokens, or there twice"
         )
     return prompts, renderer
+
+
+def hints(config: RunConfig, renderer: PromptRenderer) -> list[str]:
+    """Lines for the user on settings that a chat or reasoning model probably wants."""
+    found = [hint] if (hint := renderer.hint()) is not None else []
+    if renderer.lets_think and config.grader.answer_after is None and config.grader.reads_answer:
+        found.append(
+            f"hint: the chat template lets the model think, up to {END_OF_THINKING}, which is graded too; set "
+            f'grader.answer_after = "{END_OF_THINKING}" to grade only the text after it'
+        )
+    return found
 
 
 def read_old(path: Path, console: Terminal) -> Written | None:

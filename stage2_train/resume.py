@@ -21,7 +21,10 @@ MAY_DIFFER: Mapping[str, Any] = {
     "vstar": True,
     "evaluate": True,
     "engine": True,
-    "grader": {"workers", "max_concurrent", "timeout_seconds", "memory_gib"},
+    "grader": {
+        **dict.fromkeys(("workers", "max_concurrent", "timeout_seconds", "memory_gib"), True),
+        "judge": {"url", "request_timeout_seconds", "retries", "requests_per_minute", "api_key_env"},
+    },
     "train": {
         *("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "wandb_project"),
         *("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"),

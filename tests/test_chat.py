@@ -19,7 +19,7 @@ from common.runs import WHOLE
 from common.store import SampleStore
 from common.terminal.console import Terminal
 from common.vstar_file import read_vstar
-from stage1_vstar.run import read_prompts
+from stage1_vstar.run import hints, read_prompts
 from stage2_train.config import Config
 from tests.chat_model import NO_THOUGHTS, TEMPLATE, save_chat_model
 from tests.conftest import RunCli
@@ -372,3 +372,21 @@ def test_a_chat_model_goes_through_both_stages_and_is_evaluated(
         else "KL is of the models whole, without sampling.top_k"
     )
     assert said in evaluated.stderr
+
+
+def test_a_model_that_thinks_gets_a_hint_until_its_thinking_is_left_out_of_the_grading(
+    chat_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "3 + 3?", "answer": "6"}))
+
+    def lines(grader: dict[str, Any] | None = None, **data: Any) -> list[str]:
+        config = tiny_config(chat_model, path, data={"template": "chat", **data}, grader=grader or {})
+        return hints(config, PromptRenderer(chat_model, config.data))
+
+    (line,) = lines()
+    assert 'set grader.answer_after = "</think>" to grade only the text after it' in line
+    assert lines({"answer_after": "</think>"}) == []
+    assert lines(chat_template_kwargs={"enable_thinking": False}) == []
+    assert lines(prefill="<think>\n") != []
+    assert lines({"name": "package.rewards:reward"}) == []

@@ -49,6 +49,8 @@ MISTRALS_OWN = "tekken.json"
 DATE = datetime(2024, 7, 26)
 """Today, for chat templates that write the date into a prompt; Llama 3's own where none is given."""
 
+END_OF_THINKING = "</think>"
+
 CONTROL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """The special tokens that say something to programs. Others, such as `<answer>`, are text."""
 
@@ -196,6 +198,15 @@ class PromptRenderer:
             return self._probes(data)
         except UserError:
             return None
+
+    @property
+    def lets_think(self) -> bool:
+        """Whether the chat template knows of thinking and a prompt does not end after it."""
+        return (
+            self.template == "chat"
+            and END_OF_THINKING in str(self.tokenizer.chat_template)
+            and not self.in_template(PROBES[0]).rstrip().endswith(END_OF_THINKING)
+        )
 
     def hint(self) -> str | None:
         """A line for the user if an instruct model is prompted without its chat template."""
