@@ -340,7 +340,8 @@ def test_a_chat_model_goes_through_both_stages_and_is_evaluated(
     (line,) = (line for line in finished.stdout.splitlines() if line.startswith("first prompt: "))
     assert "system\\nYou add." in line
     assert line.endswith("assistant\\n<think>\\n'" if thinks else "</think>\\n\\n'")
-    assert "hint" not in finished.stdout
+    assert ("hint: the chat template lets the model think" in finished.stdout) is thinks
+    assert "hint: this is an instruct model" not in finished.stdout
 
     table, provenance = read_vstar(artifacts / "tiny" / "vstar.parquet")
     assert table["prompt"].str.starts_with("Tom has").all()

@@ -553,4 +553,4 @@ def test_functions_of_three_conventions_take_a_model_through_both_stages_and_eva
     )
     means = {name: metrics[f"reward/{functions}:{name}"] for name in ("trl_text", "plain_with_column")}
     assert 0 <= means["trl_text"] <= 1
-    assert means["plain_with_column"] in {number / 4 for number in range(6, 23)}
+    assert 0 <= means["plain_with_column"] <= 7
