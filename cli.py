@@ -205,14 +205,14 @@ def merge(
     merge_runs(sources, run, console, allow_mismatch or ())
 
 
-@app.command(short_help="Grade a run's completions anew, and compare.")
+@app.command(short_help="Grade a run's completions again, and compare.")
 def regrade(
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
-    """Grade a run's cached completions with the config's grader, beside the old grades, and compare the two."""
+    """Grade a run's cached completions with the config's grader, keep the old grades, and compare the two."""
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
@@ -222,17 +222,17 @@ def regrade(
         run_regrade(settings, console, as_json=as_json)
 
 
-@app.command(short_help="What stage 2 will take.")
+@app.command(short_help="Predict the steps, tokens and memory of stage 2.")
 def forecast(
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
     vstar_file: VstarFile = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes that will train, one a GPU.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that will train, one per GPU.")] = 1,
     gpu_gib: Annotated[float, typer.Option("--gpu-memory", min=1, help="GiB of memory of each GPU.")] = 80,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """What stage 2 will take: steps, tokens, the first iteration's loss and reward, memory a GPU. Loads no model."""
+    """Predict stage 2: steps, tokens, the first iteration's loss and reward, memory per GPU. Loads no model."""
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
@@ -297,7 +297,7 @@ def evaluate(
 
 @app.command(short_help="A run on one page.")
 def report(run: RunName = "demo") -> None:
-    """A run on one page, report/report.html: distributions, samples, cost, provenance, and what training did."""
+    """Write a run's page, report/report.html: distributions, samples, cost, provenance and training."""
     from common.report import write_report
     from common.runs import run_paths
 
@@ -404,7 +404,7 @@ def sweep(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Which N, which β1: what smaller N and other β1 would have given, as a table, JSON and plots in report/."""
+    """Show the results that a smaller N or another β1 would have given: table, JSON and plots in report/."""
     from common.report.sweep_files import sweep_file
     from stage1_vstar.sweep_run import run_sweep
     from stage1_vstar.sweep_view import show
@@ -424,7 +424,7 @@ def inspect(
     vstar_file: VstarFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """What is in an artifact, from what it was made, and its histogram of pass rates."""
+    """Show an artifact: its contents, its provenance and the histogram of its pass rates."""
     from stage1_vstar.describe import describe, show, to_json
 
     figures = describe(_vstar_path(run, vstar_file))
@@ -442,7 +442,7 @@ def _vstar_path(run: str, vstar_file: Path | None) -> Path:
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Keep `vstar` from writing a run's own table at the same time: it would undo what happens to it here."""
+    """Keep `vstar` from writing the run's table at the same time, which would undo this change."""
     from common.runs import RunPaths, exclusive_run
 
     place = Path(os.path.realpath(target))  # resolve() raises RuntimeError for a link to itself
@@ -454,7 +454,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
-    """Schedulers announce an eviction with SIGTERM: end as on Ctrl-C, which keeps what has been done so far."""
+    """End on SIGTERM, with which schedulers announce an eviction, as on Ctrl-C: finished work is kept."""
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -470,7 +470,7 @@ def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
 
 
 def _libraries_logged(run: str) -> AbstractContextManager[None]:
-    """Meanwhile libraries speak to a log of the run."""
+    """Send the libraries' output to the run's log meanwhile."""
     from common.runs import run_paths
     from common.terminal.library_log import libraries_logged
 
@@ -478,7 +478,7 @@ def _libraries_logged(run: str) -> AbstractContextManager[None]:
 
 
 def main() -> None:
-    """Run a command. What a user can mend ends it with one line and exit code 2."""
+    """Run a command. A mistake that the user can fix ends it with one line and exit code 2."""
     prepare_output()
     try:
         try:

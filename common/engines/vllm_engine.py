@@ -266,7 +266,7 @@ class VllmEngine:
             del client
             if self._group:
                 # Its ranks close together, and their groups hold shared memory. A rank with an engine of its own may
-                # have to build it anew without the others, and groups are made by all.
+                # have to rebuild it without the others, and groups are made by all.
                 from vllm.distributed import parallel_state
 
                 parallel_state.destroy_model_parallel()  # type: ignore[no-untyped-call]
@@ -303,7 +303,7 @@ def _in_one_line(failure: str, advice: str, kind: type[UserError] = UserError) -
 def _executor(group: str) -> Any:
     """vLLM's executor for processes that torchrun started ("external_launcher"), less what its engines share.
 
-    vLLM's own takes the least memory that any rank of the job has free, so that no engine could be built anew without
+    vLLM's own takes the least memory that any rank of the job has free, so that no engine could be rebuilt without
     all others. On a CPU it gives the shared memory of every job the same name, so that a second job on the machine, or
     one after a job that was killed, fails to create it.
     """
