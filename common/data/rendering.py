@@ -101,7 +101,7 @@ class PromptRenderer:
         return self._chat(turns, self._data.chat_template_kwargs) + (self._data.prefill or "")
 
     def _is_far_longer(self, rendered: str, limit: int) -> bool:
-        """Whether its beginning alone has more than twice the limit, not counting the remains of a token that was cut."""
+        """Whether its beginning alone has more than twice the limit, not counting those of a token that was cut."""
         size = max(SHORTEST_BEGINNING, CHARACTERS_PER_TOKEN * limit)
         while size < len(rendered):
             if len(self._token_ids([rendered[:size]])[0]) > 2 * limit + self._longest_token:
