@@ -1,4 +1,4 @@
-"""The command line: one command a step of the pipeline. Heavy libraries load inside the commands that need them."""
+"""The command line: one command per step of the pipeline. Each command imports the heavy libraries that it needs."""
 
 import gc
 import json
@@ -19,17 +19,18 @@ from common.files import UNWRITABLE, meaning
 from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
 
-# Read when torch is imported. OpenMP threads that wait by spinning crawl as soon as anything else wants their cores;
-# a short spin before they sleep keeps small models fast.
+# torch reads these when it is imported. OpenMP threads that wait by spinning become slow as soon as other processes
+# need their cores; a short spin before they sleep keeps small models fast.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# Importing torch and vLLM makes a million objects that stay; with Python's own thresholds its collector walks them
-# again and again, for a noticeable part of a start.
+# Importing torch and vLLM creates a million objects that stay. With Python's default thresholds the garbage collector
+# walks them again and again, which takes a noticeable part of the start.
 gc.set_threshold(100_000, 50, 100)
 
 app = typer.Typer(
-    help="A*-PO: post-train language models for reasoning by regressing on optimal advantages.",
+    help="Post-train language models for reasoning with A*-PO: `vstar` (stage 1) samples completions and estimates "
+    "V̂* for each prompt, `train` (stage 2) trains on them. The other commands work on a run's files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,28 +48,42 @@ ROOM_ON_A_GPU = (
 ConfigFile = Annotated[
     Path,
     typer.Option(
-        "--config", "-c", help="The run's TOML file; see configs/.", show_default="configs/demo.toml"
+        "--config",
+        "-c",
+        help="The run's configuration, a TOML file; configs/ has examples.",
+        show_default="configs/demo.toml",
     ),
 ]
 Run = Annotated[
-    str | None, typer.Option("--run", help="Artifacts go to artifacts/RUN; by default the config's run.")
+    str | None,
+    typer.Option("--run", help="Use the folder artifacts/RUN; by default RUN is the config's `run`."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. vstar.beta1=0.25."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a value of the config, such as vstar.beta1=0.25; repeatable.",
+    ),
 ]
 VstarFile = Annotated[
-    Path | None, typer.Option("--vstar", help="The artifact to read; by default artifacts/RUN/vstar.parquet.")
+    Path | None, typer.Option("--vstar", help="The V̂* table to read; by default artifacts/RUN/vstar.parquet.")
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Write to this file; by default the artifact is replaced."),
+    typer.Option(
+        "--output", "-o", help="Write to this file; by default the table that was read is replaced."
+    ),
 ]
 AllowMismatch = Annotated[
     list[str] | None,
-    typer.Option(metavar="FIELD", help="Accept a difference that was refused, by its name; it is recorded."),
+    typer.Option(
+        metavar="FIELD",
+        help="Continue despite a mismatch: FIELD is the name in the error message, such as versions. Recorded in the "
+        "results; repeatable.",
+    ),
 ]
-RunName = Annotated[str, typer.Option("--run", help="The run whose artifact is read.")]
+RunName = Annotated[str, typer.Option("--run", help="The run: its files are in artifacts/RUN.")]
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
 
@@ -88,7 +103,7 @@ def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides 
         build_base_model(path, seed=settings.seed, progress=console.print)
 
 
-@app.command(short_help="Stage 1: sample, grade and estimate V̂*.")
+@app.command(short_help="Stage 1: sample completions, grade them, estimate V̂*.")
 def vstar(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -97,32 +112,38 @@ def vstar(
         str,
         typer.Option(
             metavar="I/N",
-            help="Draw part I (from 1) of N of the prompts only, for job arrays; then run once without it.",
+            help="For job arrays: sample only part I (from 1) of N parts of the prompts. When all parts are done, "
+            "run once without --shard.",
         ),
     ] = "1/1",
     adaptive: Annotated[
         float | None,
         typer.Option(
             metavar="TARGET_SE",
-            help="More samples, in rounds, where the 95 % interval of V̂* is wider than ±1.96 TARGET_SE.",
+            help="Draw more samples for prompts whose 95 % interval of V* is wider than ±1.96 TARGET_SE. Needs "
+            "--budget.",
         ),
     ] = None,
     budget: Annotated[
         int | None,
         typer.Option(
-            metavar="SAMPLES", help="With --adaptive: the samples of all prompts and rounds together."
+            metavar="SAMPLES", help="With --adaptive: the most samples, all prompts and rounds together."
         ),
     ] = None,
     check: Annotated[
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Compare the engine's log-probs with a plain forward pass first; by default for small models.",
+            help="Check the engine's log-probs against a plain forward pass before sampling; by default only for "
+            "models of up to a billion parameters.",
         ),
     ] = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
-    """Stage 1: sample, grade and estimate V̂* for each prompt. A re-run continues where the last one ended."""
+    """Stage 1: sample completions, grade them and estimate V̂* for each prompt.
+
+    Writes artifacts/RUN/vstar.parquet. After an interruption the same command continues.
+    """
     from common.runs import Shard
     from stage2_train.config import load_config
 
@@ -147,7 +168,7 @@ def vstar(
         )
 
 
-@app.command(short_help="Stage 2: train.")
+@app.command(short_help="Stage 2: train the model.")
 def train(
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -155,10 +176,12 @@ def train(
     vstar_file: VstarFile = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
-    """Stage 2: train, by default on A*-PO's loss. A re-run continues from the last checkpoint.
+    """Stage 2: train the model, by default with A*-PO. Afterwards it is in artifacts/RUN/model.
 
-    Another objective: --set train.objective.name=grpo (docs/objectives.md lists them). Those that need nothing of
-    stage 1 take their prompts from [data], or with --vstar those that the file keeps.
+    After an interruption the same command continues from the last checkpoint.
+
+    --set train.objective.name=grpo chooses another objective (docs/objectives.md). Objectives that do not use V̂* take
+    their prompts from [data] of the config, or with --vstar from that table.
     """
     from common.packages import refuse_missing
     from stage2_train.config import load_config
@@ -181,7 +204,10 @@ def needs_stage1(
     vstar_file: VstarFile = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
-    """For `make train`: exit status 0 if training will read artifacts/RUN/vstar.parquet, else 1. Options of `train`."""
+    """For `make train`: exit with status 0 if training will read artifacts/RUN/vstar.parquet, else 1.
+
+    Takes the options of `train`.
+    """
     from stage2_train.config import load_config
 
     needed = vstar_file is None and load_config(config, overrides or (), run).train.reads_stage1
@@ -190,29 +216,37 @@ def needs_stage1(
 
 @app.command(short_help="Add the samples of other runs to a run.")
 def merge(
-    sources: Annotated[list[str], typer.Argument(help="Runs by name, or folders that hold samples/.")],
-    run: Annotated[str, typer.Option("--run", help="The run that the samples are added to.")],
+    sources: Annotated[list[str], typer.Argument(help="Names of runs, or folders that contain samples/.")],
+    run: Annotated[str, typer.Option("--run", help="The run that receives the samples.")],
     allow_mismatch: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FIELD", help="Accept a difference by its name; `vstar` asks again and records it."
+            metavar="FIELD",
+            help="Merge despite a mismatch: FIELD is the name in the error message, such as versions; "
+            "repeatable. `vstar` asks for it again.",
         ),
     ] = None,
 ) -> None:
-    """Add the samples of other runs, such as shards from other machines, to a run: each sample once."""
+    """Add the samples of other runs, such as shards from other machines, to a run.
+
+    Samples that the run already has are skipped. `vstar` then computes V̂*.
+    """
     from stage1_vstar.merge import merge_runs
 
     merge_runs(sources, run, console, allow_mismatch or ())
 
 
-@app.command(short_help="Grade a run's completions anew, and compare.")
+@app.command(short_help="Grade stored completions again; compare the grades.")
 def regrade(
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
-    """Grade a run's cached completions with the config's grader, beside the old grades, and compare the two."""
+    """Grade the stored completions of a run with the config's grader, and compare with the old grades.
+
+    The old grades are kept; the results are in artifacts/RUN/regraded.
+    """
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
@@ -222,17 +256,19 @@ def regrade(
         run_regrade(settings, console, as_json=as_json)
 
 
-@app.command(short_help="What stage 2 will take.")
+@app.command(short_help="Predict the steps, tokens and GPU memory of stage 2.")
 def forecast(
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
     vstar_file: VstarFile = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes that will train, one a GPU.")] = 1,
-    gpu_gib: Annotated[float, typer.Option("--gpu-memory", min=1, help="GiB of memory of each GPU.")] = 80,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="The number of GPUs that will train, one process each.")
+    ] = 1,
+    gpu_gib: Annotated[float, typer.Option("--gpu-memory", min=1, help="Memory of one GPU, in GiB.")] = 80,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """What stage 2 will take: steps, tokens, the first iteration's loss and reward, memory a GPU. Loads no model."""
+    """Predict stage 2: steps, tokens, the first iteration's loss and reward, and memory per GPU. Loads no model."""
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
@@ -248,22 +284,25 @@ def forecast(
         show(figures, console)
 
 
-@app.command(short_help="Accuracy and KL on held-out prompts.")
+@app.command(short_help="Measure accuracy and KL on held-out prompts.")
 def evaluate(
     model: Annotated[
         Path | None,
         typer.Option(
             "--model",
             "-m",
-            help="A model's folder or hub name; by default the reference and the trained one.",
+            help="A folder or hub name of a model; by default the run's reference and its trained model.",
         ),
     ] = None,
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Greedy accuracy, sampled pass@1 and pass@k, and KL to the reference on held-out prompts."""
+    """Measure greedy accuracy, sampled pass@1 and pass@k, and KL to the reference on held-out prompts.
+
+    The prompts are those of [evaluate.data] in the config.
+    """
     from common.files import write_text
     from common.model.files import reference_model
     from common.runs import run_paths
@@ -283,7 +322,7 @@ def evaluate(
         from stage2_train.evaluate import show
 
         results = evaluate_models(settings, list(models.values()), Terminal(stderr=True))
-    try:  # where one of the two fails, the figures are not lost
+    try:  # keep the figures even if printing fails
         if as_json:
             print_json(json.dumps(results if model is None else results[0], indent=2))
         else:
@@ -295,26 +334,31 @@ def evaluate(
                 write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
 
 
-@app.command(short_help="A run on one page.")
+@app.command(short_help="Write a run's results as one HTML page.")
 def report(run: RunName = "demo") -> None:
-    """A run on one page, report/report.html: distributions, samples, cost, provenance, and what training did."""
+    """Write artifacts/RUN/report/report.html: distributions, samples, cost, provenance and training."""
     from common.report import write_report
     from common.runs import run_paths
 
     write_report(run_paths(run), console)
 
 
-@app.command(short_help="V̂* under a new β1 or by another estimator.")
+@app.command(short_help="Recompute V̂* with another β1 or estimator.")
 def rescore(
-    beta1: Annotated[float, typer.Option("--beta1", help="β1 from 0 (best reward) to inf (mean).")],
+    beta1: Annotated[
+        float, typer.Option("--beta1", help="The new β1, from 0 (V̂* is the best reward) to inf (the mean).")
+    ],
     run: RunName = "demo",
     vstar_file: VstarFile = None,
     output: Output = None,
     estimator: Annotated[
-        str, typer.Option(help="plugin (the paper's), jackknife or beta_binomial; see docs/uncertainty.md.")
+        str,
+        typer.Option(
+            help="plugin (the paper's formula), jackknife or beta_binomial; see docs/uncertainty.md."
+        ),
     ] = "plugin",
 ) -> None:
-    """V̂* under a new β1 or by another estimator, from the cached rewards: no model, no generation."""
+    """Recompute V̂* from the stored rewards, with another β1 or another estimator. Loads no model."""
     from stage1_vstar.rescore import rescore as rescore_file
 
     if not beta1 >= 0:
@@ -329,25 +373,31 @@ def filter_command(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
     output: Output = None,
-    drop_unsolved: Annotated[bool, typer.Option(help="Drop prompts with pass@N = 0.")] = True,
+    drop_unsolved: Annotated[
+        bool, typer.Option(help="Drop prompts without a correct sample (pass@N = 0).")
+    ] = True,
     drop_solved: Annotated[bool, typer.Option(help="Drop prompts whose samples are all correct.")] = False,
     min_pass_rate: Annotated[float, typer.Option(help="Drop prompts below this pass rate.")] = 0.0,
     max_pass_rate: Annotated[float, typer.Option(help="Drop prompts above this pass rate.")] = 1.0,
     max_interval_width: Annotated[
-        float, typer.Option(help="Drop prompts whose 95 % interval of V* is wider.")
+        float, typer.Option(help="Drop prompts whose 95 % interval of V* is wider than this.")
     ] = float("inf"),
     max_truncated: Annotated[
-        float, typer.Option(help="Drop prompts of whose samples a larger share was cut off.")
+        float, typer.Option(help="Drop prompts with a larger share of truncated samples than this.")
     ] = 1.0,
     where: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="EXPR", help='Keep only prompts for which this SQL condition holds: "vstar_se < 0.1".'
+            metavar="EXPR",
+            help='Keep only prompts that fulfil an SQL condition, such as "vstar_se < 0.1"; repeatable.',
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
-    """Choose the prompts to train on: as flags in the artifact, or with --output into a new file."""
+    """Choose the prompts to train on. Dropped prompts are flagged in the V̂* table; with --output they are left out.
+
+    Each call replaces the flags of the last one.
+    """
     from stage1_vstar.filter import drop_rules, filter_prompts
 
     rules = drop_rules(
@@ -369,19 +419,23 @@ def filter_command(
             console.print(line)
 
 
-@app.command("export-data", short_help="Prompts, pass rates and V̂* for SPO, TRL or verl.")
+@app.command("export-data", short_help="Export prompts, pass rates and V̂* for SPO, TRL or verl.")
 def export_data(
     output: Annotated[Path, typer.Option("--output", "-o", help="Write to this file.")],
-    format_name: Annotated[str, typer.Option("--format", help="spo, trl or verl; see docs/export.md.")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="The other trainer: spo, trl or verl; see docs/export.md.")
+    ],
     run: RunName = "demo",
     vstar_file: VstarFile = None,
-    dropped_too: Annotated[bool, typer.Option("--all", help="Prompts too that are not kept.")] = False,
+    dropped_too: Annotated[bool, typer.Option("--all", help="Export dropped prompts too.")] = False,
     in_template: Annotated[
         bool,
-        typer.Option("--in-template", help="Prompts as the run's model read them, not as questions alone."),
+        typer.Option(
+            "--in-template", help="Write prompts in the run's text template; by default questions only."
+        ),
     ] = False,
 ) -> None:
-    """Prompts, pass rates and V̂* as a file of another trainer: SPO's offline values, or data of TRL or verl."""
+    """Export prompts, pass rates and V̂* for another trainer: SPO's offline values, or a data set for TRL or verl."""
     from stage1_vstar.export_data import export_data as export
 
     source = _vstar_path(run, vstar_file)
@@ -391,20 +445,24 @@ def export_data(
         console.print(line)
 
 
-@app.command(short_help="Which N, which β1.")
+@app.command(short_help="Compare other values of N and β1.")
 def sweep(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
     beta1: Annotated[
-        list[str] | None, typer.Option("--beta1", metavar="LIST", help="β1 to try, such as inf,1,0.5,0.")
+        list[str] | None,
+        typer.Option("--beta1", metavar="LIST", help="Values of β1 to compare, such as inf,1,0.5,0."),
     ] = None,
     num_samples: Annotated[
         list[str] | None,
-        typer.Option(metavar="LIST", help="N to try, such as 1,2,4,8; by default up to all."),
+        typer.Option(
+            metavar="LIST",
+            help="Values of N to compare, such as 1,2,4,8; by default powers of two.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Which N, which β1: what smaller N and other β1 would have given, as a table, JSON and plots in report/."""
+    """Show which V̂* a smaller N or another β1 would have given; also writes JSON and plots into report/."""
     from common.report.sweep_files import sweep_file
     from stage1_vstar.sweep_run import run_sweep
     from stage1_vstar.sweep_view import show
@@ -418,13 +476,13 @@ def sweep(
         console.print(f"{sweep_file(source, 'png')}, .svg and .json: the same as plots, and more figures")
 
 
-@app.command(short_help="What is in an artifact.")
+@app.command(short_help="Show the contents of a V̂* table.")
 def inspect(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """What is in an artifact, from what it was made, and its histogram of pass rates."""
+    """Show a V̂* table: its contents, its provenance, the precision of V̂* and a histogram of pass rates."""
     from stage1_vstar.describe import describe, show, to_json
 
     figures = describe(_vstar_path(run, vstar_file))
@@ -442,7 +500,7 @@ def _vstar_path(run: str, vstar_file: Path | None) -> Path:
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Keep `vstar` from writing a run's own table at the same time: it would undo what happens to it here."""
+    """Keep `vstar` from writing the run's table at the same time, because that would undo this change."""
     from common.runs import RunPaths, exclusive_run
 
     place = Path(os.path.realpath(target))  # resolve() raises RuntimeError for a link to itself
@@ -454,7 +512,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
-    """Schedulers announce an eviction with SIGTERM: end as on Ctrl-C, which keeps what has been done so far."""
+    """Treat SIGTERM, which schedulers send before they end a job, like Ctrl-C: finished work is kept."""
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -463,14 +521,14 @@ def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # After the mistake of another process, whose launcher then ends this one, it would be beside the point.
+        # Not if another process has reported a mistake and the launcher therefore ends this one.
         leave(130, f"interrupted: {kept} is kept; the same command continues", unless_said=True)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _libraries_logged(run: str) -> AbstractContextManager[None]:
-    """Meanwhile libraries speak to a log of the run."""
+    """Send the output of libraries to the run's log inside this context."""
     from common.runs import run_paths
     from common.terminal.library_log import libraries_logged
 
@@ -478,7 +536,7 @@ def _libraries_logged(run: str) -> AbstractContextManager[None]:
 
 
 def main() -> None:
-    """Run a command. What a user can mend ends it with one line and exit code 2."""
+    """Run a command. A mistake that the user can fix ends it with one line and exit code 2."""
     prepare_output()
     try:
         try:
@@ -489,7 +547,7 @@ def main() -> None:
             raise
     except UserError as error:
         leave(2, f"error: {' '.join(str(error).split())}")
-    except BrokenPipeError:  # whoever read the output has enough
+    except BrokenPipeError:  # the reader of the output has closed the pipe
         os._exit(1)
     except OSError as error:
         if error.errno not in UNWRITABLE:
@@ -502,7 +560,7 @@ def main() -> None:
             raise
         leave(2, f"error: the GPU's memory is full: {first_line(error)} {ROOM_ON_A_GPU}")
     finally:
-        sys.excepthook = say_defect  # typer has put its own there
+        sys.excepthook = say_defect  # typer has replaced it
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ evaluation. Gemma 3 270M is a real model. [../models.md](../models.md) has the c
 
 A gap is the difference between the engine's and the trainer's log-prob of a sampled token, in nats. It is measured
 three times: before training, in iteration 2 (after the engine took over new weights), and after the exported model was
-loaded anew. In float32 it is rounding.
+loaded again. In float32 it is rounding.
 {machine}
 """
 

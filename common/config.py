@@ -1,8 +1,8 @@
-"""A run's configuration: TOML by hand, validated whole, dumped as JSON by machine.
+"""A run's configuration: written as TOML by hand, validated as a whole, dumped as JSON.
 
-Every default of what both stages read stands here, once; those of training are in stage2_train/config.py and in the
-objectives. Values are checked where they are declared; what needs a file or a model (does the data exist, does the
-prompt fit the context) is checked by the stage that needs it, before it loads one.
+The settings and defaults that both stages read are here; those of training are in stage2_train/config.py and in the
+objectives. Values are checked where they are declared. Checks that need a file or a model (does the data exist, does
+the prompt fit the context) belong to the stage that needs it, before it loads one.
 """
 
 import math
@@ -39,19 +39,19 @@ Beta1 = Annotated[float, Field(ge=0, allow_inf_nan=True), AfterValidator(_not_na
 """β1 in [0, inf]: 0 is the best reward, inf the mean."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""Of 32 bits, which is what the libraries take."""
+"""32 bits, as the libraries take them."""
 
 NumSamples = Annotated[int, Field(ge=1, le=1_000_000)]
-"""Completions of a prompt: of each something is held in memory."""
+"""Completions per prompt; each takes some memory."""
 
 LOWEST_TEMPERATURE = 0.01
-"""But for 0: below it vLLM samples at this temperature."""
+"""The lowest temperature above 0: below it vLLM samples at this one."""
 
 LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".ndjson", ".pq", ".arrow")
-"""How the names of data files on this machine end, in upper or lower case."""
+"""Endings of data files on this machine, in upper or lower case."""
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-"""What may follow, and what pyarrow calls it."""
+"""Endings of compressed files, and pyarrow's names for them."""
 
 
 def data_suffix(name: str) -> str:
@@ -74,7 +74,7 @@ PATH_ADVICE = f"give a {', '.join(LOCAL_FILES[:4])} file, a folder of them, or a
 
 
 class ModelConfig(Section):
-    """The reference policy: what stage 1 samples from, and what stage 2 starts at and measures KL against."""
+    """The reference policy: stage 1 samples from it; stage 2 starts at it and measures KL against it."""
 
     path: str
     """A folder in Hugging Face format ({run} stands for artifacts/<run>), or a name on the Hugging Face hub."""
@@ -96,7 +96,7 @@ class DataConfig(Section):
     """Its name in the TOML file, for messages."""
     may_be_blank: ClassVar[tuple[str, ...]] = ("prefill",)
     chat_only: ClassVar[tuple[str, ...]] = ("system_prompt", "chat_template_kwargs")
-    """The keys that a text template has no place for."""
+    """Keys that a text template has no place for."""
     shown: ClassVar[tuple[str, ...]] = ("template", "instruction", "few_shot", "prefill", *chat_only)
     """The keys that say how prompts are shown: [evaluate.data] takes those of [data] that it does not set."""
 
@@ -107,7 +107,7 @@ class DataConfig(Section):
     name: str | None = None
     """The hub data set's configuration, such as "main"."""
     split: str = "train"
-    """Of a data set of the hub, or of a folder whose files' names say train, validation and test."""
+    """The split of a hub data set, or of a folder whose file names say train, validation or test."""
     prompt_field: str | None = None
     """The column of prompts, or a dotted path to them, such as extra_info.question."""
     answer_field: str | None = None
@@ -129,7 +129,7 @@ class DataConfig(Section):
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
     long_prompts: Literal["error", "drop"] = "error"
     bad_golds: Literal["error", "drop"] = "error"
-    """What to do about a row without a prompt, or whose reference answer is missing or none the grader can use."""
+    """Rows without a prompt, or without a reference answer that the grader can use."""
 
     @property
     def is_file(self) -> bool:
@@ -140,7 +140,7 @@ class DataConfig(Section):
 
     @property
     def title(self) -> str:
-        """What messages call the data set."""
+        """The data set's name in messages."""
         if not isinstance(self.path, str):
             return ", ".join(self.path[:3]) + (", …" if len(self.path) > 3 else "")
         return self.path or self.format
@@ -232,15 +232,15 @@ class EngineConfig(Section):
     max_num_seqs: Annotated[int, Field(ge=1)] = 256
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     training_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """The engine's share of a GPU that it has to share with the trainer."""
+    """The engine's share of a GPU if the trainer uses the GPU too."""
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
-    """The engine's key-value cache on a CPU, which is taken whole at the start."""
+    """Size of the key-value cache on a CPU, allocated at the start."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs per engine in stage 1."""
     training_tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
-    """Processes per engine in stage 2, where each has an engine of its own unless the model does not fit one GPU."""
+    """Processes per engine in stage 2; 1 unless the model does not fit one GPU."""
     sleep_while_training: bool = False
-    """Free the engine's memory on the GPU while the trainer works; on a CPU it makes no difference."""
+    """Free the engine's GPU memory while the trainer works; has no effect on a CPU."""
     enforce_eager: bool = False
 
     @model_validator(mode="after")
@@ -259,7 +259,7 @@ class VstarConfig(Section):
     num_samples: NumSamples = 8
     beta1: Beta1 = 0.5
     drop_unsolved: bool = False
-    """Mark prompts with pass@N = 0 as not to be trained on (the paper's optional line 6)."""
+    """Exclude prompts with pass@N = 0 from training (the paper's optional line 6)."""
 
 
 class EvaluateConfig(Section):
@@ -267,7 +267,7 @@ class EvaluateConfig(Section):
 
     data: HeldOutConfig | None = None
     num_samples: NumSamples = 8
-    """Sampled completions a prompt, for pass@1 and pass@k."""
+    """Sampled completions per prompt, for pass@1 and pass@k."""
     training_prompts: Annotated[int, Field(ge=1)] = 256
     """Held-out prompts for the evaluations during training, one sampled completion each."""
 
@@ -282,7 +282,7 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(Section):
-    """One run, artifacts/<run>: what both stages read. Stage 2 adds its own section (stage2_train/config.py)."""
+    """One run, artifacts/<run>: the sections that both stages read. Stage 2 adds its own (stage2_train/config.py)."""
 
     run: Annotated[str, Field(pattern=RUN_NAME)]
     seed: Seed = 0
@@ -296,7 +296,7 @@ class RunConfig(Section):
 
     @property
     def held_out(self) -> DataConfig | None:
-        """[evaluate.data], shown as [data] is where it does not say otherwise."""
+        """[evaluate.data], with the keys of [data] for how prompts are shown if it does not set its own."""
         data = self.evaluate.data
         if data is None:
             return None

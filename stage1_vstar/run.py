@@ -43,19 +43,19 @@ from stage1_vstar.rounds import draw_adaptively, recorded_rule
 from stage1_vstar.table import UNSOLVED, prompt_table, vstar_rows
 
 EXCERPT = 300
-"""Characters of a text that are shown of it."""
+"""Characters of a text that messages show."""
 
 Foresight = Callable[[Path], Sequence[str]]
 
 
 def nothing_foreseen(folder: Path) -> Sequence[str]:
-    """For who does not ask."""
+    """Foresees nothing: the default of `run_stage1`."""
     return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """The vstar.parquet that an earlier run has written."""
+    """The vstar.parquet of an earlier run."""
 
     rows: pl.DataFrame
     provenance: Provenance
@@ -63,7 +63,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """An opened run: what is there, what is missing, and the rule for more where `--adaptive` is in force."""
+    """An opened run: its samples, the missing ones, and the rule for further samples under `--adaptive`."""
 
     prompts: list[Prompt]
     table: pl.DataFrame
@@ -76,7 +76,7 @@ class Work:
 
     @property
     def provenance(self) -> Provenance:
-        """What the samples belong to, with what has been accepted."""
+        """The identity of the samples, with the accepted differences."""
         return self.store.provenance
 
 
@@ -102,11 +102,11 @@ def run_stage1(
 ) -> None:
     """Draw the samples that are missing, estimate V̂* and write vstar.parquet.
 
-    A shard draws its prompts' samples only; the run without one, once all are there, finds nothing to draw and writes
-    the file. `adaptive` goes on with more samples for the prompts that need them; a file that was written so remembers
-    it. `check` says whether the engine's log-probs are compared with a plain forward pass, by default those of a small
-    model; `foresee` says of the model's folder what training will refuse or leave as it is. Everything a user can get
-    wrong is checked before the model loads. Raises UserError.
+    A shard draws only its own prompts' samples. Once all shards are complete, a run without `shard` draws nothing and
+    writes the file. `adaptive` draws further samples for the prompts that need them, and the file records it. `check`
+    compares the engine's log-probs with a plain forward pass; by default small models only. `foresee` returns lines on
+    what training will refuse or not change about the model. All user mistakes are found before the model loads. Raises
+    UserError.
     """
     if adaptive is not None and shard != WHOLE:
         raise UserError(
@@ -160,7 +160,7 @@ def run_stage1(
 
 
 def introduction(model: ModelReading, renderer: PromptRenderer) -> str:
-    """What the model is, in a line."""
+    """A line that describes the model."""
     tokens = renderer.tokenizer.convert_ids_to_tokens(list(renderer.eos_token_ids))
     ends = [f"{number} ({token})" for number, token in zip(renderer.eos_token_ids, tokens, strict=True)]
     return describe_model(model.document(), ends)
@@ -175,7 +175,7 @@ def open_work(
     allow_mismatch: Collection[str],
     console: Terminal,
 ) -> Work:
-    """Open the run's samples and its old file, refuse what does not belong to it, and find what is missing."""
+    """Open the run's samples and old file, refuse those of another run, and find the missing samples."""
     paths = run_paths(config.run)
     old = read_old(paths.vstar, console)
     known = old.provenance.context.get(ACCEPTED, []) if old else []
@@ -185,11 +185,11 @@ def open_work(
         provenance.refuse_unless_same(
             old.provenance,
             what=str(paths.vstar),
-            advice="remove it or choose another --run (to grade its samples anew: `python cli.py regrade`)",
+            advice="remove it or choose another --run (to grade its samples again: `python cli.py regrade`)",
             allowance=allowance,
         )
     for line in set_aside_damaged(paths.samples):
-        console.print(f"{line}; its samples will be drawn anew")
+        console.print(f"{line}; its samples will be drawn again")
     if old and rule is None and shard == WHOLE:
         rule = recorded_rule(old.provenance, paths.vstar, config, console)
     if rule is not None:
@@ -222,14 +222,14 @@ def checked_store(
         raise UserError(
             f"{ungraded:,} samples in {samples} were graded by another grader than this run's "
             f"({provenance.identity['grader']}); "
-            "grade them anew with `python cli.py regrade`, choose another --run, or accept their grades with "
+            "grade them again with `python cli.py regrade`, choose another --run, or accept their grades with "
             "--allow-mismatch grader"
         )
     return store
 
 
 def draw_the_rest(work: Work, executor: LocalExecutor, config: RunConfig, console: Terminal) -> Drawn:
-    """The grades of all prompts' samples, after the rule, where there is one, has had more of them drawn."""
+    """The grades of all samples, after further ones have been drawn if there is a rule."""
     num_samples = config.vstar.num_samples
     if work.rule is None:
         return Drawn(grades=work.store.grades(work.table, num_samples), num_samples=num_samples)
@@ -239,7 +239,7 @@ def draw_the_rest(work: Work, executor: LocalExecutor, config: RunConfig, consol
 
 
 def estimate(work: Work, drawn: Drawn, config: RunConfig) -> tuple[pl.DataFrame, Provenance]:
-    """The rows of vstar.parquet and what they were made from, with the flags that `filter` has set before."""
+    """The rows of vstar.parquet with their provenance; flags that `filter` has set are kept."""
     rows = vstar_rows(
         work.table,
         drawn.grades,
@@ -263,7 +263,7 @@ def estimate(work: Work, drawn: Drawn, config: RunConfig) -> tuple[pl.DataFrame,
 def record(
     rows: pl.DataFrame, provenance: Provenance, old: Written | None, config: RunConfig, console: Terminal
 ) -> None:
-    """Write vstar.parquet, unless the old one says the same; tell what becomes of the old one."""
+    """Write vstar.parquet unless the old one is equal, and say what changed."""
     path = run_paths(config.run).vstar
     if old:
         if is_same(rows, provenance, old):
@@ -278,7 +278,7 @@ def record(
 
 
 def doubtful(rows: pl.DataFrame, store: SampleStore) -> list[str]:
-    """What is wrong with the result as a whole, with a completion for the eye."""
+    """Lines on results that make no sense as a whole, with an example completion."""
     lines = doubts(rows)
     negative = negative_rewards_warning(*(rows[name].explode() for name in ("outcomes", "rewards")))
     warnings = [*(f"warning: {line}" for line in lines), *([negative] if negative else [])]
@@ -290,7 +290,7 @@ def doubtful(rows: pl.DataFrame, store: SampleStore) -> list[str]:
         *warnings,
         "for example: " + ", ".join(f"{name} {excerpt(value)}" for name, value in example.items()),
         *(
-            ["`train` will not start on this; mend the cause and run `vstar` under another --run"]
+            ["`train` will not start on this; fix the cause and run `vstar` under another --run"]
             if equal_reward(rows) is not None
             else []
         ),
@@ -298,7 +298,7 @@ def doubtful(rows: pl.DataFrame, store: SampleStore) -> list[str]:
 
 
 def excerpt(value: object) -> str:
-    """A value of a row, with only the ends of a long text."""
+    """A cell for messages; a long text is shortened to its ends."""
     if not isinstance(value, str):
         return str(value)
     return repr(value if len(value) <= EXCERPT else f"{value[: EXCERPT // 2]} … {value[-EXCERPT // 2 :]}")
@@ -344,7 +344,7 @@ def hints(config: RunConfig, renderer: PromptRenderer) -> list[str]:
 
 
 def read_old(path: Path, console: Terminal) -> Written | None:
-    """The file that an earlier run has written; a damaged one is set aside, since it can be computed anew."""
+    """The file of an earlier run; a damaged one is moved aside, since it can be computed again."""
     if not path.exists():
         return None
     try:
@@ -353,14 +353,14 @@ def read_old(path: Path, console: Terminal) -> Written | None:
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)
         console.print(
-            f"{error}; moved to {aside}, written anew without what `filter` and `--adaptive` did",
+            f"{error}; moved to {aside}, written again without the changes of `filter` and `--adaptive`",
         )
         return None
     return Written(rows=rows, provenance=provenance)
 
 
 def summary(rows: pl.DataFrame) -> str:
-    """The means of a table in a line."""
+    """A line with the means of a table."""
     means = rows.select(pl.col("pass_rate", "pass_at_n", "vstar").mean()).row(0)
     return (
         f"{rows.height:,} prompts, pass rate {means[0]:.3f}, pass@N {means[1]:.3f}, "
@@ -371,7 +371,7 @@ def summary(rows: pl.DataFrame) -> str:
 def carry_over_filter(
     rows: pl.DataFrame, provenance: Provenance, old: Written
 ) -> tuple[pl.DataFrame, Provenance]:
-    """Keep the flags that `filter` has set on the file that these rows will replace."""
+    """Copy the flags that `filter` set in the old file to these rows."""
     if not (filters := old.provenance.context.get("filters")):
         return rows, provenance
     flags = [
@@ -384,7 +384,7 @@ def carry_over_filter(
 
 
 def overruled(old: Written | None, config: RunConfig) -> list[str]:
-    """A line where `filter` has set flags that `drop_unsolved` would set otherwise, and which are kept."""
+    """A line if flags of `filter` are kept although `drop_unsolved` would set others."""
     filters = old.provenance.context.get("filters", []) if old else []
     if not filters or not config.vstar.drop_unsolved or UNSOLVED in filters:
         return []
@@ -395,7 +395,7 @@ def overruled(old: Written | None, config: RunConfig) -> list[str]:
 
 
 def is_same(rows: pl.DataFrame, provenance: Provenance, old: Written) -> bool:
-    """Whether a file already says what would be written."""
+    """Whether the old file is equal to the one to be written."""
     kept = (ACCEPTED, ADAPTIVE, *(["model"] if "model" in old.provenance.context else []))
     said = ({name: each.context.get(name) for name in kept} for each in (provenance, old.provenance))
     return (
@@ -406,7 +406,7 @@ def is_same(rows: pl.DataFrame, provenance: Provenance, old: Written) -> bool:
 
 
 def stage1_provenance(config: RunConfig, renderer: PromptRenderer, model: dict[str, str]) -> Provenance:
-    """What a sample belongs to."""
+    """The provenance of this run's samples."""
     made = context(config)
     identity = {
         **sampling_identity(config, renderer, model, fingerprint(config.grader)),

@@ -1,4 +1,4 @@
-"""Cells of a data set as texts: what JSON or a Parquet column can hold, exactly as it stands there, or refused."""
+"""Turns the cells of a data set into texts, without rounding, and refuses cells that are not a text or a number."""
 
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -8,11 +8,11 @@ import polars as pl
 
 SHORT_FLOATS = (pl.Float16, pl.Float32)
 MOST_DIGITS = 400
-"""Of a decimal, before or after the point: more than any double has."""
+"""The most digits of a decimal before or after the point: more than any double has."""
 
 
 def rows_of(frame: pl.DataFrame) -> list[dict[str, Any]]:
-    """A frame's rows, with the numbers of short floats as the shortest decimals of their own type: 1.1 stays 1.1."""
+    """The rows of a frame. A 16- or 32-bit float becomes the shortest decimal that rounds to it: 1.1 stays 1.1."""
     rows = frame.to_dicts()
     for name, dtype in frame.schema.items():
         if _holds_short_floats(dtype):
@@ -43,9 +43,9 @@ def _widened(value: Any, dtype: Any) -> Any:
 
 
 def number_of(literal: str) -> float | Decimal:
-    """A number of a JSON file: a float, or where that would not keep all of its digits, a decimal.
+    """A number in a JSON file: a float, or a decimal if a float cannot hold all of its digits.
 
-    Raises ValueError for an exponent that no decimal has.
+    Raises ValueError for an exponent that no decimal can have.
     """
     number = float(literal)
     try:
@@ -58,8 +58,8 @@ def number_of(literal: str) -> float | Decimal:
 def text_of(value: Any) -> str:
     """The text of a cell: a text itself, or a number without an exponent.
 
-    Raises TypeError or ValueError, which says what the cell is, for anything else: also for a boolean, of which nobody
-    knows how a completion would spell it.
+    Raises TypeError or ValueError for any other cell; the message says what the cell is. A boolean is refused too,
+    because a completion could spell it in several ways.
     """
     if value is None:
         raise ValueError("is missing")

@@ -1,4 +1,4 @@
-"""Data sets to rows of question and reference answer: files and the hub, and how a row is read in its format."""
+"""Reads data sets, from files or from the hub, as rows of a question and a reference answer."""
 
 import json
 import random
@@ -31,30 +31,30 @@ from common.grading.conventions import Needs
 from common.grading.reference import Reference, storable_cell
 
 FIRST_ROWS = 100
-"""By which a format is recognised."""
+"""The number of rows whose columns decide the format."""
 
 SHOWN_COLUMNS = 20
 
 MOST_CHARACTERS_OF_ROW = 65_536
-"""Of the columns that come with a prompt unasked: each of its samples stores them."""
+"""The limit for columns that no setting names: each sample of the prompt stores them."""
 
 NOTHING = Needs()
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a data set: its place, for messages, and the texts of its question and of its answer field."""
+    """A row of a data set: its place in the file, for messages, and the texts of its question and its answer field."""
 
     place: str
     question: str
     answer: str
     reference: Reference | None = None
-    """What a reward function reads of the row, where it reads any of it."""
+    """The data that reward functions read from the row, if any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """A data set as it was read."""
+    """A data set after reading."""
 
     format: DataFormat
     pairs: list[tuple[str, str]]
@@ -99,7 +99,7 @@ def read_rows(data: DataConfig, config: RunConfig) -> list[Row]:
 
 
 def _read_rows(data: DataConfig, config: RunConfig, needs: Needs) -> tuple[list[Row], int]:
-    """The rows with what is needed of them, and how many data.bad_golds left out."""
+    """The rows, with the columns that `needs` names, and the number of rows that data.bad_golds left out."""
     sources = _sources(data, config, needs)
     rows = [numbered for source in sources for numbered in source.numbered(data)]
     if not rows:
@@ -137,7 +137,7 @@ def _read_rows(data: DataConfig, config: RunConfig, needs: Needs) -> tuple[list[
 def _pair(
     row: dict[str, Any], data_format: DataFormat, under_chat: bool, any_answer: bool
 ) -> tuple[str, str]:
-    """The texts of a row's question and answer. Raises ValueError, which says what is wrong with which cell."""
+    """The texts of a row's question and answer. Raises ValueError, which names the cell and the problem."""
     if data_format.answer_is_tests:
         row = _with_tests_as_text(row, data_format)
     question = _cell(row, data_format.prompt_field, lambda cell: _question(cell, data_format, under_chat))
@@ -157,7 +157,7 @@ def _pair(
 def _reference(
     row: dict[str, Any], data_format: DataFormat, columns: Collection[str] | None, any_answer: bool
 ) -> Reference:
-    """What reward functions read of a row; `columns` are their names, None for all but the prompt's."""
+    """The data that reward functions read from a row; `columns` names the columns, None means all but the prompt."""
     answer = cell_at(row, data_format.answer_field)
     names = [name for name in row if name != data_format.prompt_field] if columns is None else columns
     reference = Reference(
@@ -181,7 +181,7 @@ def _needed_columns(
     data: DataConfig,
     grader: GraderConfig,
 ) -> list[str] | None:
-    """The columns that reward functions read, None for all. Raises UserError for one that is not there."""
+    """The columns that reward functions read, None for all. Raises UserError if one is missing."""
     there = {name for row in rows for name in row}
     named = [*needs.columns, *(grader.columns or [])]
     if missing := [name for name in named if name not in there]:
@@ -219,7 +219,7 @@ def _answer(cell: Any, data_format: DataFormat) -> str:
     if data_format.answer_is_tests:
         return text_of(cell)
     if data_format.answer_may_be_json and isinstance(cell, str) and cell.lstrip().startswith('["'):
-        with suppress(ValueError, RecursionError):  # an answer may only begin so
+        with suppress(ValueError, RecursionError):  # an answer may begin like a list and be none
             cell = json.loads(cell)
     if isinstance(cell, list) and len(cell) == 1:
         (cell,) = cell
@@ -245,7 +245,7 @@ def _refuse_missing_field(
 
 
 def _columns_of(rows: Sequence[dict[str, Any]]) -> str:
-    """The names of their columns, and of what stands in those that hold objects."""
+    """The names of their columns; for a column of objects, the dotted names of the objects' keys."""
     names: dict[str, None] = {}
     for row in rows:
         for name, cell in row.items():
@@ -256,9 +256,9 @@ def _columns_of(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_of(data: DataConfig) -> DataFormat:
-    """The format that a data set's rows are read in, with its fields and its template.
+    """The format of a data set, with its fields and its template.
 
-    Under "auto" that of its first rows. Raises UserError if they are of none that is known, or may be of several.
+    Under "auto" the first rows decide. Raises UserError if they fit no known format, or several.
     """
     if data.format != "auto":
         found = FORMATS[data.format]
@@ -279,12 +279,12 @@ def format_of(data: DataConfig) -> DataFormat:
 
 
 def template_name(data: DataConfig) -> str:
-    """The template that a data set's questions are put into: that of the config, or the format's."""
+    """The template for a data set's questions: the config's, or else the format's."""
     return data.template or format_of(data).template
 
 
 def recognised_as(data: DataConfig, data_format: DataFormat) -> str:
-    """What "auto" made of a data set, in a line."""
+    """A line that says which format "auto" found in a data set."""
     answers = f"answers from {data_format.answer_field}" if data_format.answer_field else "no answers"
     return (
         f"{data.title}: read as {data_format.name}: prompts from {data_format.prompt_field}, {answers}, "
@@ -312,7 +312,7 @@ def _recognised(data: DataConfig) -> DataFormat:
 
 
 def _first_rows(data: DataConfig) -> Sequence[dict[str, Any]]:
-    """As many rows as a format is recognised by, of the first file that has any."""
+    """The first rows, at most FIRST_ROWS, of the first file that has any."""
     _refuse_missing_path(data)
     files = local_files(data)
     if files is None:
@@ -335,9 +335,9 @@ def _first_rows_of_hub(path: str, name: str | None, split: str, section: str) ->
 
 
 def _with_tests_as_text(row: dict[str, Any], data_format: DataFormat) -> dict[str, Any]:
-    """The row with its tests as the grader "code" reads them, and the first one shown: it alone names the function.
+    """Rewrite a row's tests for the grader "code". MBPP's first test is shown in the question: it names the function.
 
-    Unchanged where it has no such tests, which is refused when they are read as a text.
+    A row without such tests is returned unchanged; reading its answer as a text then fails.
     """
     prompt_field, answer_field = data_format.prompt_field, data_format.answer_field
     question, tests = cell_at(row, prompt_field), cell_at(row, answer_field)
@@ -374,13 +374,13 @@ def refuse_bad_golds(problems: Sequence[str], total: int, data: DataConfig) -> N
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A file's rows, or those of a data set of the hub."""
+    """The rows of a file or of a data set on the hub."""
 
     title: str
     rows: list[dict[str, Any]]
 
     def numbered(self, data: DataConfig) -> list[tuple[str, dict[str, Any]]]:
-        """Each row with its place, which names the file unless that is all of the data set."""
+        """Each row with its place, which includes the file's name if the data set has several files."""
         file = "" if self.title == data.title else f"{self.title}, "
         return [(f"{file}row {number}", row) for number, row in enumerate(self.rows, start=1)]
 
@@ -424,7 +424,10 @@ def _rows_of_hub(
     further: Sequence[str] = (),
     most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of a data set that the `datasets` library loads: all columns, or `fields` and those of `further`."""
+    """The rows of a data set that the `datasets` library loads.
+
+    Without `fields` all columns are kept; otherwise the columns of `fields`, and those of `further` that exist.
+    """
     import datasets
 
     try:
@@ -437,7 +440,7 @@ def _rows_of_hub(
             names = [column for column in rows.column_names if column in kept]
             rows = rows.select_columns(names)
         return rows_of(pl.DataFrame(rows.with_format("arrow")[:most]))
-    except Exception as error:  # each kind of data set has errors of its own
+    except Exception as error:  # each kind of data set raises its own errors
         there = "" if Path(path).is_dir() else " from the hub, and there is no such file or folder here"
         raise UserError(
             f"cannot load the data set {path} ({split}){there}: {first_line(error)}; "

@@ -1,6 +1,6 @@
-"""Data files of this machine to rows: which files a path means, and what each kind of file holds.
+"""Finds the data files that a path names, and reads each kind of file as rows.
 
-A row is an object with a cell for each column. What cannot be read is named by its file, and by its line or row.
+A row is a dict with one cell per column. Errors name the file, and the line or row.
 """
 
 import csv
@@ -26,18 +26,18 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""In the names of a folder's files."""
+"""Words in file names that name a split, and the split."""
 
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""What the `datasets` library writes beside data files."""
+"""Files that the `datasets` library writes beside data files."""
 
 Row = dict[str, Any]
 
 
 def local_files(data: DataConfig) -> list[Path] | None:
-    """The files that a data set's path means; None for a data set that the `datasets` library has to load.
+    """The files that data.path names; None if the `datasets` library has to load the data set.
 
-    Raises UserError where there is none.
+    Raises UserError if no file is found.
     """
     if not isinstance(data.path, str):
         return [file for path in data.path for file in _files_at(path, data)]
@@ -71,7 +71,7 @@ def _files_at(path: str, data: DataConfig) -> list[Path]:
 
 
 def _files_in(folder: Path, data: DataConfig) -> list[Path]:
-    """A folder's data files, of the split that is wanted where their names name splits."""
+    """The data files of a folder; if their names contain splits, only those of data.split."""
     files = sorted(
         file
         for file in folder.rglob("*")
@@ -99,7 +99,7 @@ def _files_in(folder: Path, data: DataConfig) -> list[Path]:
 
 
 def rows_in(file: Path, most: int | None = None) -> list[Row]:
-    """A data file's rows, or the first ones. Raises UserError, which names the file and the line, if it is none."""
+    """The rows of a data file, or its first `most`. Raises UserError if it cannot be read, naming file and line."""
     try:
         return _READERS[data_suffix(file.name)](file, most)
     except (ValueError, TypeError, RecursionError, OSError, pl.exceptions.PolarsError) as error:
@@ -121,7 +121,7 @@ def _parquet(file: Path, most: int | None) -> list[Row]:
 
 
 def _arrow(file: Path, most: int | None) -> list[Row]:
-    """As `datasets` saves it, a stream, or as others do, a file of Arrow IPC."""
+    """An Arrow IPC stream, as `datasets` saves it, or an Arrow IPC file."""
     with _opened(file) as opened:
         content = opened.read()
     read = pa.ipc.open_file if content.startswith(b"ARROW1") else pa.ipc.open_stream
@@ -131,7 +131,7 @@ def _arrow(file: Path, most: int | None) -> list[Row]:
 
 
 def _table(file: Path, most: int | None) -> list[Row]:
-    """A .csv or .tsv file, with the names of its columns first; a cell is a text, and one without any is missing."""
+    """A .csv or .tsv file whose first line names the columns. Cells are texts; an empty cell is missing."""
     csv.field_size_limit(sys.maxsize)
     with _opened(file) as opened:
         content = opened.read()
@@ -211,7 +211,7 @@ def _rows_of_columns(columns: dict[str, Any]) -> list[Row]:
 
 
 def _row(row: Any, place: str) -> Row:
-    """An object; a list of turns, which ORZ has for one, is an object with the keys 0, 1 and so on."""
+    """A row as a dict. A list of turns, as in ORZ's files, becomes a dict with the keys 0, 1 and so on."""
     if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
         return {str(number): turn for number, turn in enumerate(row)}
     if not isinstance(row, dict):

@@ -1,6 +1,6 @@
-"""The formats of data sets: which columns hold the prompt and the answer, and by which columns a format is recognised.
+"""The known formats of data sets: the columns that hold prompt and answer, and the columns that identify a format.
 
-One table, one line each. docs/data.md shows it to users; tests/test_formats_of_others.py holds a file of each.
+docs/data.md has the table for users; tests/test_formats_of_others.py has a file of each format.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,37 +8,37 @@ from dataclasses import dataclass
 from typing import Any
 
 NOT_THERE = object()
-"""In place of a cell that a row does not have."""
+"""Stands for a cell that a row does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFormat:
-    """How a data set's rows become prompts. A field may be dotted: `reward_model.ground_truth`, `0.value`."""
+    """Where rows hold prompt and answer. A field may be a dotted path: `reward_model.ground_truth`, `0.value`."""
 
     name: str
-    """Whose files have it, for messages."""
+    """The project or data set that uses the format, for messages."""
     prompt_field: str
     answer_field: str
-    """Empty where there is none."""
+    """Empty if the rows have no answer."""
     template: str = "plain"
-    """Of prompts that are texts; under "auto" a list of messages takes the model's chat template."""
+    """The template for prompts that are texts; under "auto" lists of messages use the model's chat template."""
     columns: tuple[str, ...] = ()
-    """It is recognised by these, beside prompt and answer."""
+    """Columns that a data set must have, besides prompt and answer, to be recognised."""
     absent: tuple[str, ...] = ()
-    """It is not meant where one of these is there."""
+    """A data set with one of these columns has another format."""
     answers_hold: str = ""
-    """It is meant where a first answer holds this text."""
+    """A text that at least one of the first answers must contain."""
     answer_is_solution: bool = False
-    """The answer field holds a worked solution, from which the grader extracts the reference answer; it takes a text
-    that marks none for the answer itself."""
+    """The answer field holds a worked solution, from which the grader extracts the reference answer. A text without a
+    marked answer is the answer itself."""
     answer_is_tests: bool = False
-    """The answer field holds unit tests, and TEST_SETUP_FIELDS what runs before them."""
+    """The answer field holds unit tests; TEST_SETUP_FIELDS hold code that runs before them."""
     entry_point_field: str = ""
-    """The function that the tests check, given to their `check`."""
+    """The column with the name of the function that the tests pass to their `check`."""
     answer_may_be_json: bool = False
-    """The answer may stand in a JSON list: `["25"]`."""
+    """The answer may be the text of a JSON list: `["25"]`."""
     drops_last_answer: bool = False
-    """A last turn of the assistant shows an answer and belongs to no prompt."""
+    """If the last turn is the assistant's, it shows an answer and is left out of the prompt."""
 
 
 TEST_SETUP_FIELDS = ("test_setup_code", "test_imports")
@@ -81,7 +81,7 @@ FORMATS = {
         answer_is_tests=True,
     ),
 }
-"""By the names that data.format may have."""
+"""The formats that data.format can name."""
 
 DISTINCT = (
     DataFormat(
@@ -121,7 +121,7 @@ DISTINCT = (
         answer_is_tests=True,
     ),
 )
-"""Recognised by columns that no other format has."""
+"""Formats with columns that no other format has."""
 
 PAIRS = (
     DataFormat(
@@ -149,18 +149,17 @@ PAIRS = (
         answer_is_solution=True,
     ),
 )
-"""Recognised by a prompt and an answer under usual names, where no format of DISTINCT is."""
-
+"""Formats with common column names, tried if none of DISTINCT fits."""
 
 ALONE = tuple(
     DataFormat(name="prompts alone", prompt_field=field, answer_field="")
     for field in ("prompt", "messages", "problem", "question")
 )
-"""Recognised where there is no answer, for reward functions that read none."""
+"""Prompts without answers, tried last; they suit reward functions that read no answer."""
 
 
 def cell_at(row: Mapping[str, Any], field: str) -> Any:
-    """The cell of a row under a name, or down a dotted path of keys and places; NOT_THERE where there is none."""
+    """The cell of a row under a name or a dotted path of keys and list positions; NOT_THERE if it is missing."""
     if field in row:
         return row[field]
     found: Any = row
@@ -175,12 +174,12 @@ def cell_at(row: Mapping[str, Any], field: str) -> Any:
 
 
 def has_field(rows: Sequence[Mapping[str, Any]], field: str) -> bool:
-    """Whether one of these rows has it."""
+    """Whether one of these rows has the field."""
     return any(cell_at(row, field) is not NOT_THERE for row in rows)
 
 
 def recognised(rows: Sequence[Mapping[str, Any]]) -> list[DataFormat]:
-    """The formats that a data set's first rows may be of: one, or none, or several between which nothing decides."""
+    """The formats that fit the first rows of a data set: one, none, or several that cannot be told apart."""
     kinds = ([each for each in some if _may_be(each, rows)] for some in (DISTINCT, PAIRS, ALONE))
     return next((found for found in kinds if found), [])
 

@@ -1,4 +1,4 @@
-"""The framing of a question by [data]: a system prompt, examples, an instruction, the beginning of the answer."""
+"""Frames a question as [data] says: with a system prompt, examples, an instruction and a prefill."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from common.data.messages import Turns, turns_of
 
 
 def text_prompt(template: str, text: str, data: DataConfig) -> str:
-    """A question in a text template, after the examples, which a blank line separates, and before the prefill."""
+    """A question in a text template, after the examples, which end with a blank line each, and before the prefill."""
     examples = (
         f"{_in_template(template, each.prompt, data)}{each.completion}\n\n" for each in data.few_shot or ()
     )
@@ -33,7 +33,7 @@ def chat_turns(text: str, data: DataConfig) -> Turns:
 
 
 def framing_identity(data: DataConfig) -> dict[str, Any]:
-    """The settings of the framing, as JSON; empty if the template is given the question alone."""
+    """The settings of the framing, as JSON values; empty if only the template surrounds the question."""
     framing = data.model_dump(mode="json", include=set(data.shown) - {"template"})
     if framing["chat_template_kwargs"]:
         framing["chat_template_kwargs"] = sorted(map(list, framing["chat_template_kwargs"].items()))
@@ -41,7 +41,7 @@ def framing_identity(data: DataConfig) -> dict[str, Any]:
 
 
 def recorded_framing(prompt_identity: Mapping[str, Any]) -> DataConfig:
-    """The framing that an artifact's identity records, without any other setting of [data]."""
+    """The framing that an artifact's identity records; the other settings of [data] keep their defaults."""
     found = {
         key: value for key, value in prompt_identity.items() if key in set(DataConfig.shown) - {"template"}
     }

@@ -1,4 +1,4 @@
-"""Held-out prompts beside those for training: whether they are asked alike, and whether they are other questions."""
+"""Compares held-out and training prompts: are they shown in the same way, and do they share questions?"""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ from common.provenance import differences
 
 
 def remarks(config: RunConfig, held_out: Iterable[str], training: Iterable[str]) -> list[str]:
-    """What a reader of held-out figures must know, in lines: how the questions were read, which are trained on too."""
+    """Lines for readers of held-out figures: the format found, other templates, questions that are also trained on."""
     data = config.held_out
     assert data is not None, "there are held-out prompts"
     seen = [recognised_as(data, format_of(data))] if data.format == "auto" else []
@@ -20,7 +20,7 @@ def remarks(config: RunConfig, held_out: Iterable[str], training: Iterable[str])
 
 
 def remarks_beside_data(config: RunConfig, held_out: Iterable[str]) -> list[str]:
-    """The same where the prompts for training, those of [data], have not been read; they need not be there."""
+    """The same, reading the training prompts from [data]; a line says so if they cannot be read."""
     try:
         training = [row.question for row in read_rows(config.data, config)]
     except UserError as error:

@@ -1,7 +1,7 @@
-"""Prompts that are lists of messages, as texts.
+"""Stores prompts that are lists of messages as texts.
 
-A prompt is a text in every file of ours. A list that holds one turn of the user is the text of that turn. Any other
-list is its JSON, in one form, which the chat template gets as messages again.
+All our files store a prompt as a text. A list with one user turn becomes the text of that turn. Any other list becomes
+its JSON text, always spelled in the same way, and is turned back into messages for the chat template.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 ROLES = ("system", "user", "assistant")
 BEGINNING = '[{"role": "'
 UNSAID: tuple[object, ...] = ({}, [], "", "message", None)
-"""Values of further keys that say nothing; NeMo Gym writes `"type": "message"`."""
+"""Values of further keys that carry no information; NeMo Gym writes `"type": "message"`."""
 
 Turns = list[dict[str, str]]
 
 
 def is_messages(cell: Any) -> bool:
-    """Whether a cell is a list of messages, usable or not."""
+    """Whether a cell is a list of messages, even one that cannot be used."""
     return (
         isinstance(cell, list)
         and bool(cell)
@@ -26,9 +26,9 @@ def is_messages(cell: Any) -> bool:
 
 
 def usable_turns(messages: Sequence[dict[str, Any]], *, drops_last_answer: bool = False) -> Turns:
-    """The turns of a list of messages, of which the user has the last.
+    """The turns of a list of messages; the last one is the user's.
 
-    Raises ValueError or TypeError, which says what is wrong.
+    Raises ValueError or TypeError, which names the problem.
     """
     if drops_last_answer and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -50,17 +50,17 @@ def _turn(number: int, message: dict[str, Any]) -> dict[str, str]:
 
 
 def text_of_turns(turns: Turns) -> str:
-    """A prompt's text."""
+    """The text that stores the turns."""
     return turns[0]["content"] if len(turns) == 1 else json.dumps(turns, ensure_ascii=False)
 
 
 def turns_of(text: str) -> Turns:
-    """The messages that a prompt's text stands for: those of such a list, otherwise one turn of the user."""
+    """The messages that a prompt's text stands for: those of a stored list, otherwise one user turn."""
     if text.startswith(BEGINNING):
         try:
             turns = usable_turns(json.loads(text))
         except (ValueError, TypeError, KeyError, RecursionError):
-            turns = []  # a question that only begins so
+            turns = []  # a question that only begins like a list
         if len(turns) > 1 and text_of_turns(turns) == text:
             return turns
     return [{"role": "user", "content": text}]

@@ -1,4 +1,4 @@
-"""Data sets to prompts: rendered, each once, of those that fit the model and that the grader can use."""
+"""Turns data sets into prompts: renders each question once, and checks length, vocabulary and reference answer."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ def load_prompts(data: DataConfig, config: RunConfig, renderer: PromptRenderer) 
 
 
 def usable_prompts(prompts: Sequence[Prompt], data: DataConfig, pool: GraderPool) -> list[Prompt]:
-    """The prompts whose reference answer the grader can use, found before anything is generated for them.
+    """The prompts whose reference answer the grader can use, checked before anything is generated.
 
-    Raises UserError, naming the others, unless data.bad_golds says to drop them; also for a grader of the user's own
-    that returns no reward.
+    Raises UserError that names the others, unless data.bad_golds says to drop them, and for a reward function that
+    does not return a reward.
     """
     if prompts:
         pool.try_out(prompts[0].text, prompts[0].answer)
@@ -43,7 +43,7 @@ def usable_prompts(prompts: Sequence[Prompt], data: DataConfig, pool: GraderPool
 
 
 def refuse_none_usable(prompts: Sequence[Prompt], data: DataConfig) -> None:
-    """Raise UserError where no prompt is left."""
+    """Raise UserError if no prompt is left."""
     if not prompts:
         raise UserError(
             f"no prompt of {data.title} is left: the grader can use none of the reference answers; "
@@ -92,7 +92,7 @@ def prompts_from_pairs(
 
 
 def longest_allowed_prompt(config: RunConfig) -> int:
-    """The most tokens that a prompt may have, in training or held out: the engine makes room for them."""
+    """The largest max_prompt_tokens of training and held-out prompts: the engine reserves room for it."""
     sections = [config.data] if config.evaluate.data is None else [config.data, config.evaluate.data]
     return max(section.max_prompt_tokens for section in sections)
 
@@ -100,7 +100,7 @@ def longest_allowed_prompt(config: RunConfig) -> int:
 def check_fit(
     prompts: Sequence[Prompt], config: RunConfig, folder: Path, data: DataConfig | None = None
 ) -> None:
-    """Raise UserError unless the model can read each prompt, of [data] or `data`, and has room for its completion."""
+    """Raise UserError if a prompt, of [data] or `data`, has unknown token ids or leaves no room for a completion."""
     section = (data or config.data).section
     numbers = model_numbers(folder)
     rows = numbers.get("vocab_size")

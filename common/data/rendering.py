@@ -1,4 +1,4 @@
-"""Rendering: questions to prompts in a template and their token ids, completions to text."""
+"""Renders questions in a template as token ids, and decodes completions."""
 
 import inspect
 import json
@@ -33,30 +33,30 @@ TEMPLATES = {
 """Named templates; gsm8k, math and openr1 are the paper's (Table 4). "chat" is the tokenizer's own."""
 
 PROBES = ("What is 1 + 2?", "How many apples has Tom?")
-"""Questions that no template may render alike."""
+"""Questions that a template must render differently."""
 
 SHOWN_CHARACTERS = 60
 
 BATCH = 512
-"""Prompts that are tokenised at a time."""
+"""The number of prompts that are tokenised at a time."""
 
 SHORTEST_BEGINNING = 4096
 CHARACTERS_PER_TOKEN = 16
-"""Of the limit: a text that is longer is tokenised by its beginning first. Few texts have so many to a token."""
+"""A text with more characters than this per token of the limit is first tokenised in part; few texts have as many."""
 
 MISTRALS_OWN = "tekken.json"
 
 DATE = datetime(2024, 7, 26)
-"""Today, for chat templates that write the date into a prompt; Llama 3's own where none is given."""
+"""The date that chat templates write into prompts: the default in Llama 3's template."""
 
 END_OF_THINKING = "</think>"
 
 CONTROL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""The special tokens that say something to programs. Others, such as `<answer>`, are text."""
+"""The special tokens that only control programs. Others, such as `<answer>`, are text."""
 
 
 class PromptRenderer:
-    """Turns a question into what the model reads, and what the model wrote into text."""
+    """Turns a question into the token ids that the model reads, and a completion's token ids into text."""
 
     def __init__(self, folder: Path, data: DataConfig) -> None:
         """Load the tokenizer.
@@ -74,15 +74,15 @@ class PromptRenderer:
         self._unseen = _control_token_ids(self.tokenizer, self.eos_token_ids)
 
     def render(self, text: str) -> tuple[int, ...]:
-        """The token ids of a question in its template, with the tokenizer's BOS if it uses one. Raises UserError."""
+        """The token ids of a question in the template, with the tokenizer's BOS if it uses one. Raises UserError."""
         (ids,) = self.render_all([text])
         assert ids is not None, "there is no limit"
         return tuple(ids)
 
     def render_all(self, texts: Iterable[str], limit: int | None = None) -> Iterator["array[int] | None"]:
-        """The same of many questions, in order; None for one that has far more tokens than the limit.
+        """The token ids of many questions, in order; None for one that has far more tokens than the limit.
 
-        A text of megabytes is given up after its beginning has been tokenised.
+        Of a text of megabytes only the beginning is tokenised.
         """
         for some in batched(texts, BATCH):
             rendered = [self.in_template(text) for text in some]
@@ -94,14 +94,14 @@ class PromptRenderer:
                 yield None if long else self._with_bos(next(found), text)
 
     def in_template(self, text: str) -> str:
-        """What the model reads of a question, as a text. Raises UserError for a chat template that cannot take it."""
+        """The full prompt for a question, as a text. Raises UserError if the chat template cannot render it."""
         if self.template != "chat":
             return text_prompt(self.template, text, self._data)
         turns = chat_turns(text, self._data)
         return self._chat(turns, self._data.chat_template_kwargs) + (self._data.prefill or "")
 
     def _is_far_longer(self, rendered: str, limit: int) -> bool:
-        """Whether a beginning of it has more than twice as many tokens, not counting those of a token that was cut."""
+        """Whether its beginning alone has more than twice the limit, not counting those of a token that was cut."""
         size = max(SHORTEST_BEGINNING, CHARACTERS_PER_TOKEN * limit)
         while size < len(rendered):
             if len(self._token_ids([rendered[:size]])[0]) > 2 * limit + self._longest_token:
@@ -111,11 +111,11 @@ class PromptRenderer:
 
     @cached_property
     def _longest_token(self) -> int:
-        """In characters."""
+        """The length of the longest token, in characters."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     def _token_ids(self, texts: list[str]) -> list["array[int]"]:
-        """As `tokenizer(texts, add_special_tokens=False)`, without what it would wrap around them."""
+        """`tokenizer(texts, add_special_tokens=False)`, without the overhead of its Python wrapper where possible."""
         if not texts:
             return []
         if not self._is_plain:
@@ -136,23 +136,23 @@ class PromptRenderer:
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a completion, in which tokens that only control programs, such as EOS, are left out."""
+        """The text of a completion, without tokens that only control programs, such as EOS."""
         shown = list(filterfalse(self._unseen.__contains__, token_ids))
         return str(self.tokenizer.decode(shown, skip_special_tokens=False))
 
     def _chat(self, turns: Turns, told: Mapping[str, Any] | None, *, asks: bool = True) -> str:
-        """Render turns in the chat template; if it `asks`, with the beginning of the assistant's next turn."""
+        """Render turns in the chat template; with `asks`, add the beginning of the assistant's next turn."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     turns,
                     add_generation_prompt=asks,
                     tokenize=False,
-                    strftime_now=DATE.strftime,  # a prompt is the same on every day
+                    strftime_now=DATE.strftime,  # so that a prompt is the same every day
                     **(told or {}),
                 )
             )
-        except Exception as error:  # the template is a program that came with the model
+        except Exception as error:  # the template is a program that comes with the model
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise self._chat_error(f"cannot render a question ({reason})") from error
 
@@ -201,7 +201,7 @@ class PromptRenderer:
 
     @property
     def lets_think(self) -> bool:
-        """Whether the chat template knows of thinking and a prompt does not end after it."""
+        """Whether the chat template supports thinking, and prompts do not end with the thinking already closed."""
         return (
             self.template == "chat"
             and END_OF_THINKING in str(self.tokenizer.chat_template)
@@ -245,11 +245,11 @@ class PromptRenderer:
 
     @property
     def pad_token_id(self) -> int:
-        """Fills the rows of a batch up; any id that the model can read does, and the lowest EOS is one."""
+        """The id that pads the rows of a batch. Any id that the model can read will do; this is the lowest EOS id."""
         return self.eos_token_ids[0]
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two renderings to be the same."""
+        """The settings that must be equal for two renderings to be the same."""
         template = self.tokenizer.chat_template if self.template == "chat" else self.template
         return {
             "template": template,
@@ -259,7 +259,7 @@ class PromptRenderer:
 
 
 def batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """These texts in lists of so many."""
+    """The texts in lists of `size`."""
     rest = iter(texts)
     while some := list(islice(rest, size)):
         yield some
@@ -288,15 +288,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
                 f"{folder} has a tokenizer in Mistral's own format alone, {MISTRALS_OWN}; use the model with a "
                 "tokenizer.json, in Hugging Face format"
             )
-        options["mistral_format"] = False  # which transformers prefers where mistral-common is installed
+        options["mistral_format"] = False  # transformers prefers it if mistral-common is installed
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except Exception as error:  # of a damaged file the libraries raise anything
+    except Exception as error:  # for a damaged file the libraries raise any exception
         raise UserError(f"{folder} has no usable tokenizer ({cause(error)}); {AGAIN}") from error
 
 
 def _control_token_ids(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequence[int]) -> frozenset[int]:
-    """Those of EOS, BOS, padding and the like; an EOS id may also be that of a word, which is text."""
+    """The ids of EOS, BOS, padding and the like. If an EOS id belongs to an ordinary word, it counts as text."""
     special = set(tokenizer.all_special_ids)
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     control = {getattr(tokenizer, f"{name}_token_id") for name in CONTROL_TOKENS}
@@ -304,11 +304,10 @@ def _control_token_ids(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: Sequ
 
 
 def prompt_template(data: DataConfig) -> str:
-    """The text that a question is put into, in place of {prompt}; or "chat".
+    """The text template for a data set's questions, which contains {prompt}, or "chat".
 
-    Raises UserError for an unknown name, and for settings that only a chat template reads under a text.
-
-    Where the format is to be recognised and the config has no template, it reads the data set's first rows.
+    Raises UserError for an unknown name, and for a text template with settings that only a chat template reads. If the
+    config sets no template and the format is "auto", the data set's first rows are read.
     """
     name = template_name(data)
     if name == "chat":
@@ -332,7 +331,7 @@ def prompt_template(data: DataConfig) -> str:
 
 
 def _set_by_rendering(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    """The names of arguments that rendering passes itself; tools and documents are left to the user."""
+    """The arguments of the chat template that rendering sets; users may set tools and documents."""
     options = inspect.signature(tokenizer.apply_chat_template).parameters
     return {*options, "messages", "strftime_now"} - {"tools", "documents"}
 
@@ -343,7 +342,7 @@ def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
 
 
 def _is_plain(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether its Rust tokenizer does all of its work, as it does for any that has no calls of its own."""
+    """Whether its Rust tokenizer can be called directly: the class overrides no method that would add to it."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     kind = type(tokenizer)

@@ -1,4 +1,4 @@
-"""The seam between the stages and whatever samples completions for them."""
+"""The interface of the engines that sample completions, and the function that builds the configured one."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,15 +17,15 @@ class RolloutEngine(Protocol):
     """Samples completions from a model whose weights can be replaced in place."""
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """Sample one completion a request, in the order in which they end."""
+        """Sample one completion per request; yields them in the order in which they end."""
         ...
 
     def load_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
-        """Take over new weights, named as in the Hugging Face checkpoint."""
+        """Replace the weights; the names are those of the Hugging Face checkpoint."""
         ...
 
     def sleep(self) -> None:
-        """Free what memory the engine can do without until the next `load_weights`, before which it cannot sample."""
+        """Free memory until the next `load_weights`; the engine cannot sample before that."""
         ...
 
     def close(self) -> None:
@@ -34,7 +34,7 @@ class RolloutEngine(Protocol):
 
 
 class EngineBuilder(Protocol):
-    """What `build_engine` is. Jobs take it as an argument, for whoever has another engine, such as a test."""
+    """The type of `build_engine`. Jobs take it as an argument, so that a test can pass another engine."""
 
     def __call__(
         self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
@@ -48,7 +48,7 @@ def build_engine(
 ) -> RolloutEngine:
     """Load the model in `folder` into the configured engine.
 
-    `beside_trainer` says that the device and the process are shared with a training job.
+    `beside_trainer` means that a training job uses the same process and device.
     """
     if config.engine.backend == "vllm":
         refuse_missing("vllm", 'engine.backend is "vllm"', 'make setup, or set it to "transformers"')

@@ -1,4 +1,4 @@
-"""How a completion ended: the engine's report checked against the tokens, and the search for stop strings."""
+"""Decides how a completion ended: searches for stop strings and checks the engine's report against the tokens."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -8,7 +8,7 @@ from common.errors import UserError
 from common.rollout import Completion, SampleRequest
 
 SPARE = 4
-"""Tokens beside those that a stop string can be of: a character may begin in a token that ends another."""
+"""Tokens to decode besides those of a stop string: its first character may begin in an earlier token."""
 PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -26,15 +26,15 @@ class StopStrings:
         return bool(self._texts)
 
     def may_complete(self, token: int) -> bool:
-        """Whether the token can be the last of a stop string: only after such a token is the text searched."""
+        """Whether the token can be the last of a stop string; the text is searched only after such tokens."""
         known = self._may_complete.get(token)
         if known is None:
-            twice = self._decode([token, token])  # at the beginning of a text some tokens lose a space
+            twice = self._decode([token, token])  # some tokens lose a space at the beginning of a text
             known = self._may_complete[token] = not self._last_characters.isdisjoint(twice)
         return known
 
     def end(self, token_ids: Sequence[int]) -> bool:
-        """Whether the last of a completion's tokens has completed a stop string."""
+        """Whether the last token of a completion has completed a stop string."""
         return (
             bool(token_ids)
             and self.may_complete(token_ids[-1])
@@ -43,13 +43,13 @@ class StopStrings:
         )
 
     def before(self, text: str) -> str | None:
-        """The text before the stop string that is complete first; None where there is none."""
+        """The text before the stop string that is complete first; None if it contains no stop string."""
         ends = [(place + len(each), place) for each in self._texts if (place := text.find(each)) >= 0]
         return text[: min(ends)[1]] if ends else None
 
 
 class Endings:
-    """The ends of completions of one model under one sampling distribution."""
+    """Makes completions from the tokens and the report of an engine, for one model and one `[sampling]`."""
 
     def __init__(self, renderer: PromptRenderer, sampling: SamplingParams) -> None:
         self.stop = StopStrings(sampling.stop, renderer.decode)
@@ -64,7 +64,7 @@ class Endings:
         reason: str | None,
         sampled_logprobs: Sequence[float] | None,
     ) -> Completion:
-        """A completion from its tokens and the engine's reason for its end: "stop" or "length". Raises UserError."""
+        """A completion from its tokens and the engine's finish reason, "stop" or "length". Raises UserError."""
         text = self._decode(token_ids)
         before = self.stop.before(text)
         return Completion(
@@ -88,7 +88,7 @@ def is_truncated(
 ) -> bool:
     """Whether a completion was cut off at `limit` tokens ("length") instead of ending by itself ("stop").
 
-    Raises UserError where the engine's word contradicts the tokens: every reward would depend on who is right.
+    Raises UserError if the engine's report contradicts the tokens, since its reward depends on which of them is right.
     """
     if reason == "stop" and token_ids and (token_ids[-1] in eos_token_ids or holds_stop_string):
         return False

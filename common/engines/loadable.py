@@ -1,4 +1,4 @@
-"""A model's folder as vLLM shall see it."""
+"""Gives vLLM a folder that holds only the weights of the model."""
 
 import hashlib
 import json
@@ -9,10 +9,10 @@ from common.model.weights import read_weights
 
 
 def loadable_folder(folder: Path, run: Path) -> Path:
-    """The folder; where it holds weights that are not the model's, one of links to the others within the run's.
+    """The model's folder. If it holds other weights too, a folder of the run with links to all files but those.
 
-    vLLM loads every safetensors file that no index leaves out, and prefers those that are called consolidated. The
-    links' place depends on nothing but where they lead, so that what vLLM has compiled for a model is found again.
+    vLLM would load the other weights: it loads every safetensors file that no index excludes, and prefers consolidated
+    files. The path of the links depends only on their targets, so that vLLM finds its compilation cache again.
     """
     unread = {file.name for file in read_weights(folder).unread}
     if not unread:
@@ -22,6 +22,6 @@ def loadable_folder(folder: Path, run: Path) -> Path:
     links = run / "loadable_model" / digest
     links.mkdir(parents=True, exist_ok=True)
     for name, target in targets.items():
-        with suppress(FileExistsError):  # of an earlier start, or another rank's
+        with suppress(FileExistsError):  # made by an earlier start or another rank
             (links / name).symlink_to(target)
     return links

@@ -1,4 +1,4 @@
-"""Ranks of a training job that share one rollout engine, for models that do not fit one GPU."""
+"""Lets ranks of a training job share one rollout engine, for models that do not fit one GPU."""
 
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 class SharedEngine:
-    """Consecutive ranks, each with a shard of one engine: they run the same requests in the same order.
+    """A group of consecutive ranks that each hold a shard of one engine and run the same requests in the same order.
 
-    `name` is one that no other group has, on this machine or another, now or in a job that was killed.
+    `name` is unique, across machines and also across jobs that were killed.
     """
 
     def __init__(self, size: int) -> None:
-        """Join one's group; a collective operation of all ranks, whose number is a multiple of `size`."""
+        """Join the rank's group. A collective operation of all ranks; their number is a multiple of `size`."""
         ranks = range(dist.get_world_size())
         self._size = size
         self._place = dist.get_rank() % size
-        # A group of its own: the trainer's may be in use by another thread, and on GPUs takes no objects from the host.
+        # A separate group: another thread may be using the trainer's, which on GPUs cannot send Python objects.
         self._group, _ = dist.new_subgroups_by_enumeration(
             [list(ranks[start : start + size]) for start in ranks[::size]], backend="gloo"
         )
@@ -35,7 +35,8 @@ class SharedEngine:
     def share(self, requests: Iterable[SampleRequest]) -> list[tuple[bool, SampleRequest]]:
         """The requests of all ranks of the group in one order, each with whether it is this rank's own.
 
-        A collective operation of the group. The ranks take turns, so that each has completions to grade all along.
+        A collective operation of the group. The ranks' requests alternate, so that each rank always has completions to
+        grade.
         """
         parts = self._gather(list(requests))
         return [

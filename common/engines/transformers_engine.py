@@ -1,4 +1,4 @@
-"""transformers' `generate` as the rollout engine: slower, for machines and models without vLLM."""
+"""A rollout engine that calls transformers' `generate`: slower than vLLM, for machines and models without it."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -24,7 +24,7 @@ from common.rollout import Completion, SampleRequest
 
 
 class TransformersEngine:
-    """Samples batch by batch, each sequence from a random stream of its own."""
+    """Samples batch by batch; each completion has its own random stream."""
 
     def __init__(self, config: RunConfig, folder: Path, renderer: PromptRenderer) -> None:
         """Load the model."""
@@ -34,11 +34,11 @@ class TransformersEngine:
         model: Any = load_causal_lm(folder, config.model.dtype)
         self._names = CheckpointNames(model)
         self._model = model.to(self._device).eval()
-        # The folder's own may hold a repetition penalty or a top-k, and `generate` would apply them before our sampler.
+        # The model's own may contain a repetition penalty or a top-k, which `generate` would apply before our sampler.
         self._model.generation_config = GenerationConfig()
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """Sample a batch at a time; yields once the batch's longest completion has ended."""
+        """Sample a batch at a time; yields its completions once the longest has ended."""
         waiting = iter(requests)
         while batch := list(islice(waiting, self._batch_size)):
             yield from self._generate_batch(batch, sampling)
@@ -97,7 +97,7 @@ class TransformersEngine:
         self._names.load(named_tensors)
 
     def sleep(self) -> None:
-        """Between batches the engine holds its weights alone, which stay."""
+        """Does nothing: between batches the engine holds only its weights, which stay."""
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -105,7 +105,7 @@ class TransformersEngine:
 
 
 class _AtStopString(StoppingCriteria):
-    """Ends a row at the token that completes a stop string, and records the length of its completion."""
+    """Ends a row at the token that completes a stop string, and records the completion's length."""
 
     def __init__(self, stop: StopStrings, prompt_length: int, rows: int) -> None:
         self._stop = stop
@@ -122,11 +122,11 @@ class _AtStopString(StoppingCriteria):
 
 
 class _SeededSampler(LogitsProcessor):
-    """Samples inside greedy `generate`: it leaves only the drawn token possible.
+    """Samples inside greedy `generate`: draws each row's token and gives all other tokens a score of -inf.
 
-    `generate` itself draws a whole batch from one random stream; here each row has its own, so that a sample does
-    not depend on its neighbours. One uniform number per token is looked up in the cumulative sum of the distribution,
-    on the device of the scores.
+    `generate` itself draws a whole batch from one random stream. Here each row has its own, so that a sample does not
+    depend on its neighbours. A token is drawn by looking up one uniform number in the cumulative distribution, on the
+    device of the scores.
     """
 
     def __init__(self, seeds: list[int], sampling: SamplingParams, device: torch.device) -> None:
@@ -144,7 +144,7 @@ class _SeededSampler(LogitsProcessor):
             kind(sampling.cut_by[key]) for key, kind in warpers.items() if key in sampling.cut_by
         ]
         self.logprobs: list[torch.Tensor] = []
-        """A tensor a step: the drawn tokens' log-probs under the sampling distribution, shape (B,)."""
+        """One tensor per step: the drawn tokens' log-probs under the sampling distribution, shape (B,)."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores_BV = scores.float()
@@ -160,9 +160,9 @@ class _SeededSampler(LogitsProcessor):
 
 
 def drawn_tokens(scores_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The token of each row at which the cumulative sum of softmax(scores) passes a number from 0 up to 1.
+    """Draw one token per row from softmax(scores): the first whose cumulative probability exceeds a number in [0, 1).
 
-    In float64, in which the sum still tells the rarest tokens apart. A token without a probability is never drawn.
+    The sum is in float64, which is exact enough for the rarest tokens. A token of probability 0 is never drawn.
     """
     sum_BV = scores_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
     total_B = sum_BV[:, -1]

@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine, in this process. With vllm_repairs.py the only importer of vllm."""
+"""A rollout engine that runs vLLM in this process. Only this file and vllm_repairs.py import vllm."""
 
 import gc
 import logging
@@ -38,18 +38,18 @@ LOGGING_LEVEL = "ERROR"
 
 
 class VllmEngine:
-    """One vLLM engine, driven step by step so that a completion can be graded while others are sampled.
+    """A vLLM engine, run step by step so that a completion can be graded while others are sampled.
 
-    Beside a trainer it may be one of a group of ranks that hold a shard each. The ranks of a group then call
-    `generate`, `load_weights` and `sleep` together, and read each `generate` to its end.
+    In a training job several ranks may form one engine, each with a shard. They must then call `generate`,
+    `load_weights` and `sleep` together, and read each `generate` to its end.
     """
 
     def __init__(
         self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
     ) -> None:
-        """Load the model. Beside a trainer the engine takes its own share of the GPU.
+        """Load the model. With `beside_trainer` it takes engine.training_gpu_memory_utilization of the GPU.
 
-        Raises UserError, before it loads, if the ranks or the model cannot be divided into the configured groups.
+        Raises UserError before loading if the ranks or the model cannot be divided into the configured groups.
         """
         self._is_guest = beside_trainer and dist.is_initialized()
         self._group: SharedEngine | None = None
@@ -79,15 +79,15 @@ class VllmEngine:
         else:
             options["enforce_eager"] = True
             options["kv_cache_memory_bytes"] = round(config.engine.cpu_kv_cache_gib * 2**30)
-            # Compiling the sampler's two small helpers takes ten seconds that they never win back on a CPU.
+            # Compiling two small helpers of the sampler takes ten seconds, more than it saves on a CPU.
             current_platform.simple_compile_backend = "eager"
-            rotate_heads_on_a_cpu()  # imports what would be compiled
+            rotate_heads_on_a_cpu()  # imports a function that would be compiled
             # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".
             options["max_num_batched_tokens"] = max(65536, max_model_len)
         if processes > 1:
-            # Each rank's engine, or shard of one, runs in the rank's own process, on the rank's own GPU.
+            # Each rank runs its engine, or its shard of one, in its own process and on its own GPU.
             options["distributed_executor_backend"] = _executor(self._group.name if self._group else "")
-        # vLLM collects garbage half a dozen times while it loads: what is there already is none.
+        # vLLM collects garbage several times while it loads; frozen objects are not walked each time.
         gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
@@ -101,7 +101,7 @@ class VllmEngine:
             self.llm: vllm.LLM | None = vllm.LLM(
                 model=str(loadable_folder(folder, run_paths(config.run).root)),
                 config_format="hf",
-                skip_tokenizer_init=True,  # it is given token ids, and gives such
+                skip_tokenizer_init=True,  # it receives and returns token ids
                 dtype=config.model.dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=config.engine.max_num_seqs,
@@ -116,7 +116,7 @@ class VllmEngine:
             )
         if classes:
             self.llm.apply_model(classes.adopt)
-        # The garbage collector would walk all of vLLM's and torch's objects again and again while samples pile up.
+        # Otherwise the garbage collector would walk all objects of vLLM and torch again and again during sampling.
         gc.collect()
         gc.freeze()
         self._window = 2 * config.engine.max_num_seqs
@@ -125,9 +125,9 @@ class VllmEngine:
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         """Keep a window of requests in the engine and yield each completion as it ends.
 
-        The ranks of a group run all their requests together; each yields its own. Raises EngineFailed where vLLM
-        fails, within a group UserError: its other ranks are then stuck in a step that needs this one, and only the
-        whole job can go on.
+        The ranks of a group run all their requests together; each yields its own. Raises EngineFailed if vLLM fails.
+        In a group it raises UserError instead: the other ranks then wait in a step that needs this rank, so the whole
+        job has to start again.
         """
         shared = self._group.share(requests) if self._group else ((True, request) for request in requests)
         endings = Endings(self._renderer, sampling)
@@ -137,7 +137,7 @@ class VllmEngine:
                     if is_own:
                         yield self._completion(request, output, endings)
             except GeneratorExit:
-                # The caller has lost interest, but the other ranks of a group need this one's part of each step.
+                # The caller has stopped reading, but the other ranks of the group need this one in each step.
                 if self._group:
                     deque(outputs, maxlen=0)
                 raise
@@ -220,15 +220,15 @@ class VllmEngine:
         return endings.completion(request, output.token_ids, output.finish_reason, logprobs)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights in place and forget the key-value cache of the old ones; wakes the engine.
+        """Replace the weights in place and clear the key-value cache; wakes the engine.
 
-        Each rank of a group is given the full tensors and keeps its shard of them. vLLM holds on to no more of them
-        than one of its layers is made of, where the tensors of a layer come one after the other; but it keeps those of
-        the embedding and the output layer to the end if it pads them, that is unless 64 divides the vocabulary.
+        Each rank of a group receives the full tensors and keeps its shard. If the tensors of a layer follow each other,
+        vLLM holds those of one layer at a time. If the vocabulary is not a multiple of 64, vLLM pads the embedding and
+        the output layer, and holds their tensors to the end.
         """
         assert self.llm is not None, "the engine is closed"
         if self._is_asleep:
-            self.llm.wake_up(tags=["weights"])  # memory of any content, about to be written
+            self.llm.wake_up(tags=["weights"])  # its content is undefined until it is written below
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             self.llm.apply_model(forget_packed_experts)
@@ -244,10 +244,10 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Free weights and key-value cache until the next `load_weights`, where the configuration says so.
+        """With engine.sleep_while_training, free weights and key-value cache until the next `load_weights`.
 
-        Level 2 of vLLM's sleep mode: nothing is kept on the host, since training makes the weights old anyway.
-        On a CPU it does nothing. It has not been run on a GPU, only the order of calls has been tested.
+        This is level 2 of vLLM's sleep mode, which keeps no copy of the weights: training replaces them anyway. On a
+        CPU it does nothing. It has not been run on a GPU; only the order of calls has been tested.
         """
         assert self.llm is not None, "the engine is closed"
         if self._can_sleep and not self._is_asleep:
@@ -255,18 +255,18 @@ class VllmEngine:
             self._is_asleep = True
 
     def close(self) -> None:
-        """Free the model's memory; what the trainer needs of torch.distributed survives."""
+        """Free the model's memory; leaves the trainer's torch.distributed groups as they are."""
         llm, self.llm = self.llm, None
         if llm is not None and self._is_guest:
-            # vLLM's own shutdown would destroy torch.distributed, which is the trainer's.
+            # vLLM's own shutdown would destroy torch.distributed, which belongs to the trainer.
             client: Any = llm.llm_engine.engine_core
             client._finalizer.detach()
             client.engine_core.model_executor.shutdown()
             client.engine_core.scheduler.shutdown()
             del client
             if self._group:
-                # Its ranks close together, and their groups hold shared memory. A rank with an engine of its own may
-                # have to build it anew without the others, and groups are made by all.
+                # The ranks of a group close together, and their process groups hold shared memory. A rank with its own
+                # engine may have to rebuild it alone, and a process group can only be made by all ranks.
                 from vllm.distributed import parallel_state
 
                 parallel_state.destroy_model_parallel()  # type: ignore[no-untyped-call]
@@ -290,7 +290,7 @@ def _stopped(outputs: Iterable[Any], stop: StopStrings) -> list[str]:
 
 @contextmanager
 def _in_one_line(failure: str, advice: str, kind: type[UserError] = UserError) -> Iterator[None]:
-    """What vLLM raises meanwhile becomes one line; its traceback goes where a run keeps what libraries say."""
+    """Turn exceptions of vLLM into a UserError of one line; the traceback goes to the run's log of libraries."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -301,11 +301,11 @@ def _in_one_line(failure: str, advice: str, kind: type[UserError] = UserError) -
 
 
 def _executor(group: str) -> Any:
-    """vLLM's executor for processes that torchrun started ("external_launcher"), less what its engines share.
+    """vLLM's executor for processes that torchrun started ("external_launcher"), without ties between engines.
 
-    vLLM's own takes the least memory that any rank of the job has free, so that no engine could be built anew without
-    all others. On a CPU it gives the shared memory of every job the same name, so that a second job on the machine, or
-    one after a job that was killed, fails to create it.
+    vLLM's own takes the least free memory of all ranks of the job, so that an engine could be rebuilt only together
+    with all others. On a CPU it gives the shared memory of every job the same name, so that a second job on the
+    machine, or a job after one that was killed, fails to create it.
     """
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
@@ -313,7 +313,7 @@ def _executor(group: str) -> Any:
     class Executor(ExecutorWithExternalLauncher):
         def _distributed_args(self) -> tuple[str, int, int]:
             method, rank, local_rank = super()._distributed_args()
-            return f"{method}:{group}", rank, local_rank  # what is behind the last colon goes into the name
+            return f"{method}:{group}", rank, local_rank  # the name contains the part after the last colon
 
         def determine_available_memory(self) -> list[int]:
             least = torch.tensor(UniProcExecutor.determine_available_memory(self))
@@ -324,23 +324,23 @@ def _executor(group: str) -> Any:
 
 
 def context_length(config: RunConfig, folder: Path) -> int:
-    """Room for the longest allowed prompt and a completion, within the model's own context. Raises UserError.
+    """The context length that the engine needs for the longest allowed prompt and a completion. Raises UserError.
 
-    That context may be shorter than what the config allows: the prompts themselves have been checked to fit.
+    It is at most the model's own. The actual prompts have been checked to fit that.
     """
     needed = longest_allowed_prompt(config) + config.sampling.max_completion_tokens
     return min(needed, model_numbers(folder).get("max_position_embeddings") or needed)
 
 
 def _set_environment(dtype: str) -> None:
-    """What vLLM and Triton read from the environment; what the user has set stays."""
+    """Set variables that vLLM and Triton read from the environment, unless the user has set them."""
     settings = {
-        # Triton's kernels otherwise round the factors of float32 products to 10 bits (TF32), which torch does not.
+        # Otherwise Triton's kernels round the factors of float32 products to 10 bits (TF32); torch does not.
         **({"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": LOGGING_LEVEL,
         "VLLM_NO_USAGE_STATS": "1",
-        # Bound threads fight with every other process on their cores: the graders, a second rank, a browser.
+        # Threads bound to cores compete with every other process there, such as the graders or a second rank.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     for name, value in settings.items():

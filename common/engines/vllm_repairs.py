@@ -1,4 +1,4 @@
-"""What vLLM leaves undone or changes for others, mended from outside."""
+"""Repairs of vLLM from outside: side effects on transformers, incomplete reloads of weights, a wrong CPU kernel."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from common.errors import UserError
 
 
 class PatchedClasses:
-    """transformers' model classes that vLLM has rewritten while it built an engine.
+    """Restores the model classes of transformers that vLLM rewrites while it builds an engine.
 
-    For models that it has no code of its own for, vLLM takes transformers' and makes the class itself compile: from
-    then on every model of that class, the trainer's too, wants a vLLM configuration.
+    For a model that vLLM does not implement, it uses transformers' class and adds compilation to the class itself. From
+    then on every model of that class, also the trainer's, needs a vLLM configuration.
     """
 
     def __init__(self) -> None:
@@ -21,11 +21,11 @@ class PatchedClasses:
         self._rewritten: dict[type, type] = {}
 
     def note(self, kind: type) -> None:
-        """Remember a class as it is before vLLM rewrites it."""
+        """Remember a class before vLLM rewrites it."""
         self._before.setdefault(kind, (kind.__bases__, dict(vars(kind))))
 
     def restore(self) -> None:
-        """Give the classes back as they were; what vLLM has made of each lives on as a class of its own."""
+        """Restore the classes; vLLM's version of each becomes a separate class."""
         for kind, (bases, attributes) in self._before.items():
             added = tuple(base for base in kind.__bases__ if base not in bases)
             if not added:
@@ -42,7 +42,7 @@ class PatchedClasses:
             )
 
     def adopt(self, model: nn.Module) -> None:
-        """Let the engine's model be of vLLM's classes again."""
+        """Give the modules of the engine's model vLLM's classes again."""
         for module in model.modules():
             module.__class__ = self._rewritten.get(type(module), type(module))
 
@@ -52,7 +52,7 @@ class PatchedClasses:
 
 @contextmanager
 def unpatched_classes() -> Iterator[PatchedClasses]:
-    """Meanwhile an engine is built in this process; afterwards transformers' classes are as they were."""
+    """Restore transformers' classes after an engine has been built inside this context."""
     from vllm.model_executor.models.transformers import base as module
 
     base: Any = module
@@ -74,9 +74,9 @@ def unpatched_classes() -> Iterator[PatchedClasses]:
 
 
 class RenewedLayers:
-    """The layers of an engine's model that a reload writes, to tell those that it leaves as they were.
+    """Records the layers of an engine's model that a reload writes, to find those that it misses.
 
-    Some of vLLM's models copy tensors into place by themselves, past what a reload watches: it then restores the old.
+    Some of vLLM's models copy tensors into place themselves. A reload does not notice that and restores the old ones.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class RenewedLayers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Meanwhile weights are loaded in this process."""
+        """Record the layers that a reload writes inside this context."""
         from vllm.model_executor.model_loader.reload import layerwise as module
 
         layerwise: Any = module
@@ -101,7 +101,7 @@ class RenewedLayers:
             layerwise._layerwise_process = process
 
     def refuse_stale(self, model: nn.Module) -> None:
-        """Raise UserError if a layer has weights of its own that were not renewed."""
+        """Raise UserError if a layer has weights that the reload did not renew."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         renewed = {id(weight) for layer in self._renewed for weight in layer.parameters(recurse=False)}
@@ -116,7 +116,7 @@ class RenewedLayers:
 
 
 def forget_packed_experts(model: nn.Module) -> None:
-    """Let a reload pack the weights of experts, as the first load did; without this it would not, on a CPU."""
+    """Make a reload pack the weights of experts as the first load did; on a CPU vLLM would not pack them again."""
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
@@ -126,7 +126,7 @@ def forget_packed_experts(model: nn.Module) -> None:
 def repack_output_layer(model: nn.Module) -> None:
     """Renew the packed copy of the output layer's weights that vLLM keeps on a CPU.
 
-    A layer that is tied to the embedding gets no weights of its own in a reload and would keep the old copy.
+    A layer that is tied to the embedding receives no weights in a reload and would keep the old copy.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -136,7 +136,7 @@ def repack_output_layer(model: nn.Module) -> None:
 
 
 def rotate_heads_on_a_cpu() -> None:
-    """Let rotary embeddings be right for queries of shape (token, head, width), on which vLLM's CPU kernel is wrong."""
+    """Make rotary embeddings correct for queries of shape (token, head, width), where vLLM's CPU kernel is wrong."""
     from vllm.model_executor.layers.rotary_embedding import base
 
     embedding: Any = base.RotaryEmbedding
