@@ -116,6 +116,7 @@ def sample_rows(
                 "prompt_token_hash": f"tokens of {name}",
                 "completion": f"#### {index}",
                 "completion_raw": None,
+                "completion_ids": None,
                 "completion_tokens": 3 + index,
                 "outcome": outcome,
                 "extracted": None,
