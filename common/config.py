@@ -278,7 +278,7 @@ class BenchmarkConfig(Section):
     grader: GraderConfig | None = None
     """By default the run's."""
     sampling: SamplingParams | None = None
-    """Of the sampled completions, by default the run's; greedy ones take its length and stop strings."""
+    """Of the sampled completions; keys that are not set are the run's. Greedy ones take its length and stop strings."""
     greedy: bool = True
     """Whether to draw a greedy completion per prompt."""
     num_samples: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -341,6 +341,16 @@ class RunConfig(Section):
     def held_out(self) -> DataConfig | None:
         """[evaluate.data], with the keys of [data] for how prompts are shown if it does not set its own."""
         return None if self.evaluate.data is None else self.shown_alike(self.evaluate.data)
+
+    def sampling_of(self, benchmark: BenchmarkConfig) -> SamplingParams:
+        """A benchmark's sampling, with the run's values of the keys that it does not set."""
+        own = benchmark.sampling
+        if own is None:
+            return self.sampling
+        values = self.sampling.model_dump() | {key: getattr(own, key) for key in own.model_fields_set}
+        if values["temperature"] == 0:
+            values = {key: value for key, value in values.items() if key not in own.cuts}
+        return SamplingParams.model_validate(values)
 
     def shown_alike(self, data: DataConfig) -> DataConfig:
         """The same prompts, shown as those of [data] unless they set their own keys for it."""
