@@ -17,7 +17,8 @@ def job(order: dict[str, Any]) -> None:
 
     writer.FRAGMENT_SAMPLES = FRAGMENT_SAMPLES
     engine = ScriptedEngine(sample_seconds=order["sample_seconds"])
-    drawing.build_engine = lambda *_, **__: engine
+    module: Any = drawing
+    module.build_engine = lambda *_, **__: engine
     folders = {name: Path(folder) for name, folder in order["folders"].items()}
     evaluate(Config.model_validate(order["config"]), folders, Terminal(file=io.StringIO()))
 

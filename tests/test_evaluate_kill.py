@@ -15,7 +15,7 @@ from tests.killing import JobServer
 from tests.stage2_runs import tiny_config, write_questions
 
 KILLS = 20
-QUESTIONS = 40
+QUESTIONS = 20
 SAMPLES = 3
 
 
@@ -48,7 +48,7 @@ def test_killed_at_twenty_random_instants_an_evaluation_has_the_same_results(
     with JobServer(artifacts, "tests.evaluate_jobs") as jobs:
 
         def run(name: str, **options: float) -> int:
-            return jobs.run({**document, "run": name}, folders=folders, sample_seconds=0.002, **options)  # type: ignore[arg-type]
+            return jobs.run({**document, "run": name}, folders=folders, sample_seconds=0.001, **options)  # type: ignore[arg-type]
 
         assert run("first") == 0
         began = time.monotonic()
