@@ -5,12 +5,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from common.errors import UserError, first_line
 from common.files import UNWRITABLE, meaning
 from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
+
+if TYPE_CHECKING:
+    from stage2_train.config import Config
 
 # torch reads these when it is imported. OpenMP threads that wait by spinning become slow as soon as other processes
 # need their cores; a short spin before they sleep keeps small models fast.
@@ -284,54 +287,61 @@ def forecast(
         show(figures, console)
 
 
-@app.command(short_help="Measure accuracy and KL on held-out prompts.")
+@app.command(short_help="Measure accuracy and KL on benchmarks.")
 def evaluate(
     model: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
             "--model",
             "-m",
-            help="A folder or hub name of a model; by default the run's reference and its trained model.",
+            help="A folder or hub name of a model, or `reference` or `trained`, the run's; repeatable. By default "
+            "these two.",
         ),
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option("--benchmark", "-b", help="A benchmark of the config; repeatable. By default all."),
     ] = None,
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Measure greedy accuracy, sampled pass@1 and pass@k, and KL to the reference on held-out prompts.
+    """Measure greedy and sampled accuracy, pass@k and KL to the reference, and compare the models.
 
-    The prompts are those of [evaluate.data] in the config.
+    The benchmarks are [evaluate.data] (held_out) and [evaluate.benchmarks.<name>] of the config. Completions are kept
+    in artifacts/RUN/evaluations/samples, so that a repeated command draws only missing ones.
     """
-    from common.files import write_text
-    from common.model.files import reference_model
-    from common.runs import run_paths
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    paths = run_paths(settings.run)
-    if model is None and not paths.model.is_dir():
-        raise UserError(f"there is no {paths.model}: run `python cli.py train` first, or give a --model")
-    models = (
-        {"reference": reference_model(settings), "trained": paths.model}
-        if model is None
-        else {"model": model}
-    )
-    with _libraries_logged(settings.run):
-        from stage2_train.evaluate import evaluate as evaluate_models
-        from stage2_train.evaluate import show
+    folders = _models(settings, model)
+    with _ending_cleanly("finished work"), _libraries_logged(settings.run):
+        from stage2_train.evaluation.run import evaluate as evaluate_models
+        from stage2_train.evaluation.run import show
 
-        results = evaluate_models(settings, list(models.values()), Terminal(stderr=True))
-    try:  # keep the figures even if printing fails
-        if as_json:
-            print_json(json.dumps(results if model is None else results[0], indent=2))
+        results = evaluate_models(settings, folders, Terminal(stderr=True), benchmarks=benchmark or ())
+    if as_json:
+        print_json(results.model_dump_json(indent=2, exclude_none=True))
+    else:
+        show(results, console)
+
+
+def _models(settings: "Config", names: Sequence[str] | None) -> dict[str, Path]:
+    """The folders of the models to evaluate, by the names that results give them."""
+    from common.model.files import reference_model, resolve_model
+    from common.runs import run_paths
+
+    trained = run_paths(settings.run).model
+    if (names is None or "trained" in names) and not trained.is_dir():
+        raise UserError(f"there is no {trained}: run `python cli.py train` first, or give a --model")
+    folders = {}
+    for name in dict.fromkeys(names or ("reference", "trained")):
+        if name == "reference":
+            folders[name] = reference_model(settings)
         else:
-            for result in results:
-                show(result, console)
-    finally:
-        if model is None:
-            for name, result in zip(models, results, strict=True):
-                write_text(paths.evaluation(name), json.dumps(result, indent=2) + "\n")
+            folders[name] = trained if name == "trained" else resolve_model(name, None)
+    return folders
 
 
 @app.command(short_help="Write a run's results as one HTML page.")

@@ -17,6 +17,8 @@ from typing import Any
 from benchmarks.objectives import objectives
 from benchmarks.processes import cli, run
 from benchmarks.tables import markdown, spread
+from common.config import HELD_OUT
+from common.evaluations import read_results
 from common.runs import RunPaths
 from stage2_train.config import load_config
 
@@ -68,7 +70,7 @@ def trained(folder: Path, objective: str, seed: int, overrides: Sequence[str]) -
         for command in ("base-model", "vstar"):
             run(cli(command, CONFIG, source.root.name, {"seed": seed}), log, environment)
     paths = RunPaths(folder / name)
-    if not paths.evaluation("trained").exists():
+    if not paths.results("json").exists():
         values = {
             "model.path": source.base_model,
             **dict(override.split("=", 1) for override in overrides),
@@ -87,7 +89,11 @@ def figures(paths: RunPaths) -> dict[str, Any]:
     lines = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
     reached = [line["iteration"] for line in lines if line.get("evaluate/pass_at_1", 0.0) >= GOAL]
     seconds = sorted(line["time/iteration"] for line in lines if "time/iteration" in line)
-    evaluation: dict[str, Any] = json.loads(paths.evaluation("trained").read_text(encoding="utf-8"))
+    results = read_results(paths)
+    assert results is not None, "the run has been evaluated"
+    (evaluation,) = (
+        each.model_dump() for each in results.results if (each.model, each.benchmark) == ("trained", HELD_OUT)
+    )
     return {
         **evaluation,
         "iteration": reached[0] if reached else None,

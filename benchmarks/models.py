@@ -151,7 +151,7 @@ def gaps(folder: Path, config: Any) -> dict[str, Any]:
     from common.terminal.console import Terminal
     from stage1_vstar.run import run_stage1
     from stage2_train.data import EQUAL_REWARDS
-    from stage2_train.evaluate import evaluate
+    from stage2_train.evaluation.run import evaluate
     from stage2_train.run import run_stage2
 
     quiet, paths, engine = Terminal(file=io.StringIO()), run_paths(config.run), Kept()
@@ -162,10 +162,10 @@ def gaps(folder: Path, config: Any) -> dict[str, Any]:
     lines = paths.metrics.read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line).get("engine/logprob_gap") for line in lines]
     found["iterations"] = [each for each in logged if each is not None]
-    (result,) = evaluate(config, [paths.model], quiet)
+    (result,) = evaluate(config, {"trained": paths.model}, quiet).results
     renderer = PromptRenderer(paths.model, config.data)
     engine = Kept().build(config, paths.model, renderer, beside_trainer=False)
-    return found | {"exported": engine.gap(paths.model, config), "kl": result["kl_sequence"]}
+    return found | {"exported": engine.gap(paths.model, config), "kl": result.kl_sequence}
 
 
 def differences(engine: Any, folder: Path, config: Any) -> Any:

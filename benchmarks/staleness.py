@@ -15,6 +15,8 @@ from typing import Any
 
 from benchmarks.processes import cli, rotations, run
 from benchmarks.tables import Column, comparison
+from common.config import HELD_OUT
+from common.evaluations import read_results
 from common.runs import RunPaths, run_paths
 from stage2_train.config import load_config
 
@@ -62,7 +64,11 @@ def figures(paths: RunPaths) -> dict[str, Any]:
     """Median seconds of a run's iterations, and the results of its evaluation."""
     lines = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
     timed = [line for line in lines if line["iteration"] > WARM_UP]
-    evaluation: dict[str, Any] = json.loads(paths.evaluation("trained").read_text(encoding="utf-8"))
+    results = read_results(paths)
+    assert results is not None, "the run has been evaluated"
+    (evaluation,) = (
+        each.model_dump() for each in results.results if (each.model, each.benchmark) == ("trained", HELD_OUT)
+    )
     seconds = {
         name: statistics.median(line[name] for line in timed) for name in ("time/iteration", "time/rollout")
     }

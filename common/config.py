@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     JsonValue,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -92,8 +93,7 @@ class FewShot(Section):
 class DataConfig(Section):
     """Where prompts come from and how they are shown to the model."""
 
-    section: ClassVar[str] = "data"
-    """Its name in the TOML file, for messages."""
+    _section: str = PrivateAttr("data")
     may_be_blank: ClassVar[tuple[str, ...]] = ("prefill",)
     chat_only: ClassVar[tuple[str, ...]] = ("system_prompt", "chat_template_kwargs")
     """Keys that a text template has no place for."""
@@ -130,6 +130,11 @@ class DataConfig(Section):
     long_prompts: Literal["error", "drop"] = "error"
     bad_golds: Literal["error", "drop"] = "error"
     """Rows without a prompt, or without a reference answer that the grader can use."""
+
+    @property
+    def section(self) -> str:
+        """Its name in the TOML file, for messages."""
+        return self._section
 
     @property
     def is_file(self) -> bool:
@@ -174,7 +179,7 @@ class DataConfig(Section):
 class HeldOutConfig(DataConfig):
     """Prompts that are not trained on."""
 
-    section: ClassVar[str] = "evaluate.data"
+    _section: str = PrivateAttr("evaluate.data")
 
 
 LATER = ("top_k", "min_p", "stop")
@@ -262,14 +267,52 @@ class VstarConfig(Section):
     """Exclude prompts with pass@N = 0 from training (the paper's optional line 6)."""
 
 
+HELD_OUT = "held_out"
+"""The benchmark that [evaluate.data] makes."""
+
+
+class BenchmarkConfig(Section):
+    """Prompts to evaluate on, with a grader and a way of sampling of their own."""
+
+    data: HeldOutConfig
+    grader: GraderConfig | None = None
+    """By default the run's."""
+    sampling: SamplingParams | None = None
+    """Of the sampled completions; keys that are not set are the run's. Greedy ones take its length and stop strings."""
+    greedy: bool = True
+    """Whether to draw a greedy completion per prompt."""
+    num_samples: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Sampled completions per prompt, for avg@k and pass@k."""
+
+    @model_validator(mode="after")
+    def _something_is_drawn(self) -> Self:
+        if not self.greedy and self.num_samples == 0:
+            raise ValueError("greedy = false and num_samples = 0 draw nothing: set one of them")
+        return self
+
+
 class EvaluateConfig(Section):
-    """Held-out evaluation."""
+    """Evaluation of models on prompts that are not trained on."""
 
     data: HeldOutConfig | None = None
+    """Held-out prompts like those of [data]: the benchmark "held_out"."""
+    benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict)
+    """Others by name."""
     num_samples: NumSamples = 8
     """Sampled completions per prompt, for pass@1 and pass@k."""
     training_prompts: Annotated[int, Field(ge=1)] = 256
     """Held-out prompts for the evaluations during training, one sampled completion each."""
+
+    @model_validator(mode="after")
+    def _benchmarks_have_names(self) -> Self:
+        for name, benchmark in self.benchmarks.items():
+            if not re.fullmatch(RUN_NAME, name) or name == HELD_OUT:
+                raise ValueError(
+                    'a benchmark should have a name of letters, digits, ".", "_" and "-", other than '
+                    f'"{HELD_OUT}", which [evaluate.data] is; found "{name}"'
+                )
+            benchmark.data._section = f"evaluate.benchmarks.{name}.data"
+        return self
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> Self:
@@ -297,9 +340,20 @@ class RunConfig(Section):
     @property
     def held_out(self) -> DataConfig | None:
         """[evaluate.data], with the keys of [data] for how prompts are shown if it does not set its own."""
-        data = self.evaluate.data
-        if data is None:
-            return None
+        return None if self.evaluate.data is None else self.shown_alike(self.evaluate.data)
+
+    def sampling_of(self, benchmark: BenchmarkConfig) -> SamplingParams:
+        """A benchmark's sampling, with the run's values of the keys that it does not set."""
+        own = benchmark.sampling
+        if own is None:
+            return self.sampling
+        values = self.sampling.model_dump() | {key: getattr(own, key) for key in own.model_fields_set}
+        if values["temperature"] == 0:
+            values = {key: value for key, value in values.items() if key not in own.cuts}
+        return SamplingParams.model_validate(values)
+
+    def shown_alike(self, data: DataConfig) -> DataConfig:
+        """The same prompts, shown as those of [data] unless they set their own keys for it."""
         inherited = set(data.shown)
         if data.template not in (None, "chat"):
             inherited -= set(data.chat_only)
@@ -319,14 +373,7 @@ def read_config(kind: type[Run], path: Path, overrides: Sequence[str] = (), run:
 
     Raises UserError naming the file, each wrong key and what was found there.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the config {path}: {error.strerror}; give one of configs/*.toml"
-        ) from error
-    except (ValueError, RecursionError) as error:  # beside what is no TOML, what Python cannot hold of it
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    document = _document(path)
     for override in overrides:
         _apply_override(document, override)
     if run is not None:
@@ -335,6 +382,41 @@ def read_config(kind: type[Run], path: Path, overrides: Sequence[str] = (), run:
         return kind.model_validate(document)
     except ValidationError as error:
         raise UserError(f"{path}: {_describe(error, kind)}") from error
+
+
+INCLUDE = "include"
+"""The key of a config that names others, whose values it takes where it has none of its own."""
+
+
+def _document(path: Path, including: Sequence[Path] = ()) -> dict[str, Any]:
+    """A TOML file, with those that it includes beneath it; paths are relative to it. Raises UserError."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        by = f", which {including[-1]} includes" if including else "; give one of configs/*.toml"
+        raise UserError(f"cannot read the config {path}: {error.strerror}{by}") from error
+    except (ValueError, RecursionError) as error:  # beside what is no TOML, what Python cannot hold of it
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    files = document.pop(INCLUDE, [])
+    if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
+        raise UserError(f"{path}: {INCLUDE} should be a list of paths, found {files!r}")
+    beneath: dict[str, Any] = {}
+    for file in files:
+        included = (path.parent / file).resolve()
+        if included in {each.resolve() for each in (path, *including)}:
+            raise UserError(f"{path}: {INCLUDE} leads back to {included}; leave it out")
+        beneath = _merged(beneath, _document(included, (*including, path)))
+    return _merged(beneath, document)
+
+
+def _merged(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two tables as one; where both have a value that is no table, that of the one above."""
+    both = {
+        key: _merged(beneath[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(beneath.get(key), dict)
+    }
+    return {**beneath, **above, **both}
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:

@@ -26,7 +26,7 @@ from common.runs import REPOSITORY
 if TYPE_CHECKING:
     from common.data.rendering import PromptRenderer
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Format version of stage 1's files: samples, grades, vstar.parquet."""
 
 VSTAR_COMMAND = "python cli.py vstar"
@@ -172,7 +172,12 @@ def _from_3(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "identity": {**identity, "model": {**identity["model"], "config": UNRECORDED}}}
 
 
-MIGRATIONS: Migrations = {1: _from_1, 2: _from_2, 3: _from_3}
+def _from_4(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 5 added the column `completion_ids` to samples."""
+    return document
+
+
+MIGRATIONS: Migrations = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
 """Migrations of stage 1's files. Columns that a version lacks are read as missing values."""
 
 

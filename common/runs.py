@@ -81,9 +81,9 @@ class RunPaths:
     def evaluations(self) -> Path:
         return self.root / "evaluations"
 
-    def evaluation(self, name: str) -> Path:
-        """The figures of one model."""
-        return self.evaluations / f"{name}.json"
+    def results(self, suffix: str) -> Path:
+        """The results of `evaluate`, as parquet, json or md."""
+        return self.evaluations / f"results.{suffix}"
 
     @property
     def regraded(self) -> Path:

@@ -49,13 +49,17 @@ _SAMPLES = pa.schema(
         pa.field("completion", pa.string(), nullable=False),
         pa.field("completion_raw", pa.binary()),
         pa.field("completion_tokens", pa.int32(), nullable=False),
+        pa.field("completion_ids", pa.list_(pa.field("item", pa.int32(), nullable=False))),
         pa.field("outcome", pa.string(), nullable=False),
         pa.field("extracted", pa.string()),
         pa.field("reward", pa.float64(), nullable=False),
         pa.field("reason", pa.string()),
     ]
 )
-"""`completion_raw` holds the completion, lone surrogates included, where `completion` (UTF-8) has no place for them."""
+"""`completion_raw` holds the completion, lone surrogates included, where `completion` (UTF-8) has no place for them.
+
+`completion_ids` holds the token ids if log-probs are computed later: in evaluations that measure KL.
+"""
 
 _GRADES = pa.schema(
     [

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -14,15 +13,11 @@ from common.config import RunConfig
 from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
-from common.grading import GraderConfig, GraderPool, Outcome, fingerprint, row_needs
-from common.grading.conventions import Needs
-from common.grading.reference import Reference, reference_of
+from common.grading import fingerprint
 from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import RunPaths, exclusive_run, run_paths
-from common.sampling.generate import write_graded
-from common.sampling.grader_check import GraderCheck
-from common.sampling.writer import FragmentWriter
-from common.store import JUDGED, SampleStore, original_text, sample_files, set_aside_damaged
+from common.sampling.regrading import grade_missing
+from common.store import SampleStore, sample_files, set_aside_damaged
 from common.terminal.console import Terminal
 from common.terminal.messages import print_json
 from common.vstar_file import VSTAR, read_vstar, write_vstar
@@ -99,7 +94,7 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         store = open_store(paths, grader)
         if ungraded := store.ungraded_count():
             notices.print(f"{ungraded:,} completions to grade by {grader}")
-            grade_missing(store, config, notices)
+            grade_missing(store, config.grader, notices)
         if not paths.vstar.exists():
             notices.print(
                 f"graded by {grader}; there is no {paths.vstar} to compare with: run `python cli.py vstar`"
@@ -148,46 +143,6 @@ def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:
         identity={**provenance.identity, "grader": grader},
         context={**context, "regraded_from": provenance.identity["grader"]},
     )
-
-
-def grade_missing(store: SampleStore, config: RunConfig, notices: Terminal) -> None:
-    """Grade the samples that this grader has not judged, one fragment at a time."""
-    check = GraderCheck(nothing_judged_before=not store.grade_fragments())
-    needs = row_needs(config.grader)
-    with GraderPool(config.grader) as pool, FragmentWriter(store.add_grades) as writer:
-        collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
-        try:
-            for number, frame in enumerate(store.ungraded()):
-                if number == 0:
-                    refuse_unstored(needs, reference_of(frame["answer"][0]), config.grader)
-                    pool.try_out(frame["prompt"][0], frame["answer"][0])
-                for row in frame.iter_rows(named=True):
-                    pool.submit(
-                        tuple(row[name] for name in JUDGED),
-                        prompt=row["prompt"],
-                        completion=original_text(row["completion"], row["completion_raw"]),
-                        answer=row["answer"],
-                        truncated=row["outcome"] == Outcome.TRUNCATED,
-                    )
-                    collect(pool.ready())
-            check.all_there = True
-            collect(pool.drain())
-        finally:
-            collect(pool.ready())
-        for line in pool.usage_lines():
-            notices.print(line)
-
-
-def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig) -> None:
-    """Raise UserError if a reward function reads something that the run's samples do not hold."""
-    missing = [f"the column {name}" for name in needs.columns if name not in reference.columns]
-    if needs.token_ids:
-        missing.insert(0, "completion_ids")
-    if missing:
-        raise UserError(
-            f"grader.name = {grader.title} reads {missing[0]}, which these samples do not hold: `regrade` cannot "
-            "call it; draw the samples under another --run"
-        )
 
 
 def regraded_rows(old: pl.DataFrame, store: SampleStore, *, drop_unsolved: bool) -> pl.DataFrame:

@@ -116,6 +116,7 @@ def sample_rows(
                 "prompt_token_hash": f"tokens of {name}",
                 "completion": f"#### {index}",
                 "completion_raw": None,
+                "completion_ids": None,
                 "completion_tokens": 3 + index,
                 "outcome": outcome,
                 "extracted": None,
@@ -128,6 +129,7 @@ def sample_rows(
         schema_overrides={
             "sample_index": pl.Int32,
             "completion_tokens": pl.Int32,
+            "completion_ids": pl.List(pl.Int32),
             "prompt_token_hash": pl.String,
             "completion_raw": pl.Binary,
             "extracted": pl.String,

@@ -366,11 +366,11 @@ def test_a_chat_model_goes_through_both_stages_and_is_evaluated(
     cut = [] if thinks else ["--set", "sampling.top_k=20"]
     evaluated = run_cli("evaluate", "--config", file, *cut, warm=True)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "pass@1 sampled" in evaluated.stdout
+    assert "pass@1, avg@2" in evaluated.stdout
     said = (
         "and a forward pass by transformers of"
         if thinks
-        else "KL is of the models whole, without sampling.top_k"
+        else "KL is of the whole models, without sampling.top_k"
     )
     assert said in evaluated.stderr
 

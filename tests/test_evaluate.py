@@ -5,31 +5,36 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
+import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
-from common.config import SamplingParams
+from common.config import DataConfig, SamplingParams
+from common.data.prompts import load_prompts
 from common.data.rendering import PromptRenderer
 from common.errors import UserError
+from common.evaluations import PROMPTS, Figures
 from common.model.files import model_identity
 from common.rollout import Completion, SampleRequest
 from common.runs import run_paths
 from common.terminal.console import Terminal
-from stage2_train import evaluate as module
 from stage2_train.batch import TokenSequence
-from stage2_train.config import Config
-from stage2_train.evaluate import bootstrap_interval, completion_logprobs, evaluate, pass_at_k, show
+from stage2_train.config import Config, load_config
+from stage2_train.evaluation import drawing, figures
+from stage2_train.evaluation.divergence import Scoring
+from stage2_train.evaluation.figures import bootstrap_interval, compare, pass_at_k, sign_flip_p_value
+from stage2_train.evaluation.run import evaluate, show
 from tests.conftest import save_tiny_model
 from tests.fakes import IDENTITY, change_json, write_artifact
-from tests.stage2_runs import as_toml, tiny_config
+from tests.stage2_runs import tiny_config
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])
@@ -48,7 +53,7 @@ def test_pass_at_k_is_averaged_over_prompts() -> None:
 
 
 def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BOOTSTRAP_RESAMPLES", 400)
+    monkeypatch.setattr(figures, "RESAMPLES", 400)
     truth, prompts, trials = 0.4, 60, 100
     random = np.random.default_rng(0)
     covered = 0
@@ -71,21 +76,31 @@ def test_the_bootstrap_interval_has_the_width_of_the_normal_one_and_repeats() ->
         assert bootstrap_interval(np.full(prompts, 0.25), seed=0) == (0.25, 0.25)
 
 
+def held_out_of(config: Config) -> DataConfig:
+    assert config.held_out is not None
+    return config.held_out
+
+
 class ExamEngine:
     """Greedily answers the first question right and nothing else; of four samples of a question, two are right.
 
     The questions' answers are 1, 2, 3, 4, 1. A fourth sample is cut off although it says the right thing.
     """
 
-    def __init__(self, renderer: PromptRenderer) -> None:
+    def __init__(self, renderer: PromptRenderer, config: Config) -> None:
         self._renderer = renderer
+        prompts = load_prompts(held_out_of(config), config, renderer)
+        self._numbers = {prompt.id: number for number, prompt in enumerate(prompts)}
         self.loaded: list[dict[str, torch.Tensor]] = []
+        self.drawn: list[Any] = []
         self.closed = False
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         for request in reversed(list(requests)):
-            assert isinstance(request.key, tuple)
-            number, index = request.key
+            number, index = 0, 0
+            if isinstance(request.key, tuple):  # else it compares engine and model
+                number, index = self._numbers[request.key[0]], request.key[1]
+                self.drawn.append((sampling.temperature, *request.key))
             answer = (1, 2, 3, 4, 1)[number]
             if sampling.temperature == 0:
                 answer += number > 0
@@ -112,14 +127,14 @@ class ExamEngine:
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_model: Path) -> Config:
+def config(tmp_path: Path, tiny_model: Path, artifacts: Path) -> Config:
     return tiny_config(tmp_path, tiny_model)
 
 
 @pytest.fixture
 def engine(config: Config, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> ExamEngine:
-    exam = ExamEngine(PromptRenderer(tiny_model, config.data))
-    monkeypatch.setattr(module, "build_engine", lambda *_, **__: exam)
+    exam = ExamEngine(PromptRenderer(tiny_model, config.data), config)
+    monkeypatch.setattr(drawing, "build_engine", lambda *_, **__: exam)
     return exam
 
 
@@ -127,9 +142,13 @@ def quiet() -> Terminal:
     return Terminal(file=io.StringIO())
 
 
-def evaluate_one(config: Config, model: Path) -> dict[str, Any]:
-    (result,) = evaluate(config, [model], quiet())
-    return result
+def evaluate_one(config: Config, model: Path, **options: Any) -> dict[str, Any]:
+    (result,) = evaluate(config, {"model": model}, quiet(), **options).results
+    return result.model_dump()
+
+
+def evaluate_all(config: Config, *models: Path) -> list[Figures]:
+    return evaluate(config, {str(model): model for model in models}, quiet()).results
 
 
 def test_the_reference_is_no_distance_from_itself_and_the_exam_is_marked_right(
@@ -138,8 +157,15 @@ def test_the_reference_is_no_distance_from_itself_and_the_exam_is_marked_right(
     result = evaluate_one(config, tiny_model)
     low, high = result.pop("pass_at_1_interval_95")
     assert low == high == 0.5
+    low, high = result.pop("greedy_accuracy_interval_95")
+    assert 0 <= low < 0.2 < high <= 1
     assert result == {
-        "model": str(tiny_model),
+        "model": "model",
+        "path": str(tiny_model),
+        "benchmark": "held_out",
+        "grader": "gsm8k/3",
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "max_completion_tokens": 6},
+        "reward_mean": 0.5,
         "prompts": 5,
         "samples_per_prompt": 4,
         "greedy_accuracy": 0.2,
@@ -179,7 +205,7 @@ def test_another_models_distance_is_the_mean_log_ratio_of_its_completions(
         for index, answer in enumerate(row)
     ]
     ours, theirs = (
-        np.array([each.sum() for each in completion_logprobs(sequences, folder, config)])
+        np.array([each.sum() for each in Scoring(folder, config).by_token(sequences)])
         for folder in (tmp_path / "other", tiny_model)
     )
     ratio = ours - theirs
@@ -195,9 +221,9 @@ def test_a_second_model_is_loaded_into_the_engine_of_the_first(
     config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
 ) -> None:
     save_tiny_model(tmp_path / "other", seed=1)
-    first, second = evaluate(config, [tiny_model, tmp_path / "other"], quiet())
-    assert (first["kl_sequence"], first["model"]) == (0.0, str(tiny_model))
-    assert second["kl_sequence"] != 0.0
+    first, second = evaluate_all(config, tiny_model, tmp_path / "other")
+    assert (first.kl_sequence, first.path) == (0.0, str(tiny_model))
+    assert second.kl_sequence != 0.0
     (weights,) = engine.loaded
     expected = load_file(tmp_path / "other" / "model.safetensors")
     assert weights.keys() == expected.keys()
@@ -214,11 +240,11 @@ def test_weights_go_into_an_engine_of_their_own_network_alone(
     exams: list[ExamEngine] = []
 
     def build(*_: Any, **__: Any) -> ExamEngine:
-        exams.append(ExamEngine(PromptRenderer(tiny_model, config.data)))
+        exams.append(ExamEngine(PromptRenderer(tiny_model, config.data), config))
         return exams[-1]
 
-    monkeypatch.setattr(module, "build_engine", build)
-    evaluate(config, [tiny_model, tmp_path / "other", tmp_path / "trained"], quiet())
+    monkeypatch.setattr(drawing, "build_engine", build)
+    evaluate_all(config, tiny_model, tmp_path / "other", tmp_path / "trained")
     assert [len(exam.loaded) for exam in exams] == [0, 0, 0]
     assert all(exam.closed for exam in exams)
 
@@ -227,8 +253,8 @@ class SpeakingEngine(ExamEngine):
     """Reports log-probs as the vLLM engine does: those of the model in `folder`."""
 
     def __init__(self, renderer: PromptRenderer, folder: Path, config: Config) -> None:
-        super().__init__(renderer)
-        self.folder, self.config = folder, config
+        super().__init__(renderer, config)
+        self.scoring = Scoring(folder, config)
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         requests = list(requests)
@@ -242,7 +268,7 @@ class SpeakingEngine(ExamEngine):
             )
             logprobs = None
             if request.with_logprobs:
-                (found,) = completion_logprobs([sequence], self.folder, self.config)
+                (found,) = self.scoring.by_token([sequence])
                 logprobs = tuple(found.tolist())
             yield replace(completion, sampled_logprobs=logprobs)
 
@@ -251,12 +277,13 @@ class SpeakingEngine(ExamEngine):
 def test_an_engine_that_evaluated_another_network_is_warned_of(
     is_same: bool, config: Config, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    save_tiny_model(tmp_path / "trained", seed=2)
     save_tiny_model(tmp_path / "other", seed=1)
-    of = tiny_model if is_same else tmp_path / "other"
+    of = tmp_path / ("trained" if is_same else "other")
     speaking = SpeakingEngine(PromptRenderer(tiny_model, config.data), of, config)
-    monkeypatch.setattr(module, "build_engine", lambda *_, **__: speaking)
+    monkeypatch.setattr(drawing, "build_engine", lambda *_, **__: speaking)
     printed = io.StringIO()
-    evaluate(config, [tiny_model], Terminal(file=printed))
+    evaluate(config, {"trained": tmp_path / "trained"}, Terminal(file=printed, width=400))
     lines = [line for line in printed.getvalue().splitlines() if "forward pass by transformers" in line]
     assert len(lines) == 1
     assert lines[0].startswith("warning: parity: the engine (") == (not is_same)
@@ -286,11 +313,14 @@ def test_a_model_that_never_ends_is_warned_of(
         ) -> Iterator[Completion]:
             return (replace(each, truncated=True) for each in super().generate(requests, sampling))
 
-    endless = Endless(PromptRenderer(tiny_model, config.data))
-    monkeypatch.setattr(module, "build_engine", lambda *_, **__: endless)
+    endless = Endless(PromptRenderer(tiny_model, config.data), config)
+    monkeypatch.setattr(drawing, "build_engine", lambda *_, **__: endless)
     printed = io.StringIO()
-    evaluate(config, [tiny_model], Terminal(file=printed))
-    assert "warning: every completion was cut off at sampling.max_completion_tokens" in printed.getvalue()
+    evaluate(config, {"model": tiny_model}, Terminal(file=printed, width=400))
+    assert (
+        "warning: model on held_out: every completion was cut off at sampling.max_completion_tokens"
+        in printed.getvalue()
+    )
 
 
 def test_a_sharded_model_is_loaded_whole(
@@ -306,9 +336,9 @@ def test_a_sharded_model_is_loaded_whole(
         save_file({name: weights[name] for name in part}, sharded / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    _, second = evaluate(config, [tiny_model, sharded], quiet())
-    assert engine.loaded[0].keys() == weights.keys()
-    assert second["kl_sequence"] == 0.0
+    _, second = evaluate_all(config, tiny_model, sharded)
+    assert second.kl_sequence is not None
+    assert abs(second.kl_sequence) < 1e-6
 
 
 def test_a_model_without_safetensors_is_refused(
@@ -317,16 +347,19 @@ def test_a_model_without_safetensors_is_refused(
     shutil.copytree(tiny_model, tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="safetensors"):
-        evaluate(config, [tiny_model, tmp_path / "empty"], quiet())
-    assert not engine.loaded
+        evaluate_all(config, tiny_model, tmp_path / "empty")
+    assert not engine.drawn
 
 
-def test_a_model_that_ends_elsewhere_is_refused(config: Config, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_model_that_ends_elsewhere_has_an_accuracy_and_no_kl(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
     shutil.copytree(tiny_model, tmp_path / "other")
     path = tmp_path / "other" / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [0, 7]}))
-    with pytest.raises(UserError, match="render prompts differently"):
-        evaluate_one(config, tmp_path / "other")
+    result = evaluate_one(config, tmp_path / "other")
+    assert result["kl_sequence"] is None
+    assert result["pass_at_1"] == 0.5
 
 
 def test_without_held_out_prompts_there_is_nothing_to_evaluate_on(config: Config, tiny_model: Path) -> None:
@@ -337,40 +370,12 @@ def test_without_held_out_prompts_there_is_nothing_to_evaluate_on(config: Config
 
 def test_the_figures_are_shown_as_text(config: Config, tiny_model: Path, engine: ExamEngine) -> None:
     console = Terminal(file=io.StringIO(), width=200)
-    show(evaluate_one(config, tiny_model), console)
+    show(evaluate(config, {"model": tiny_model}, quiet()), console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    for words in ("greedy accuracy  0.2000", "pass@1 sampled   0.5000", "pass@4 1.0000", "25.0% truncated"):
+    for words in ("greedy accuracy  0.2000", "pass@1, avg@4    0.5000", "pass@4 1.0000", "25.0% truncated"):
         assert words in text
     assert engine.closed
-
-
-@pytest.mark.parametrize("as_json", [False, True], ids=["text", "JSON"])
-def test_the_figures_are_printed_although_they_cannot_be_written(
-    config: Config,
-    tmp_path: Path,
-    artifacts: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    as_json: bool,
-) -> None:
-    run, toml = artifacts / config.run, tmp_path / "run.toml"
-    (run / "model").mkdir(parents=True)
-    (run / "evaluations").touch()
-    toml.write_text(as_toml(config), encoding="utf-8")
-    figures = dict.fromkeys(("greedy_accuracy", "pass_at_1", "kl_sequence", "kl_sequence_se"), 0.25)
-    figures |= {"kl_token": 0.5, "completion_tokens_mean": 7.0, "truncated": 0.0}
-    shown = {**figures, "pass_at_1_interval_95": [0.0, 1.0], "pass_at_k": {"1": 0.25}}
-    results = [
-        {**shown, "model": name, "prompts": 5, "samples_per_prompt": 1} for name in ("first", "second")
-    ]
-    monkeypatch.setattr(module, "evaluate", lambda *_: results)
-    with pytest.raises(UserError, match=r"^cannot write .*evaluations/reference\.json: a file stands where"):
-        cli.evaluate(config=toml, as_json=as_json)
-    printed = capsys.readouterr().out
-    assert (
-        (json.loads(printed) == results) if as_json else all(name in printed for name in ("first", "second"))
-    )
 
 
 def test_a_grader_that_can_judge_nothing_is_no_accuracy_of_zero(
@@ -386,7 +391,7 @@ def test_a_grader_that_can_judge_nothing_is_no_accuracy_of_zero(
         update={"grader": config.grader.model_copy(update={"name": "evaluate_test_rewards:reward"})}
     )
     with pytest.raises(
-        UserError, match=r"could judge none of 15 completions, such as verifier_crash: KeyError"
+        UserError, match=r"could judge none of the first \d completions \(verifier_crash: KeyError"
     ):
         evaluate_one(broken, tiny_model)
 
@@ -399,6 +404,181 @@ def test_held_out_prompts_that_were_trained_on_are_counted(
     held_out = Path(str(config.evaluate.data.path)).read_text(encoding="utf-8").splitlines(keepends=True)
     training.write_text(training.read_text(encoding="utf-8") + "".join(held_out[:2]), encoding="utf-8")
     console = Terminal(file=io.StringIO(), width=80)
-    evaluate(config, [tiny_model], console)
+    evaluate(config, {"model": tiny_model}, console)
     assert isinstance(console.file, io.StringIO)
     assert "2 of 5 held-out prompts are also training prompts" in console.file.getvalue()
+
+
+# Benchmarks, and completions that are kept.
+
+
+def with_benchmarks(config: Config, **benchmarks: Any) -> Config:
+    document = config.model_dump(mode="json", exclude_none=True)
+    document["evaluate"]["benchmarks"] = benchmarks
+    return Config.model_validate(document)
+
+
+def test_nothing_is_drawn_twice_and_more_samples_draw_the_missing_ones(
+    config: Config, tiny_model: Path, engine: ExamEngine
+) -> None:
+    first = evaluate_one(config, tiny_model)
+    assert len(engine.drawn) == len(set(engine.drawn)) == 5 + 5 * 4
+    assert evaluate_one(config, tiny_model) == first
+    assert len(engine.drawn) == 25
+    more = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"num_samples": 6})})
+    assert evaluate_one(more, tiny_model)["samples_per_prompt"] == 6
+    assert len(engine.drawn) == len(set(engine.drawn)) == 25 + 5 * 2
+    assert evaluate_one(config, tiny_model) == first
+
+
+def test_a_second_grader_grades_the_same_completions(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate_one(config, tiny_model)
+    drawn = list(engine.drawn)
+    (tmp_path / "second_rewards.py").write_text("def reward(prompt, completion, answer):\n    return 0.25\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    other = config.model_copy(
+        update={"grader": config.grader.model_copy(update={"name": "second_rewards:reward"})}
+    )
+    result = evaluate_one(other, tiny_model)
+    assert engine.drawn == drawn
+    assert (result["pass_at_1"], result["greedy_accuracy"]) == (0.0, 0.0)
+    assert result["reward_mean"] == pytest.approx(0.25 * 15 / 20), "a truncated completion has 0"
+
+
+def test_a_benchmark_has_data_a_grader_and_a_sampling_of_its_own(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
+    path = config.evaluate.data.path if config.evaluate.data else ""
+    data = {"format": "generic", "path": str(path)}
+    both = with_benchmarks(
+        config,
+        hot={
+            "data": data,
+            "greedy": False,
+            "num_samples": 2,
+            "sampling": {"temperature": 0.6, "top_p": 0.95},
+        },
+        math={"data": data, "grader": {"name": "math"}},
+    )
+    results = evaluate(both, {"model": tiny_model}, quiet()).results
+    assert [each.benchmark for each in results] == ["held_out", "hot", "math"]
+    _, hot, math_figures = results
+    assert (hot.greedy_accuracy, hot.samples_per_prompt, hot.pass_at_1) == (None, 2, 1.0)
+    assert hot.sampling["temperature"] == 0.6
+    assert (math_figures.greedy_accuracy, math_figures.pass_at_1) == (0.0, None), "there is no box"
+    assert math_figures.grader.startswith("math/")
+    assert {temperature for temperature, *_ in engine.drawn} == {0.0, 1.0, 0.6}
+    rows, _ = PROMPTS.read(run_paths(both.run).results("parquet"))
+    assert rows.height == 15
+    only = evaluate(both, {"model": tiny_model}, quiet(), benchmarks=["hot"]).results
+    assert [each.benchmark for each in only] == ["hot"]
+    document = json.loads(run_paths(both.run).results("json").read_text())
+    assert {each["benchmark"] for each in document["results"]} == {"held_out", "hot", "math"}
+    table = run_paths(both.run).results("md").read_text()
+    assert "| model | held_out | math | hot |" in table or "| model | held_out | hot | math |" in table
+    with pytest.raises(UserError, match="no benchmark 'cold'; use one of held_out, hot, math"):
+        evaluate(both, {"model": tiny_model}, quiet(), benchmarks=["cold"])
+
+
+def test_kl_is_measured_on_completions_drawn_as_in_training_whatever_the_benchmark_samples_with(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path / "other", seed=1)
+    path = config.evaluate.data.path if config.evaluate.data else ""
+    data = {"format": "generic", "path": str(path)}
+    both = with_benchmarks(
+        config, hot={"data": data, "num_samples": 2, "sampling": {"temperature": 0.6}}, greedy={"data": data}
+    )
+    held_out, hot, greedy = evaluate(both, {"other": tmp_path / "other"}, quiet()).results
+    drawn = [each for each in engine.drawn if each[0] == 1.0]
+    assert len(drawn) == 5 * 4 + 5 + 5
+    assert hot.kl_sequence == greedy.kl_sequence != 0.0
+    assert held_out.kl_sequence is not None
+    count = len(engine.drawn)
+    (ours,) = evaluate(both, {"reference": tiny_model}, quiet(), benchmarks=["hot"]).results
+    assert ours.kl_sequence == 0.0
+    assert len(engine.drawn) == count + 5 + 10, "no completions for the reference's KL"
+
+
+def test_two_models_are_compared_on_the_same_prompts(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path / "other", seed=1)
+    found = evaluate(config, {"reference": tiny_model, "trained": tmp_path / "other"}, quiet())
+    (pair,) = found.comparisons
+    assert (pair.first, pair.second, pair.prompts) == ("reference", "trained", 5)
+    assert (pair.difference, pair.interval_95, pair.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+def frame(model: str, correct: Sequence[Sequence[bool]]) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "model": model,
+            "prompt_id": [str(number) for number in range(len(correct))],
+            "outcomes": [["correct" if each else "wrong" for each in some] for some in correct],
+            "greedy_outcome": ["correct"] * len(correct),
+        }
+    )
+
+
+def test_a_comparison_is_paired_and_agrees_with_scipy() -> None:
+    random = np.random.default_rng(0)
+    first = random.random((200, 4)) < 0.4
+    second = first | (random.random((200, 4)) < 0.1)
+    found = compare("b", frame("a", first.tolist()), frame("z", second.tolist())[::-1], seed=0)
+    assert found is not None
+    differences = second.mean(1) - first.mean(1)
+    assert found.difference == pytest.approx(differences.mean())
+    expected = scipy.stats.ttest_rel(second.mean(1), first.mean(1))
+    low, high = expected.confidence_interval()
+    assert found.interval_95 == pytest.approx((low, high), abs=0.005)
+    assert found.p_value == pytest.approx(2 / 10_000, abs=2e-4)
+    noise = random.normal(size=40)
+    ours = sign_flip_p_value(noise - noise.mean() + 0.3, seed=1)
+    assert ours == pytest.approx(scipy.stats.ttest_1samp(noise - noise.mean() + 0.3, 0).pvalue, abs=0.02)
+    assert (
+        compare("b", frame("a", [[True]]), frame("z", [[True]]).with_columns(prompt_id=pl.lit("9")), seed=0)
+        is None
+    )
+
+
+def test_an_included_file_gives_benchmarks_to_a_config(tmp_path: Path) -> None:
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "paper.toml").write_text(
+        '[evaluate.benchmarks.gsm8k]\ngreedy = true\n[evaluate.benchmarks.gsm8k.data]\npath = "a.jsonl"\n'
+        "[sampling]\ntemperature = 0.5\ntop_p = 0.9\n"
+    )
+    (tmp_path / "run.toml").write_text(
+        'include = ["suites/paper.toml"]\nrun = "x"\nmodel = { path = "m" }\ngrader = { name = "gsm8k" }\n'
+        'data = { path = "b.jsonl" }\nsampling = { temperature = 0.7 }\n'
+    )
+    config = load_config(tmp_path / "run.toml")
+    assert list(config.evaluate.benchmarks) == ["gsm8k"]
+    assert (config.sampling.temperature, config.sampling.top_p) == (0.7, 0.9)
+    (tmp_path / "suites" / "paper.toml").write_text('include = ["../run.toml"]\n')
+    with pytest.raises(UserError, match="include leads back to"):
+        load_config(tmp_path / "run.toml")
+    (tmp_path / "suites" / "paper.toml").unlink()
+    with pytest.raises(
+        UserError, match=r"cannot read the config .*paper\.toml: .*, which .*run\.toml includes"
+    ):
+        load_config(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "expected"),
+    [
+        ({"held_out": {"data": {"path": "a.jsonl"}}}, 'other than "held_out"'),
+        ({"a/b": {"data": {"path": "a.jsonl"}}}, "a benchmark should have a name of letters"),
+        ({"a": {"data": {"path": "a.jsonl"}, "greedy": False}}, "draw nothing"),
+        ({"a": {}}, "data"),
+        ({"a": {"data": {"path": "a.jsonl"}, "samples": 3}}, "samples"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_meant_is_refused(
+    config: Config, benchmarks: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        with_benchmarks(config, **benchmarks)

@@ -14,7 +14,7 @@ from common.terminal.console import Terminal
 from stage2_train import run as module
 from stage2_train.config import Config
 from stage2_train.data import prepare
-from stage2_train.evaluate import evaluate
+from stage2_train.evaluation.run import evaluate
 from stage2_train.ranks import ALONE
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 
@@ -38,7 +38,7 @@ def refusal(config: Config, folder: Path) -> str:
     with pytest.raises(UserError) as of_training, GraderPool(config.grader) as pool:
         prepare(config, folder / "vstar.parquet").usable(config, pool, ALONE)
     with pytest.raises(UserError) as of_evaluation:
-        evaluate(config, [Path(config.model.path)], Terminal(quiet=True))
+        evaluate(config, {"model": Path(config.model.path)}, Terminal(quiet=True))
     assert str(of_training.value) == str(of_evaluation.value)
     return str(of_training.value)
 

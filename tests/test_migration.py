@@ -37,6 +37,7 @@ FORMATS = ROOT / "tests" / "formats"
 V1 = FORMATS / "v1"
 V2 = FORMATS / "v2"
 V3 = FORMATS / "v3"
+V4 = FORMATS / "v4"
 OLD_VERSIONS = range(1, SCHEMA_VERSION)
 QUESTIONS = 3
 MODEL_OF_TODAY = {"config": "c" * 32}
@@ -286,6 +287,15 @@ def test_samples_of_the_third_format_are_joined_by_those_of_a_model_whose_config
     monkeypatch.setitem(MODEL_OF_TODAY, "config", "d" * 32)
     with pytest.raises(UserError, match=r'model\.config is "c+" there and "d+" here'):
         run(config_of(tiny_model, tmp_path, vstar={"num_samples": 8}))
+
+
+# Version 4.
+
+
+def test_samples_of_the_fourth_format_do_not_hold_their_token_ids() -> None:
+    samples = SampleStore(V4 / "samples", read_provenance(V4 / "vstar.parquet")).read()
+    assert samples["completion_ids"].null_count() == samples.height
+    assert read_provenance(V4 / "vstar.parquet").identity == document_of(V4 / "vstar.parquet")["identity"]
 
 
 # A later version.

@@ -114,7 +114,7 @@ def test_a_real_model_is_sampled_trained_exported_and_evaluated(run_cli: RunCli,
     assert {name: after[name] for name in unchanged} == {name: before[name] for name in unchanged}
     check_weights(paths.model)
 
-    trained = json.loads(step("evaluate", "--model", paths.model, "--json"))
+    trained = json.loads(step("evaluate", "--model", paths.model, "--json"))["results"][0]
     assert trained["greedy_accuracy"] > 0.5
     assert 0 < trained["kl_sequence"] < 1, "the weights have moved, a little"
 

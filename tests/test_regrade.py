@@ -279,7 +279,7 @@ def test_a_second_regrade_grades_nothing_and_changes_no_file(
     run(graded_by("regrade_a"))
     regrade(graded_by("regrade_b"))
     before = contents(run_paths("test").root)
-    monkeypatch.setattr("stage1_vstar.regrade.GraderPool", refuse_to_grade)
+    monkeypatch.setattr("common.sampling.regrading.GraderPool", refuse_to_grade)
     assert "completions to grade" not in (printed := regrade(graded_by("regrade_b")))
     assert "prompts change" in printed
     assert {
@@ -311,7 +311,7 @@ def test_a_regrade_that_was_cut_off_continues_and_gives_the_same_table(
     run(graded_by("regrade_a", run="whole"))
     regrade(whole := graded_by("regrade_b", run="whole"))
     monkeypatch.setattr("common.sampling.writer.FRAGMENT_SAMPLES", 5)
-    monkeypatch.setattr("stage1_vstar.regrade.GraderPool", DyingPool)
+    monkeypatch.setattr("common.sampling.regrading.GraderPool", DyingPool)
     monkeypatch.setattr(DyingPool, "given", 0)
     config = graded_by("regrade_b")
     for limit in (7, 13):
@@ -343,7 +343,7 @@ def test_an_edited_reward_is_refused_until_its_samples_are_graded_anew(
     with pytest.raises(UserError) as caught:
         run(config)
     assert f'grader is "{before}" there and "{after}" here' in str(caught.value)
-    assert "(to grade its samples anew: `python cli.py regrade`)" in str(caught.value)
+    assert "(to grade its samples again: `python cli.py regrade`)" in str(caught.value)
 
     run_paths("test").vstar.rename(tmp_path / "old.parquet")
     with pytest.raises(UserError) as caught:
@@ -351,7 +351,7 @@ def test_an_edited_reward_is_refused_until_its_samples_are_graded_anew(
     assert str(caught.value).startswith(
         f"{SAMPLES} samples in {run_paths('test').samples} were graded by another"
     )
-    assert "grade them anew with `python cli.py regrade`" in str(caught.value)
+    assert "grade them again with `python cli.py regrade`" in str(caught.value)
     assert not run_paths("test").vstar.exists()
 
     assert "run `python cli.py vstar`" in regrade(config)

@@ -35,16 +35,38 @@ def trained(tmp_path: Path) -> RunPaths:
         }
         lines.append(line | ({"evaluate/pass_at_1": 0.5} if iteration % 2 == 0 else {}))
     paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, accuracy in (("reference", 0.4321), ("trained", 0.9876)):
-        result = {
+    results = [
+        {
+            "model": name,
+            "path": f"some/{name}",
+            "benchmark": "held_out",
+            "grader": "gsm8k/3",
+            "prompts": 512,
             "greedy_accuracy": 0.9,
+            "greedy_accuracy_interval_95": [0.88, 0.92],
+            "samples_per_prompt": 8,
             "pass_at_1": accuracy,
             "pass_at_1_interval_95": [accuracy - 0.01, accuracy + 0.01],
             "pass_at_k": {"1": accuracy, "8": 1.0},
-            "kl_sequence": 0.5,
+            "reward_mean": accuracy,
             "completion_tokens_mean": 12.0,
+            "truncated": 0.0,
+            "outcomes": {"correct": 1},
+            "kl_sequence": 0.5,
+            "sampling": {},
         }
-        (paths.evaluations / f"{name}.json").write_text(json.dumps(result))
+        for name, accuracy in (("reference", 0.4321), ("trained", 0.9876))
+    ]
+    comparison = {
+        "benchmark": "held_out",
+        "first": "reference",
+        "second": "trained",
+        "prompts": 512,
+        "difference": 0.5555,
+        "interval_95": [0.5, 0.6],
+        "p_value": 0.0002,
+    }
+    paths.results("json").write_text(json.dumps({"results": results, "comparisons": [comparison]}))
     return paths
 
 
@@ -58,6 +80,13 @@ def test_the_table_sets_the_reference_beside_the_trained_model(trained: RunPaths
     row = next(line for line in report(trained).splitlines() if "pass@1" in line)
     assert "0.432" in row
     assert "0.988" in row
+
+
+def test_the_page_has_a_table_per_benchmark_and_the_comparison(trained: RunPaths) -> None:
+    report(trained)
+    page = (trained.report / "report.html").read_text()
+    assert "held-out: 512 prompts" in page
+    assert "trained − reference: +0.555 (95 % interval +0.500 to +0.600, p 0.0002)" in page
 
 
 def test_the_curves_are_drawn_as_png_and_svg_and_the_svg_is_the_same_every_time(trained: RunPaths) -> None:
@@ -115,7 +144,7 @@ def test_a_damaged_line_of_the_metrics_is_named(trained: RunPaths, content: byte
 
 
 def test_what_cannot_be_read_is_named(trained: RunPaths) -> None:
-    for file in (trained.evaluation("trained"), trained.metrics):
+    for file in (trained.results("json"), trained.metrics):
         file.unlink()
         file.mkdir()
         with pytest.raises(
@@ -134,16 +163,16 @@ def test_a_line_without_times_and_with_missing_numbers_is_no_damage(trained: Run
     ("content", "problem"),
     [
         ("", "Invalid JSON: EOF"),
-        ('{"greedy_accuracy": 0.5,', "Invalid JSON: EOF"),
+        ('{"results": [', "Invalid JSON: EOF"),
         ("[]", "Input should be an object"),
-        ("{}", "greedy_accuracy: Field required"),
-        (None, "pass_at_1_interval_95.1: Field required"),
+        ("{}", "results: Field required"),
+        (None, "results.0.model: Field required"),
     ],
 )
 def test_a_damaged_evaluation_is_named(trained: RunPaths, content: str | None, problem: str) -> None:
-    file = trained.evaluation("trained")
+    file = trained.results("json")
     if content is None:
-        change_json(file, pass_at_1_interval_95=[0.5])
+        change_json(file, results=[{"path": "x"}])
     else:
         file.write_text(content)
     with pytest.raises(DamagedFile) as told:

@@ -273,8 +273,8 @@ def test_the_exported_model_loads_in_vllm_and_is_evaluated(finished: Finished) -
         timeout=120,
     )
     assert process.returncode == 0, process.stderr[-4000:]
-    result = json.loads(process.stdout)
-    assert result["model"] == str(workspace.paths("whole").model)
+    (result,) = json.loads(process.stdout)["results"]
+    assert result["model"] == result["path"] == str(workspace.paths("whole").model)
     assert (result["prompts"], result["samples_per_prompt"]) == (5, 4)
     assert sum(result["outcomes"].values()) == 20
     assert result["pass_at_1"] == pytest.approx(result["outcomes"].get("correct", 0) / 20)

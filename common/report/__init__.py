@@ -3,15 +3,14 @@
 Reads the run's artifacts only; no model, no torch. It shows whatever a run has so far.
 """
 
-from collections.abc import Mapping
-
 from rich.table import Table
 
-from common.documents import read_document, read_metrics
+from common.documents import read_metrics
 from common.errors import UserError
+from common.evaluations import read_results
 from common.files import atomic_path
 from common.report.curves import draw_training
-from common.report.evaluations import Result, evaluation_rows
+from common.report.evaluations import Evaluated, evaluated
 from common.report.page import write_page
 from common.report.stage1 import read_stage1
 from common.runs import RunPaths
@@ -25,13 +24,10 @@ def write_report(paths: RunPaths, console: Terminal) -> None:
         raise UserError(
             f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run `python cli.py vstar` first"
         )
-    evaluations = {
-        name: read_document(file, Result, "remove it, or make it again with `python cli.py evaluate`")
-        for name in ("reference", "trained")
-        if (file := paths.evaluation(name)).exists()
-    }
-    if evaluations:
-        console.print(_table(evaluations))
+    results = read_results(paths)
+    evaluations = evaluated(results) if results else []
+    for each in evaluations:
+        console.print(_table(each))
     if metrics:
         for suffix in ("png", "svg"):
             with atomic_path(paths.curves(suffix)) as temporary:
@@ -42,11 +38,11 @@ def write_report(paths: RunPaths, console: Terminal) -> None:
     console.print(f"{page}: everything on a page; open it in a browser")
 
 
-def _table(evaluations: Mapping[str, Result]) -> Table:
-    table = Table(title="held-out prompts")
+def _table(evaluation: Evaluated) -> Table:
+    table = Table(title=f"{evaluation.benchmark}: {evaluation.prompts:,} prompts")
     table.add_column("")
-    for name in evaluations:
+    for name in evaluation.models:
         table.add_column(name, justify="right")
-    for label, cells in evaluation_rows(evaluations):
+    for label, cells in evaluation.rows:
         table.add_row(label, *cells)
     return table

@@ -6,7 +6,7 @@ output passes through the template's escaping.
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from common.report.browser import SAMPLES_SHOWN, Group, browse
 from common.report.cost import stage1_cost, stage2_cost
 from common.report.curves import training_pictures
 from common.report.distributions import pass_rate_picture, vstar_picture
-from common.report.evaluations import Result, evaluation_rows
+from common.report.evaluations import Evaluated
 from common.report.picture import Picture
 from common.report.regrades import Regrade
 from common.report.stage1 import PROMPTS_SHOWN, Stage1
@@ -61,7 +61,7 @@ def write_page(
     paths: RunPaths,
     stage1: Stage1 | None,
     metrics: Sequence[dict[str, float]],
-    evaluations: Mapping[str, Result],
+    evaluations: Sequence[Evaluated],
 ) -> Path:
     """Write report/report.html from what a run has so far: the rows of vstar.parquet, metrics, evaluations."""
     style = (_HERE / "page.css").read_text(encoding="utf-8")
@@ -79,8 +79,7 @@ def write_page(
         sweep=_sweep(paths, stage1) if stage1 else None,
         regrades=_regrades(paths),
         curves=training_pictures(metrics) if metrics else [],
-        evaluations=list(evaluations),
-        evaluation_rows=evaluation_rows(evaluations),
+        evaluations=evaluations,
         costs=costs,
         documents=_documents(paths),
         **sections,

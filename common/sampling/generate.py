@@ -29,6 +29,7 @@ def generate_samples(
     console: Terminal,
     *,
     grader_proven: bool = False,
+    keep_token_ids: bool = False,
 ) -> None:
     """Draw the missing samples from the reference policy, grade them and append them to the store.
 
@@ -49,7 +50,7 @@ def generate_samples(
                 assert isinstance(address, tuple)
                 place = places[address[0]]
                 prompt = missing.prompts[place]
-                running[address] = ungraded_row(prompt, address[1], completion)
+                running[address] = ungraded_row(prompt, address[1], completion, keep_token_ids)
                 pool.submit(
                     address,
                     prompt=prompt.text,
@@ -97,7 +98,9 @@ def write_graded(
         raise UserError(check.complaint())
 
 
-def ungraded_row(prompt: Prompt, index: int, completion: Completion) -> dict[str, Any]:
+def ungraded_row(
+    prompt: Prompt, index: int, completion: Completion, keep_token_ids: bool = False
+) -> dict[str, Any]:
     """A row of samples/*.parquet, without its grade."""
     text, raw = stored_text(completion.text)
     return {
@@ -109,4 +112,5 @@ def ungraded_row(prompt: Prompt, index: int, completion: Completion) -> dict[str
         "completion": text,
         "completion_raw": raw,
         "completion_tokens": len(completion.token_ids),
+        "completion_ids": list(completion.token_ids) if keep_token_ids else None,
     }

@@ -1,0 +1,53 @@
+"""Grades stored completions that another grader has judged, or that the run's own has not judged yet."""
+
+from functools import partial
+
+from common.errors import UserError
+from common.grading import GraderConfig, GraderPool, Outcome, row_needs
+from common.grading.conventions import Needs
+from common.grading.reference import Reference, reference_of
+from common.sampling.generate import write_graded
+from common.sampling.grader_check import GraderCheck
+from common.sampling.writer import FragmentWriter
+from common.store import JUDGED, SampleStore, original_text
+from common.terminal.console import Terminal
+
+
+def grade_missing(store: SampleStore, grader: GraderConfig, notices: Terminal) -> None:
+    """Grade the samples that this grader has not judged, one fragment at a time."""
+    check = GraderCheck(nothing_judged_before=not store.grade_fragments())
+    needs = row_needs(grader)
+    with GraderPool(grader) as pool, FragmentWriter(store.add_grades) as writer:
+        collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
+        try:
+            for number, frame in enumerate(store.ungraded()):
+                if number == 0:
+                    refuse_unstored(needs, reference_of(frame["answer"][0]), grader)
+                    pool.try_out(frame["prompt"][0], frame["answer"][0])
+                for row in frame.iter_rows(named=True):
+                    pool.submit(
+                        tuple(row[name] for name in JUDGED),
+                        prompt=row["prompt"],
+                        completion=original_text(row["completion"], row["completion_raw"]),
+                        answer=row["answer"],
+                        truncated=row["outcome"] == Outcome.TRUNCATED,
+                    )
+                    collect(pool.ready())
+            check.all_there = True
+            collect(pool.drain())
+        finally:
+            collect(pool.ready())
+        for line in pool.usage_lines():
+            notices.print(line)
+
+
+def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig) -> None:
+    """Raise UserError if a reward function reads something that the run's samples do not hold."""
+    missing = [f"the column {name}" for name in needs.columns if name not in reference.columns]
+    if needs.token_ids:
+        missing.insert(0, "completion_ids")
+    if missing:
+        raise UserError(
+            f"grader.name = {grader.title} reads {missing[0]}, which these samples do not hold: `regrade` cannot "
+            "call it; draw the samples under another --run"
+        )
