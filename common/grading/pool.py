@@ -17,7 +17,7 @@ from typing import Any, Self
 from common.errors import UserError
 from common.grading.config import GraderConfig, fingerprint
 from common.grading.graders import RULES, Grader
-from common.grading.judge import UNAVAILABLE, JudgeUsage
+from common.grading.judge import REFUSED, UNAVAILABLE, JudgeUsage
 from common.grading.outcome import Grade, Outcome, graded
 from common.grading.process import Inbox, Job, WorkerProcess
 from common.grading.rule_custom import ADVICE, WRONG_TYPE
@@ -133,7 +133,8 @@ class GraderPool:
     def try_out(self, prompt: str, answer: str) -> None:
         """Has reward functions and the judge grade an empty completion, before anything is generated.
 
-        Raises UserError if they return what is no reward whatever the completion, or do not answer.
+        Raises UserError if they return what is no reward whatever the completion, or the judge does not answer or
+        refuses the request.
         """
         if not all(name in RULES for name in self._config.names):
             inbox = Inbox()
@@ -141,7 +142,7 @@ class GraderPool:
             ((_, grade),) = self._wait(inbox)
             self.judge_usage = JudgeUsage()  # of completions alone
             reason = grade.reason or ""
-            if reason.startswith(UNAVAILABLE):
+            if reason.startswith((UNAVAILABLE, REFUSED)):
                 raise UserError(self._no_judge(reason))
             if not grade.is_judged and reason.startswith(WRONG_TYPE):
                 raise UserError(
