@@ -128,6 +128,14 @@ def plain_faulty(prompt, completion, answer): return _fault(completion)
 async def async_faulty(completions, **kwargs):
     if "forever" in completions[0]:
         await asyncio.sleep(1000)
+    if "leave" in completions[0]:
+        await asyncio.sleep(0.01)
+        raise SystemExit(1)
+    while "stubborn" in completions[0]:
+        try:
+            await asyncio.sleep(1000)
+        except BaseException:
+            pass
     return [_fault(said) for said in completions]
 """
 
@@ -255,11 +263,28 @@ def test_a_fault_costs_its_own_completion_and_says_what_it_was(functions: str, f
 
 def test_faults_of_an_async_function_leave_the_others_alone(functions: str) -> None:
     """They are under way together: one waits for ever, one lets no other run, one ends the process of all."""
-    faults = ["good", "forever", "raise", "good", "loop", "nan", "good", "exit", "good"]
+    faults = ["good", "forever", "raise", "good", "loop", "nan", "good", "exit", "good", "leave", "stubborn"]
     grades = grade(f"{functions}:async_faulty", *faults)
     assert [each[0] for each in grades if each[0] == "correct"] == ["correct"] * 4
-    assert [grades[place][0] for place in (1, 4)] == ["verifier_timeout"] * 2
-    assert [grades[place][0] for place in (2, 5, 7)] == ["verifier_crash"] * 3
+    assert [grades[place][0] for place in (1, 4, 10)] == ["verifier_timeout"] * 3
+    assert [grades[place][0] for place in (2, 5, 7, 9)] == ["verifier_crash"] * 4
+
+
+@pytest.mark.parametrize("name", ["busy", ["busy_sync", "busy_not"]])
+def test_many_that_keep_the_process_busy_for_a_while_are_not_late(tmp_path: Path, functions: str, name: Any) -> None:
+    """32 at a time take longer together than one of them may."""
+    (tmp_path / "busy_rewards.py").write_text(
+        "import asyncio, time\n"
+        "async def busy(prompt, completion, answer):\n"
+        "    await asyncio.sleep(0); time.sleep(0.035); return 1.0\n"
+        "def busy_sync(prompt, completion, answer):\n"
+        "    time.sleep(0.035); return 1.0\n"
+        "async def busy_not(prompt, completion, answer):\n"
+        "    await asyncio.sleep(0.01); return 1.0\n"
+    )
+    names = [f"busy_rewards:{each}" for each in ([name] if isinstance(name, str) else name)]
+    grades = grade(names, *("x" * 64), timeout_seconds=1.0)  # type: ignore[arg-type]
+    assert {each[0] for each in grades} == {"correct"}
 
 
 def test_async_functions_wait_together(functions: str, tmp_path: Path) -> None:
