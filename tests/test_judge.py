@@ -99,7 +99,13 @@ def test_a_judge_that_counts_no_tokens_judges_all_the_same(usage: Any) -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    [b"<html>Score: 1</html>", b"{nope", b"[1]", {"error": {"message": "overloaded"}}, document("x") | {"choices": []}],
+    [
+        b"<html>Score: 1</html>",
+        b"{nope",
+        b"[1]",
+        {"error": {"message": "overloaded"}},
+        document("x") | {"choices": []},
+    ],
 )
 def test_an_answer_that_is_no_reply_of_a_model_is_no_answer(reply: Any) -> None:
     """Such as a gateway's page with status 200: nothing is stored for it."""

@@ -241,7 +241,9 @@ class Grader:
         for place, part in enumerate(self._parts):
             if not part.is_async:
                 async with self._turn:
-                    await asyncio.sleep(0)  # between two that keep the process busy, those that wait have a turn
+                    await asyncio.sleep(
+                        0
+                    )  # between two that keep the process busy, those that wait have a turn
                     grades[place] = part.grade(judged)
         waiting = [place for place in range(len(self._parts)) if place not in grades]
         awaited = await asyncio.gather(*(self._parts[place].grade_async(judged) for place in waiting))
@@ -257,11 +259,14 @@ class Grader:
         for name, _, grade in applying:
             if not grade.is_judged:
                 return graded(grade.outcome, reason=f"{grade.reason} ({name})")
+        reward = math.fsum(weight * grade.reward for _, weight, grade in applying)
+        if not math.isfinite(reward):
+            return graded(Outcome.VERIFIER_CRASH, reason=f"the sum of the rewards is {reward}")
         first = applying[0][2]
         parts = [(name, grade.reward) for name, _, grade in applying]
         return Grade(
             outcome=first.outcome,
-            reward=math.fsum(weight * grade.reward for _, weight, grade in applying),
+            reward=reward,
             extracted=first.extracted,
             reason=storable(", ".join(f"{name} {reward:g}" for name, reward in parts)),
             parts=tuple(parts),

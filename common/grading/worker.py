@@ -184,9 +184,9 @@ class Worker:
         if running is not self._running:
             self._running = running
             self._beat_once()
-        elif time.monotonic() - self._beat > self.timeout_seconds:
-            if running is not None and running not in self._own_tasks:
-                raise _Deadline
+        is_late = time.monotonic() - self._beat > self.timeout_seconds
+        if is_late and running is not None and running not in self._own_tasks:
+            raise _Deadline
 
 
 def send(connection: Connection, message: object) -> None:
