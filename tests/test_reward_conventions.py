@@ -425,6 +425,21 @@ def test_weights_are_one_by_default_and_belong_to_the_grader(functions: str) -> 
     assert fingerprint(GraderConfig(name=names[1:])) == fingerprint(GraderConfig(name=names[1]))
 
 
+def test_graders_that_differ_have_results_of_their_own() -> None:
+    """Weights that differ in a late digit or in their sign, marks that differ in their brackets, and many names."""
+    names = ["gsm8k", "math"]
+    configs = [
+        *({"name": names, "weights": [1.0, weight]} for weight in (0.1234567, 0.1234568, 1.0, -1.0)),
+        *({"name": "gsm8k", "answer_after": mark} for mark in ("<think>", "[think]")),
+    ]
+    prints = [fingerprint(GraderConfig.model_validate(config)) for config in configs]
+    prints += [f"{'module.' * 60}:{name} + 1 math/3" for name in names]
+    folders = {run_paths("test").regraded_by(each).root.name for each in prints}
+    assert len({*prints}) == len(folders) == len(prints)
+    assert max(map(len, folders)) < 200
+    assert run_paths("test").regraded_by("math/3").root.name == "math-3"
+
+
 def test_a_reward_that_does_not_apply_is_left_out_and_a_failure_is_not(functions: str) -> None:
     names = ["gsm8k", f"{functions}:trl_sometimes_none"]
     without, with_both = grade(names, "#### 1", "#### 3")  # type: ignore[arg-type]

@@ -196,7 +196,8 @@ class Grader:
         if not self.spec.weights and len(versions) == 1:
             return versions[0]
         return " + ".join(
-            f"{weight:g} {version}" for weight, version in zip(self._weights, versions, strict=True)
+            f"{repr(weight).removesuffix('.0')} {version}"
+            for weight, version in zip(self._weights, versions, strict=True)
         )
 
     @property
