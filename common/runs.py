@@ -1,5 +1,6 @@
 """The layout of a run's folder artifacts/<run>, which only this module defines; shards, and locks on a run."""
 
+import hashlib
 import math
 import os
 import platform
@@ -15,6 +16,9 @@ from common.errors import UserError
 from common.files import meaning, writing_to
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+LONGEST_NAME = 120
+"""Of a folder that a grader gives its name; longer ones are cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,12 @@ class RunPaths:
 
     def regraded_by(self, grader: str) -> "Regraded":
         """The results of `regrade` with a grader."""
-        return Regraded(self.regraded / re.sub(r"[^A-Za-z0-9.]+", "-", grader))
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", grader)
+        if (
+            " + " in grader or " after " in grader or len(name) > LONGEST_NAME
+        ):  # a weight's sign, a mark's brackets
+            name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(grader.encode()).hexdigest()[:8]}"
+        return Regraded(self.regraded / name)
 
     @property
     def regrades(self) -> "list[Regraded]":

@@ -16,6 +16,7 @@ from common.data.framing import chat_turns, framing_identity, recorded_framing, 
 from common.data.messages import Turns
 from common.errors import UserError
 from common.files import atomic_path
+from common.grading.reference import reference_of
 from common.provenance import SCHEMA_VERSION, Provenance, read_provenance
 from common.vstar_file import scan_vstar
 
@@ -98,6 +99,12 @@ class _Prompts:
                 f"the figures are of prompts in the template {json.dumps(self.template, ensure_ascii=False)}{around}, "
                 "the file has the questions alone: --in-template writes them in it"
             )
+        first = next((rows["answer"][0] for rows in scan_vstar(self.source, ["answer"]) if rows.height), "")
+        if columns := reference_of(first).columns:
+            yield (
+                f"the reward function read the columns {', '.join(columns)}, which the file leaves out: join them by "
+                "prompt; read back, the prompts have other ids"
+            )
         for key in ("chat_template_kwargs", "prefill") if self.is_chat else ():
             if key in framing:
                 value = json.dumps(getattr(self.framing, key), ensure_ascii=False)
@@ -151,7 +158,8 @@ def _write_trl(prompts: _Prompts, output: Path) -> Iterator[str]:
     def tables() -> Iterator[dict[str, Any]]:
         for rows in prompts.parts("prompt", "answer", *names):
             yield {
-                **rows.select("answer", *names).to_dict(as_series=False),
+                **rows.select(names).to_dict(as_series=False),
+                "answer": _answers(rows),
                 "prompt": [shown(prompt) for prompt in rows["prompt"]],
             }
 
@@ -170,17 +178,18 @@ def _write_verl(prompts: _Prompts, output: Path) -> Iterator[str]:
         place = 0
         for rows in prompts.parts("prompt", "answer", *(name for name, _ in FIGURES)):
             figures = rows.select(name for name, _ in FIGURES).to_dicts()
+            answers = _answers(rows)
             yield {
                 "data_source": [source] * rows.height,
                 "prompt": [prompts.turns(prompt) for prompt in rows["prompt"]],
                 "ability": [ability] * rows.height,
-                "reward_model": [{"style": "rule", "ground_truth": answer} for answer in rows["answer"]],
+                "reward_model": [{"style": "rule", "ground_truth": answer} for answer in answers],
                 "extra_info": [
                     {"index": index, "split": split, **each} for index, each in enumerate(figures, place)
                 ],
             }
             place += rows.height
-            lists += sum(answer.lstrip().startswith('["') for answer in rows["answer"])
+            lists += sum(answer.lstrip().startswith('["') for answer in answers)
 
     yield f"{output}: {_write_tables(tables(), VERL, prompts, output):,} prompts for verl, data_source {source}"
     if known is None:
@@ -190,6 +199,11 @@ def _write_verl(prompts: _Prompts, output: Path) -> Iterator[str]:
             f'{lists:,} answers look like JSON lists, of which data.format = "auto" would take the element: to read '
             'this file back set data.prompt_field = "prompt" and data.answer_field = "reward_model.ground_truth"'
         )
+
+
+def _answers(rows: pl.DataFrame) -> list[str]:
+    """The answers alone, without the columns that reward functions read."""
+    return [reference_of(answer).answer for answer in rows["answer"]]
 
 
 def _write_tables(

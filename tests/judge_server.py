@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = Callable[[str], "str | int | tuple[int, str]"]
-"""From a question to the judge's words, or to an HTTP status with an error's text."""
+Reply = Callable[[str], "str | int | tuple[int, str] | dict[str, Any] | bytes"]
+"""From a question to the judge's words, to an HTTP status with an error's text, or to all of a document or page."""
 
 
 class JudgeServer:
@@ -42,9 +42,10 @@ class JudgeServer:
                     with outer._lock:
                         outer._now -= 1
                 status, document = outer._document(found)
-                answer = json.dumps(document).encode()
+                answer = document if isinstance(document, bytes) else json.dumps(document).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                is_page = answer.startswith(b"<")
+                self.send_header("Content-Type", "text/html" if is_page else "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 if status == 429:
                     self.send_header("Retry-After", "0")
@@ -60,7 +61,11 @@ class JudgeServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
     @staticmethod
-    def _document(found: "str | int | tuple[int, str]") -> tuple[int, dict[str, Any]]:
+    def _document(
+        found: "str | int | tuple[int, str] | dict[str, Any] | bytes",
+    ) -> tuple[int, dict[str, Any] | bytes]:
+        if isinstance(found, dict | bytes):
+            return 200, found
         if not isinstance(found, str):
             status, message = found if isinstance(found, tuple) else (found, "no")
             return status, {"error": {"message": message, "type": "error"}}

@@ -57,6 +57,12 @@ def test_a_stop_string_may_be_of_several_tokens_and_end_within_one() -> None:
     assert stop.before("xacde") is None
 
 
+def test_tokens_without_a_text_may_stand_within_a_stop_string() -> None:
+    """A model may write padding between its letters; where it is overlooked, the end of the run contradicts it."""
+    stop = StopStrings(["bcd"], lambda token_ids: letters([token for token in token_ids if token != 9]))
+    assert stop.end([0, 1, 2, *[9] * 50, 3])
+
+
 def test_the_stop_string_that_is_complete_first_ends_a_completion() -> None:
     stop = StopStrings(["cdef", "de", "e"], letters)
     assert stop.before("abcdef") == "abc"

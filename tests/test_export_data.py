@@ -14,6 +14,7 @@ from common.data.datasets import format_of, read_pairs
 from common.data.messages import text_of_turns
 from common.data.prompts import prompt_id
 from common.errors import UserError
+from common.grading.reference import Reference
 from common.provenance import Provenance, read_provenance
 from common.runs import run_paths
 from common.vstar_file import read_vstar, write_vstar
@@ -82,6 +83,19 @@ def test_data_that_is_exported_is_read_back_as_the_same_prompts(
     assert [prompt_id(*pair) for pair in pairs] == rows["prompt_id"].to_list()
     assert read_provenance(path) == read_provenance(source)
     assert [each.name for each in path.parent.iterdir()] == ["data.parquet"]
+
+
+@pytest.mark.parametrize(("format_name", "column"), [("trl", "answer"), ("verl", "reward_model")])
+def test_answers_are_written_without_the_columns_that_reward_functions_read(
+    tmp_path: Path, format_name: str, column: str
+) -> None:
+    held = Reference(answer="3", columns={"level": 2}).to_text()
+    source = artifact(tmp_path / "vstar.parquet", {"1 + 2?": (held, "cc")})
+    path = tmp_path / "data.parquet"
+    *_, remark = export_data(source, path, format_name)
+    found = pandas.read_parquet(path)[column][0]
+    assert found == "3" if format_name == "trl" else found["ground_truth"] == "3"
+    assert "read the columns level, which the file leaves out" in remark
 
 
 def test_a_file_for_trl_has_messages_where_the_model_has_a_chat_template_and_texts_where_not(

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ async def trl_async(completions, **kwargs):
 def trl_sometimes_none(completions, **kwargs):
     return [None if "1" in said else 1.0 for said in completions]
 
+def trl_lone_messages(completions):
+    return [float(len(turns[-1]["content"])) for turns in completions]
+
+def trl_by_place(completions, /, **kwargs):
+    return [1.0]
+
+def trl_missing_is_none(completions, level, **kwargs):
+    return [0.5 if how is None else 1.0 for how in level]
+
 def trl_too_many(completions, **kwargs):
     return [1.0, 1.0]
 
@@ -73,6 +83,13 @@ def compute_score_of_list(data_source, solution_str, ground_truth, extra_info=No
     assert isinstance(ground_truth, list)
     return float(any(each in solution_str for each in ground_truth))
 
+def compute_score_partly(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": 0.25, "acc": 0.25}
+
+def compute_score_of_number(solution_str, ground_truth, **kwargs):
+    assert kwargs == {"data_source": "mine", "extra_info": {"index": 7}}, kwargs
+    return float(int(solution_str[-1]) == ground_truth)
+
 def compute_score_without_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"acc": True}
 
@@ -80,6 +97,13 @@ def compute_score_without_score(data_source, solution_str, ground_truth, extra_i
 
 def verifiers_contains(completion, answer):
     return 1.0 if answer in completion[-1]["content"] else 0.0
+
+def verifiers_of_list(completion, answer):
+    assert answer == ["4", "3"], answer
+    return float(completion[-1]["content"][-1] in answer)
+
+def verifiers_kwargs(completion, **kwargs):
+    return float(kwargs["info"]["weight"] * kwargs["answer"])
 
 async def verifiers_with_all(prompt, completion, answer, state, info, task, **kwargs):
     assert state["completion"] == completion and state["prompt"] == prompt
@@ -128,6 +152,14 @@ def plain_faulty(prompt, completion, answer): return _fault(completion)
 async def async_faulty(completions, **kwargs):
     if "forever" in completions[0]:
         await asyncio.sleep(1000)
+    if "leave" in completions[0]:
+        await asyncio.sleep(0.01)
+        raise SystemExit(1)
+    while "stubborn" in completions[0]:
+        try:
+            await asyncio.sleep(1000)
+        except BaseException:
+            pass
     return [_fault(said) for said in completions]
 """
 
@@ -180,6 +212,11 @@ CASES = [
         1.0,
         "correct",
     ),
+    ("compute_score_partly", VERL_ROW, 0.25, "wrong"),
+    ("compute_score_of_number", VERL_ROW | {"reward_model": {"ground_truth": 3}}, 1.0, "correct"),
+    ("verifiers_of_list", {"question": "How many is 3?", "answer": ["4", "3"]}, 1.0, "correct"),
+    ("verifiers_kwargs", {"prompt": "How?", "answer": 3, "info": {"weight": 0.25}}, 0.75, "wrong"),
+    ("trl_lone_messages", {"prompt": MESSAGES[1:], "answer": "3"}, 9.0, "correct"),
     ("verifiers_contains", {"question": "How many is 3?", "answer": "3"}, 1.0, "correct"),
     (
         "verifiers_with_all",
@@ -255,11 +292,30 @@ def test_a_fault_costs_its_own_completion_and_says_what_it_was(functions: str, f
 
 def test_faults_of_an_async_function_leave_the_others_alone(functions: str) -> None:
     """They are under way together: one waits for ever, one lets no other run, one ends the process of all."""
-    faults = ["good", "forever", "raise", "good", "loop", "nan", "good", "exit", "good"]
+    faults = ["good", "forever", "raise", "good", "loop", "nan", "good", "exit", "good", "leave", "stubborn"]
     grades = grade(f"{functions}:async_faulty", *faults)
     assert [each[0] for each in grades if each[0] == "correct"] == ["correct"] * 4
-    assert [grades[place][0] for place in (1, 4)] == ["verifier_timeout"] * 2
-    assert [grades[place][0] for place in (2, 5, 7)] == ["verifier_crash"] * 3
+    assert [grades[place][0] for place in (1, 4, 10)] == ["verifier_timeout"] * 3
+    assert [grades[place][0] for place in (2, 5, 7, 9)] == ["verifier_crash"] * 4
+
+
+@pytest.mark.parametrize("name", ["busy", ["busy_sync", "busy_not"]])
+def test_many_that_keep_the_process_busy_for_a_while_are_not_late(
+    tmp_path: Path, functions: str, name: Any
+) -> None:
+    """32 at a time take longer together than one of them may."""
+    (tmp_path / "busy_rewards.py").write_text(
+        "import asyncio, time\n"
+        "async def busy(prompt, completion, answer):\n"
+        "    await asyncio.sleep(0); time.sleep(0.035); return 1.0\n"
+        "def busy_sync(prompt, completion, answer):\n"
+        "    time.sleep(0.035); return 1.0\n"
+        "async def busy_not(prompt, completion, answer):\n"
+        "    await asyncio.sleep(0.01); return 1.0\n"
+    )
+    names = [f"busy_rewards:{each}" for each in ([name] if isinstance(name, str) else name)]
+    grades = grade(names, *("x" * 64), timeout_seconds=1.0)  # type: ignore[arg-type]
+    assert {each[0] for each in grades} == {"correct"}
 
 
 def test_async_functions_wait_together(functions: str, tmp_path: Path) -> None:
@@ -302,6 +358,52 @@ def test_a_function_that_breaks_its_convention_is_refused_before_anything_is_dra
         pool.try_out("How many?", "3")
 
 
+def test_a_function_that_no_name_reaches_is_refused(functions: str) -> None:
+    with pytest.raises(UserError, match="called by name as trl does, it gets no completions"):
+        row_needs(GraderConfig(name=f"{functions}:trl_by_place"))
+
+
+def test_a_cell_that_a_row_lacks_is_none_as_in_trl(tmp_path: Path, functions: str) -> None:
+    path = rows_file(tmp_path, [TRL_ROW, {"prompt": "x", "answer": "3"}])
+    config = config_of(Path("m"), path, {"name": f"{functions}:trl_missing_is_none"})
+    answers = [answer for _, answer in read_pairs(config.data, config)]
+    assert [grade(config.grader.names[0], "x", answer=answer)[0][1] for answer in answers] == [1.0, 0.5]
+
+
+def test_names_of_columns_that_no_file_can_hold_are_replaced() -> None:
+    text = Reference(answer="3", columns={"\ud800": {"\udfff": "\ud800"}}).to_text()
+    assert reference_of(text).columns == {"?": {"?": "?"}}
+    text.encode()
+
+
+def test_an_answer_with_nothing_beside_it_is_held_as_its_text() -> None:
+    assert Reference(answer="3").to_text() == "3"
+    row = Reference(answer="3", columns={"level": 2}).to_text()
+    assert reference_of(Reference(answer=row).to_text()) == Reference(answer=row)
+
+
+def test_token_ids_reach_a_function_after_a_process_has_died(tmp_path: Path, functions: str) -> None:
+    (tmp_path / "dying_rewards.py").write_text(
+        "import os\n"
+        "def reward(completions, completion_ids, **kwargs):\n"
+        "    if 'exit' in completions[0]: os._exit(3)\n"
+        "    return [float(len(ids)) for ids in completion_ids]\n"
+    )
+    with GraderPool(GraderConfig(name="dying_rewards:reward")) as pool:
+        for number in range(200):
+            said = "exit" if number == 20 else "x"
+            pool.submit(number, prompt="", completion=said, answer="", truncated=False, token_ids=(1, 2, 3))
+            time.sleep(0.001)
+        rewards = {number: found.reward for number, found in pool.drain()}
+    assert rewards == {number: 0.0 if number == 20 else 3.0 for number in range(200)}
+
+
+def test_a_sum_that_is_no_number_is_no_reward(tmp_path: Path, functions: str) -> None:
+    (tmp_path / "large_rewards.py").write_text("def reward(prompt, completion, answer): return 1e308\n")
+    (found,) = grade(["large_rewards:reward", "gsm8k"], "#### 3", weights=[10.0, 1.0])  # type: ignore[arg-type]
+    assert found == ("verifier_crash", 0.0, "the sum of the rewards is inf")
+
+
 def test_rewards_of_several_functions_are_added_with_their_weights(functions: str) -> None:
     names = ["gsm8k", f"{functions}:trl_only_completions", f"{functions}:plain"]
     right, wrong = grade(names, "#### 3", "#### 4", weights=[1.0, 0.1, -2.0])  # type: ignore[arg-type]
@@ -321,6 +423,21 @@ def test_weights_are_one_by_default_and_belong_to_the_grader(functions: str) -> 
     assert prints[0] == prints[1] != prints[2]
     assert prints[2].startswith("1 gsm8k/3 + 0.5 their_rewards:plain@")
     assert fingerprint(GraderConfig(name=names[1:])) == fingerprint(GraderConfig(name=names[1]))
+
+
+def test_graders_that_differ_have_results_of_their_own() -> None:
+    """Weights that differ in a late digit or in their sign, marks that differ in their brackets, and many names."""
+    names = ["gsm8k", "math"]
+    configs = [
+        *({"name": names, "weights": [1.0, weight]} for weight in (0.1234567, 0.1234568, 1.0, -1.0)),
+        *({"name": "gsm8k", "answer_after": mark} for mark in ("<think>", "[think]")),
+    ]
+    prints = [fingerprint(GraderConfig.model_validate(config)) for config in configs]
+    prints += [f"{'module.' * 60}:{name} + 1 math/3" for name in names]
+    folders = {run_paths("test").regraded_by(each).root.name for each in prints}
+    assert len({*prints}) == len(folders) == len(prints)
+    assert max(map(len, folders)) < 200
+    assert run_paths("test").regraded_by("math/3").root.name == "math-3"
 
 
 def test_a_reward_that_does_not_apply_is_left_out_and_a_failure_is_not(functions: str) -> None:
@@ -491,6 +608,9 @@ def test_regrade_with_a_function_of_another_convention_and_without_token_ids(
     run(config_of(tiny_model, path, {"name": "gsm8k"}))
     console = Terminal(file=io.StringIO(), width=200)
     run_regrade(config_of(tiny_model, path, {"name": f"{functions}:verifiers_contains"}), console)
+    assert "warning" not in console.file.getvalue()  # type: ignore[attr-defined]
+    run_regrade(config_of(tiny_model, path, {"name": f"{functions}:trl_only_completions"}), console)
+    assert "is called without any; if it reads them" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     config = config_of(tiny_model, path, {"name": f"{functions}:verifiers_contains"})
     assert run_paths("test").regraded_by(fingerprint(config.grader)).vstar.is_file()
     for function, missing in (("trl_token_ids", "completion_ids"), ("plain_with_column", "the column level")):

@@ -112,6 +112,10 @@ def _read_rows(data: DataConfig, config: RunConfig, needs: Needs) -> tuple[list[
     if data.limit is not None and data.limit < len(rows):
         chosen = random.Random(data.seed).sample(range(len(rows)), data.limit)
         rows = [rows[index] for index in sorted(chosen)]
+    for _, row in rows:
+        row.update(
+            {name: None for name in needs.columns if name not in row}
+        )  # as the `datasets` library reads it
     under_chat = template_name(data) == "chat"
     found: list[Row] = []
     problems: list[str] = []
@@ -159,10 +163,11 @@ def _reference(
 ) -> Reference:
     """The data that reward functions read from a row; `columns` names the columns, None means all but the prompt."""
     answer = cell_at(row, data_format.answer_field)
+    kinds = (int, float, list, dict) if any_answer else (int, float)  # a rule reads the one element of a list
     names = [name for name in row if name != data_format.prompt_field] if columns is None else columns
     reference = Reference(
         answer="",
-        raw=storable_cell(answer) if any_answer and isinstance(answer, list | dict | bool) else None,
+        raw=storable_cell(answer) if isinstance(answer, kinds) else None,
         columns={name: row[name] for name in names if name in row},
         is_messages=is_messages(cell_at(row, data_format.prompt_field)),
     )

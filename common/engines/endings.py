@@ -20,17 +20,20 @@ class StopStrings:
         self._decode = decode
         self._last_characters = {text[-1] for text in texts} | {PART_OF_A_CHARACTER}
         self._window = max((len(text.encode()) for text in texts), default=0) + SPARE
-        self._may_complete: dict[int, bool] = {}
+        self._shown: dict[int, str] = {}
 
     def __bool__(self) -> bool:
         return bool(self._texts)
 
     def may_complete(self, token: int) -> bool:
-        """Whether the token can be the last of a stop string; the text is searched only after such tokens."""
-        known = self._may_complete.get(token)
+        """Whether the token can be the last of a stop string: only after such a token is the text searched."""
+        return not self._last_characters.isdisjoint(self._text_of(token))
+
+    def _text_of(self, token: int) -> str:
+        """Twice that of a token: at the beginning of a text some lose a space."""
+        known = self._shown.get(token)
         if known is None:
-            twice = self._decode([token, token])  # some tokens lose a space at the beginning of a text
-            known = self._may_complete[token] = not self._last_characters.isdisjoint(twice)
+            known = self._shown[token] = self._decode([token, token])
         return known
 
     def end(self, token_ids: Sequence[int]) -> bool:
@@ -38,9 +41,17 @@ class StopStrings:
         return (
             bool(token_ids)
             and self.may_complete(token_ids[-1])
-            and self.before(self._decode(token_ids[-self._window :])) is not None
+            and self.before(self._decode(self._latest(token_ids))) is not None
             and self.before(self._decode(token_ids)) is not None
         )
+
+    def _latest(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The last tokens, as many as a stop string can be of and those between them that have no text."""
+        start, rest = len(token_ids), self._window
+        while start and rest:
+            start -= 1
+            rest -= bool(self._text_of(token_ids[start]))
+        return token_ids[start:]
 
     def before(self, text: str) -> str | None:
         """The text before the stop string that is complete first; None if it contains no stop string."""

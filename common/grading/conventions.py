@@ -63,20 +63,23 @@ class Needs:
     optional_columns: tuple[str, ...] = ()
     all_columns: bool = False
     """Whether it takes any column, as **kwargs."""
+    as_in_file: bool = False
+    """Whether it gets the answer, or prompts and completions, of the kind that the data set's file has."""
     token_ids: bool = False
     """Whether it cannot be called without the completion's token ids."""
     may_read_token_ids: bool = False
 
     @property
     def reads_row(self) -> bool:
-        """Whether it reads anything of a row but its answer."""
-        return bool(self.columns or self.optional_columns or self.all_columns)
+        """Whether it reads anything of a row but the text of its answer."""
+        return bool(self.columns or self.optional_columns or self.all_columns or self.as_in_file)
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
             columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
             optional_columns=tuple(dict.fromkeys((*self.optional_columns, *other.optional_columns))),
             all_columns=self.all_columns or other.all_columns,
+            as_in_file=self.as_in_file or other.as_in_file,
             token_ids=self.token_ids or other.token_ids,
             may_read_token_ids=self.may_read_token_ids or other.may_read_token_ids,
         )
@@ -113,12 +116,15 @@ class RewardFunction:
         never_missing = (*OF_VERL, *ROW_OF_VERIFIERS) if self.convention in ("verl", "verifiers") else ()
         required = [name for name in others if name in self.required and name not in never_missing]
         optional = [name for name in others if name not in required]
-        if self.convention == "verifiers" and "state" in self.parameters:
+        if self.convention == "verifiers" and (self.takes_any or "state" in self.parameters):
             optional += [name for name in ROW_OF_VERIFIERS if name not in others]
+        if self.convention == "verl" and self.takes_any:
+            optional += [name for name in ("data_source", "extra_info") if name not in others]
         return Needs(
             columns=tuple(required),
             optional_columns=tuple(optional),
             all_columns=self.takes_any and self.convention in (PLAIN, "trl"),
+            as_in_file=self.convention != PLAIN,
             token_ids=self.convention == "trl" and not {*TOKEN_IDS}.isdisjoint(self.parameters),
             may_read_token_ids=self.convention == "trl" and self.takes_any,
         )
@@ -210,6 +216,14 @@ def _convention_of(signature: inspect.Signature) -> str:
 
 
 def _why_not_callable(found: RewardFunction, signature: inspect.Signature) -> str | None:
+    if found.convention != PLAIN:
+        unnamed = [
+            each.name
+            for each in signature.parameters.values()
+            if each.kind is each.POSITIONAL_ONLY and each.default is each.empty
+        ]
+        if unnamed:
+            return f"called by name as {found.convention} does, it gets no {', '.join(unnamed)}"
     known = {"verl": OF_VERL, "verifiers": OF_VERIFIERS}.get(found.convention)
     if known is not None:
         unknown = sorted(found.required.difference(known))
@@ -303,11 +317,11 @@ def _the_only_one(returned: Any) -> Any:
 
 
 def _of_verls_dict(returned: Mapping[str, Any]) -> Grade:
-    """verl takes `score` for the reward and `acc`, where it is there, for what is correct."""
+    """verl takes `score` for the reward and `acc`, where it is there, for what is correct: True, or at least 1."""
     if "score" not in returned:
         raise TypeError(f"a dict with {', '.join(map(str, returned)) or 'nothing'}, without score")
     grade = _judged(_number(returned["score"]))
-    correct = bool(_plain(returned["acc"])) if "acc" in returned else grade.outcome is Outcome.CORRECT
+    correct = (_judged(_number(returned["acc"])) if "acc" in returned else grade).outcome is Outcome.CORRECT
     predicted = returned.get("pred")
     return Grade(
         outcome=Outcome.CORRECT if correct else Outcome.WRONG,

@@ -136,7 +136,7 @@ class RulePart:
         return self.rule.grade(judged.prompt, completion, judged.reference.answer)
 
     async def grade_async(self, judged: Judged) -> Grade:
-        return self.grade(judged)
+        raise NotImplementedError("a rule is not waited for")
 
 
 @dataclass(slots=True)
@@ -170,11 +170,12 @@ class FunctionPart:
         return rule_custom.grade(self.loaded, judged)
 
     async def grade_async(self, judged: Judged) -> Grade:
-        try:
-            async with asyncio.timeout(self.timeout_seconds):
-                return await rule_custom.grade_async(self.loaded, judged)
-        except TimeoutError:
-            return graded(Outcome.VERIFIER_TIMEOUT, reason=f"over {self.timeout_seconds:g} s")
+        under_way = asyncio.ensure_future(rule_custom.grade_async(self.loaded, judged))
+        done, _ = await asyncio.wait([under_way], timeout=self.timeout_seconds)
+        if done:
+            return under_way.result()
+        under_way.cancel()  # and nobody waits for it: it may go on all the same
+        return graded(Outcome.VERIFIER_TIMEOUT, reason=f"over {self.timeout_seconds:g} s")
 
 
 class Grader:
@@ -186,6 +187,7 @@ class Grader:
         self._rules = [RULES[name] for name in spec.names if name in RULES]
         self._parts = [_part(name, spec) for name in spec.names]
         self._weights = spec.weights or (1.0,) * len(spec.names)
+        self._turn = asyncio.Lock()
 
     @property
     def version(self) -> str:
@@ -194,7 +196,8 @@ class Grader:
         if not self.spec.weights and len(versions) == 1:
             return versions[0]
         return " + ".join(
-            f"{weight:g} {version}" for weight, version in zip(self._weights, versions, strict=True)
+            f"{repr(weight).removesuffix('.0')} {version}"
+            for weight, version in zip(self._weights, versions, strict=True)
         )
 
     @property
@@ -235,7 +238,18 @@ class Grader:
     ) -> Grade:
         """The same; what has to be waited for is waited for together."""
         judged = _judged(prompt, completion, answer, token_ids)
-        return self._sum(await asyncio.gather(*(part.grade_async(judged) for part in self._parts)))
+        grades: dict[int, Grade] = {}
+        for place, part in enumerate(self._parts):
+            if not part.is_async:
+                async with self._turn:
+                    await asyncio.sleep(
+                        0
+                    )  # between two that keep the process busy, those that wait have a turn
+                    grades[place] = part.grade(judged)
+        waiting = [place for place in range(len(self._parts)) if place not in grades]
+        awaited = await asyncio.gather(*(self._parts[place].grade_async(judged) for place in waiting))
+        grades |= zip(waiting, awaited, strict=True)
+        return self._sum([grades[place] for place in range(len(self._parts))])
 
     def _sum(self, grades: Sequence[Grade]) -> Grade:
         """One grade of those of the parts; a part that does not apply is left out, one that failed fails all."""
@@ -246,11 +260,14 @@ class Grader:
         for name, _, grade in applying:
             if not grade.is_judged:
                 return graded(grade.outcome, reason=f"{grade.reason} ({name})")
+        reward = math.fsum(weight * grade.reward for _, weight, grade in applying)
+        if not math.isfinite(reward):
+            return graded(Outcome.VERIFIER_CRASH, reason=f"the sum of the rewards is {reward}")
         first = applying[0][2]
         parts = [(name, grade.reward) for name, _, grade in applying]
         return Grade(
             outcome=first.outcome,
-            reward=math.fsum(weight * grade.reward for _, weight, grade in applying),
+            reward=reward,
             extracted=first.extracted,
             reason=storable(", ".join(f"{name} {reward:g}" for name, reward in parts)),
             parts=tuple(parts),

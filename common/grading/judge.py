@@ -47,7 +47,14 @@ if it does not.
 UNAVAILABLE = "the judge does not answer: "
 """The beginning of a grade's reason if the judge could not be reached; it says nothing about the completion."""
 
-_SCORE = re.compile(r"\bscore\W{0,8}?(-?\d++(?:\.\d++)?)", re.IGNORECASE)
+REFUSED = "the judge refuses the request: "
+"""The beginning of a grade's reason if the judge did not want the request."""
+
+_SCORE = re.compile(
+    r"""\bscore[\s:=*_`"'{\[$\\|>→–-]{0,8}?(-?\d++(?:\.\d++)?)(?!\.?\d|[,–-]\d|e[+-]?\d)""", re.IGNORECASE
+)
+"""Marks alone may stand between the word and its number: "Score (0-10)", "Score: .5" and "Score: 0,5" hold none."""
+
 _PLACES = re.compile(r"\{(prompt|answer|completion)\}")
 
 
@@ -150,16 +157,23 @@ class Judge:
                 max_tokens=self.spec.max_tokens,
             )
         except openai.BadRequestError as error:  # such as a completion that is too long for it
-            return graded(Outcome.VERIFIER_CRASH, reason=f"the judge refuses the request: {_line(error)}")
-        except openai.APIError as error:
+            return graded(Outcome.VERIFIER_CRASH, reason=f"{REFUSED}{_line(error)}")
+        except (openai.APIError, ValueError) as error:  # a ValueError: the answer is no JSON
             return graded(Outcome.VERIFIER_CRASH, reason=f"{UNAVAILABLE}{_line(error)}")
-        text = (reply.choices[0].message.content if reply.choices else None) or ""
-        usage = reply.usage
-        tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        return self._grade_of(text, tokens)
+        choices = getattr(reply, "choices", None)
+        if not isinstance(choices, list) or not choices:  # such as a gateway's page, or its error
+            said = " ".join(str(reply).split())[:200]
+            return graded(Outcome.VERIFIER_CRASH, reason=f"{UNAVAILABLE}it is no chat completion: {said}")
+        text = getattr(getattr(choices[0], "message", None), "content", None)
+        usage = getattr(reply, "usage", None)
+        tokens = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        if getattr(choices[0], "finish_reason", None) == "length":
+            reason = "the judge's reply was cut off: raise grader.judge.max_tokens"
+            return _judged(Outcome.VERIFIER_CRASH, 0.0, reason, tokens)
+        return self._grade_of(text if isinstance(text, str) else "", tokens)
 
     def _grade_of(self, text: str, tokens: tuple[int, int]) -> Grade:
-        """The grade for a reply, by its last score."""
+        """The grade for a reply that is whole, by its last score."""
         found = _SCORE.findall(text)
         if not found:
             end = " ".join(text.split())[-120:]
@@ -174,6 +188,12 @@ class Judge:
 
 def _judged(outcome: Outcome, reward: float, reason: str | None, tokens: tuple[int, int]) -> Grade:
     return Grade(outcome=outcome, reward=reward, reason=storable(reason), judge_tokens=tokens)
+
+
+def _count(usage: Any, name: str) -> int:
+    """A count of tokens; 0 where the server gives none."""
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else 0
 
 
 def _line(error: Exception) -> str:

@@ -16,8 +16,9 @@ from typing import Any, Self
 
 from common.errors import UserError
 from common.grading.config import GraderConfig, fingerprint
+from common.grading.conventions import Needs
 from common.grading.graders import RULES, Grader
-from common.grading.judge import UNAVAILABLE, JudgeUsage
+from common.grading.judge import REFUSED, UNAVAILABLE, JudgeUsage
 from common.grading.outcome import Grade, Outcome, graded
 from common.grading.process import Inbox, Job, WorkerProcess
 from common.grading.rule_custom import ADVICE, WRONG_TYPE
@@ -70,6 +71,7 @@ class GraderPool:
         self._failure: Exception | None = None
         self._wake_reader, self._wake_writer = os.pipe()
         self._workers: list[WorkerProcess] = []
+        self._needs = Needs()  # as the last worker said that greeted; one that was just started has not yet
         self._fruitless_deaths = 0
         self._supervisor = threading.Thread(target=self._supervise, name="grader-pool", daemon=True)
         self._supervisor.start()
@@ -128,12 +130,13 @@ class GraderPool:
     @property
     def reads_token_ids(self) -> bool:
         """Whether the grader may read the token ids of completions."""
-        return any(worker.needs.token_ids or worker.needs.may_read_token_ids for worker in self._workers)
+        return self._needs.token_ids or self._needs.may_read_token_ids
 
     def try_out(self, prompt: str, answer: str) -> None:
         """Has reward functions and the judge grade an empty completion, before anything is generated.
 
-        Raises UserError if they return what is no reward whatever the completion, or do not answer.
+        Raises UserError if they return what is no reward whatever the completion, or the judge does not answer or
+        refuses the request.
         """
         if not all(name in RULES for name in self._config.names):
             inbox = Inbox()
@@ -141,7 +144,7 @@ class GraderPool:
             ((_, grade),) = self._wait(inbox)
             self.judge_usage = JudgeUsage()  # of completions alone
             reason = grade.reason or ""
-            if reason.startswith(UNAVAILABLE):
+            if reason.startswith((UNAVAILABLE, REFUSED)):
                 raise UserError(self._no_judge(reason))
             if not grade.is_judged and reason.startswith(WRONG_TYPE):
                 raise UserError(
@@ -326,6 +329,7 @@ class GraderPool:
             self._bury(worker)
         else:
             self._fruitless_deaths = 0
+            self._needs = worker.needs
             self._deliver(*self._answered(finished))
 
     def _answered(self, finished: list[tuple[Job, Grade]]) -> tuple[list[tuple[Job, Grade]], list[Job]]:

@@ -32,7 +32,9 @@ class Reference:
         return self.answer if self.raw is None else self.raw
 
     def to_text(self) -> str:
-        """The answer as our files hold it."""
+        """The answer as our files hold it; the answer alone where there is nothing else to hold."""
+        if self == reference_of(self.answer):
+            return self.answer
         values = (self.answer, self.raw, self.columns, self.is_messages)
         return json.dumps(storable_cell(dict(zip(KEYS, values, strict=True))), ensure_ascii=False)
 
@@ -57,7 +59,7 @@ def reference_of(text: str) -> Reference:
 def storable_cell(value: Any) -> Any:
     """A cell as JSON can hold it: a date as its text, NaN as nothing."""
     if isinstance(value, dict):
-        return {str(key): storable_cell(inner) for key, inner in value.items()}
+        return {storable_cell(str(key)): storable_cell(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [storable_cell(inner) for inner in value]
     if isinstance(value, float | Decimal):

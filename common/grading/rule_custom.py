@@ -62,8 +62,13 @@ def grade(function: RewardFunction, judged: Judged) -> Grade:
 
 async def grade_async(function: RewardFunction, judged: Judged) -> Grade:
     """The same of a function whose reward has to be waited for."""
-    returned = function.call(judged)
-    return _grade_of(function, await returned if inspect.isawaitable(returned) else returned, judged)
+    try:
+        returned = function.call(judged)
+        if inspect.isawaitable(returned):
+            returned = await returned
+    except (SystemExit, KeyboardInterrupt) as error:  # which asyncio would let end the process
+        raise RuntimeError(_describe(error)) from error
+    return _grade_of(function, returned, judged)
 
 
 def _grade_of(function: RewardFunction, returned: Any, judged: Judged) -> Grade:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import FrameType
+from typing import Any
 
 from common.errors import UserError
 from common.grading.graders import Grader
@@ -46,6 +47,8 @@ class Worker:
         self.grading = False
         self.exhausted = False
         self._beat = 0.0
+        self._tasks: list[asyncio.Task[Grade]] = []
+        self._running: asyncio.Task[Any] | None = None
         self._own_tasks: set[asyncio.Task[None] | None] = set()
 
     def serve(self) -> None:
@@ -128,18 +131,21 @@ class Worker:
     async def _grade_together(self, batch: list[Task]) -> None:
         under_way = asyncio.Semaphore(self.grader.spec.max_concurrent)
         tasks = [asyncio.create_task(self._grade_one(task, under_way)) for task in batch]
-        beating = asyncio.create_task(self._beat_on(tasks))
+        self._tasks = tasks
+        beating = asyncio.create_task(self._beat_on())
         self._own_tasks = {asyncio.current_task(), beating}
-        self._beat_once(tasks)
+        self._beat_once()
+        self.grading = True
         signal.setitimer(signal.ITIMER_REAL, ALARM_INTERVAL_SECONDS, ALARM_INTERVAL_SECONDS)
         try:
             for task in tasks:
                 self._send([await task])
                 if self.exhausted:
                     break
+            self.grading = False  # no alarm may write to the page after this
+            self.page.rest()  # not where the process ends: the parent would send again what ended it
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self.page.rest()
             beating.cancel()
             with suppress(asyncio.CancelledError):
                 await beating
@@ -157,22 +163,30 @@ class Worker:
                     raise
                 return self._failed(error)
 
-    async def _beat_on(self, tasks: list["asyncio.Task[Grade]"]) -> None:
+    async def _beat_on(self) -> None:
         while True:
-            self._beat_once(tasks)
+            self._beat_once()
             await asyncio.sleep(BEAT_SECONDS)
 
-    def _beat_once(self, tasks: list["asyncio.Task[Grade]"]) -> None:
+    def _beat_once(self) -> None:
         """Tell the parent that none keeps the others from running, and which is the first that is not done."""
         self._beat = time.monotonic()
-        self.page.start(next((place for place, task in enumerate(tasks) if not task.done()), 0))
+        self.page.start(next((place for place, task in enumerate(self._tasks) if not task.done()), 0))
 
     def _on_late_beat(self, signal_number: int, frame: FrameType | None) -> None:
-        """Raise in the grade that is running, which has kept all others from it for too long."""
-        if time.monotonic() - self._beat > self.timeout_seconds:
-            running = asyncio.current_task()
-            if running is not None and running not in self._own_tasks:
-                raise _Deadline
+        """Raise in the grade that is running, if it has kept all others from running for too long.
+
+        Many that run one after the other, each for a while, are late together and none of them is.
+        """
+        running = asyncio.current_task()
+        if not self.grading:
+            return
+        if running is not self._running:
+            self._running = running
+            self._beat_once()
+        is_late = time.monotonic() - self._beat > self.timeout_seconds
+        if is_late and running is not None and running not in self._own_tasks:
+            raise _Deadline
 
 
 def send(connection: Connection, message: object) -> None:

@@ -22,7 +22,10 @@ def grade_missing(store: SampleStore, grader: GraderConfig, notices: Terminal) -
         try:
             for number, frame in enumerate(store.ungraded()):
                 if number == 0:
-                    refuse_unstored(needs, reference_of(frame["answer"][0]), grader)
+                    reference = reference_of(frame["answer"][0])
+                    refuse_unstored(needs, reference, grader)
+                    if line := columns_warning(needs, reference, grader):
+                        notices.print(line)
                     pool.try_out(frame["prompt"][0], frame["answer"][0])
                 for row in frame.iter_rows(named=True):
                     pool.submit(
@@ -51,3 +54,15 @@ def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig) ->
             f"grader.name = {grader.title} reads {missing[0]}, which these samples do not hold: `regrade` cannot "
             "call it; draw the samples under another --run"
         )
+
+
+def columns_warning(needs: Needs, reference: Reference, grader: GraderConfig) -> str | None:
+    """A line for a reward function that may read columns, where the samples hold none."""
+    may_read = needs.optional_columns or (needs.all_columns and grader.columns != [])
+    if reference.columns or not may_read:
+        return None
+    return (
+        f"warning: these samples hold answers as texts and no columns of the data set: grader.name = {grader.title} "
+        f"is called without {', '.join(needs.optional_columns) or 'any'}; if it reads them, draw the samples under "
+        "another --run"
+    )

@@ -36,7 +36,7 @@ class FragmentWriter:
     def add(self, row: dict[str, Any]) -> None:
         """Add a row; the collected rows become a fragment once they are many or old enough."""
         self._rows.append(row)
-        self._characters += len(row.get("completion", ""))
+        self._characters += sum(len(row.get(name, "")) for name in ("prompt", "answer", "completion"))
         if (
             len(self._rows) >= FRAGMENT_SAMPLES
             or self._characters >= FRAGMENT_CHARACTERS
