@@ -18,6 +18,7 @@ from common.data.prompts import (
     check_fit,
     load_prompts,
     prompts_from_pairs,
+    refuse_none_usable,
     usable_prompts,
 )
 from common.data.rendering import PromptRenderer
