@@ -283,6 +283,8 @@ class BenchmarkConfig(Section):
     """Whether to draw a greedy completion per prompt."""
     num_samples: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Sampled completions per prompt, for avg@k and pass@k."""
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Iterations between evaluations during training; by default there are none."""
 
     @model_validator(mode="after")
     def _something_is_drawn(self) -> Self:
@@ -341,6 +343,11 @@ class RunConfig(Section):
     def held_out(self) -> DataConfig | None:
         """[evaluate.data], with the keys of [data] for how prompts are shown if it does not set its own."""
         return None if self.evaluate.data is None else self.shown_alike(self.evaluate.data)
+
+    @property
+    def during_training(self) -> dict[str, BenchmarkConfig]:
+        """The benchmarks that training evaluates too."""
+        return {name: each for name, each in self.evaluate.benchmarks.items() if each.every is not None}
 
     def sampling_of(self, benchmark: BenchmarkConfig) -> SamplingParams:
         """A benchmark's sampling, with the run's values of the keys that it does not set."""

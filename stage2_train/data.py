@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from common.runs import run_paths
 from common.seeds import derive_seed
 from common.vstar_file import read_vstar
 from stage2_train.config import Config, TrainConfig
+from stage2_train.evaluation.plan import benchmarks_of, roomy
 from stage2_train.first_batch import FirstBatch, expected_first_batch
 from stage2_train.preflight import refuse_first
 from stage2_train.ranks import ALONE, Ranks
@@ -76,6 +77,8 @@ class TrainingData:
     renderer: PromptRenderer
     prompts: list[Prompt]
     held_out: list[Prompt]
+    benchmarks: Mapping[str, list[Prompt]] = field(default_factory=dict)
+    """Of the benchmarks that training evaluates, by name."""
     stage1: Stage1 | None
     identity: Mapping[str, Any]
     """The identity of model, prompt template, sampling and grader."""
@@ -92,9 +95,9 @@ class TrainingData:
         """
         prompts, held_out = self.prompts, self.held_out
         if self.stage1 is None:
-            prompts = _usable(prompts, config.data, pool, ranks)
+            prompts = usable(prompts, config.data, pool, ranks)
         if config.held_out is not None:
-            held_out = _usable(held_out, config.held_out, pool, ranks)
+            held_out = usable(held_out, config.held_out, pool, ranks)
         return replace(self, prompts=prompts, held_out=held_out)
 
     def digest(self) -> dict[str, Any]:
@@ -104,11 +107,12 @@ class TrainingData:
         return {"vstar": _digest(sorted(self.stage1.vstar.items()))}
 
 
-def _usable(prompts: list[Prompt], data: DataConfig, pool: GraderPool, ranks: Ranks) -> list[Prompt]:
+def usable(prompts: list[Prompt], data: DataConfig, pool: GraderPool, ranks: Ranks) -> list[Prompt]:
+    """The prompts whose reference answer the grader can use; a collective operation."""
     chosen = ranks.once(lambda: {prompt.id for prompt in usable_prompts(prompts, data, pool)})
-    usable = [prompt for prompt in prompts if prompt.id in chosen]
-    refuse_none_usable(usable, data)
-    return usable
+    found = [prompt for prompt in prompts if prompt.id in chosen]
+    refuse_none_usable(found, data)
+    return found
 
 
 def _digest(document: Any) -> str:
@@ -142,6 +146,12 @@ def prepare(
     else:
         prompts, stage1 = _from_stage1(config, renderer, identity, *table, Allowance(allow_mismatch))
     check_fit(prompts, config, folder)
+    benchmarks = {}
+    for benchmark in (each for each in benchmarks_of(config, must_exist=False) if each.every):
+        own = config.model_copy(update={"grader": benchmark.grader})
+        found = load_prompts(benchmark.data, own, PromptRenderer(folder, benchmark.data))
+        check_fit(found, roomy(config, [benchmark]), folder, benchmark.data)
+        benchmarks[benchmark.name] = found
     held_out = []
     if config.held_out is not None:
         held_out = load_prompts(config.held_out, config, PromptRenderer(folder, config.held_out))
@@ -152,6 +162,7 @@ def prepare(
         renderer=renderer,
         prompts=prompts,
         held_out=held_out,
+        benchmarks=benchmarks,
         stage1=stage1,
         identity=identity,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.data.prompts import longest_allowed_prompt
+from common.data.prompts import longest_allowed_completion, longest_allowed_prompt
 from common.errors import UserError
 from common.model.files import model_numbers
 from common.model.weights import read_weights
@@ -269,7 +269,7 @@ def layer_activations(shape: Shape, config: Config) -> int:
 def micro_batch_tokens(config: Config) -> int:
     """The most tokens in a forward pass: the budget, or one sequence or group that exceeds it."""
     objective = config.train.objective
-    longest = longest_allowed_prompt(config) + config.sampling.max_completion_tokens
+    longest = longest_allowed_prompt(config) + longest_allowed_completion(config)
     together = objective.group_size if objective.unit == "group" else 1
     return max(config.train.tokens_per_micro_batch, together * longest)
 

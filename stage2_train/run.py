@@ -6,6 +6,7 @@ A re-run continues or does nothing.
 import json
 from collections.abc import Collection
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from stage2_train.checkpoint import latest_state, newest_intact, read_state
 from stage2_train.collate import Cutter
 from stage2_train.completions import forget_completions
 from stage2_train.config import Config
-from stage2_train.data import TrainingData, prepare
+from stage2_train.data import TrainingData, prepare, usable
+from stage2_train.evaluation.plan import GREEDY, SAMPLED, Benchmark, benchmarks_of
 from stage2_train.metrics import MetricsLog
 from stage2_train.parity import ParityGate, parity_draw
 from stage2_train.ranks import Ranks, join_ranks, launched_processes
@@ -34,6 +36,7 @@ from stage2_train.scorers import PolicyScorer, Scorer
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw, train
 from stage2_train.watchers import (
+    BenchmarkAccuracy,
     Checkpoints,
     Divergence,
     Evaluation,
@@ -74,6 +77,11 @@ def run_stage2(
     with ExitStack() as job:
         pool = job.enter_context(GraderPool(config.grader))
         data = data.usable(config, pool, ranks)
+        benchmarks = [
+            (each, job.enter_context(GraderPool(each.grader)))
+            for each in benchmarks_of(config, must_exist=False)
+            if each.every
+        ]
         trained_with = record(config, data)
         total = data.iterations(config)
         if is_finished(paths, trained_with):
@@ -93,7 +101,8 @@ def run_stage2(
         sampler = Sampler(engine, pool, config.sampling, ranks)
         trainer = Trainer(config, data, sampler, ranks)
         allowance = Allowance([name for name in allow_mismatch if name == PARITY])
-        _train(trainer, paths, checkpoint, console, observers, allowance)
+        watchers = [*observers, *(_benchmark(trainer, each, its_pool) for each, its_pool in benchmarks)]
+        _train(trainer, paths, checkpoint, console, watchers, allowance)
         trainer.parts.policy.export(paths.model)
         sampler.close()
         for line in pool.usage_lines():
@@ -150,6 +159,21 @@ def _parity_gate(trainer: Trainer, allowance: Allowance, console: Terminal) -> P
         allowance,
         console,
     )
+
+
+def _benchmark(trainer: Trainer, benchmark: Benchmark, pool: GraderPool) -> BenchmarkAccuracy:
+    """The watcher that evaluates a benchmark during training."""
+    data, ranks = trainer.data, trainer.ranks
+    prompts = usable(data.benchmarks[benchmark.name], benchmark.data, pool, ranks)
+    draw = benchmark.draws.get(SAMPLED) or benchmark.draws[GREEDY]
+    share = replace(
+        held_out_draw(prompts, trainer.config, ranks),
+        group_size=draw.num_samples,
+        sampling=draw.sampling,
+        pool=pool,
+    )
+    assert benchmark.every is not None, "training evaluates it"
+    return BenchmarkAccuracy(benchmark.name, trainer.source, share, ranks, every=benchmark.every)
 
 
 def _watchers(trainer: Trainer, paths: RunPaths, console: Terminal, log: MetricsLog | None) -> list[Watcher]:

@@ -87,6 +87,27 @@ class Evaluation:
             )
 
 
+class BenchmarkAccuracy:
+    """Accuracy on a benchmark of the config, logged as evaluate/<name>/accuracy."""
+
+    def __init__(self, name: str, source: RolloutPipeline, draw: Draw, ranks: Ranks, *, every: int) -> None:
+        """`draw` is this rank's share of the benchmark's prompts."""
+        self._name = name
+        self._source = source
+        self._draw = draw
+        self._ranks = ranks
+        self._every = every
+
+    def after(self, turn: Turn) -> None:
+        """Evaluate every so many iterations and after the last one."""
+        if turn.number % self._every and not turn.is_last:
+            return
+        with timed("evaluate", turn.metrics):
+            rollouts = self._source.now(self._draw, turn.number)
+        solved = self._ranks.gather([rollout.is_solved for rollout in rollouts])
+        turn.metrics[f"evaluate/{self._name}/accuracy"] = sum(solved) / len(solved)
+
+
 class FirstBatchCheck:
     """Compares the first iteration with the forecast from stage 1's samples."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common.data.datasets import read_data_set, read_pairs
+from common.data.prompts import longest_allowed_completion, longest_allowed_prompt
 from common.errors import UserError
 from common.grading import GraderConfig, GraderPool, GradingTask, Outcome, fingerprint, row_needs
 from common.grading.conventions import recognise
@@ -661,6 +662,18 @@ def test_functions_of_three_conventions_take_a_model_through_both_stages_and_eva
         train={"batch_size": 4, "mini_batch_size": 4, "iterations": 1, "evaluate_every": 1},
         evaluate={"num_samples": 1, "data": {"format": "auto", "path": str(path)}},
     )
+    document = config.model_dump(mode="json", exclude_none=True)
+    document["evaluate"]["benchmarks"] = {
+        "easy": {
+            "data": {"path": str(path), "format": "generic", "max_prompt_tokens": 40},
+            "grader": {"name": "gsm8k"},
+            "num_samples": 2,
+            "sampling": {"temperature": 0.5, "max_completion_tokens": 8},
+            "every": 1,
+        }
+    }
+    config = Config.model_validate(document)
+    assert (longest_allowed_prompt(config), longest_allowed_completion(config)) == (256, 8)
     file = tmp_path / "run.toml"
     file.write_text(stage2_runs.as_toml(config))
     for command in ("vstar", "train", "evaluate"):
@@ -674,3 +687,4 @@ def test_functions_of_three_conventions_take_a_model_through_both_stages_and_eva
     means = {name: metrics[f"reward/{functions}:{name}"] for name in ("trl_text", "plain_with_column")}
     assert 0 <= means["trl_text"] <= 1
     assert 0 <= means["plain_with_column"] <= 7
+    assert 0 <= metrics["evaluate/easy/accuracy"] <= 1

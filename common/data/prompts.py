@@ -92,9 +92,16 @@ def prompts_from_pairs(
 
 
 def longest_allowed_prompt(config: RunConfig) -> int:
-    """The largest max_prompt_tokens of training and held-out prompts: the engine reserves room for it."""
-    sections = [config.data] if config.evaluate.data is None else [config.data, config.evaluate.data]
+    """The most tokens of a prompt, in training or held out: the engine makes room for them."""
+    sections = [config.data, *([config.evaluate.data] if config.evaluate.data else [])]
+    sections += [each.data for each in config.during_training.values()]
     return max(section.max_prompt_tokens for section in sections)
+
+
+def longest_allowed_completion(config: RunConfig) -> int:
+    """The most tokens of a completion, in training or of a benchmark that training evaluates."""
+    samplings = [config.sampling, *map(config.sampling_of, config.during_training.values())]
+    return max(sampling.max_completion_tokens for sampling in samplings)
 
 
 def check_fit(

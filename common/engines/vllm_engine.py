@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import RunConfig, SamplingParams
-from common.data.prompts import longest_allowed_prompt
+from common.data.prompts import longest_allowed_completion, longest_allowed_prompt
 from common.data.rendering import PromptRenderer
 from common.engines.endings import Endings, StopStrings
 from common.engines.loadable import loadable_folder
@@ -328,7 +328,7 @@ def context_length(config: RunConfig, folder: Path) -> int:
 
     It is at most the model's own. The actual prompts have been checked to fit that.
     """
-    needed = longest_allowed_prompt(config) + config.sampling.max_completion_tokens
+    needed = longest_allowed_prompt(config) + longest_allowed_completion(config)
     return min(needed, model_numbers(folder).get("max_position_embeddings") or needed)
 
 

@@ -39,6 +39,8 @@ class Benchmark:
     grader: GraderConfig
     draws: Mapping[str, Draw]
     """By kind; `POLICY` among them if KL needs it."""
+    every: int | None = None
+    """Iterations between evaluations during training."""
 
     @property
     def kl_draw(self) -> Draw:
@@ -57,7 +59,9 @@ class Model:
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
 
 
-def benchmarks_of(config: Config, chosen: Collection[str] = ()) -> list[Benchmark]:
+def benchmarks_of(
+    config: Config, chosen: Collection[str] = (), *, must_exist: bool = True
+) -> list[Benchmark]:
     """The config's benchmarks, or those of these names. Raises UserError if there are none, or for another name."""
     found: dict[str, Benchmark] = {}
     if config.held_out is not None:
@@ -72,9 +76,10 @@ def benchmarks_of(config: Config, chosen: Collection[str] = ()) -> list[Benchmar
             name=name,
             data=config.shown_alike(each.data),
             grader=each.grader or config.grader,
+            every=each.every,
             draws=_draws(config, config.sampling_of(each), greedy=each.greedy, num_samples=each.num_samples),
         )
-    if not found:
+    if not found and must_exist:
         raise UserError(
             "the config has neither [evaluate.data] nor [evaluate.benchmarks.<name>]: say which prompts to use"
         )
@@ -142,5 +147,5 @@ def roomy(config: Config, benchmarks: Sequence[Benchmark]) -> Config:
         update={"max_prompt_tokens": max(each.data.max_prompt_tokens for each in benchmarks)}
     )
     sampling = config.sampling.model_copy(update={"max_completion_tokens": longest})
-    evaluate = config.evaluate.model_copy(update={"data": None})
+    evaluate = config.evaluate.model_copy(update={"data": None, "benchmarks": {}})
     return config.model_copy(update={"data": data, "sampling": sampling, "evaluate": evaluate})

@@ -34,6 +34,10 @@ class Draw:
     logprob_checks: int = 0
     longest: int | None = None
     """Truncate completions at this many tokens, if that is less than the configured limit."""
+    sampling: SamplingParams | None = None
+    """By default that of training."""
+    pool: GraderPool | None = None
+    """By default that of training."""
 
 
 class Sampler:
@@ -70,7 +74,7 @@ class Sampler:
                 "it is rebuilt with the current weights and draws its batch again",
                 file=sys.stderr,
             )
-            dict(self._pool.drain())  # grades of draws that were discarded
+            dict((draw.pool or self._pool).drain())  # grades of draws that were discarded
             return None
 
     def settle(
@@ -94,13 +98,13 @@ class Sampler:
         return rollouts, died
 
     def _collect(self, draw: Draw) -> list[Rollout]:
-        sampling = self._sampling
+        sampling = draw.sampling or self._sampling
         if draw.longest is not None:
             sampling = sampling.model_copy(update={"max_completion_tokens": draw.longest})
         return collect_rollouts(
             draw.prompts,
             self._engine,
-            self._pool,
+            draw.pool or self._pool,
             sampling,
             seed=draw.seed,
             places=draw.places,
