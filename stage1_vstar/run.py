@@ -17,6 +17,7 @@ from common.engines import EngineBuilder, build_engine
 from common.errors import DamagedFile, UserError
 from common.files import write_text
 from common.grading import fingerprint, negative_rewards_warning
+from common.grading.reference import reference_of
 from common.model.files import model_identity, reference_model
 from common.model.reading import ModelReading, describe_model
 from common.model.trainable import read_trainable
@@ -286,6 +287,7 @@ def doubtful(rows: pl.DataFrame, store: SampleStore) -> list[str]:
         return warnings
     columns = [pl.col(name) for name in ("prompt", "answer", "completion", "completion_tokens", "outcome")]
     example = store.samples_of([rows["prompt_id"][0]], columns).row(0, named=True)
+    example["answer"] = reference_of(example["answer"]).answer
     return [
         *warnings,
         "for example: " + ", ".join(f"{name} {excerpt(value)}" for name, value in example.items()),

@@ -106,7 +106,7 @@ def verifiers_of_list(completion, answer):
 def verifiers_kwargs(completion, **kwargs):
     return float(kwargs["info"]["weight"] * kwargs["answer"])
 
-async def verifiers_with_all(prompt, completion, answer, state, info, task, **kwargs):
+async def verifiers_with_all(completion, prompt, answer, state, info, task, **kwargs):
     assert state["completion"] == completion and state["prompt"] == prompt
     assert prompt[-1]["role"] == "user"
     await asyncio.sleep(0)
@@ -505,12 +505,20 @@ def test_an_answer_after_long_thinking_is_found() -> None:
         ("lambda completion, answer: 1", "verifiers"),
         ("lambda completion, **kwargs: 1", "verifiers"),
         ("lambda state: 1", "verifiers"),
-        ("lambda prompt, completion, answer, info: 1", "verifiers"),
         ("lambda completion, prompt, answer: 1", "verifiers"),
     ],
 )
 def test_a_function_is_recognised_by_the_names_of_its_parameters(function: str, convention: str) -> None:
     assert recognise(eval(function)).convention == convention
+
+
+@pytest.mark.parametrize("name", ["state", "info", "task"])
+def test_a_function_that_may_be_of_two_conventions_is_refused_until_one_is_named(name: str) -> None:
+    function = eval(f"lambda prompt, completion, answer, {name}: 1")
+    with pytest.raises(ValueError, match=r"may be ours, with texts, or verifiers.*set grader\.convention"):
+        recognise(function)
+    assert recognise(function, "plain").needs.columns == (name,)
+    assert recognise(function, "verifiers").convention == "verifiers"
 
 
 def test_a_convention_that_is_named_decides(functions: str) -> None:
@@ -563,6 +571,15 @@ def test_prompts_without_answers_are_for_functions_alone(tmp_path: Path, functio
     assert [reference_of(answer).answer for _, answer in found.pairs] == ["", ""]
     config = config_of(Path("m"), path, {"name": ["gsm8k", f"{functions}:trl_only_completions"]})
     with pytest.raises(UserError, match="has prompts and no answers, which grader"):
+        read_pairs(config.data, config)
+
+
+def test_an_answer_of_nothing_is_for_functions_alone(tmp_path: Path, functions: str) -> None:
+    path = rows_file(tmp_path, [{"prompt": "x", "answer": None}, {"prompt": "y", "answer": "3"}])
+    config = config_of(Path("m"), path, {"name": f"{functions}:verifiers_contains"})
+    assert [reference_of(answer).answer for _, answer in read_pairs(config.data, config)] == ["", "3"]
+    config = config_of(Path("m"), path, {"name": "gsm8k"})
+    with pytest.raises(UserError, match="row 1: answer is missing"):
         read_pairs(config.data, config)
 
 

@@ -151,6 +151,8 @@ def _pair(
         return question, ""
 
     def read(cell: Any) -> str:
+        if any_answer and cell is None:
+            return ""
         if any_answer and isinstance(cell, list | dict | bool):
             return json.dumps(storable_cell(cell), ensure_ascii=False)
         return _answer(cell, data_format)
