@@ -429,6 +429,22 @@ def filter_command(
             console.print(line)
 
 
+@app.command(short_help="Export a checkpoint as a Hugging Face model.")
+def export(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="The checkpoint: artifacts/RUN/checkpoints/iteration-….")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write to this new folder.")],
+) -> None:
+    """Export a checkpoint as a folder that transformers and vLLM load, with a model card. Needs no GPU."""
+    from common.terminal.library_log import libraries_logged
+    from stage2_train.export import export_checkpoint, run_of
+
+    with libraries_logged(run_of(checkpoint).libraries_log):
+        export_checkpoint(checkpoint, output)
+    console.print(f"{output}: the policy of {checkpoint.name} in Hugging Face format")
+
+
 @app.command("export-data", short_help="Export prompts, pass rates and V̂* for SPO, TRL or verl.")
 def export_data(
     output: Annotated[Path, typer.Option("--output", "-o", help="Write to this file.")],
