@@ -223,7 +223,7 @@ def context(config: RunConfig) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "versions": versions(("torch", "transformers", "vllm", "math-verify", "pyarrow")),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -241,7 +241,8 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of this checkout, None if git does not know."""
     try:
         result = subprocess.run(
             ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5

@@ -211,7 +211,9 @@ def evaluations_of(paths: RunPaths, iteration: int) -> dict[str, dict[str, Any]]
 
 
 def _data_rows(what: str, data: DataConfig, count: int | None) -> Iterable[Cell]:
-    parts = [*(f"`{title}`" for title in _titles(data)), f"`{data.split}`"]
+    parts = [f"`{title}`" for title in _titles(data)]
+    if _hub_name(data.path):
+        parts.append(f"`{data.split}`")
     yield what, f"{', '.join(parts)}{'' if count is None else f': {count:,}'}"
     for key in data.shown:
         if (value := getattr(data, key)) is not None:
