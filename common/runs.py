@@ -85,9 +85,9 @@ class RunPaths:
         """How the policy was trained; written last."""
         return self.model / self.TRAINED_WITH
 
-    def exported(self, iteration: str) -> Path:
-        """A checkpoint in Hugging Face format, which `evaluate` has made."""
-        return self.root / "exported" / iteration
+    def exported(self, iteration: int) -> Path:
+        """A checkpoint in Hugging Face format, exported for `evaluate`."""
+        return self.root / "exported" / f"{iteration:06d}"
 
     @property
     def evaluations(self) -> Path:

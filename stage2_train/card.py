@@ -4,16 +4,18 @@ It names no folder of the machine, so that it can be published as it is.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from common.config import LOCAL_FILES, DataConfig
+from common.config import HELD_OUT, LOCAL_FILES, DataConfig
 from common.documents import read_metrics
+from common.evaluations import Figures, Results, markdown, read_results
 from common.provenance import context, versions
 from common.runs import RunPaths
 from stage2_train.config import Config
@@ -31,16 +33,8 @@ TRAINING_FIGURES = {
     "completion/tokens_mean": "tokens per completion",
     "completion/truncated": "share of truncated completions",
 }
-HELD_OUT = "evaluate/pass_at_1"
-EVALUATED = {
-    "prompts": "prompts",
-    "samples_per_prompt": "samples per prompt",
-    "greedy_accuracy": "greedy accuracy",
-    "pass_at_1": "pass@1, sampled",
-    "pass_at_1_interval_95": "its 95 % interval",
-    "kl_sequence": "KL(π‖π_ref), nats per completion",
-    "truncated": "share of truncated completions",
-}
+_BENCHMARK = re.compile("evaluate/(?:pass_at_1|(.+)/accuracy)")
+"""The metrics of evaluations during training; the first is of the held-out prompts."""
 
 Cell = tuple[str, object]
 
@@ -72,8 +66,8 @@ class Trained:
     made_with: Mapping[str, Any]
     """As the function of that name gives it; empty for a checkpoint of an earlier version."""
     metrics: Sequence[Mapping[str, float]]
-    evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The figures of `evaluate`, by model."""
+    evaluations: Sequence[Figures] = ()
+    """The figures of `evaluate`, beside those of the reference."""
 
     @classmethod
     def of(
@@ -82,7 +76,7 @@ class Trained:
         config: Config,
         iteration: int,
         made_with: Mapping[str, Any],
-        evaluations: Mapping[str, Mapping[str, Any]] | None = None,
+        evaluations: Sequence[Figures] = (),
     ) -> "Trained":
         """With the figures of a run up to that iteration."""
         metrics = [values for _, values in read_metrics(paths.metrics) if values["iteration"] <= iteration]
@@ -91,7 +85,7 @@ class Trained:
             iteration=iteration,
             made_with=made_with,
             metrics=metrics,
-            evaluations=evaluations or {},
+            evaluations=evaluations,
         )
 
     def card(self) -> str:
@@ -169,24 +163,30 @@ class Trained:
             ]
             yield "During training, on training prompts:"
             yield _table(rows, heads)
-        held_out = [row for row in self.metrics if HELD_OUT in row]
-        if held_out:
+        measured = self._measured()
+        for name, ((start, before), (end, after)) in measured.items():
             yield (
-                "One sample for each held-out prompt: the share that was correct"
-                f" was {_figure(held_out[0][HELD_OUT])} at iteration {held_out[0]['iteration']:.0f} and "
-                f"{_figure(held_out[-1][HELD_OUT])} at iteration {held_out[-1]['iteration']:.0f}."
+                f"Accuracy on `{name}`, measured during training: {_figure(before)} at iteration {start:.0f}, "
+                f"{_figure(after)} at iteration {end:.0f}."
             )
         if self.evaluations:
-            yield "`evaluate` on held-out prompts:"
-            found = self.evaluations.values()
-            rows = [
-                (label, *(_figure(result.get(key)) for result in found))
-                for key, label in EVALUATED.items()
-                if any(key in result for result in found)
-            ]
-            yield _table(rows, tuple(self.evaluations))
-        if not (drawn or held_out or self.evaluations):
+            yield "Accuracy by `evaluate`, with 95 % intervals:"
+            yield markdown(Results(results=list(self.evaluations))).strip()
+            graders = {each.benchmark: each.grader for each in self.evaluations}
+            prompts = {each.benchmark: each.prompts for each in self.evaluations}
+            rows = [(name, f"{prompts[name]:,}", f"`{graders[name]}`") for name in graders]
+            yield _table(rows, ("prompts", "grader"))
+        if not (drawn or measured or self.evaluations):
             yield "None are recorded."
+
+    def _measured(self) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
+        """Iteration and accuracy of the first and the last evaluation during training, by benchmark."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for row in self.metrics:
+            for key, value in row.items():
+                if name := _BENCHMARK.fullmatch(key):
+                    found.setdefault(name[1] or HELD_OUT, []).append((row["iteration"], value))
+        return {name: (values[0], values[-1]) for name, values in found.items()}
 
     def _software(self) -> Iterable[Cell]:
         yield "astar-po, commit", _code(self.made_with.get("commit"))
@@ -196,18 +196,31 @@ class Trained:
                 yield name, version
 
 
-def evaluations_of(paths: RunPaths, iteration: int) -> dict[str, dict[str, Any]]:
-    """The figures of `evaluate`, if they are of the run's model and that was trained for so many iterations."""
+def evaluations_of(paths: RunPaths, iteration: int) -> list[Figures]:
+    """The figures of `evaluate` for the reference and the model after that iteration."""
+    results = read_results(paths)
+    if results is None:
+        return []
+    names = {os.path.realpath(paths.exported(iteration)): f"iteration {iteration}"}
+    if _trained_iterations(paths) == iteration:
+        names[os.path.realpath(paths.model)] = "trained"
+    theirs = [
+        each.model_copy(update={"model": names[os.path.realpath(each.path)]})
+        for each in results.results
+        if os.path.realpath(each.path) in names
+    ]
+    return [*(each for each in results.results if each.model == "reference"), *theirs] if theirs else []
+
+
+def _trained_iterations(paths: RunPaths) -> int | None:
+    """The iterations of the run's model, if its results are not older."""
     try:
-        if json.loads(paths.trained_with.read_bytes())["iterations"] != iteration:
-            return {}
-        return {
-            name: json.loads(paths.evaluation(name).read_bytes())
-            for name in ("reference", "trained")
-            if paths.evaluation(name).is_file()
-        }
+        if paths.results("json").stat().st_mtime < paths.trained_with.stat().st_mtime:
+            return None
+        found: int = json.loads(paths.trained_with.read_bytes())["iterations"]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # the card does without
+        return None
+    return found
 
 
 def _data_rows(what: str, data: DataConfig, count: int | None) -> Iterable[Cell]:
@@ -257,6 +270,4 @@ def _plain(value: object) -> str:
 def _figure(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return " to ".join(map(_figure, value))
     return "–" if value is None else str(value)

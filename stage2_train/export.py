@@ -1,6 +1,7 @@
 """Write a checkpoint as a Hugging Face folder, as training writes its last policy: on one process, without a GPU."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,8 @@ from common.files import file_digest, new_folder
 from common.model.files import model_identity, resolve_model
 from common.provenance import differences
 from common.runs import RunPaths, exclusive_run
-from stage2_train.card import CARD, Trained, evaluations_of
 from stage2_train.checkpoint import MANIFEST, POLICY, STATE, damage, read_state
 from stage2_train.config import Config
-from stage2_train.exported import broken_weight, refuse_broken
 from stage2_train.resume import with_defaults
 
 CHECKPOINTS = "checkpoints"
@@ -22,7 +21,8 @@ CHECKPOINTS = "checkpoints"
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint of ours, perhaps a damaged one."""
-    return folder.name.startswith("iteration-") and folder.absolute().parent.name == CHECKPOINTS
+    is_named = re.fullmatch(r"iteration-\d+", folder.name) is not None
+    return is_named and folder.absolute().parent.name == CHECKPOINTS
 
 
 def loadable_model(model: str | Path) -> Path:
@@ -34,7 +34,8 @@ def loadable_model(model: str | Path) -> Path:
     if not is_checkpoint(checkpoint):
         return resolve_model(str(model), None)
     run = run_of(checkpoint)
-    folder = run.exported(checkpoint.name.removeprefix("iteration-"))
+    _refuse_missing(checkpoint)
+    folder = run.exported(int(checkpoint.name.removeprefix("iteration-")))
     with exclusive_run(run, "export"):
         if not _is_export_of(folder, checkpoint):
             _refuse_damaged(checkpoint)
@@ -51,6 +52,7 @@ def export_checkpoint(checkpoint: Path, output: Path) -> None:
             f"{checkpoint} is not a checkpoint: give a folder artifacts/<run>/{CHECKPOINTS}/iteration-… as `train` "
             "writes it"
         )
+    _refuse_missing(checkpoint)
     _refuse_damaged(checkpoint)
     _write(checkpoint, output)
 
@@ -68,10 +70,13 @@ def _is_export_of(folder: Path, checkpoint: Path) -> bool:
         return False
 
 
-def _refuse_damaged(checkpoint: Path) -> None:
-    """Raise UserError unless the policy's files are there and as they were written."""
+def _refuse_missing(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise UserError(f"there is no checkpoint {checkpoint}; check the path")
+
+
+def _refuse_damaged(checkpoint: Path) -> None:
+    """Raise UserError unless the policy's files are there and as they were written."""
     if found := damage(checkpoint, [STATE, f"{POLICY}/"]):
         raise UserError(f"{checkpoint} is damaged: {found}; export another checkpoint")
 
@@ -83,6 +88,8 @@ def _write(checkpoint: Path, folder: Path) -> None:
     made_with = state.get("made_with", {})
     known = made_with.get("model") or state["origin"].get("identity", {}).get("model")
     _refuse_other_reference(reference, known, run)
+    from stage2_train.card import CARD, Trained, evaluations_of
+    from stage2_train.exported import broken_weight, refuse_broken
     from stage2_train.learner import saved_weights
     from stage2_train.network import Network
 

@@ -1,7 +1,9 @@
 """`export`, the model card, and checkpoints where a model is asked for. test_lora.py compares weights of all kinds."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.architectures import named, write_model
 from common.errors import UserError
+from common.evaluations import Results
+from common.files import write_text
 from common.runs import RunPaths
 from stage2_train.card import Trained
 from stage2_train.export import export_checkpoint, loadable_model
 from tests.conftest import RunCli, save_tiny_model
 from tests.killing import JobServer
 from tests.stage2_runs import tiny_config, write_tiny_vstar
+from tests.test_lm_eval import figures
 
 ITERATIONS = 2
 
@@ -82,7 +87,7 @@ def test_the_card_says_how_the_model_was_trained(trained: RunPaths) -> None:
     }
     state = json.loads((checkpoint_of(trained, ITERATIONS) / "state.json").read_text(encoding="utf-8"))
     facts = state["made_with"]
-    figures = [json.loads(line) for line in trained.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in trained.metrics.read_text(encoding="utf-8").splitlines()]
     for line in (
         "# tiny, iteration 2",
         "`base_model` after 2 iterations of training with the objective `astar_po`.",
@@ -95,9 +100,9 @@ def test_the_card_says_how_the_model_was_trained(trained: RunPaths) -> None:
         "| its beta2 | 0.05 |",
         "| learning_rate | 0.001 |",
         "| processes | 1 |",
-        f"| mean reward of the completions drawn | {figures[1]['reward/mean']:.4g} "
-        f"| {figures[2]['reward/mean']:.4g} |",
-        f"was {figures[0]['evaluate/pass_at_1']:.4g} at iteration 0 and",
+        f"| mean reward of the completions drawn | {rows[1]['reward/mean']:.4g} "
+        f"| {rows[2]['reward/mean']:.4g} |",
+        f"`held_out`, measured during training: {rows[0]['evaluate/pass_at_1']:.4g} at iteration 0, ",
         f"| torch | {facts['versions']['torch']} |",
         f"| deepspeed | {facts['versions']['deepspeed']} |",
     ):
@@ -112,8 +117,7 @@ def test_the_card_names_what_is_on_the_hub_and_a_checkpoints_own_iteration(train
     document["model"] |= {"path": "Qwen/Qwen2.5-1.5B", "revision": "abc"}
     document["data"] |= {"path": "openai/gsm8k", "name": "main"}
     document["train"]["lora"] = {"rank": 4}
-    evaluations = {"trained": {"greedy_accuracy": 0.25, "pass_at_1_interval_95": [0.125, 0.5]}}
-    made = Trained.of(trained, Config.model_validate(document), 1, {"iterations": 2}, evaluations)
+    made = Trained.of(trained, Config.model_validate(document), 1, {"iterations": 2})
     card = ModelCard(made.card())
     assert card.data.get("base_model") == "Qwen/Qwen2.5-1.5B"
     assert card.data.get("datasets") == ["openai/gsm8k"]
@@ -123,10 +127,30 @@ def test_the_card_names_what_is_on_the_hub_and_a_checkpoints_own_iteration(train
         "| hash of its weights | not recorded |",
         "| prompts | `openai/gsm8k (main)`, `train` |",
         "| LoRA | rank 4, alpha 32; merged here, and alone in `adapter/` |",
-        "| its 95 % interval | 0.125 to 0.5 |",
     ):
         assert line in card.content, line
     assert "iteration 2" not in card.content
+
+
+def test_the_card_has_the_results_of_evaluate_for_its_own_iteration(run: RunPaths, tmp_path: Path) -> None:
+    def written(iteration: int, name: str) -> str:
+        export_checkpoint(checkpoint_of(run, iteration), tmp_path / name)
+        return (tmp_path / name / "README.md").read_text(encoding="utf-8")
+
+    rows = [
+        figures(model="reference", path="base", greedy_accuracy=0.125),
+        figures(model="trained", path=str(run.model)),
+        figures(model="a path", path=str(run.exported(1)), greedy_accuracy=0.375),
+    ]
+    results = [each.model_copy(update={"pass_at_1": None, "samples_per_prompt": 0}) for each in rows]
+    write_text(run.results("json"), Results(results=results).model_dump_json())
+    assert "| trained | 0.250 (" in written(2, "last")
+    first = written(1, "first")
+    assert "| reference | 0.125 (" in first
+    assert "| iteration 1 | 0.375 (" in first
+    assert "| trained |" not in first
+    os.utime(run.trained_with, (time.time() + 60,) * 2)  # trained after it was evaluated
+    assert "Accuracy by `evaluate`" not in written(2, "later")
 
 
 def test_where_a_model_is_asked_for_a_checkpoint_is_exported_once(run: RunPaths, tiny_model: Path) -> None:

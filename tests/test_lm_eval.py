@@ -1,35 +1,38 @@
 """Results in lm-evaluation-harness's layout, read as its own code reads them (lm_eval/utils.py, make_table; zeno)."""
 
 import json
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from common.report.lm_eval import write_results
+from common.evaluations import Figures
+from common.report.lm_eval import write_lm_eval
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
 
-def row(**values: Any) -> dict[str, Any]:
-    return {
-        "model": "trained",
-        "path": "artifacts/mine/model",
-        "benchmark": "held_out",
-        "greedy_accuracy": 0.25,
-        "greedy_accuracy_interval_95": [0.2, 0.3],
-        "samples_per_prompt": 4,
-        "pass_at_1": 0.5,
-        "pass_at_1_interval_95": [0.4, 0.6],
-        "pass_at_k": {"1": 0.5, "2": 0.625, "4": 0.75},
-        "prompts": 101,
-        "sampling": {"temperature": 1.0, "max_completion_tokens": 512, "stop": ["\n"]},
-        "grader": "math/3",
-        "outcomes": {"correct": 202},
-        **values,
-    }
+def figures(**values: Any) -> Figures:
+    return Figures.model_validate(
+        {
+            "model": "trained",
+            "path": "artifacts/mine/model",
+            "benchmark": "held_out",
+            "greedy_accuracy": 0.25,
+            "greedy_accuracy_interval_95": [0.2, 0.3],
+            "samples_per_prompt": 4,
+            "pass_at_1": 0.5,
+            "pass_at_1_interval_95": [0.4, 0.6],
+            "pass_at_k": {"1": 0.5, "2": 0.625, "4": 0.75},
+            "reward_mean": 0.5,
+            "prompts": 101,
+            "sampling": {"temperature": 1.0, "max_completion_tokens": 512, "stop": ["\n"]},
+            "grader": "math/3",
+            "outcomes": {"correct": 202},
+            "completion_tokens_mean": 20.0,
+            "truncated": 0.0,
+            **values,
+        }
+    )
 
 
 def table_of(document: dict[str, Any]) -> list[tuple[str, str, str, str, float, str]]:
@@ -49,8 +52,12 @@ def table_of(document: dict[str, Any]) -> list[tuple[str, str, str, str, float, 
 
 
 def test_each_model_has_a_file_of_its_own_with_its_benchmarks_as_tasks(tmp_path: Path) -> None:
-    rows = [row(), row(benchmark="math500", prompts=500), row(model="reference", path="Qwen/Qwen2.5-1.5B")]
-    ours, reference = write_results(rows, tmp_path, NOW)
+    rows = [
+        figures(),
+        figures(benchmark="math500", prompts=500),
+        figures(model="reference", path="Qwen/Qwen2.5-1.5B"),
+    ]
+    ours, reference = write_lm_eval(rows, tmp_path, NOW, {"held_out": 3})
     assert reference == tmp_path / "Qwen__Qwen2.5-1.5B" / "results_2026-01-02T03-04-05.678901.json"
     # The harness finds files and their time by name: "/results_", and what follows the last underscore.
     assert "/results_" in str(ours)
@@ -62,6 +69,7 @@ def test_each_model_has_a_file_of_its_own_with_its_benchmarks_as_tasks(tmp_path:
     for key in ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples"):
         assert document[key].keys() == tasks, key
     assert document["n-samples"]["math500"] == {"original": 500, "effective": 500}
+    assert document["n-shot"] == {"held_out": 3, "math500": 0}
     config = document["configs"]["held_out"]
     assert config["output_type"] == "generate_until"
     assert config["generation_kwargs"]["max_gen_toks"] == 512
@@ -81,8 +89,9 @@ def test_each_model_has_a_file_of_its_own_with_its_benchmarks_as_tasks(tmp_path:
     ]
 
 
-def test_without_an_interval_the_error_of_a_share_of_prompts_is_the_harnesss(tmp_path: Path) -> None:
-    (file,) = write_results([row(greedy_accuracy_interval_95=None)], tmp_path, NOW)
-    figures = json.loads(file.read_text(encoding="utf-8"))["results"]["held_out"]
-    # Its mean_stderr: the sample's standard deviation over the root of the count.
-    assert figures["exact_match_stderr,none"] == pytest.approx(math.sqrt(0.25 * 0.75 / 100))
+def test_a_benchmark_without_samples_has_no_figures_of_samples(tmp_path: Path) -> None:
+    greedy = figures(samples_per_prompt=0, pass_at_1=None, pass_at_1_interval_95=None, pass_at_k={})
+    (file,) = write_lm_eval([greedy], tmp_path, NOW, {})
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert document["results"]["held_out"].keys() == {"alias", "exact_match,none", "exact_match_stderr,none"}
+    assert document["configs"]["held_out"]["generation_kwargs"]["do_sample"] is False

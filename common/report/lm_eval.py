@@ -1,19 +1,18 @@
 """Results of `evaluate` in the file layout of EleutherAI's lm-evaluation-harness, for dashboards that read it.
 
 One file per model, <folder>/<model>/results_<time>.json, with one task per benchmark. `exact_match` is the greedy
-accuracy, `pass@k` is of samples. Keys of the harness that have no meaning here are left out.
+accuracy, `pass@k` is of samples. Standard errors follow from the 95 % intervals. Keys of the harness that have no
+meaning here are left out.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from common.evaluations import Figures
 from common.files import write_text
 from common.provenance import commit, versions
 
@@ -25,90 +24,35 @@ NORMAL_95 = 1.959964
 """The half-width of a 95 % interval in standard errors."""
 
 
-class Result(BaseModel):
-    """The figures of one model on one benchmark; a row of results.json."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str
-    path: str
-    benchmark: str
-    prompts: int
-    greedy_accuracy: float
-    greedy_accuracy_interval_95: tuple[float, float] | None = None
-    samples_per_prompt: int
-    pass_at_1: float
-    pass_at_1_interval_95: tuple[float, float] | None = None
-    pass_at_k: dict[str, float] = Field(default_factory=dict)
-    sampling: dict[str, Any] = Field(default_factory=dict)
-    grader: str
-    few_shot: int = 0
-
-    def metrics(self) -> dict[str, float | str]:
-        """The figures and their standard errors, by the harness's keys."""
-        greedy = _standard_error(self.greedy_accuracy_interval_95)
-        if greedy is None and self.prompts > 1:
-            variance = self.greedy_accuracy * (1 - self.greedy_accuracy)
-            greedy = math.sqrt(variance / (self.prompts - 1))
-        others = {f"pass@{k}": (value, None) for k, value in self.pass_at_k.items() if k != "1"}
-        found = {
-            "exact_match": (self.greedy_accuracy, greedy),
-            "pass@1": (self.pass_at_1, _standard_error(self.pass_at_1_interval_95)),
-            **others,
-        }
-        return {key: value for name, pair in found.items() for key, value in _keyed(name, *pair)}
-
-    def task(self) -> dict[str, Any]:
-        """The task as the harness describes one."""
-        greedy = {
-            "do_sample": False,
-            "temperature": 0.0,
-            "max_gen_toks": self.sampling.get("max_completion_tokens"),
-            "until": list(self.sampling.get("stop", [])),
-        }
-        names = dict.fromkeys(key.partition(",")[0].removesuffix("_stderr") for key in self.metrics())
-        return {
-            "task": self.benchmark,
-            "output_type": "generate_until",
-            "generation_kwargs": greedy,
-            "num_fewshot": self.few_shot,
-            "repeats": self.samples_per_prompt,
-            "metric_list": [
-                {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names
-            ],
-            "metadata": {"version": self.grader, "sampling": self.sampling},
-        }
-
-
-def write_results(rows: Sequence[Mapping[str, Any]], folder: Path, now: datetime) -> list[Path]:
-    """Write the rows of results.json, one file per model; returns the files."""
-    results = [Result.model_validate(row) for row in rows]
+def write_lm_eval(
+    results: Sequence[Figures], folder: Path, now: datetime, shots: Mapping[str, int]
+) -> list[Path]:
+    """Write the figures, one file per model; `shots` are the examples in a benchmark's prompts. Returns the files."""
     files = []
-    for path in dict.fromkeys(result.path for result in results):
-        document = _document([result for result in results if result.path == path], now)
+    for path in dict.fromkeys(each.path for each in results):
+        document = _document([each for each in results if each.path == path], now, shots)
         file = folder / document["model_name_sanitized"] / f"results_{now:%Y-%m-%dT%H-%M-%S.%f}.json"
         write_text(file, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         files.append(file)
     return files
 
 
-def _document(results: Sequence[Result], now: datetime) -> dict[str, Any]:
+def _document(results: Sequence[Figures], now: datetime, shots: Mapping[str, int]) -> dict[str, Any]:
     """The content of a model's file."""
     path = results[0].path
-    by_task = {result.benchmark: result for result in results}
-    tasks = {name: result.task() for name, result in by_task.items()}
+    by_task = {each.benchmark: each for each in results}
+    metrics = {name: dict(_metrics(each)) for name, each in by_task.items()}
     return {
-        "results": {name: {"alias": name, **result.metrics()} for name, result in by_task.items()},
+        "results": {name: {"alias": name, **_with_errors(found)} for name, found in metrics.items()},
         "group_subtasks": {name: [] for name in by_task},
-        "configs": tasks,
-        "versions": {name: result.grader for name, result in by_task.items()},
-        "n-shot": {name: result.few_shot for name, result in by_task.items()},
-        "higher_is_better": {
-            name: {metric["metric"]: True for metric in task["metric_list"]} for name, task in tasks.items()
+        "configs": {
+            name: _task(each, list(metrics[name]), shots.get(name, 0)) for name, each in by_task.items()
         },
+        "versions": {name: each.grader for name, each in by_task.items()},
+        "n-shot": {name: shots.get(name, 0) for name in by_task},
+        "higher_is_better": {name: dict.fromkeys(found, True) for name, found in metrics.items()},
         "n-samples": {
-            name: {"original": result.prompts, "effective": result.prompts}
-            for name, result in by_task.items()
+            name: {"original": each.prompts, "effective": each.prompts} for name, each in by_task.items()
         },
         "config": {
             "model": "astar-po",
@@ -130,10 +74,45 @@ def _document(results: Sequence[Result], now: datetime) -> dict[str, Any]:
     }
 
 
-def _keyed(name: str, value: float, error: float | None) -> Iterator[tuple[str, float | str]]:
-    yield f"{name},{FILTER}", value
-    yield f"{name}_stderr,{FILTER}", UNKNOWN if error is None else error
+def _metrics(figures: Figures) -> Iterator[tuple[str, tuple[float, float | None]]]:
+    """Each figure and its standard error, if that is known, by the harness's name."""
+    if figures.greedy_accuracy is not None:
+        yield "exact_match", (figures.greedy_accuracy, _error(figures.greedy_accuracy_interval_95))
+    if figures.pass_at_1 is not None:
+        yield "pass@1", (figures.pass_at_1, _error(figures.pass_at_1_interval_95))
+        yield from ((f"pass@{k}", (value, None)) for k, value in figures.pass_at_k.items() if k != "1")
 
 
-def _standard_error(interval: tuple[float, float] | None) -> float | None:
+def _with_errors(metrics: Mapping[str, tuple[float, float | None]]) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
+    for name, (value, error) in metrics.items():
+        found[f"{name},{FILTER}"] = value
+        found[f"{name}_stderr,{FILTER}"] = UNKNOWN if error is None else error
+    return found
+
+
+def _task(figures: Figures, metrics: Sequence[str], shots: int) -> dict[str, Any]:
+    """A benchmark as the harness describes a task."""
+    sampling = figures.sampling
+    return {
+        "task": figures.benchmark,
+        "output_type": "generate_until",
+        "generation_kwargs": {
+            "do_sample": bool(figures.samples_per_prompt),
+            "temperature": sampling.get("temperature"),
+            "top_p": sampling.get("top_p"),
+            "max_gen_toks": sampling.get("max_completion_tokens"),
+            "until": sampling.get("stop", []),
+        },
+        "num_fewshot": shots,
+        "repeats": max(figures.samples_per_prompt, 1),
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics
+        ],
+        "metadata": {"version": figures.grader},
+    }
+
+
+def _error(interval: tuple[float, float] | None) -> float | None:
+    """The standard error, from a 95 % interval."""
     return None if interval is None else (interval[1] - interval[0]) / 2 / NORMAL_95
