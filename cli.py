@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -294,7 +295,7 @@ def evaluate(
         typer.Option(
             "--model",
             "-m",
-            help="A folder or hub name of a model, or `reference` or `trained`, the run's; repeatable. By default "
+            help="A folder, hub name or checkpoint, or `reference` or `trained`, the run's; repeatable. By default "
             "these two.",
         ),
     ] = None,
@@ -306,6 +307,12 @@ def evaluate(
     run: Run = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    lm_eval: Annotated[
+        Path | None,
+        typer.Option(
+            "--lm-eval", help="Also write the results to this folder, as lm-evaluation-harness does."
+        ),
+    ] = None,
 ) -> None:
     """Measure greedy and sampled accuracy, pass@k and KL to the reference, and compare the models.
 
@@ -315,12 +322,16 @@ def evaluate(
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    folders = _models(settings, model)
     with _ending_cleanly("finished work"), _libraries_logged(settings.run):
+        folders = _models(settings, model)
+        from common.report.lm_eval import write_lm_eval
+        from stage2_train.evaluation.plan import shots_of
         from stage2_train.evaluation.run import evaluate as evaluate_models
         from stage2_train.evaluation.run import show
 
         results = evaluate_models(settings, folders, Terminal(stderr=True), benchmarks=benchmark or ())
+    if lm_eval is not None:
+        write_lm_eval(results.results, lm_eval, datetime.now(), shots_of(settings))
     if as_json:
         print_json(results.model_dump_json(indent=2, exclude_none=True))
     else:
@@ -329,8 +340,9 @@ def evaluate(
 
 def _models(settings: "Config", names: Sequence[str] | None) -> dict[str, Path]:
     """The folders of the models to evaluate, by the names that results give them."""
-    from common.model.files import reference_model, resolve_model
+    from common.model.files import reference_model
     from common.runs import run_paths
+    from stage2_train.export import loadable_model
 
     trained = run_paths(settings.run).model
     if (names is None or "trained" in names) and not trained.is_dir():
@@ -340,7 +352,7 @@ def _models(settings: "Config", names: Sequence[str] | None) -> dict[str, Path]:
         if name == "reference":
             folders[name] = reference_model(settings)
         else:
-            folders[name] = trained if name == "trained" else resolve_model(name, None)
+            folders[name] = trained if name == "trained" else loadable_model(name)
     return folders
 
 
@@ -427,6 +439,22 @@ def filter_command(
     else:
         for line in filtered.lines():
             console.print(line)
+
+
+@app.command(short_help="Export a checkpoint as a Hugging Face model.")
+def export(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="The checkpoint: artifacts/RUN/checkpoints/iteration-….")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write to this new folder.")],
+) -> None:
+    """Export a checkpoint as a folder that transformers and vLLM load, with a model card. Needs no GPU."""
+    from common.terminal.library_log import libraries_logged
+    from stage2_train.export import export_checkpoint, run_of
+
+    with libraries_logged(run_of(checkpoint).libraries_log):
+        export_checkpoint(checkpoint, output)
+    console.print(f"{output}: the policy of {checkpoint.name} in Hugging Face format")
 
 
 @app.command("export-data", short_help="Export prompts, pass rates and V̂* for SPO, TRL or verl.")

@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -88,6 +89,26 @@ def writing_to(path: Path) -> Iterator[None]:
             f"cannot write {path}: {cause}; what was written before is whole. Make room, correct the permissions or "
             "give another path, and start the same command again: it continues from there"
         ) from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty sibling to fill; it gets the final name once it is whole, in place of a folder that has it.
+
+    Raises UserError if it can no longer be written to; the final name is then unchanged.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing_to(temporary):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _unwritable(error: Exception, path: Path) -> str | None:

@@ -221,12 +221,15 @@ def context(config: RunConfig) -> dict[str, Any]:
         "data": config.data.model_dump(exclude_none=True),
         "engine": config.engine.backend,
         "dtype": config.model.dtype,
-        "versions": {
-            name: _version(name) for name in ("torch", "transformers", "vllm", "math-verify", "pyarrow")
-        },
+        "versions": versions(("torch", "transformers", "vllm", "math-verify", "pyarrow")),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
     }
+
+
+def versions(packages: Collection[str]) -> dict[str, str | None]:
+    """The versions of these packages, None for one that is not installed."""
+    return {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str | None:
@@ -238,7 +241,8 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of this checkout, None if git does not know."""
     try:
         result = subprocess.run(
             ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5

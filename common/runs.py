@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +27,9 @@ class RunPaths:
     """The paths of a run's files."""
 
     root: Path
+
+    TRAINED_WITH: ClassVar[str] = "astar_po.json"
+    """In a model's folder: the record of its training."""
 
     @property
     def config(self) -> Path:
@@ -79,7 +83,11 @@ class RunPaths:
     @property
     def trained_with(self) -> Path:
         """How the policy was trained; written last."""
-        return self.model / "astar_po.json"
+        return self.model / self.TRAINED_WITH
+
+    def exported(self, iteration: int) -> Path:
+        """A checkpoint in Hugging Face format, exported for `evaluate`."""
+        return self.root / "exported" / f"{iteration:06d}"
 
     @property
     def evaluations(self) -> Path:

@@ -15,7 +15,7 @@ Data order, rollout seeds and random states are functions of the config's seed a
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,13 +154,14 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def damage(checkpoint: Path) -> str | None:
-    """The damage of a checkpoint's files, None if there is none."""
+def damage(checkpoint: Path, parts: Collection[str] = ("",)) -> str | None:
+    """The damage of a checkpoint's files, None if there is none; `parts` are the beginnings of the names to check."""
     try:
         expected: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or cannot be read"
-    found = _hashes(checkpoint)
+    expected = {name: digest for name, digest in expected.items() if name.startswith(tuple(parts))}
+    found = _hashes(checkpoint, parts)
     for name, digest in expected.items():
         if name not in found:
             return f"{name} is missing"
@@ -169,9 +170,11 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _hashes(checkpoint: Path) -> dict[str, str]:
-    """The SHA-256 of each file but the manifest, by its path in the checkpoint."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+def _hashes(checkpoint: Path, parts: Collection[str] = ("",)) -> dict[str, str]:
+    """The SHA-256 of each file but the manifest, by its path in the checkpoint, which begins with one of `parts`."""
+    found = {
+        str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()
+    }
+    files = {name: path for name, path in found.items() if name != MANIFEST and name.startswith(tuple(parts))}
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = list(threads.map(file_digest, files))
-    return {str(file.relative_to(checkpoint)): digest for file, digest in zip(files, digests, strict=True)}
+        return dict(zip(files, threads.map(file_digest, files.values()), strict=True))

@@ -154,6 +154,27 @@ class Learner:
         assert path is not None, f"{folder} was found intact"
 
 
+WEIGHTS = "mp_rank_00_model_states.pt"
+"""DeepSpeed's file with the whole weights; under ZeRO-3 each rank has files with its part."""
+
+
+def saved_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """The trained weights that `save` wrote to folder/name, by the module's names; under ZeRO-3 in float32.
+
+    Needs neither a GPU nor the processes that trained. The files are pickles: check first that they are ours.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights: dict[str, Tensor]
+    if (folder / name / WEIGHTS).exists():
+        states = torch.load(folder / name / WEIGHTS, map_location="cpu", mmap=True, weights_only=False)
+        weights = states["module"]
+    else:
+        # Frozen weights are not in the files.
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), name, exclude_frozen_parameters=True)
+    return weights
+
+
 def _deepspeed_config(config: Config) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.train.zero_stage}
     if config.train.offload_optimizer:

@@ -22,6 +22,7 @@ from common.provenance import ACCEPTED, Allowance
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.terminal.console import Terminal
 from stage2_train import preflight
+from stage2_train.card import CARD, Trained
 from stage2_train.checkpoint import latest_state, newest_intact, read_state
 from stage2_train.collate import Cutter
 from stage2_train.completions import forget_completions
@@ -109,6 +110,8 @@ def run_stage2(
             console.print(line)
         trained_with[ACCEPTED] += allowance.used
         if ranks.is_main:
+            card = Trained.of(paths, config, total, trainer.made_with).card()
+            write_text(paths.model / CARD, card)
             write_text(paths.trained_with, json.dumps(trained_with, indent=2))
     console.print(f"{paths.model}: the trained policy in Hugging Face format")
 

@@ -16,6 +16,7 @@ from common.seeds import derive_seed
 from common.terminal.console import Terminal
 from stage2_train import checkpoint
 from stage2_train.batch import ABSENT, Batch
+from stage2_train.card import made_with
 from stage2_train.checkpoint import CRITIC, POLICY
 from stage2_train.collate import Collated
 from stage2_train.config import Config
@@ -62,6 +63,7 @@ class Trainer:
         self.data = data
         self.ranks = ranks
         self.objective = config.train.objective
+        self.made_with = made_with(config, data, ranks.world_size)
         self.parts = build_parts(config, data, ranks)
         weights = self.parts.policy.named_weights
         self.source = RolloutPipeline(sampler, config.train.staleness, self.draw_of, weights)
@@ -146,6 +148,7 @@ class Trainer:
             "origin": origin(self.config, self.data),
             "world_size": self.ranks.world_size,
             "held_out_accuracy": held_out_accuracy,
+            "made_with": self.made_with,
         }
         checkpoint.write(
             folder,

@@ -17,6 +17,7 @@ from stage2_train.checkpoint import POLICY, load, write
 from stage2_train.config import Config, LoraConfig
 from stage2_train.policy import Policy
 from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.resume import MAY_DIFFER
 from stage2_train.scorers import SeparateModel, build_reference
 
 Weights = dict[str, torch.Tensor]
@@ -93,8 +94,9 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
     run.steps(1, 3)
     reference = run.reference.score(own_slices(9, ranks))
     separate = SeparateModel(run.folder, config, ranks.device).score(own_slices(9, ranks))
-    checkpoints = Path(f"{output}-checkpoints-{stage}")
-    write(checkpoints, {"iteration": 3}, {POLICY: run.policy.learner}, ranks, keep=1)
+    checkpoints = Path(f"{output}-lora-{stage}", "checkpoints")
+    at_checkpoint = weights_of(run.policy)
+    write(checkpoints, state_of(config, 3, ranks), {POLICY: run.policy.learner}, ranks, keep=1)
     run.steps(4, 4)
     again = Run(config, ranks)
     load(checkpoints / "iteration-000003", {POLICY: again.policy.learner})
@@ -102,6 +104,7 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
     run.policy.export(Path(f"{output}-model-{stage}"))
     return {
         "at start": at_start,
+        "at checkpoint": at_checkpoint,
         "weights": weights_of(run.policy),
         "resumed": weights_of(again.policy),
         "logprobs": run.logprobs(),
@@ -109,6 +112,22 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
         "optimized": sum(parameter.numel() for parameter in optimized(run.policy)),
         "kept": sorted(kept_names(checkpoints / "iteration-000003" / POLICY)),
     }
+
+
+def state_of(config: Config, iteration: int, ranks: Ranks) -> dict[str, Any]:
+    """A checkpoint's state."""
+    settings = config.model_dump(mode="json", exclude=MAY_DIFFER)
+    return {"iteration": iteration, "origin": {"config": settings}, "world_size": ranks.world_size}
+
+
+def whole(config: Config, stage: int, ranks: Ranks, output: str) -> Weights:
+    """The weights after two steps, of which a checkpoint is written; in bfloat16 where ZeRO allows it."""
+    config = changed(config, dtype="bfloat16" if stage else "float32", zero_stage=stage)
+    run = Run(config, ranks)
+    run.steps(1, 2)
+    checkpoints = Path(f"{output}-whole-{stage}", "checkpoints")
+    write(checkpoints, state_of(config, 2, ranks), {POLICY: run.policy.learner}, ranks, keep=1)
+    return weights_of(run.policy)
 
 
 def optimized(policy: Policy) -> Iterator[torch.Tensor]:
@@ -162,7 +181,8 @@ def main(job_file: str) -> None:
     config = Config.model_validate(job["config"])
     stages = STAGES if ranks.world_size == 1 else STAGES_ON_TWO
     found: dict[str, Any] = {
-        "LoRA": {stage: with_adapter(config, stage, ranks, job["output"]) for stage in stages}
+        "LoRA": {stage: with_adapter(config, stage, ranks, job["output"]) for stage in stages},
+        "whole": {stage: whole(config, stage, ranks, job["output"]) for stage in stages},
     }
     if ranks.world_size == 1:
         found["dropout"] = with_dropout(config, ranks)

@@ -165,7 +165,7 @@ MISTAKES = {
     ),
     "an unknown grader": Mistake(
         f"{VSTAR} --set grader.name=exact",
-        ("unknown grader 'exact': use one of gsm8k, math, code, judge, or 'package.module:",),
+        ("unknown grader 'exact': use one of gsm8k, math, olympiadbench, code, judge, or 'package.module:",),
     ),
     "a reward function that is not there": Mistake(
         f"{VSTAR} --set grader.name=no_module:reward",

@@ -204,7 +204,7 @@ CASES = {
             "topic": "Algebra",
             "r1_solution_1": "…",
         },
-        name="question and final answer, as of DeepMath, OlympiadBench",
+        name="question and final answer, as of DeepMath",
         rendered=f"What is 2 + 3?{BOXED}",
     ),
     "OlympiadBench": Case(
@@ -220,9 +220,29 @@ CASES = {
             "answer_type": "Numerical",
             "error": None,
         },
-        name="question and final answer, as of DeepMath, OlympiadBench",
+        name="OlympiadBench",
         rendered=f"What is 2 + 3?{BOXED}",
         answer="$5$",
+    ),
+    "OlympiadBench, with its own grader": Case(
+        row={
+            "id": 2829,
+            "subfield": "Algebra",
+            "context": None,
+            "question": "What is 2 + 3?",
+            "solution": ["Add."],
+            "final_answer": ["$5$,$6$"],
+            "is_multiple_answer": True,
+            "unit": "km",
+            "answer_type": "Numerical",
+            "error": "1e-1",
+        },
+        name="OlympiadBench",
+        rendered=f"What is 2 + 3?{BOXED}",
+        answer='{"answers": ["$5$,$6$"], "tolerance": [0.1], "unit": "km"}',
+        grader="olympiadbench",
+        right="so \\boxed{6.05, 5\\text{ km}}",
+        wrong="so \\boxed{5, 7}",
     ),
     "slime": Case(
         row={"prompt": USER, "label": "5", "metadata": {"rm_type": "math"}}, name="slime", rendered=ASKED
@@ -557,7 +577,7 @@ def test_one_turn_of_the_user_is_the_same_prompt_as_its_text(chat_model: Path, t
         ("math500/test.jsonl", 500, PAIRS[0].name),
         ("minerva_math/test.jsonl", 272, "MATH"),
         ("minerva_math/ocw_deepseek.jsonl", 272, PAIRS[0].name),
-        ("olympiadbench/test.jsonl", 675, "question and final answer, as of DeepMath, OlympiadBench"),
+        ("olympiadbench/test.jsonl", 675, "OlympiadBench"),
         ("qwen_math_cot_100/math_cot_100.jsonl", 100, "question and answer"),
     ],
 )

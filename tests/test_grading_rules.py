@@ -210,11 +210,11 @@ def test_plain_numbers_get_the_verdict_that_math_verify_gives() -> None:
     for _ in range(800):
         answer = _number(chance)
         box = _near(chance, answer)
-        answer, box = rule_math._read(answer).text, rule_math._read(box).text
+        answer, box = rule_math.read(answer).text, rule_math.read(box).text
         verdict = rule_math._as_numbers(answer, box)
         if verdict is not None:
             shortcuts += 1
-            gold, predicted = (rule_math._parsed(text, is_real=True) for text in (answer, box))
+            gold, predicted = (rule_math.parsed(text, is_real=True) for text in (answer, box))
             equal = rule_math._equal(answer, gold, box, predicted)
             assert (verdict is Outcome.CORRECT) == equal, (answer, box)
     assert shortcuts > 500
@@ -243,7 +243,7 @@ def _number(chance: random.Random) -> str:
 
 def _near(chance: random.Random, number: str) -> str:
     """The number written in another way, rounded, a little off, or another number."""
-    value = rule_math._plain_number(rule_math._read(number).text)
+    value = rule_math.plain_number(rule_math.read(number).text)
     if value is None:
         return _number(chance)
     off = float(value) * (1 + chance.choice([-1, 1]) * 10 ** -chance.uniform(2, 8))

@@ -133,6 +133,23 @@ def test_the_exported_model_is_merged_and_its_adapter_loads_into_the_base_model(
         torch.testing.assert_close(logprobs_K, case["logprobs"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("processes", "stage"), RUNS)
+def test_a_checkpoint_is_exported_with_the_weights_that_the_policy_had(
+    found: dict[int, list[dict[str, Any]]], processes: int, stage: int, folder: Path, tmp_path: Path
+) -> None:
+    from stage2_train.export import export_checkpoint
+
+    case = found[processes][0]
+    expected = {"lora": case["LoRA"][stage]["at checkpoint"], "whole": case["whole"][stage]}
+    for name, weights in expected.items():
+        (checkpoint,) = (folder / f"found-{processes}-{name}-{stage}" / "checkpoints").iterdir()
+        export_checkpoint(checkpoint, tmp_path / name)
+        exported = load_file(tmp_path / name / "model.safetensors")
+        assert difference(exported, weights) == 0
+        assert {weight.dtype for weight in exported.values()} == {weight.dtype for weight in weights.values()}
+    assert (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_offloaded_optimizer_takes_the_same_steps(
     found: dict[int, list[dict[str, Any]]], stage: int, tiny_model: Path

@@ -265,16 +265,24 @@ def test_a_model_with_tied_embeddings_is_exported_whole_and_tied(tied_model: Pat
     assert torch.equal(model.lm_head.weight, state["model.lm_head.weight"])
 
 
-def test_the_exported_model_loads_in_vllm_and_is_evaluated(finished: Finished) -> None:
-    workspace = finished.workspace
+def test_a_checkpoint_is_exported_loads_in_vllm_and_is_evaluated(finished: Finished, tmp_path: Path) -> None:
+    workspace, paths = finished.workspace, finished.workspace.paths("whole")
+    newest = paths.checkpoints / f"iteration-{ITERATIONS:06d}"
+    options = ["--model", str(newest), "--json", "--lm-eval", str(tmp_path)]
     process = warm.run(
-        [*workspace.command("evaluate"), "--model", str(workspace.paths("whole").model), "--json"],
+        [*workspace.command("evaluate"), *options],
         env=workspace.environment("whole"),
         timeout=120,
     )
     assert process.returncode == 0, process.stderr[-4000:]
     (result,) = json.loads(process.stdout)["results"]
-    assert result["model"] == result["path"] == str(workspace.paths("whole").model)
+    exported = paths.exported(ITERATIONS)
+    assert (result["model"], result["path"]) == (str(newest), str(exported))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (exported, paths.model))
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    (written,) = tmp_path.glob("*/results_*.json")
+    shown = json.loads(written.read_text(encoding="utf-8"))["results"]["held_out"]
+    assert shown["exact_match,none"] == result["greedy_accuracy"]
     assert (result["prompts"], result["samples_per_prompt"]) == (5, 4)
     assert sum(result["outcomes"].values()) == 20
     assert result["pass_at_1"] == pytest.approx(result["outcomes"].get("correct", 0) / 20)

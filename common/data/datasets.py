@@ -29,6 +29,7 @@ from common.errors import UserError, first_line
 from common.grading import Grader, GraderConfig, row_needs
 from common.grading.conventions import Needs
 from common.grading.reference import Reference, storable_cell
+from common.grading.rule_olympiadbench import reference_text
 
 FIRST_ROWS = 100
 """The number of rows whose columns decide the format."""
@@ -109,6 +110,7 @@ def _read_rows(data: DataConfig, config: RunConfig, needs: Needs) -> tuple[list[
     _refuse_missing_field(first_rows, data_format, data, config.grader)
     columns = _needed_columns(first_rows, data_format, needs, data, config.grader)
     any_answer = not config.grader.reads_answer
+    with_tolerance = bool(data_format.tolerance_field) and "olympiadbench" in config.grader.names
     if data.limit is not None and data.limit < len(rows):
         chosen = random.Random(data.seed).sample(range(len(rows)), data.limit)
         rows = [rows[index] for index in sorted(chosen)]
@@ -121,7 +123,8 @@ def _read_rows(data: DataConfig, config: RunConfig, needs: Needs) -> tuple[list[
     problems: list[str] = []
     for place, row in rows:
         try:
-            question, answer = _pair(row, data_format, under_chat, any_answer)
+            answered = _with_tolerance_as_text(row, data_format) if with_tolerance else row
+            question, answer = _pair(answered, data_format, under_chat, any_answer)
             reference = _reference(row, data_format, columns, any_answer) if needs.reads_row else None
             found.append(Row(place, question, answer, reference))
         except ValueError as error:
@@ -370,6 +373,25 @@ def _with_tests_as_text(row: dict[str, Any], data_format: DataFormat) -> dict[st
     }
 
 
+def _with_tolerance_as_text(row: dict[str, Any], data_format: DataFormat) -> dict[str, Any]:
+    """The row with its answers, their tolerance and unit as the grader "olympiadbench" reads them.
+
+    Unchanged where it has no list of answers. Raises ValueError for a tolerance that is no number.
+    """
+    answers, unit = cell_at(row, data_format.answer_field), row.get(data_format.unit_field)
+    if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):
+        return row
+    tolerance = str(row.get(data_format.tolerance_field) or "").split(",")
+    try:
+        numbers = [float(part) for part in tolerance if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"{data_format.tolerance_field} is no number: {','.join(tolerance)!r}") from error
+    return {
+        **row,
+        data_format.answer_field: reference_text(answers, numbers, None if unit is None else str(unit)),
+    }
+
+
 def refuse_bad_golds(problems: Sequence[str], total: int, data: DataConfig) -> None:
     if problems and data.bad_golds == "error":
         shown = "; ".join([*problems[:3], *(["…"] if len(problems) > 3 else [])])
@@ -415,9 +437,8 @@ def _sources(data: DataConfig, config: RunConfig, needs: Needs) -> list[_Source]
         fields = []
     else:
         fields += [*needs.columns, *(config.grader.columns or [])]
-    rows = _rows_of_hub(
-        str(data.path), data.name, data.split, data.section, fields=fields, further=needs.optional_columns
-    )
+    further = [*needs.optional_columns, data_format.unit_field, data_format.tolerance_field]
+    rows = _rows_of_hub(str(data.path), data.name, data.split, data.section, fields=fields, further=further)
     return [_Source(data.title, rows)]
 
 

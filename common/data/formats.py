@@ -35,6 +35,9 @@ class DataFormat:
     """The answer field holds unit tests; TEST_SETUP_FIELDS hold code that runs before them."""
     entry_point_field: str = ""
     """The column with the name of the function that the tests pass to their `check`."""
+    unit_field: str = ""
+    tolerance_field: str = ""
+    """The columns with the answers' unit and tolerance, which the grader "olympiadbench" uses."""
     answer_may_be_json: bool = False
     """The answer may be the text of a JSON list: `["25"]`."""
     drops_last_answer: bool = False
@@ -120,6 +123,15 @@ DISTINCT = (
         answer_is_solution=True,
         answer_is_tests=True,
     ),
+    DataFormat(
+        name="OlympiadBench",
+        prompt_field="question",
+        answer_field="final_answer",
+        template="math",
+        columns=("is_multiple_answer", "answer_type"),
+        unit_field="unit",
+        tolerance_field="error",
+    ),
 )
 """Formats with columns that no other format has."""
 
@@ -132,7 +144,7 @@ PAIRS = (
     ),
     FORMATS["math"],
     DataFormat(
-        name="question and final answer, as of DeepMath, OlympiadBench",
+        name="question and final answer, as of DeepMath",
         prompt_field="question",
         answer_field="final_answer",
         template="math",

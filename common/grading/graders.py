@@ -10,7 +10,7 @@ from operator import or_
 from typing import Protocol
 
 from common.errors import UserError
-from common.grading import rule_code, rule_custom, rule_gsm8k, rule_math
+from common.grading import rule_code, rule_custom, rule_gsm8k, rule_math, rule_olympiadbench
 from common.grading.conventions import NOT_APPLICABLE, Judged, Needs, RewardFunction
 from common.grading.judge import JUDGE, Judge
 from common.grading.outcome import Grade, Outcome, graded, storable
@@ -55,6 +55,15 @@ RULES: dict[str, Rule] = {
         validate_gold=rule_math.validate_gold,
         warm_up=partial(rule_math.grade, "", r"\boxed{x+1}", r"\frac{1}{2}"),
         max_completion_characters=rule_math.MAX_COMPLETION_CHARACTERS,
+    ),
+    "olympiadbench": Rule(
+        name="olympiadbench",
+        version=rule_olympiadbench.VERSION,
+        grade=rule_olympiadbench.grade,
+        extract_gold=rule_olympiadbench.extract_gold,
+        validate_gold=rule_olympiadbench.validate_gold,
+        warm_up=partial(rule_olympiadbench.grade, "", r"\boxed{x+1}", r"\frac{1}{2}"),
+        max_completion_characters=rule_olympiadbench.MAX_COMPLETION_CHARACTERS,
     ),
     "code": Rule(
         name="code",

@@ -51,7 +51,7 @@ _CLOCK = re.compile(
     r"([0-9]{1,2})(?::([0-5][0-9]))?\s*(?:\\text\{)?\s*([ap])\.?\s?m\.?\}?|([0-9]{1,2}):([0-5][0-9])",
     re.IGNORECASE,
 )
-_BASE = re.compile(
+BASE = re.compile(
     r"(?<![A-Za-z])\(?(-?[0-9](?:[0-9.]*|[0-9A-Fa-f.]*(?=\)?_\{(?:1[1-6]|hex|sixteen))))\)?"
     r"_\{\s*\(?([0-9]+|[a-z]+)\)?\s*\}"
 )
@@ -75,7 +75,7 @@ _QUOTED = re.compile(r"\s*[\[{(]\s*['\"]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
+class Answer:
     """An answer in its one spelling, without its unit."""
 
     text: str
@@ -94,7 +94,7 @@ def extract_gold(raw: str) -> str:
         if len(raw) > MAX_BOX_CHARACTERS:
             raise UserError(rf"no \boxed{{}} in the reference solution that ends in {raw[-80:]!r}")
         return raw.strip()
-    boxes = list(dict.fromkeys(_all_boxes(raw)))
+    boxes = list(dict.fromkeys(all_boxes(raw)))
     if not boxes or not all(boxes):
         raise UserError(
             rf"an empty or unclosed \boxed{{}} in the reference solution that ends in {raw[-80:]!r}"
@@ -107,8 +107,8 @@ def extract_gold(raw: str) -> str:
 def _spelling(box: str) -> Fraction | str:
     if len(box) > MAX_BOX_CHARACTERS:
         return _normalised(box)
-    answer = _read(box)
-    return _plain_number(answer.text) or answer.key
+    answer = read(box)
+    return plain_number(answer.text) or answer.key
 
 
 def validate_gold(gold: str) -> str | None:
@@ -122,7 +122,7 @@ def grade(prompt: str, completion: str, answer: str) -> Grade:
     box = last_box(completion[-MAX_COMPLETION_CHARACTERS:])
     if not box:
         return graded(Outcome.UNPARSED, box)
-    return graded(_verdict(answer, box), box)
+    return graded(verdict(answer, box), box)
 
 
 def last_box(text: str) -> str | None:
@@ -141,7 +141,8 @@ def last_box(text: str) -> str | None:
         end = start
 
 
-def _all_boxes(text: str) -> list[str]:
+def all_boxes(text: str) -> list[str]:
+    """The contents of all boxes in order, of a box in a box too; empty for one that never closes."""
     return [_box_at(text, command.end()) or "" for command in _USED_BOX.finditer(text)]
 
 
@@ -172,24 +173,26 @@ def _unwrapped(content: str) -> str:
 
 
 @lru_cache(maxsize=16_384)
-def _verdict(answer: str, box: str) -> Outcome:
+def verdict(answer: str, box: str) -> Outcome:
+    """The outcome of a box's content beside the reference answer."""
     if len(answer) > MAX_BOX_CHARACTERS or len(box) > MAX_BOX_CHARACTERS:
         if _normalised(answer) == _normalised(box):
             return Outcome.CORRECT
         return Outcome.GOLD_UNPARSED if len(answer) > MAX_BOX_CHARACTERS else Outcome.UNPARSED
-    gold, claim = _read(answer), _read(box)
+    gold, claim = read(answer), read(box)
     if contradict(gold.unit, claim.unit):
         return Outcome.WRONG
     if gold.key == claim.key != "":
         return Outcome.CORRECT
     for decide in (_as_numbers, _as_times, _as_ratios, _as_numerals, _as_words, _as_named_values):
-        if verdict := decide(gold.text, claim.text):
-            return verdict
+        if decided := decide(gold.text, claim.text):
+            return decided
     return _as_mathematics(gold.text, claim.text)
 
 
 @lru_cache(maxsize=16_384)
-def _read(text: str) -> _Answer:
+def read(text: str) -> Answer:
+    """An answer as it is compared."""
     body = without_introduction(clean(text))
     unit = None
     if not _CLOCK.fullmatch(body):
@@ -197,12 +200,12 @@ def _read(text: str) -> _Answer:
         if r"\text" in body or r"\$" in body:
             body = ", ".join(split_unit(part)[0] for part in elements(body, ","))
     body = _unwrapped(body)
-    return _Answer(text=body, key=_SPACE.sub("", body), unit=unit)
+    return Answer(text=body, key=_SPACE.sub("", body), unit=unit)
 
 
 def _as_numbers(gold: str, claim: str) -> Outcome | None:
     """The verdict where both sides are plain numbers, as math-verify and `_same_scale` would give it."""
-    expected, claimed = _plain_number(gold), _plain_number(claim)
+    expected, claimed = plain_number(gold), plain_number(claim)
     if expected is None or claimed is None:
         return None
     if expected == claimed:
@@ -213,7 +216,7 @@ def _as_numbers(gold: str, claim: str) -> Outcome | None:
     return Outcome.WRONG
 
 
-def _plain_number(text: str) -> Fraction | None:
+def plain_number(text: str) -> Fraction | None:
     """The exact value of an integer, decimal, fraction, mixed number or power of ten; None for any other text."""
     if _INTEGER.fullmatch(text):
         return Fraction(text)
@@ -265,7 +268,7 @@ def _could_be_ratio(text: str) -> bool:
 def _as_ratios(gold: str, claim: str) -> Outcome | None:
     """`1:2:3`, which math-verify divides to 1/6."""
     expected, claimed = (
-        [_plain_number(term.strip()) for term in text.split(":")] if ":" in text else []
+        [plain_number(term.strip()) for term in text.split(":")] if ":" in text else []
         for text in (gold, claim)
     )
     if max(len(expected), len(claimed)) < 3:
@@ -284,7 +287,7 @@ def _as_ratios(gold: str, claim: str) -> Outcome | None:
 
 def _as_numerals(gold: str, claim: str) -> Outcome | None:
     """Digits with a base, which the answer may leave out: `43_5` is not 43, and 43 for `43_5` is read as it."""
-    expected, claimed = _BASE.fullmatch(gold), _BASE.fullmatch(claim)
+    expected, claimed = BASE.fullmatch(gold), BASE.fullmatch(claim)
     if expected and claimed:
         same = expected[1].upper() == claimed[1].upper() and _base(expected) == _base(claimed)
         return Outcome.CORRECT if same else Outcome.WRONG
@@ -369,25 +372,25 @@ def _named_values(text: str) -> list[dict[str, str]] | None:
 
 def _same_values(wanted: dict[str, str], given: dict[str, str]) -> bool:
     return wanted.keys() == given.keys() and all(
-        _verdict(value, given[name]) is Outcome.CORRECT for name, value in wanted.items()
+        verdict(value, given[name]) is Outcome.CORRECT for name, value in wanted.items()
     )
 
 
 def _as_mathematics(gold: str, claim: str) -> Outcome:
     real = not (math_latex.is_complex(gold) or math_latex.is_complex(claim))
-    expected = _parsed(gold, is_real=real)
+    expected = parsed(gold, is_real=real)
     if expected is None:
         return Outcome.GOLD_UNPARSED
-    claimed = _parsed(claim, is_real=real)
+    claimed = parsed(claim, is_real=real)
     if claimed is None:
         return Outcome.UNPARSED
     return Outcome.CORRECT if _equal(gold, expected, claim, claimed) else Outcome.WRONG
 
 
-def _parsed(text: str, *, is_real: bool) -> Any:
+def parsed(text: str, *, is_real: bool) -> Any:
     r"""The expression; of an equation whose left side cannot be read (`\angle A = 30`), its right side."""
     text = ", ".join(map(_both_signs, elements(text, ","))) if r"\pm" in text else text
-    text = _BASE.sub(r"\1", text)
+    text = BASE.sub(r"\1", text)
     if _NO_NUMBER.search(text):
         return None  # it would multiply them
     found = math_latex.parse(text, is_real=is_real)
@@ -415,13 +418,13 @@ def _problem(gold: str) -> str | None:
         return f"a list or dict written as text: {gold[:80]!r}"
     if len(gold) > MAX_BOX_CHARACTERS:
         return f"longer than {MAX_BOX_CHARACTERS} characters: {gold[:80]!r}"
-    text = _read(gold).text
+    text = read(gold).text
     words = [word for word in _PROSE.findall(text) if word]
     if len(words) > 1 and (not _phrase(text) or _SENTENCE & set(words)):
         return f"prose, not an answer: {gold[:80]!r}"
-    if _plain_number(text) is not None or _clock(text) or _phrase(text) or _named_values(text):
+    if plain_number(text) is not None or _clock(text) or _phrase(text) or _named_values(text):
         return None
-    if _parsed(text, is_real=not math_latex.is_complex(text)) is None:
+    if parsed(text, is_real=not math_latex.is_complex(text)) is None:
         return f"math-verify cannot parse {gold[:80]!r}"
     return None
 
@@ -442,8 +445,8 @@ def _equal(gold: str, expected: Any, claim: str, claimed: Any) -> bool:
 
 def _same_base(gold: str, claim: str) -> bool:
     """Digits with a base are another number than the same digits without: `43_5` is not 43."""
-    claimed = [_base(numeral) for numeral in _BASE.finditer(claim) if _base(numeral) != "10"]
-    return not claimed or claimed == [_base(numeral) for numeral in _BASE.finditer(gold)]
+    claimed = [_base(numeral) for numeral in BASE.finditer(claim) if _base(numeral) != "10"]
+    return not claimed or claimed == [_base(numeral) for numeral in BASE.finditer(gold)]
 
 
 def _consistent(predicted: Any) -> bool:

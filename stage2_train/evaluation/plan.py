@@ -88,6 +88,11 @@ def benchmarks_of(
     return [each for name, each in found.items() if not chosen or name in chosen]
 
 
+def shots_of(config: Config) -> dict[str, int]:
+    """The number of examples in the prompts of each benchmark."""
+    return {each.name: len(each.data.few_shot or ()) for each in benchmarks_of(config)}
+
+
 def _draws(config: Config, sampling: SamplingParams, *, greedy: bool, num_samples: int) -> dict[str, Draw]:
     draws: dict[str, Draw] = {}
     if greedy:
