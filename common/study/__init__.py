@@ -85,10 +85,12 @@ def _list(steps: Steps, done: Collection[str], console: Terminal) -> None:
     console.print(_progress(steps.plan, len(done)))
     listed: set[str] = set()
     for run in steps.plan.runs:
-        missing = [] if run.record_name in done else steps.missing(run)
-        todo = [step for step in missing if step not in listed]
+        if run.record_name in done:
+            console.print(f"{run.title}: done")
+            continue
+        todo = [step for step in steps.missing(run) if step not in listed]
         listed.update(todo)
-        console.print(f"{run.title}: {', '.join(todo) if run.record_name not in done else 'done'}")
+        console.print(f"{run.title}: {', '.join(todo) or 'its record'}")
 
 
 def _table(sheet: Sheet) -> Table:

@@ -164,8 +164,8 @@ def _curves(summary: Summary, arms: Sequence[Arm]) -> Figures:
     return Figures(
         name="curves",
         title="Accuracy during training",
-        caption="Means over seeds of the evaluations during training; shaded: 95 % intervals. Time includes stage 1, where "
-        "the arm needs it, and loading. KL is the mean since the evaluation before; objectives without a "
+        caption="Means over seeds of the evaluations during training; shaded: 95 % intervals. Time includes loading "
+        "and, where the arm needs it, stage 1. KL is the mean since the evaluation before; objectives without a "
         "reference do not log it.",
         panels=panels,
     )

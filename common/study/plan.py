@@ -238,7 +238,7 @@ def _digest(document: Any) -> str:
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of a nested table by dotted key."""
-    values: dict[str, Any] = Field(default_factory=dict)
+    values: dict[str, Any] = {}
     for key, value in table.items():
         values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return values
