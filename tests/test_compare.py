@@ -101,7 +101,7 @@ class Commands:
         getattr(self, f"_{name.replace('-', '_')}")(paths, values, arguments)
         if self._dies.get(number) == "after":
             raise Killed
-        return Finished(seconds=32.0, peak_gib=1.5)
+        return Finished(seconds=32.0, cpu_seconds=40.0, peak_gib=1.5)
 
     def _base_model(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
         paths.base_model.mkdir()
@@ -164,6 +164,7 @@ def record(arm: str, seed: int, accuracy: float, *, seconds: float = 60.0, diges
         },
         curve=training_curve(metrics(seed)),
         iterations=4,
+        cpu_seconds=70.0,
         seconds=Seconds(stage1=0.0, setup=0.0, training=seconds, evaluating=5.0),
         peak_gib=2.0,
         stage1_peak_gib=None,
@@ -680,7 +681,7 @@ max_prompt_tokens = 64
         variables = {**os.environ, **environment, "HF_HUB_OFFLINE": "1"}
         result = warm.run(command[1:], cwd=tmp_path, env=variables, timeout=120, cold=False)
         assert result.returncode == 0, result.stderr
-        return Finished(seconds=time.monotonic() - began, peak_gib=1.0)
+        return Finished(seconds=time.monotonic() - began, cpu_seconds=1.0, peak_gib=1.0)
 
     compare(path, load, Terminal(file=io.StringIO(), width=200), execute=started_warm)
     found = finished(plan_of(path), artifacts / "methods" / "results")

@@ -9,6 +9,8 @@ from common.study.figures import study_figures
 from common.study.plan import Plan, shown
 from common.study.summary import Sheet, Summary
 
+BUSY = 1.5
+"""The load average per core above which a training was not alone."""
 REMARK = (
     "Means over seeds ± half the width of Student's 95 % interval; a single seed has none. Time is wall clock: stage 1 "
     "(if the arm needs it), loading, iterations, checkpoints and export, without evaluations and the base model. Of a "
@@ -71,7 +73,17 @@ def _notices(plan: Plan, summary: Summary) -> list[str]:
     machines = dict.fromkeys(record.conditions.machine for record in summary.records.values())
     versions = {str(sorted(record.conditions.versions.items())) for record in summary.records.values()}
     unequal = {len(summary.of_arm(arm)) for arm in plan.arms}
+    busy = [
+        record
+        for record in summary.records.values()
+        if record.conditions.load_average > BUSY * record.conditions.cores
+    ]
     found = []
+    if busy:
+        found.append(
+            f"Other work shared the machine with {len(busy)} of {len(summary.records)} runs (load average above "
+            f"{BUSY:g} per core), so their times are too long. Processor time below is affected less."
+        )
     if len(machines) > 1:
         found.append(
             f"The runs are of different machines, so their times do not compare: {'; '.join(machines)}."

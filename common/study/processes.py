@@ -29,6 +29,8 @@ class Finished(BaseModel):
 
     seconds: float
     """Wall clock."""
+    cpu_seconds: float
+    """Its own and its children's."""
     peak_gib: float
     """The largest resident set of it or of a process that it has waited for."""
 
@@ -71,7 +73,11 @@ def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
             f"{' '.join(_last_lines(log)) or f'exit status {process.returncode}'} (all of it: {log})"
         )
     unit = 1 if sys.platform == "darwin" else 1024
-    return Finished(seconds=seconds, peak_gib=usage.ru_maxrss * unit / 2**30)
+    return Finished(
+        seconds=seconds,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_gib=usage.ru_maxrss * unit / 2**30,
+    )
 
 
 def _last_lines(log: Path) -> list[str]:

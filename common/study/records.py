@@ -105,6 +105,8 @@ class Record(Document):
     curve: list[Point]
     iterations: int
     seconds: Seconds
+    cpu_seconds: float | None
+    """Processor time of the training process, evaluations included; None if an earlier process did a part of it."""
     peak_gib: float
     """Of the training process: of the GPU's memory, or without one of the resident set."""
     stage1_peak_gib: float | None
@@ -215,6 +217,7 @@ def make_record(
     *,
     stage1: tuple[float, float] | None,
     setup: float,
+    cpu_seconds: float | None,
     conditions: Conditions,
 ) -> Record:
     """The record of a run whose steps are all done; `stage1` is its seconds and peak, `setup` training's seconds."""
@@ -232,6 +235,7 @@ def make_record(
         seconds=Seconds(
             stage1=stage1[0] if stage1 else 0.0, setup=setup, training=training, evaluating=evaluating
         ),
+        cpu_seconds=cpu_seconds,
         peak_gib=max(line.get("memory/peak_gib", 0.0) for line in lines),
         stage1_peak_gib=stage1[1] if stage1 and conditions.gpu is None else None,
         completion_tokens=_mean(

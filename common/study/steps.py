@@ -40,6 +40,8 @@ class Trained(BaseModel):
     """The cost of training that metrics.jsonl does not have."""
 
     setup_seconds: float
+    cpu_seconds: float | None
+    """None if an earlier process did a part of it."""
     conditions: Conditions
 
 
@@ -81,6 +83,7 @@ class Steps:
             paths,
             stage1=self._stage1_cost(run.table) if run.table else None,
             setup=trained.setup_seconds,
+            cpu_seconds=trained.cpu_seconds,
             conditions=trained.conditions,
         )
         write_record(self.results, run, record)
@@ -146,7 +149,11 @@ class Steps:
             min(len(before), len(after)),
         )
         own = sum(training_seconds([values for _, values in after[kept:]]))
-        trained = Trained(setup_seconds=cost.seconds - own, conditions=conditions(run))
+        trained = Trained(
+            setup_seconds=cost.seconds - own,
+            cpu_seconds=None if before else cost.cpu_seconds,
+            conditions=conditions(run),
+        )
         write_text(self._cost(run.name), trained.model_dump_json(indent=1))
 
     def _command(

@@ -262,6 +262,7 @@ COSTS = [
         better="low",
     ),
     Column(title="iterations", digits=0, of=lambda record: float(record.iterations)),
+    Column(title="processor, s", digits=0, of=lambda record: record.cpu_seconds, better="low"),
     Column(title="training, GiB", digits=2, of=lambda record: record.peak_gib),
     Column(title="stage 1, GiB", digits=2, of=lambda record: record.stage1_peak_gib),
 ]
