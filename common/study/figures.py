@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+DARK = GREYS[:4]
+"""The greys that a thin line is seen in."""
 SYMBOLS = {
     "vstar.num_samples": "N",
     "vstar.beta1": "β₁",
@@ -90,13 +92,19 @@ def study_figures(summary: Summary) -> list[Figures]:
 
 
 def _style(place: int) -> dict[str, Any]:
+    """The style of the arm at a place: marker, grey and line; hollow markers after the first greys are used up."""
     return {
-        "color": GREYS[place % len(GREYS)],
+        "color": _grey(place),
         "marker": MARKERS[place % len(MARKERS)],
+        "markerfacecolor": _grey(place) if place // len(DARK) % 2 == 0 else "1.0",
         "linestyle": LINE_STYLES[place % len(LINE_STYLES)],
         "markersize": 4.5,
         "linewidth": 1.2,
     }
+
+
+def _grey(place: int) -> str:
+    return DARK[place % len(DARK)]
 
 
 def _accuracy(summary: Summary) -> Column:
@@ -189,7 +197,7 @@ def _course(
             if all(mean.half is not None for _, mean in points):
                 low = [mean.value - (mean.half or 0.0) for _, mean in points]
                 high = [mean.value + (mean.half or 0.0) for _, mean in points]
-                axes.fill_between(xs, low, high, color=GREYS[place % len(GREYS)], alpha=0.15, linewidth=0)
+                axes.fill_between(xs, low, high, color=_grey(place), alpha=0.15, linewidth=0)
         axes.set(xlabel=xlabel, title=title)
 
     words = [
@@ -219,6 +227,10 @@ def _effect(summary: Summary, key: str) -> Figures:
     """The paper's Figures 3 to 5: what the values of a key do to the loss, the reward, the accuracy and the time."""
     arms = [arm for arm in summary.arms if arm.key == key]
     symbol = SYMBOLS.get(key, key)
+    unit, seconds = summary.unit
+    stage2 = Column(
+        title=f"iterations of stage 2, {unit}", digits=2, of=lambda record: record.seconds.training / seconds
+    )
 
     def iteration(record: Record, point: Point) -> float:
         return float(point.iteration)
@@ -227,7 +239,7 @@ def _effect(summary: Summary, key: str) -> Figures:
         _course(summary, arms, "iteration", iteration, lambda record, point: point.loss, "regression loss"),
         _course(summary, arms, "iteration", iteration, lambda record, point: point.reward, "training reward"),
         _by_value(summary, arms, _accuracy(summary), symbol),
-        _by_value(summary, arms, summary.time, symbol),
+        _by_value(summary, arms, stage2, symbol),
     ]
     return Figures(
         name=f"effect-{key.replace('.', '-')}",
@@ -258,13 +270,14 @@ def _by_value(summary: Summary, arms: Sequence[Arm], column: Column, symbol: str
                 [x for x, _ in points],
                 [mean.value for _, mean in points],
                 yerr=[mean.half or 0.0 for _, mean in points],
-                label=grid,
+                label=grid if len(found) + len(level) > 1 else None,
                 **_style(place) | {"elinewidth": 0.8},
             )
         for place, (arm, mean) in enumerate(level):
             if mean is not None:
-                grey = GREYS[(len(grids) + place) % len(GREYS)]
-                axes.axhline(mean.value, color=grey, linestyle="--", linewidth=0.9, label=arm.name)
+                axes.axhline(
+                    mean.value, color=_grey(len(grids) + place), linestyle="--", linewidth=0.9, label=arm.name
+                )
         axes.set_xticks(range(len(values)), values)
         axes.set(xlabel=symbol, title=column.title)
 
