@@ -361,7 +361,8 @@ def compare(
         typer.Option(help="The folder of the finished runs' records; by default artifacts/STUDY/results."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs and the steps that each still takes; run nothing.")
+        bool,
+        typer.Option("--dry-run", help="List the runs and the steps that each still takes; run nothing."),
     ] = False,
 ) -> None:
     """Compare objectives or settings over seeds under equal conditions: tables, figures, one page.

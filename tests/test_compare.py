@@ -16,18 +16,18 @@ import pytest
 
 from common.config import RunConfig
 from common.errors import DamagedFile, UserError
+from common.evaluations import Figures, Results
 from common.runs import RunPaths
 from common.study import compare
 from common.study.plan import Plan, as_toml, read_plan
 from common.study.processes import Finished, execute, program
 from common.study.records import (
     Conditions,
-    Evaluated,
     Point,
     Record,
     Seconds,
     finished,
-    read_evaluations,
+    read_figures,
     training_curve,
 )
 from common.study.summary import Mean, Summary
@@ -120,10 +120,12 @@ class Commands:
         paths.trained_with.write_text("{}")
 
     def _evaluate(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
-        assert paths.model.is_dir()
+        model = arguments[arguments.index("--model") + 1]
+        assert model == "reference" or paths.model.is_dir()
         paths.evaluations.mkdir()
-        for name, accuracy in (("reference", 0.4), ("trained", 0.8 + float(values["seed"]) / 100)):
-            paths.evaluation(name).write_text(evaluated(accuracy).model_dump_json())
+        figures = evaluated(0.4 if model == "reference" else 0.8 + float(values["seed"]) / 100)
+        results = Results(results=[figures.model_copy(update={"model": model})])
+        paths.results("json").write_text(results.model_dump_json())
 
 
 def metrics(seed: float = 0.0) -> list[dict[str, float]]:
@@ -135,19 +137,22 @@ def metrics(seed: float = 0.0) -> list[dict[str, float]]:
     return lines
 
 
-def evaluated(accuracy: float, kl: float = 0.5) -> Evaluated:
-    return Evaluated(
+def evaluated(accuracy: float, kl: float = 0.5) -> Figures:
+    return Figures(
+        model="trained",
+        path="/somewhere/model",
+        benchmark="held_out",
+        grader="gsm8k/1",
         prompts=8,
-        samples_per_prompt=4,
         greedy_accuracy=accuracy,
+        samples_per_prompt=4,
         pass_at_1=accuracy,
-        pass_at_1_interval_95=(accuracy - 0.1, accuracy + 0.1),
-        pass_at_k={"1": accuracy},
+        reward_mean=accuracy,
         completion_tokens_mean=20.0,
         truncated=0.0,
+        outcomes={},
         kl_sequence=kl,
-        kl_sequence_se=0.1,
-        kl_token=0.01,
+        sampling={},
     )
 
 
@@ -158,10 +163,8 @@ def record(arm: str, seed: int, accuracy: float, *, seconds: float = 60.0, diges
         seed=seed,
         settings={},
         digest=digest,
-        results={
-            "trained": {"held_out": evaluated(accuracy)},
-            "reference": {"held_out": evaluated(0.4, 0.0)},
-        },
+        trained={"held_out": evaluated(accuracy)},
+        reference={"held_out": evaluated(0.4, 0.0)},
         curve=training_curve(metrics(seed)),
         iterations=4,
         cpu_seconds=70.0,
@@ -267,7 +270,12 @@ def test_runs_share_what_they_can(study: Callable[..., Path], artifacts: Path) -
     # The largest first: it draws. Then N = 1, 4, 2 under β1 = 0.5 and N = 8 under both other β1.
     assert [line.split()[2] for line in drawn] == ["8", "1", "4", "2", "8"]
     assert of_seed_0[0].startswith("base-model")
-    assert of_seed_0[1:3] == [line for line in of_seed_0 if "GRPO" in line], "without stage 1"
+    assert len([line for line in of_seed_0 if line.startswith("evaluate reference")]) == 1
+    assert [line.split("-")[0] for line in of_seed_0[1:4]] == [
+        "train GRPO",
+        "evaluate reference",
+        "evaluate GRPO",
+    ]
     found = records(artifacts / "methods" / "results")
     stage1 = {name: each["seconds"]["stage1"] for name, each in found.items() if "seed0" in name}
     assert stage1 == {
@@ -350,7 +358,7 @@ def test_a_dry_run_lists_and_does_nothing(study: Callable[..., Path], artifacts:
     new = run(study(HEAD.replace("methods", "new"), A_STAR), commands, dry_run=True).splitlines()
     assert re.fullmatch(
         r"A\*-PO, seed 0: base-model base-seed0, vstar stage1-seed0-\w+ n8-beta0.5, train Astar-PO-seed0-\w+, "
-        r"evaluate Astar-PO-seed0-\w+",
+        r"evaluate reference-seed0-\w+, evaluate Astar-PO-seed0-\w+",
         new[1],
     )
 
@@ -491,24 +499,14 @@ def test_the_curve_has_a_point_for_each_evaluation_with_means_since_the_one_befo
     assert last.loss == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
-def test_both_forms_of_an_evaluation_are_read(tmp_path: Path) -> None:
+def test_the_figures_of_other_models_are_left_out(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
-    assert read_evaluations(paths) == {}
+    assert read_figures(paths, "trained") == {}
+    both = [evaluated(0.8), evaluated(0.4).model_copy(update={"model": "reference"})]
     paths.evaluations.mkdir()
-    paths.evaluation("trained").write_text(evaluated(0.8).model_dump_json())
-    assert read_evaluations(paths) == {}, "the reference is missing yet"
-    paths.evaluation("reference").write_text(evaluated(0.4).model_dump_json())
-    before = read_evaluations(paths)
-    rows = [
-        {"model": name, "benchmark": "held_out", **json.loads(evaluated(accuracy).model_dump_json())}
-        for name, accuracy in (("base", 0.4), ("trained", 0.8))
-    ]
-    rows.append(rows[1] | {"benchmark": "other", "kl_sequence": None})
-    (paths.evaluations / "results.json").write_text(json.dumps({"results": rows, "comparisons": []}))
-    after = read_evaluations(paths)
-    assert after["trained"]["held_out"] == before["trained"]["held_out"]
-    assert after["reference"] == before["reference"]
-    assert after["trained"]["other"].kl_sequence is None
+    paths.results("json").write_text(Results(results=both).model_dump_json())
+    found = read_figures(paths, "trained")
+    assert found == {"held_out": both[0].model_copy(update={"path": ""})}
 
 
 def test_a_mean_has_students_interval() -> None:

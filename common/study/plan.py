@@ -109,6 +109,8 @@ class Run:
     config: RunConfig
     digest: str
     """A hash of its whole config."""
+    reference: str
+    """The run whose folder holds the results of the reference model."""
     base: str | None
     """The run whose folder holds the base model, where that is the demo's."""
     table: Table | None
@@ -215,6 +217,7 @@ def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
             f"{config} has no [evaluate.data] section: say on which held-out prompts the arms are compared"
         )
     document = json.loads(loaded.to_json())
+    evaluated = {key: value for key, value in document.items() if key not in ("run", "vstar", "train")}
     stage1 = {key: document[key] for key in ("model", "data", "sampling", "grader", "engine", "seed")}
     table = Table(
         samples=f"stage1-seed{seed}-{_digest(stage1)[:8]}",
@@ -227,6 +230,7 @@ def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
         seed=seed,
         config=loaded,
         digest=_digest(document),
+        reference=f"reference-seed{seed}-{_digest(evaluated)[:8]}",
         base=f"base-seed{seed}" if "{run}" in loaded.model.path else None,
         table=table if reads_stage1 else None,
     )

@@ -12,36 +12,20 @@ from pydantic import BaseModel, ConfigDict
 
 from common.documents import read_document, read_metrics
 from common.errors import UserError
+from common.evaluations import Figures, read_results
 from common.files import write_text
 from common.provenance import context
 from common.runs import RunPaths
 from common.study.plan import Plan, Run
 
-HELD_OUT = "held_out"
 TRAINED, REFERENCE = "trained", "reference"
+"""The names by which `evaluate` knows the models."""
 
 
 class Document(BaseModel):
     """A part of a record."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-
-
-class Evaluated(Document):
-    """A model's figures on a benchmark."""
-
-    prompts: int
-    samples_per_prompt: int
-    greedy_accuracy: float
-    pass_at_1: float
-    pass_at_1_interval_95: tuple[float, float]
-    """Over prompts."""
-    pass_at_k: dict[str, float]
-    completion_tokens_mean: float
-    truncated: float
-    kl_sequence: float | None = None
-    kl_sequence_se: float | None = None
-    kl_token: float | None = None
 
 
 class Point(Document):
@@ -100,8 +84,9 @@ class Record(Document):
     settings: dict[str, Any]
     digest: str
     """Of the whole config."""
-    results: dict[str, dict[str, Evaluated]]
-    """By model, trained and reference, and by benchmark."""
+    trained: dict[str, Figures]
+    """By benchmark."""
+    reference: dict[str, Figures]
     curve: list[Point]
     iterations: int
     seconds: Seconds
@@ -114,10 +99,6 @@ class Record(Document):
     completion_tokens: float
     """The mean length of training's completions."""
     conditions: Conditions
-
-    @property
-    def trained(self) -> dict[str, Evaluated]:
-        return self.results[TRAINED]
 
 
 def read_record(folder: Path, run: Run) -> Record | None:
@@ -145,35 +126,14 @@ def finished(plan: Plan, folder: Path) -> dict[str, Record]:
     return {name: record for name, record in found.items() if record is not None}
 
 
-class _Results(BaseModel):
-    """The part of evaluations/results.json that is read."""
-
-    class Row(Evaluated):
-        model: str
-        benchmark: str
-
-    results: list[Row]
-
-
-def read_evaluations(paths: RunPaths) -> dict[str, dict[str, Evaluated]]:
-    """What `evaluate` has written of a run: figures by model and benchmark; {} if it has not finished."""
-    remedy = "remove it: the run is then evaluated again"
-    results = paths.evaluations / "results.json"
-    if results.exists():
-        rows = read_document(results, _Results, remedy).results
-        models = {row.model: REFERENCE if row.model == "base" else row.model for row in rows}
-        return {
-            name: {
-                row.benchmark: Evaluated.model_validate(row.model_dump())
-                for row in rows
-                if models[row.model] == name
-            }
-            for name in models.values()
-        }
-    files = {name: paths.evaluation(name) for name in (TRAINED, REFERENCE)}
-    if not all(file.exists() for file in files.values()):
-        return {}
-    return {name: {HELD_OUT: read_document(file, Evaluated, remedy)} for name, file in files.items()}
+def read_figures(paths: RunPaths, model: str) -> dict[str, Figures]:
+    """A model's figures by benchmark, as `evaluate` has written them; {} if it has not finished."""
+    results = read_results(paths)
+    return {
+        each.benchmark: each.model_copy(update={"path": ""})  # of this machine
+        for each in (results.results if results else [])
+        if each.model == model
+    }
 
 
 def training_seconds(lines: Sequence[Mapping[str, float]]) -> tuple[float, float]:
@@ -215,12 +175,17 @@ def make_record(
     run: Run,
     paths: RunPaths,
     *,
+    reference: dict[str, Figures],
     stage1: tuple[float, float] | None,
     setup: float,
     cpu_seconds: float | None,
     conditions: Conditions,
 ) -> Record:
-    """The record of a run whose steps are all done; `stage1` is its seconds and peak, `setup` training's seconds."""
+    """The record of a run whose steps are all done.
+
+    `reference` is its reference model's figures, `stage1` the seconds and the peak of its stage 1, `setup` the seconds
+    of the training process outside iterations and evaluations.
+    """
     lines = [values for _, values in read_metrics(paths.metrics)]
     training, evaluating = training_seconds(lines)
     return Record(
@@ -229,7 +194,8 @@ def make_record(
         seed=run.seed,
         settings=dict(run.arm.settings),
         digest=run.digest,
-        results=read_evaluations(paths),
+        trained=read_figures(paths, TRAINED),
+        reference=reference,
         curve=training_curve(lines),
         iterations=int(lines[-1]["iteration"]),
         seconds=Seconds(

@@ -19,11 +19,13 @@ from common.runs import RunPaths
 from common.study.plan import Plan, Run, Table, as_toml
 from common.study.processes import Execute, Finished, program
 from common.study.records import (
+    REFERENCE,
+    TRAINED,
     Conditions,
     Record,
     conditions,
     make_record,
-    read_evaluations,
+    read_figures,
     training_seconds,
     write_record,
 )
@@ -81,6 +83,7 @@ class Steps:
             self.plan,
             run,
             paths,
+            reference=read_figures(self._paths(run.reference), REFERENCE),
             stage1=self._stage1_cost(run.table) if run.table else None,
             setup=trained.setup_seconds,
             cpu_seconds=trained.cpu_seconds,
@@ -102,8 +105,9 @@ class Steps:
             steps += [f"vstar {table.samples} {table.name}" for table in tables if not self._has(table)]
         if not self._cost(run.name).exists():
             steps.append(f"train {run.name}")
-        if not read_evaluations(self._paths(run.name)):
-            steps.append(f"evaluate {run.name}")
+        for model, name in ((REFERENCE, run.reference), (TRAINED, run.name)):
+            if not read_figures(self._paths(name), model):
+                steps.append(f"evaluate {name}")
         return steps
 
     def _do(self, step: str, run: Run) -> None:
@@ -117,7 +121,8 @@ class Steps:
         elif command == "train":
             self._train(run)
         else:
-            self._command("evaluate", run.name, run)
+            model = REFERENCE if names[0] == run.reference else TRAINED
+            self._command("evaluate", names[0], run, options=["--model", model])
 
     def _compute(self, table: Table, run: Run) -> None:
         """Stage 1 for a table: draws what is missing, then keeps a copy of the result."""

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from common.config import HELD_OUT
+from common.evaluations import Figures
 from common.study.plan import Arm, Plan
-from common.study.records import HELD_OUT, REFERENCE, TRAINED, Evaluated, Record
+from common.study.records import Record
 
 LEVEL = 0.95
 SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60.0, 3600.0
@@ -127,9 +129,8 @@ class Summary:
 
     @property
     def benchmarks(self) -> list[str]:
-        """In the order of the first record, [evaluate.data] first."""
-        names = [name for record in self.records.values() for name in record.trained]
-        return sorted(dict.fromkeys(names), key=lambda name: name != HELD_OUT)
+        """In the order of the config."""
+        return list(dict.fromkeys(name for record in self.records.values() for name in record.trained))
 
     @property
     def unit(self) -> tuple[str, float]:
@@ -146,17 +147,12 @@ class Summary:
         )
 
     def accuracies(self) -> list[Column]:
-        """Two columns for each benchmark."""
-        several = len(self.benchmarks) > 1
+        """Sampled and greedy accuracy on the held-out prompts, and the headline figure of each other benchmark."""
+        others = [name for name in self.benchmarks if name != HELD_OUT]
         return [
-            column
-            for name in self.benchmarks
-            for column in (
-                _accuracy(f"{name}: pass@1" if several else "pass@1", name, lambda found: found.pass_at_1),
-                _accuracy(
-                    f"{name}: greedy" if several else "greedy", name, lambda found: found.greedy_accuracy
-                ),
-            )
+            _accuracy("pass@1", HELD_OUT, lambda figures: figures.pass_at_1),
+            _accuracy("greedy", HELD_OUT, lambda figures: figures.greedy_accuracy),
+            *(_accuracy(name, name, lambda figures: figures.accuracy) for name in others),
         ]
 
     def main_table(self) -> Sheet:
@@ -233,7 +229,7 @@ class Summary:
         return Sheet(title=title, header=[column.title for column in columns], rows=rows)
 
 
-def _accuracy(title: str, benchmark: str, figure: Callable[[Evaluated], float]) -> Column:
+def _accuracy(title: str, benchmark: str, figure: Callable[[Figures], float | None]) -> Column:
     def of(record: Record) -> float | None:
         found = record.trained.get(benchmark)
         return None if found is None else figure(found)
@@ -241,16 +237,11 @@ def _accuracy(title: str, benchmark: str, figure: Callable[[Evaluated], float]) 
     return Column(title=title, digits=3, of=of, better="high")
 
 
-def first_benchmark(record: Record) -> Evaluated:
-    """The held-out prompts' figures, or else those of the first benchmark."""
-    return record.trained.get(HELD_OUT) or next(iter(record.trained.values()))
-
-
 KL = Column(
-    title="KL(π‖π_ref)", digits=3, of=lambda record: first_benchmark(record).kl_sequence, better="low"
+    title="KL(π‖π_ref)", digits=3, of=lambda record: record.trained[HELD_OUT].kl_sequence, better="low"
 )
 MEMORY = Column(title="memory, GiB", digits=2, of=lambda record: record.peak_gib, better="low")
-TOKENS = Column(title="tokens", digits=1, of=lambda record: first_benchmark(record).completion_tokens_mean)
+TOKENS = Column(title="tokens", digits=1, of=lambda record: record.trained[HELD_OUT].completion_tokens_mean)
 COSTS = [
     Column(title="stage 1, s", digits=1, of=lambda record: record.seconds.stage1),
     Column(title="set-up, s", digits=1, of=lambda record: record.seconds.setup),
@@ -282,10 +273,6 @@ def _of_reference(summary: Summary, column: Column) -> Cell:
     mean = None
     if column.better == "high" or column is TOKENS:
         by_seed = {record.seed: record for record in reversed(list(summary.records.values()))}
-        as_trained = [
-            record.model_copy(update={"results": {TRAINED: record.results[REFERENCE]}})
-            for record in by_seed.values()
-            if record.results.get(REFERENCE)
-        ]
+        as_trained = [record.model_copy(update={"trained": record.reference}) for record in by_seed.values()]
         mean = Mean.of([value for record in as_trained if (value := column.of(record)) is not None])
     return Cell(text="/" if mean is None else mean.text(column.digits))
