@@ -605,7 +605,7 @@ def test_a_command_that_fails_says_why_and_where_the_rest_is(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"^error: no such thing \(all of it: .*log\)$"):
         execute([sys.executable, "-c", script], tmp_path / "log", {})
     with pytest.raises(UserError, match=r"^exit status -9"):
-        execute([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "other", {})
+        execute([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "log", {})
 
 
 def test_a_command_has_its_environment_and_its_cost(tmp_path: Path) -> None:
@@ -616,20 +616,22 @@ def test_a_command_has_its_environment_and_its_cost(tmp_path: Path) -> None:
     assert 0.2 < cost.peak_gib < 1
 
 
-def test_a_command_dies_with_the_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_a_command_ends_with_the_study(tmp_path: Path, ending: signal.Signals) -> None:
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     script = (
-        "import sys; from pathlib import Path; from common.study.processes import execute;"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from pathlib import Path; from common.study.processes import execute;"
         f"execute([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), {{}})"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text().strip():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     pid = int((tmp_path / "log").read_text())
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+    parent.send_signal(ending)
+    parent.wait(30)
     while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.05)

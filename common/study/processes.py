@@ -47,7 +47,8 @@ def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
     If this process is interrupted, the command is told to end and waited for; if this process is killed, so is it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as output:
+    with log.open("ab") as output:
+        place = output.tell()
         began = time.monotonic()
         process = subprocess.Popen(
             command,
@@ -55,6 +56,7 @@ def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
+            start_new_session=True,  # the terminal's Ctrl-C is for this process, which passes it on once
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         try:
@@ -64,13 +66,14 @@ def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(ENDING_SECONDS)
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
         seconds = time.monotonic() - began
     if process.returncode:
         raise UserError(
-            f"{' '.join(_last_lines(log)) or f'exit status {process.returncode}'} (all of it: {log})"
+            f"{' '.join(_last_lines(log, place)) or f'exit status {process.returncode}'} (all of it: {log})"
         )
     unit = 1 if sys.platform == "darwin" else 1024
     return Finished(
@@ -80,8 +83,10 @@ def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
     )
 
 
-def _last_lines(log: Path) -> list[str]:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+def _last_lines(log: Path, place: int) -> list[str]:
+    """What a command said last, from this place of the file on: its error, if it names one."""
+    text = log.read_bytes()[place:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
     errors = [line for line in lines if line.startswith("error: ")]
     return errors[-1:] or [line for line in lines if line][-_LINES_SHOWN:]
 
