@@ -20,6 +20,7 @@ Execute = Callable[[Sequence[str], Path, Mapping[str, str]], "Finished"]
 
 ENDING_SECONDS = 120.0
 """The time that an interrupted command gets to write its checkpoint."""
+POLL_SECONDS = 0.05
 _LINES_SHOWN = 3
 _PR_SET_PDEATHSIG = 1
 
@@ -60,7 +61,10 @@ def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            # Not one long wait: polars' handler of SIGINT lets the kernel restart it, and Ctrl-C would do nothing.
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                time.sleep(POLL_SECONDS)
+            _, status, usage = ended
             process.returncode = os.waitstatus_to_exitcode(status)
         except BaseException:
             process.terminate()
