@@ -14,6 +14,7 @@ RUN := $(shell $(PYTHON) -c 'import re, sys, tomllib; run = tomllib.load(open(sy
 	print(run if re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", run) else "")' $(call quoted,$(CONFIG)) 2>/dev/null)
 endif
 NPROC ?= 1
+STUDY ?= configs/studies/demo-short.toml
 ARGS ?=
 
 VENV := .venv
@@ -39,7 +40,7 @@ MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check browser setup setup-stage1 base-model vstar train evaluate report lock clean
+.PHONY: help demo test check browser setup setup-stage1 base-model vstar train evaluate report compare lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -93,6 +94,9 @@ evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on 
 
 report: $(INSTALLED)-stage1 ## One page of a run, with what it has so far
 	@$(BIN)/python cli.py report $(if $(RUN),--run $(RUN))
+
+compare: $(INSTALLED)-train ## Compare methods over seeds (STUDY=configs/studies/…); the short study takes a quarter of an hour
+	@$(BIN)/python cli.py compare $(call quoted,$(STUDY)) $(ARGS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

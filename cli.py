@@ -365,6 +365,34 @@ def report(run: RunName = "demo") -> None:
     write_report(run_paths(run), console)
 
 
+@app.command(short_help="Compare objectives or settings over several seeds.")
+def compare(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study; see configs/studies/.")],
+    results: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the finished runs' records; by default artifacts/STUDY/results."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="List the runs and the steps that each still takes; run nothing."),
+    ] = False,
+) -> None:
+    """Compare objectives or settings over seeds under equal conditions: tables, figures, one page.
+
+    A re-run continues where the last one ended; see docs/compare.md.
+    """
+    from common.config import RunConfig
+    from common.study import compare as compare_arms
+    from stage2_train.config import load_config
+
+    def load(path: Path, overrides: Sequence[str], run: str) -> tuple[RunConfig, bool]:
+        settings = load_config(path, overrides, run)
+        return settings, settings.train.reads_stage1
+
+    with _ending_cleanly("what is done"):
+        compare_arms(study, load, console, results=results, dry_run=dry_run)
+
+
 @app.command(short_help="Recompute V̂* with another β1 or estimator.")
 def rescore(
     beta1: Annotated[

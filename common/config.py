@@ -372,11 +372,11 @@ class RunConfig(Section):
         return self.model_dump_json(indent=2)
 
 
-Run = TypeVar("Run", bound=RunConfig)
+Run = TypeVar("Run", bound=Section)
 
 
 def read_config(kind: type[Run], path: Path, overrides: Sequence[str] = (), run: str | None = None) -> Run:
-    """Read a TOML file as a config of that kind, apply `--set section.key=value` overrides, validate the whole.
+    """Read a TOML file as a document of that kind, apply `--set section.key=value` overrides, validate the whole.
 
     Raises UserError naming the file, each wrong key and what was found there.
     """

@@ -37,6 +37,7 @@ def test_help_lists_every_target_that_users_call() -> None:
         "train",
         "evaluate",
         "report",
+        "compare",
         "setup",
         "setup-stage1",
         "check",

@@ -64,17 +64,14 @@ def write_page(
     evaluations: Sequence[Evaluated],
 ) -> Path:
     """Write report/report.html from what a run has so far: the rows of vstar.parquet, metrics, evaluations."""
-    style = (_HERE / "page.css").read_text(encoding="utf-8")
-    template = _environment().get_template("page.html.jinja")
     costs = [stage2_cost(metrics)] if metrics else []
     sections: dict[str, Any] = {}
     if stage1 is not None:
         costs.insert(0, stage1_cost(stage1))
         sections = _stage1(paths, stage1)
-    html = template.render(
+    html = render_page(
+        _HERE / "page.html.jinja",
         run=paths.root.name,
-        style=Markup(style),
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         has_vstar=stage1 is not None,
         sweep=_sweep(paths, stage1) if stage1 else None,
         regrades=_regrades(paths),
@@ -88,9 +85,23 @@ def write_page(
     return paths.page
 
 
-def _environment() -> Environment:
+def render_page(template: Path, **values: Any) -> str:
+    """A page in this project's style, which the template takes as `style` and, for its policy, `style_hash`."""
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    return (
+        _environment(template.parent)
+        .get_template(template.name)
+        .render(
+            style=Markup(style),
+            style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+            **values,
+        )
+    )
+
+
+def _environment(folder: Path) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(_HERE),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

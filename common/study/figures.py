@@ -1,0 +1,310 @@
+"""The figures of a study, in the form of the paper's Figures 2 to 5: panels for the page, sheets of them as files."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.report.picture import PANEL_INCHES, Picture
+from common.report.plots import GREYS, LINE_STYLES, figure_style, save, svg_text
+from common.study.plan import Arm, shown
+from common.study.records import Point, Record
+from common.study.summary import KL, MEMORY, Column, Mean, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+DARK = GREYS[:4]
+"""The greys that a thin line is seen in."""
+SYMBOLS = {
+    "vstar.num_samples": "N",
+    "vstar.beta1": "β₁",
+    "train.objective.beta2": "β₂",
+    "train.objective.group_size": "completions per prompt",
+}
+"""How a key is written on an axis."""
+OfPoint = Callable[[Record, Point], float | None]
+"""A figure of an evaluation during training; None if it was not measured."""
+LEGEND_COLUMNS = 2
+LEGEND_INCHES = 0.17
+"""The height of a row of the legend."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """A drawing within a figure."""
+
+    draw: Callable[["Axes"], None]
+    alt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Panels that belong together, and their names in the legend."""
+
+    name: str
+    """Of its files."""
+    title: str
+    caption: str
+    panels: Sequence[Panel]
+
+    def pictures(self) -> list[Picture]:
+        """Each panel as a picture of its own."""
+        from matplotlib.figure import Figure
+
+        pictures = []
+        with figure_style():
+            for panel in self.panels:
+                figure = Figure(figsize=PANEL_INCHES, layout="constrained")
+                panel.draw(figure.subplots())
+                _add_legend(figure, LEGEND_COLUMNS)
+                pictures.append(Picture(svg=svg_text(figure), alt=panel.alt))
+        return pictures
+
+    def save(self, path: Path, suffix: str) -> None:
+        """All panels side by side in one file."""
+        from matplotlib.figure import Figure
+
+        with figure_style():
+            count = len(self.panels)
+            width, height = PANEL_INCHES
+            figure = Figure(figsize=(width * count, height), layout="constrained")
+            for axes, panel in zip(figure.subplots(1, count, squeeze=False).flat, self.panels, strict=True):
+                panel.draw(axes)
+            _add_legend(figure, LEGEND_COLUMNS * count)
+            save(figure, path, suffix)
+
+
+def study_figures(summary: Summary) -> list[Figures]:
+    """All figures that the records allow."""
+    if not summary.arms:
+        return []
+    loose = [arm for arm in summary.arms if arm.grid is None]
+    methods = loose if len(loose) > 1 else summary.arms
+    keys = dict.fromkeys(arm.key for arm in summary.arms if arm.key is not None)
+    return [
+        _trade_offs(summary, methods),
+        _curves(summary, methods),
+        *(_effect(summary, key) for key in keys),
+    ]
+
+
+def _style(place: int) -> dict[str, Any]:
+    """The style of the arm at a place: marker, grey and line; hollow markers after the first greys are used up."""
+    return {
+        "color": _grey(place),
+        "marker": MARKERS[place % len(MARKERS)],
+        "markerfacecolor": _grey(place) if place // len(DARK) % 2 == 0 else "1.0",
+        "linestyle": LINE_STYLES[place % len(LINE_STYLES)],
+        "markersize": 4.5,
+        "linewidth": 1.2,
+    }
+
+
+def _grey(place: int) -> str:
+    return DARK[place % len(DARK)]
+
+
+def _accuracy(summary: Summary) -> Column:
+    return summary.accuracies()[0]
+
+
+def _trade_offs(summary: Summary, arms: Sequence[Arm]) -> Figures:
+    """The paper's Figure 2: accuracy against time, memory and KL."""
+    panels = [_against(summary, arms, column) for column in (summary.time, MEMORY, KL)]
+    return Figures(
+        name="trade-offs",
+        title="Accuracy against time, memory and KL",
+        caption="In the form of the paper's Figure 2. Points: means over seeds; bars: 95 % intervals. Time is stage 1, "
+        "set-up and iterations.",
+        panels=panels,
+    )
+
+
+def _against(summary: Summary, arms: Sequence[Arm], column: Column) -> Panel:
+    accuracy = _accuracy(summary)
+    points = [(arm, summary.mean(arm, column.of), summary.mean(arm, accuracy.of)) for arm in arms]
+
+    def draw(axes: "Axes") -> None:
+        for place, (arm, across, up) in enumerate(points):
+            if across is None or up is None:
+                continue
+            axes.errorbar(
+                across.value,
+                up.value,
+                xerr=across.half,
+                yerr=up.half,
+                label=arm.name,
+                **_style(place) | {"linestyle": "none", "elinewidth": 0.8},
+            )
+        axes.set(xlabel=column.title, title=f"held-out {accuracy.title}")
+
+    words = [
+        f"{arm.name} {up.text(3)} at {across.text(column.digits)}"
+        for arm, across, up in points
+        if across is not None and up is not None
+    ]
+    return Panel(draw=draw, alt=f"{accuracy.title} against {column.title}: {'; '.join(words)}.")
+
+
+def _curves(summary: Summary, arms: Sequence[Arm]) -> Figures:
+    """Accuracy during training."""
+    unit, seconds = summary.unit
+
+    def time(record: Record, point: Point) -> float:
+        return (record.seconds.stage1 + record.seconds.setup + point.seconds) / seconds
+
+    panels = [
+        _course(
+            summary, arms, f"time, {unit}", time, lambda record, point: point.accuracy, "held-out pass@1"
+        ),
+        _course(
+            summary,
+            arms,
+            "KL(π‖π_ref) in training",
+            lambda record, point: 0.0 if point.iteration == 0 else point.kl,
+            lambda record, point: point.accuracy,
+            "held-out pass@1",
+        ),
+    ]
+    return Figures(
+        name="curves",
+        title="Accuracy during training",
+        caption="Means over seeds of the evaluations during training; shaded: 95 % intervals. Time includes loading "
+        "and, where the arm needs it, stage 1. KL is the mean since the evaluation before; objectives without a "
+        "reference do not log it.",
+        panels=panels,
+    )
+
+
+def _course(
+    summary: Summary, arms: Sequence[Arm], xlabel: str, across: OfPoint, up: OfPoint, title: str
+) -> Panel:
+    """One figure of training's evaluations against another."""
+    lines = [
+        (place, arm, _mean_course(list(summary.of_arm(arm).values()), across, up))
+        for place, arm in enumerate(arms)
+    ]
+
+    def draw(axes: "Axes") -> None:
+        for place, arm, points in lines:
+            if not points:
+                continue
+            xs = [x for x, _ in points]
+            axes.plot(xs, [mean.value for _, mean in points], label=arm.name, **_style(place))
+            if all(mean.half is not None for _, mean in points):
+                low = [mean.value - (mean.half or 0.0) for _, mean in points]
+                high = [mean.value + (mean.half or 0.0) for _, mean in points]
+                axes.fill_between(xs, low, high, color=_grey(place), alpha=0.15, linewidth=0)
+        axes.set(xlabel=xlabel, title=title)
+
+    words = [
+        f"{arm.name} {points[0][1].value:.3g} at {points[0][0]:.3g}, {points[-1][1].value:.3g} at {points[-1][0]:.3g}"
+        for _, arm, points in lines
+        if points
+    ]
+    return Panel(draw=draw, alt=f"{title} against {xlabel}: {'; '.join(words) or 'no values'}.")
+
+
+def _mean_course(records: Sequence[Record], across: OfPoint, up: OfPoint) -> list[tuple[float, Mean]]:
+    """Means over the records that have a value at an iteration; iterations that one of them lacks are left out."""
+    by_iteration: dict[int, list[tuple[float, float]]] = {}
+    for record in records:
+        for point in record.curve:
+            x, y = across(record, point), up(record, point)
+            if x is not None and y is not None:
+                by_iteration.setdefault(point.iteration, []).append((x, y))
+    course = []
+    for _, pairs in sorted(by_iteration.items()):
+        if len(pairs) == len(records) and (mean := Mean.of([y for _, y in pairs])) is not None:
+            course.append((sum(x for x, _ in pairs) / len(pairs), mean))
+    return course
+
+
+def _effect(summary: Summary, key: str) -> Figures:
+    """The paper's Figures 3 to 5: what the values of a key do to the loss, the reward, the accuracy and the time."""
+    arms = [arm for arm in summary.arms if arm.key == key]
+    symbol = SYMBOLS.get(key, key)
+    unit, seconds = summary.unit
+    stage2 = Column(
+        title=f"iterations of stage 2, {unit}", digits=2, of=lambda record: record.seconds.training / seconds
+    )
+
+    def iteration(record: Record, point: Point) -> float:
+        return float(point.iteration)
+
+    panels = [
+        _course(summary, arms, "iteration", iteration, lambda record, point: point.loss, "regression loss"),
+        _course(summary, arms, "iteration", iteration, lambda record, point: point.reward, "training reward"),
+        _by_value(summary, arms, _accuracy(summary), symbol),
+        _by_value(summary, arms, stage2, symbol),
+    ]
+    return Figures(
+        name=f"effect-{key.replace('.', '-')}",
+        title=f"The effect of {symbol}",
+        caption="In the form of the paper's Figures 3 to 5. Loss and reward: means since the evaluation before. Bars: "
+        "95 % intervals over seeds. Dashed: arms without this key.",
+        panels=panels,
+    )
+
+
+def _by_value(summary: Summary, arms: Sequence[Arm], column: Column, symbol: str) -> Panel:
+    """A figure by the key's value, one line for each grid; other arms that are in no grid are level lines."""
+    values = list(dict.fromkeys(shown(arm.value) for arm in arms))
+    grids = dict.fromkeys(arm.grid for arm in arms)
+    level = [(arm, summary.mean(arm, column.of)) for arm in summary.arms if arm.grid is None]
+    found = {
+        grid: [
+            (values.index(shown(arm.value)), mean)
+            for arm in arms
+            if arm.grid == grid and (mean := summary.mean(arm, column.of)) is not None
+        ]
+        for grid in grids
+    }
+
+    def draw(axes: "Axes") -> None:
+        for place, (grid, points) in enumerate(found.items()):
+            axes.errorbar(
+                [x for x, _ in points],
+                [mean.value for _, mean in points],
+                yerr=[mean.half or 0.0 for _, mean in points],
+                label=grid if len(found) + len(level) > 1 else None,
+                **_style(place) | {"elinewidth": 0.8},
+            )
+        for place, (arm, mean) in enumerate(level):
+            if mean is not None:
+                axes.axhline(
+                    mean.value, color=_grey(len(grids) + place), linestyle="--", linewidth=0.9, label=arm.name
+                )
+        axes.set_xticks(range(len(values)), values)
+        axes.set(xlabel=symbol, title=column.title)
+
+    words = [
+        f"{grid}: " + ", ".join(f"{mean.text(column.digits)} at {values[x]}" for x, mean in points)
+        for grid, points in found.items()
+    ]
+    return Panel(draw=draw, alt=f"{column.title} by {symbol}. {'; '.join(words)}.")
+
+
+def _add_legend(figure: "Figure", columns: int) -> None:
+    """One legend below all panels, for which the figure grows."""
+    labels: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    if not labels:
+        return
+    columns = min(columns, len(labels))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LEGEND_INCHES * -(-len(labels) // columns))
+    figure.legend(
+        labels.values(),
+        labels.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=7.5,
+        handlelength=2.2,
+        columnspacing=1.2,
+    )

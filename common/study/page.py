@@ -1,0 +1,115 @@
+"""A study's page: one self-contained HTML file, and beside it the figures as PNG and SVG and the tables as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.files import atomic_path, write_text
+from common.report.page import render_page
+from common.study.figures import study_figures
+from common.study.plan import Plan, shown
+from common.study.summary import Sheet, Summary
+
+BUSY = 1.5
+"""The load average per core above which a training was not alone."""
+REMARK = (
+    "Means over seeds ± half the width of Student's 95 % interval; a single seed has none. Time is wall clock: stage 1 "
+    "(if the arm needs it), loading, iterations, checkpoints and export, without evaluations and the base model. Of a "
+    "stage 1 that arms share, each is charged the part of its N in the largest N. Memory is the peak of the training "
+    "process: the GPU's, or without one the resident set. KL is in nats per completion, from the evaluation's samples."
+)
+
+
+def write_report(plan: Plan, summary: Summary, folder: Path, failures: Mapping[str, str]) -> Path:
+    """Write report.html, tables.md and the figures into the study's folder."""
+    tables = [summary.main_table()]
+    tables += [table for table in (summary.paired_table(), summary.cost_table()) if table is not None]
+    figures = study_figures(summary)
+    for figure in figures:
+        for suffix in ("png", "svg"):
+            with atomic_path(folder / f"{figure.name}.{suffix}") as temporary:
+                figure.save(temporary, suffix)
+    notices = _notices(plan, summary)
+    write_text(folder / "tables.md", _markdown(plan, tables, notices))
+    page = folder / "report.html"
+    html = render_page(
+        Path(__file__).parent / "page.html.jinja",
+        study=plan.study,
+        figures_of_study=_key_figures(plan, summary),
+        remark=REMARK,
+        tables=tables,
+        figures=[(figure, figure.pictures()) for figure in figures],
+        notices=notices,
+        failures=dict(failures),
+        arms=[(arm.name, [(key, shown(value)) for key, value in arm.settings.items()]) for arm in plan.arms],
+        conditions=_conditions(summary),
+        source=plan.source,
+    )
+    write_text(page, html)
+    return page
+
+
+def _markdown(plan: Plan, tables: Sequence[Sheet], notices: Sequence[str]) -> str:
+    parts = [
+        f"# {plan.study}",
+        *notices,
+        *(f"## {table.title}\n\n{table.markdown()}" for table in tables),
+        REMARK,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _key_figures(plan: Plan, summary: Summary) -> list[tuple[str, str]]:
+    hours = sum(record.seconds.total for record in summary.records.values()) / 3600
+    return [
+        ("arms", str(len(plan.arms))),
+        ("seeds", str(len(plan.seeds))),
+        ("runs, finished", f"{len(summary.records)} of {len(plan.runs)}"),
+        ("hours, all runs", f"{hours:.2f}"),
+    ]
+
+
+def _notices(plan: Plan, summary: Summary) -> list[str]:
+    """What limits the comparison."""
+    machines = dict.fromkeys(record.conditions.machine for record in summary.records.values())
+    versions = {str(sorted(record.conditions.versions.items())) for record in summary.records.values()}
+    unequal = {len(summary.of_arm(arm)) for arm in plan.arms}
+    busy = [
+        record
+        for record in summary.records.values()
+        if record.conditions.load_average > BUSY * record.conditions.cores
+    ]
+    found = []
+    if busy:
+        found.append(
+            f"Other work shared the machine with {len(busy)} of {len(summary.records)} runs (load average above "
+            f"{BUSY:g} per core), so their times are too long. Processor time below is affected less."
+        )
+    if len(machines) > 1:
+        found.append(
+            f"The runs are of different machines, so their times do not compare: {'; '.join(machines)}."
+        )
+    if len(versions) > 1:
+        found.append("The runs are of different versions of the libraries; their records have the versions.")
+    if len(unequal) > 1:
+        found.append("Not all arms have all seeds yet: compare those that have the same ones.")
+    return found
+
+
+def _conditions(summary: Summary) -> list[tuple[str, str]]:
+    records = list(summary.records.values())
+    if not records:
+        return []
+    loads = [record.conditions.load_average for record in records]
+    versions = {
+        f"{name} {version}"
+        for record in records
+        for name, version in record.conditions.versions.items()
+        if version is not None
+    }
+    return [
+        ("machine", "\n".join(dict.fromkeys(record.conditions.machine for record in records))),
+        ("load average over the last minute of training", f"{min(loads):.1f} to {max(loads):.1f}"),
+        ("python", ", ".join(dict.fromkeys(record.conditions.python for record in records))),
+        ("libraries", "\n".join(sorted(versions))),
+        ("commit", "\n".join(dict.fromkeys(record.conditions.commit or "unknown" for record in records))),
+    ]

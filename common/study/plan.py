@@ -1,0 +1,266 @@
+"""A study's plan: from its TOML file to runs, one for each arm and seed, and to the tables of stage 1 they share."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
+
+from common.config import RunConfig, Seed, read_config
+from common.errors import UserError
+from common.runs import RUN_NAME, is_run_name
+from common.section import Section
+
+OF_THE_STUDY = {
+    "run": "the study names its runs",
+    "seed": "give the study's `seeds`",
+}
+"""Keys of a config that no setting may change."""
+
+_LETTERS = str.maketrans({"*": "star", "β": "beta", "₁": "1", "₂": "2", "∞": "inf"})
+"""Characters of arms' names that file names spell out."""
+
+
+class Loader(Protocol):
+    """Loads a run's config from a TOML file and overrides; also says whether its training reads stage 1's file."""
+
+    def __call__(self, path: Path, overrides: Sequence[str], run: str) -> tuple[RunConfig, bool]:
+        """Raises UserError for an invalid config."""
+        ...
+
+
+class ArmSection(Section):
+    """An arm of a study, or with `vary` one arm for each value of a key."""
+
+    name: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    vary: dict[str, Any] = Field(default_factory=dict)
+    """One key and the list of its values."""
+
+
+class StudyFile(Section):
+    """A study's TOML file."""
+
+    study: Annotated[str, Field(pattern=RUN_NAME)]
+    """Its folder is artifacts/<study>."""
+    config: str
+    """The TOML file of the runs, relative to the study's."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes that train, one a GPU."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """For all arms, as `--set` takes them."""
+    arms: Annotated[tuple[ArmSection, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """A contestant: settings under a name."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """The study's and its own, by dotted key."""
+    grid: str | None = None
+    """The name of the section whose values it is one of."""
+    key: str | None = None
+    """The key that the grid varies."""
+
+    @property
+    def slug(self) -> str:
+        """Its name in names of files."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name.translate(_LETTERS)).strip("-.")
+
+    @property
+    def value(self) -> Any:
+        """The value of the grid's key."""
+        return self.settings[self.key] if self.key is not None else None
+
+    def overrides(self, seed: int) -> list[str]:
+        """Its settings as `--set` takes them."""
+        return [f"{key}={as_toml(value)}" for key, value in {**self.settings, "seed": seed}.items()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A vstar.parquet that runs share; tables of one `samples` run are computed from the same completions."""
+
+    samples: str
+    """The run whose folder holds the completions."""
+    num_samples: int
+    beta1: float
+    drop_unsolved: bool
+
+    @property
+    def name(self) -> str:
+        return f"n{self.num_samples}-beta{self.beta1:g}{'-solved' if self.drop_unsolved else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """An arm with a seed."""
+
+    arm: Arm
+    seed: int
+    config: RunConfig
+    digest: str
+    """A hash of its whole config."""
+    reference: str
+    """The run whose folder holds the results of the reference model."""
+    base: str | None
+    """The run whose folder holds the base model, where that is the demo's."""
+    table: Table | None
+    """The table that it trains on, if it needs stage 1."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def record_name(self) -> str:
+        """The name of the file of its results."""
+        return f"{self.arm.slug}-seed{self.seed}.json"
+
+    @property
+    def name(self) -> str:
+        """Its folder's: another config has another folder."""
+        return f"{self.arm.slug}-seed{self.seed}-{self.digest[:8]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A study's runs, seed by seed, so that a stopped study has compared all arms on some seeds."""
+
+    study: str
+    config: Path
+    processes: int
+    arms: Sequence[Arm]
+    seeds: Sequence[int]
+    runs: Sequence[Run]
+    source: str
+    """The study's file."""
+
+    def largest(self, table: Table) -> Table:
+        """The table with the most samples of those that share its completions: it is drawn first."""
+        others = [
+            run.table for run in self.runs if run.table is not None and run.table.samples == table.samples
+        ]
+        return max(others, key=lambda other: other.num_samples)
+
+
+def read_plan(path: Path, load: Loader) -> Plan:
+    """Read a study and every config that it leads to. Raises UserError for any mistake in them."""
+    file = read_config(StudyFile, path)
+    config = path.parent / file.config
+    arms = list(_arms(file, path))
+    if repeated := _repeated([arm.slug for arm in arms]):
+        names = " and ".join(f'"{arm.name}"' for arm in arms if arm.slug == repeated)
+        raise UserError(f"{path}: the arms {names} have the same name, or one in files; rename one of them")
+    if (repeated_seed := _repeated([str(seed) for seed in file.seeds])) is not None:
+        raise UserError(f"{path}: seed {repeated_seed} is there twice; list each seed once")
+    runs = [_run(arm, seed, config, path, load) for seed in file.seeds for arm in arms]
+    if same := _repeated([run.digest for run in runs]):
+        names = " and ".join(f'"{run.arm.name}"' for run in runs if run.digest == same)
+        raise UserError(f"{path}: the arms {names} have the same settings; remove one of them")
+    return Plan(
+        study=file.study,
+        config=config,
+        processes=file.processes,
+        arms=arms,
+        seeds=file.seeds,
+        runs=runs,
+        source=path.read_text(encoding="utf-8-sig"),
+    )
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
+
+
+def _arms(file: StudyFile, path: Path) -> Iterator[Arm]:
+    common = flat(file.settings)
+    for section in file.arms:
+        settings = {**common, **flat(section.settings)}
+        if refused := next((key for key in (*settings, *flat(section.vary)) if key in OF_THE_STUDY), None):
+            raise UserError(f'{path}: the arm "{section.name}" cannot set {refused}; {OF_THE_STUDY[refused]}')
+        if not section.vary:
+            yield Arm(name=section.name, settings=settings)
+            continue
+        varied = flat(section.vary)
+        key, values = next(iter(varied.items()))
+        if len(varied) != 1 or not isinstance(values, list) or not values:
+            raise UserError(
+                f'{path}: vary of the arm "{section.name}" takes one key and a list of its values, for example '
+                f'vary = {{ "vstar.num_samples" = [1, 2, 4] }}, found {section.vary!r}'
+            )
+        for value in values:
+            name = f"{section.name} = {shown(value)}"
+            yield Arm(name=name, settings={**settings, key: value}, grid=section.name, key=key)
+    for section in file.arms:
+        if not is_run_name(Arm(name=section.name, settings={}).slug):
+            raise UserError(
+                f'{path}: the arm "{section.name}" needs a letter or digit in its name, which names its files'
+            )
+
+
+def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
+    try:
+        loaded, reads_stage1 = load(config, arm.overrides(seed), "study")
+    except UserError as error:
+        raise UserError(f'{path}, arm "{arm.name}": {error}') from error
+    if loaded.held_out is None:
+        raise UserError(
+            f"{config} has no [evaluate.data] section: say on which held-out prompts the arms are compared"
+        )
+    document = json.loads(loaded.to_json())
+    evaluated = {key: value for key, value in document.items() if key not in ("run", "vstar", "train")}
+    stage1 = {key: document[key] for key in ("model", "data", "sampling", "grader", "engine", "seed")}
+    table = Table(
+        samples=f"stage1-seed{seed}-{_digest(stage1)[:8]}",
+        num_samples=loaded.vstar.num_samples,
+        beta1=loaded.vstar.beta1,
+        drop_unsolved=loaded.vstar.drop_unsolved,
+    )
+    return Run(
+        arm=arm,
+        seed=seed,
+        config=loaded,
+        digest=_digest(document),
+        reference=f"reference-seed{seed}-{_digest(evaluated)[:8]}",
+        base=f"base-seed{seed}" if "{run}" in loaded.model.path else None,
+        table=table if reads_stage1 else None,
+    )
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested table by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def as_toml(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)} = {as_toml(inner)}' for key, inner in value.items())}}}"
+    return str(value)
+
+
+def shown(value: Any) -> str:
+    """A value for the reader."""
+    if isinstance(value, float):
+        return "∞" if math.isinf(value) else f"{value:g}"
+    return value if isinstance(value, str) else as_toml(value)

@@ -1,0 +1,278 @@
+"""Means over seeds with 95 % intervals, and the tables of a study."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from common.config import HELD_OUT
+from common.evaluations import Figures
+from common.study.plan import Arm, Plan
+from common.study.records import Record
+
+LEVEL = 0.95
+SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60.0, 3600.0
+HOURS_FROM = 3 * SECONDS_AN_HOUR
+"""From this longest run on, tables are in hours."""
+
+Values = Mapping[int, float]
+"""A figure by seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over seeds; `half` is half the width of Student's 95 % interval, None for a single seed."""
+
+    value: float
+    half: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Mean | None":
+        """None for no values."""
+        if not values:
+            return None
+        value = statistics.fmean(values)
+        if len(values) == 1:
+            return cls(value, None, 1)
+        from scipy.stats import t
+
+        quantile = float(t.ppf((1 + LEVEL) / 2, len(values) - 1))
+        return cls(value, quantile * statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+    def text(self, digits: int, *, signed: bool = False) -> str:
+        sign = "+" if signed else ""
+        text = f"{self.value:{sign},.{digits}f}"
+        return text if self.half is None else f"{text} ± {self.half:,.{digits}f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A figure of the tables; it may lack a value for some runs."""
+
+    title: str
+    digits: int
+    of: Callable[[Record], float | None]
+    better: Literal["low", "high"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A figure of an arm, and its rank among all of them, 1 and 2 alone; None for no rank."""
+
+    text: str
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """A table: the titles of its columns, and a row for each arm."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+    def markdown(self) -> str:
+        """As Markdown; the best of a column in bold, the second in italics."""
+        marks = {1: "**", 2: "*", None: ""}
+        lines = [
+            ["", *self.header],
+            ["---", *["---:"] * len(self.header)],
+            *(
+                [name, *(f"{marks[cell.rank]}{cell.text}{marks[cell.rank]}" for cell in cells)]
+                for name, cells in self.rows
+            ),
+        ]
+        return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("A*", "A\\*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A plan and the records of its finished runs, by arm and seed."""
+
+    plan: Plan
+    records: Mapping[tuple[str, int], Record]
+
+    @classmethod
+    def of(cls, plan: Plan, records: Mapping[str, Record]) -> "Summary":
+        """`records` by record name."""
+        return cls(
+            plan=plan,
+            records={
+                (run.arm.name, run.seed): records[run.record_name]
+                for run in plan.runs
+                if run.record_name in records
+            },
+        )
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms that have a record."""
+        return [arm for arm in self.plan.arms if self.of_arm(arm)]
+
+    def of_arm(self, arm: Arm) -> dict[int, Record]:
+        """An arm's records by seed."""
+        return {seed: record for (name, seed), record in self.records.items() if name == arm.name}
+
+    def values(self, arm: Arm, of: Callable[[Record], float | None]) -> Values:
+        """A figure of an arm's runs, by seed."""
+        found = {seed: of(record) for seed, record in self.of_arm(arm).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean(self, arm: Arm, of: Callable[[Record], float | None]) -> Mean | None:
+        return Mean.of(list(self.values(arm, of).values()))
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """In the order of the config."""
+        return list(dict.fromkeys(name for record in self.records.values() for name in record.trained))
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """The unit of times, and its seconds."""
+        longest = max((record.seconds.total for record in self.records.values()), default=0.0)
+        return ("h", SECONDS_AN_HOUR) if longest >= HOURS_FROM else ("min", SECONDS_A_MINUTE)
+
+    @property
+    def time(self) -> Column:
+        """Stage 1, set-up and iterations."""
+        unit, seconds = self.unit
+        return Column(
+            title=f"time, {unit}", digits=2, of=lambda record: record.seconds.total / seconds, better="low"
+        )
+
+    def accuracies(self) -> list[Column]:
+        """Sampled and greedy accuracy on the held-out prompts, and the headline figure of each other benchmark."""
+        others = [name for name in self.benchmarks if name != HELD_OUT]
+        return [
+            _accuracy("pass@1", HELD_OUT, lambda figures: figures.pass_at_1),
+            _accuracy("greedy", HELD_OUT, lambda figures: figures.greedy_accuracy),
+            *(_accuracy(name, name, lambda figures: figures.accuracy) for name in others),
+        ]
+
+    def main_table(self) -> Sheet:
+        """The paper's Table 1: time, memory, KL and accuracies."""
+        columns = [self.time, MEMORY, KL, *self.accuracies(), TOKENS]
+        table = self._table("Results", columns)
+        base = [_of_reference(self, column) for column in columns]
+        return Sheet(
+            title=table.title,
+            header=[*table.header, "seeds"],
+            rows=[
+                ("reference", [*base, Cell(text="/")]),
+                *(
+                    (name, [*cells, Cell(text=str(len(self.of_arm(arm))))])
+                    for arm, (name, cells) in zip(self.arms, table.rows, strict=True)
+                ),
+            ],
+        )
+
+    def cost_table(self) -> Sheet:
+        """Time and memory by phase."""
+        return self._table("Time and memory by phase", COSTS)
+
+    def paired_table(self) -> Sheet | None:
+        """Differences to the first arm on the seeds that both have; None if there are no two arms."""
+        if len(self.arms) < 2:
+            return None
+        first, *others = self.arms
+        differences = [*self.accuracies(), KL]
+        ratios = [self.time, MEMORY]
+        rows = []
+        for arm in others:
+            cells = [self._difference(arm, first, column) for column in differences]
+            cells += [self._ratio(arm, first, column) for column in ratios]
+            rows.append((arm.name, cells))
+        return Sheet(
+            title=f"Each arm against {first.name}, seed by seed",
+            header=[
+                *(f"{column.title}, difference" for column in differences),
+                "time, ratio",
+                "memory, ratio",
+            ],
+            rows=rows,
+        )
+
+    def _difference(self, arm: Arm, first: Arm, column: Column) -> Cell:
+        ours, theirs = self.values(arm, column.of), self.values(first, column.of)
+        mean = Mean.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+        return Cell(text="–" if mean is None else mean.text(column.digits, signed=True))
+
+    def _ratio(self, arm: Arm, first: Arm, column: Column) -> Cell:
+        ours, theirs = self.values(arm, column.of), self.values(first, column.of)
+        logs = [math.log(ours[seed] / theirs[seed]) for seed in ours if theirs.get(seed) and ours[seed]]
+        if (mean := Mean.of(logs)) is None:
+            return Cell(text="–")
+        text = f"{math.exp(mean.value):.2f} ×"
+        if mean.half is not None:
+            text += f" ({math.exp(mean.value - mean.half):.2f}–{math.exp(mean.value + mean.half):.2f})"
+        return Cell(text=text)
+
+    def _table(self, title: str, columns: Sequence[Column]) -> Sheet:
+        means = [[self.mean(arm, column.of) for column in columns] for arm in self.arms]
+        ranks = [_ranks([row[place] for row in means], column.better) for place, column in enumerate(columns)]
+        rows = [
+            (
+                arm.name,
+                [
+                    Cell(text="–" if mean is None else mean.text(column.digits), rank=ranks[place][number])
+                    for place, (mean, column) in enumerate(zip(row, columns, strict=True))
+                ],
+            )
+            for number, (arm, row) in enumerate(zip(self.arms, means, strict=True))
+        ]
+        return Sheet(title=title, header=[column.title for column in columns], rows=rows)
+
+
+def _accuracy(title: str, benchmark: str, figure: Callable[[Figures], float | None]) -> Column:
+    def of(record: Record) -> float | None:
+        found = record.trained.get(benchmark)
+        return None if found is None else figure(found)
+
+    return Column(title=title, digits=3, of=of, better="high")
+
+
+KL = Column(
+    title="KL(π‖π_ref)", digits=3, of=lambda record: record.trained[HELD_OUT].kl_sequence, better="low"
+)
+MEMORY = Column(title="memory, GiB", digits=2, of=lambda record: record.peak_gib, better="low")
+TOKENS = Column(title="tokens", digits=1, of=lambda record: record.trained[HELD_OUT].completion_tokens_mean)
+COSTS = [
+    Column(title="stage 1, s", digits=1, of=lambda record: record.seconds.stage1),
+    Column(title="set-up, s", digits=1, of=lambda record: record.seconds.setup),
+    Column(title="iterations, s", digits=1, of=lambda record: record.seconds.training),
+    Column(
+        title="an iteration, s",
+        digits=2,
+        of=lambda record: record.seconds.training / record.iterations,
+        better="low",
+    ),
+    Column(title="iterations", digits=0, of=lambda record: float(record.iterations)),
+    Column(title="processor, s", digits=0, of=lambda record: record.cpu_seconds, better="low"),
+    Column(title="training, GiB", digits=2, of=lambda record: record.peak_gib),
+    Column(title="stage 1, GiB", digits=2, of=lambda record: record.stage1_peak_gib),
+]
+
+
+def _ranks(means: Sequence[Mean | None], better: Literal["low", "high"] | None) -> list[int | None]:
+    """1 for the best of the means, among three or more also 2 for the second; equal ones share a rank."""
+    known = sorted({mean.value for mean in means if mean is not None}, reverse=better == "high")
+    if better is None or len(known) < 2:
+        return [None] * len(means)
+    ranked = {value: rank for rank, value in enumerate(known[: 2 if len(known) > 2 else 1], start=1)}
+    return [None if mean is None else ranked.get(mean.value) for mean in means]
+
+
+def _of_reference(summary: Summary, column: Column) -> Cell:
+    """An accuracy, or the mean length, of the reference model, as the first record of each seed has it."""
+    mean = None
+    if column.better == "high" or column is TOKENS:
+        by_seed = {record.seed: record for record in reversed(list(summary.records.values()))}
+        as_trained = [record.model_copy(update={"trained": record.reference}) for record in by_seed.values()]
+        mean = Mean.of([value for record in as_trained if (value := column.of(record)) is not None])
+    return Cell(text="/" if mean is None else mean.text(column.digits))
