@@ -6,6 +6,7 @@ Each step of a run is a command of the command line in a process of its own, so 
 from collections.abc import Collection
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from common.errors import UserError
@@ -59,9 +60,7 @@ def compare(
             raise UserError(f"no run of {plan.study} has finished: {next(iter(failures.values()))}")
         summary = Summary.of(plan, done)
         page = write_report(plan, summary, paths.root, failures)
-        for sheet in (summary.main_table(), summary.paired_table(), summary.cost_table()):
-            if sheet is not None:
-                console.print(_table(sheet))
+        console.print(_table(summary.main_table()))
         console.print(
             f"{page}: tables and figures on a page; beside it the figures as PNG and SVG, and tables.md"
         )
@@ -94,9 +93,10 @@ def _list(steps: Steps, done: Collection[str], console: Terminal) -> None:
 
 
 def _table(sheet: Sheet) -> Table:
-    table = Table(title=sheet.title)
-    for place, title in enumerate(["", *sheet.header]):
-        table.add_column(title, justify="right" if place else "left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for title in sheet.header:
+        table.add_column(title, justify="right", overflow="fold")
     for name, cells in sheet.rows:
         table.add_row(name, *(cell.text for cell in cells))
     return table

@@ -156,6 +156,10 @@ def _curves(summary: Summary, arms: Sequence[Arm]) -> Figures:
     def time(record: Record, point: Point) -> float:
         return (record.seconds.stage1 + record.seconds.setup + point.seconds) / seconds
 
+    def kl(record: Record, point: Point) -> float | None:
+        is_logged = any(each.kl is not None for each in record.curve)
+        return 0.0 if is_logged and point.iteration == 0 else point.kl
+
     panels = [
         _course(
             summary, arms, f"time, {unit}", time, lambda record, point: point.accuracy, "held-out pass@1"
@@ -164,7 +168,7 @@ def _curves(summary: Summary, arms: Sequence[Arm]) -> Figures:
             summary,
             arms,
             "KL(π‖π_ref) in training",
-            lambda record, point: 0.0 if point.iteration == 0 else point.kl,
+            kl,
             lambda record, point: point.accuracy,
             "held-out pass@1",
         ),
