@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
+import pandas
 import polars as pl
 import pytest
 import scipy.stats
@@ -582,3 +584,25 @@ def test_a_benchmark_that_cannot_be_meant_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=expected):
         with_benchmarks(config, **benchmarks)
+
+
+def test_a_benchmark_in_a_format_of_its_own_works_by_its_fields_and_others_read_the_results(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
+    questions = Path(str(held_out_of(config).path)).read_text().splitlines()
+    rows = [
+        {"item": {"stem": row["prompt"], "id": number}, "key": [row["answer"]]}
+        for number, row in enumerate(map(json.loads, questions))
+    ]
+    path = tmp_path / "exam.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(path), "prompt_field": "item.stem", "answer_field": "key", "template": "plain"}
+    exam = with_benchmarks(config, exam={"data": data, "num_samples": 4})
+    (result,) = evaluate(exam, {"model": tiny_model}, quiet(), benchmarks=["exam"]).results
+    assert (result.prompts, result.greedy_accuracy, result.pass_at_1) == (5, 0.2, 0.5)
+    file = run_paths(exam.run).results("parquet")
+    by_duckdb = duckdb.sql(
+        f"select model, benchmark, len(outcomes) as n from '{file}' order by prompt_id"
+    ).fetchall()
+    assert by_duckdb == [("model", "exam", 4)] * 5
+    assert pandas.read_parquet(file)["greedy_outcome"].eq("correct").sum() == 1
