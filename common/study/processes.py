@@ -33,7 +33,10 @@ class Finished(BaseModel):
     cpu_seconds: float
     """Its own and its children's."""
     peak_gib: float
-    """The largest resident set of it or of a process that it has waited for."""
+    """The largest resident set of it or of a process that it has waited for.
+
+    Linux counts the process that it was forked from too: it is never less than what this one held then.
+    """
 
 
 def program(processes: int = 1) -> list[str]:
