@@ -11,11 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.config import RunConfig
+from common.config import RunConfig, SamplingParams
 from common.errors import UserError
 from common.provenance import Allowance
-from common.rollout import Completion
+from common.rollout import Completion, Prompt, SampleRequest
+from common.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from common.engines import RolloutEngine
 
 PARITY = "parity"
 """The name by which --allow-mismatch accepts a gap."""
@@ -78,6 +83,27 @@ class Gap:
 def accepted_gaps(lines: Iterable[str]) -> list[str]:
     """The accepted mismatches of a file that are gaps."""
     return [line for line in lines if line.startswith(f"{PARITY}:")]
+
+
+def draw_compared(
+    engine: "RolloutEngine", prompts: Sequence[Prompt], config: RunConfig, *, temperature: float
+) -> list[tuple[Prompt, Completion]]:
+    """Short completions of the first few prompts, with the engine's log-probs."""
+    chosen = prompts[:COMPLETIONS]
+    requests = [
+        SampleRequest(
+            key=number,
+            prompt_token_ids=tuple(prompt.token_ids),
+            seed=derive_seed(config.seed, "check", prompt.id),
+            with_logprobs=True,
+        )
+        for number, prompt in enumerate(chosen)
+    ]
+    sampling = SamplingParams(
+        temperature=temperature, max_completion_tokens=min(TOKENS, config.sampling.max_completion_tokens)
+    )
+    found = {each.key: each for each in engine.generate(requests, sampling)}
+    return [(prompt, found[number]) for number, prompt in enumerate(chosen)]
 
 
 def engine_logprobs(completion: Completion) -> Sequence[float]:

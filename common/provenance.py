@@ -12,6 +12,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +242,7 @@ def _version(package: str) -> str | None:
     return None
 
 
+@cache
 def commit() -> str | None:
     """The commit of this checkout, None if git does not know."""
     try:

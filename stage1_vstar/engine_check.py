@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import RunConfig, SamplingParams
+from common.config import RunConfig
 from common.engines import RolloutEngine
-from common.parity import COMPLETIONS, TOKENS, Gap, engine_logprobs, plain_logprobs, refuse_gap
+from common.parity import Gap, draw_compared, engine_logprobs, plain_logprobs, refuse_gap
 from common.provenance import Allowance
-from common.rollout import Prompt, SampleRequest
-from common.seeds import derive_seed
+from common.rollout import Prompt
 from common.store import SampleStore
 from common.terminal.console import Terminal
 
@@ -26,32 +25,14 @@ def check_engine(
     prompts: Sequence[Prompt],
 ) -> None:
     """Raise UserError unless engine and forward pass agree on a few completions; an accepted gap is recorded."""
-    sampling = SamplingParams(
-        temperature=config.sampling.temperature,
-        max_completion_tokens=min(TOKENS, config.sampling.max_completion_tokens),
-    )
-    chosen = prompts[:COMPLETIONS]
-    requests = [
-        SampleRequest(
-            key=number,
-            prompt_token_ids=tuple(prompt.token_ids),
-            seed=derive_seed(config.seed, "check", prompt.id),
-            with_logprobs=True,
-        )
-        for number, prompt in enumerate(chosen)
-    ]
-    found = {each.key: each for each in engine.generate(requests, sampling)}
-    completions = [found[number] for number in range(len(chosen))]
+    compared = draw_compared(engine, prompts, config, temperature=config.sampling.temperature)
     gap = Gap.between(
-        [engine_logprobs(each) for each in completions],
+        [engine_logprobs(each) for _, each in compared],
         plain_logprobs(
             folder,
             config.model.dtype,
             config.sampling.temperature or 1.0,
-            [
-                (tuple(prompt.token_ids), each.token_ids)
-                for prompt, each in zip(chosen, completions, strict=True)
-            ],
+            [(tuple(prompt.token_ids), each.token_ids) for prompt, each in compared],
         ),
     )
     said = refuse_gap(

@@ -14,12 +14,11 @@ from common.config import RunConfig
 from common.errors import UserError
 from common.provenance import Provenance
 from common.rollout import Prompt
-from common.sampling.missing import Missing
+from common.sampling.missing import Missing, prompt_table
 from common.store import SampleStore
 from common.terminal.console import Terminal
 from common.value import Floats
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Counts, Places, Round, Rule, allocate
-from stage1_vstar.table import prompt_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,14 +34,14 @@ from common.provenance import (
 from common.rollout import Prompt
 from common.runs import WHOLE, Shard, exclusive_run, run_paths
 from common.sampling.executor import LocalExecutor
-from common.sampling.missing import Missing
+from common.sampling.missing import Missing, prompt_table
 from common.store import SampleStore, set_aside_damaged
 from common.terminal.console import Terminal
 from common.vstar_file import estimator_of, read_vstar, write_vstar
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Rule
 from stage1_vstar.engine_check import SMALL_MODEL, check_engine
 from stage1_vstar.rounds import draw_adaptively, recorded_rule
-from stage1_vstar.table import UNSOLVED, prompt_table, vstar_rows
+from stage1_vstar.table import UNSOLVED, vstar_rows
 
 EXCERPT = 300
 """Characters of a text that messages show."""

@@ -1,24 +1,14 @@
 """Make the rows of vstar.parquet from samples, and change the V̂* or the keep flags of existing rows."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import polars as pl
 
 from common.beta_binomial import BetaPrior
 from common.grading import Outcome
-from common.rollout import Prompt
 from stage1_vstar.estimator import estimate
 
 UNSOLVED = "pass@N = 0"
 """The name of the rule that drops prompts without any correct sample, from which training learns nothing."""
-
-
-def prompt_table(prompts: Iterable[Prompt]) -> pl.DataFrame:
-    """The columns of vstar.parquet that are known before sampling, one row per prompt."""
-    names = ("prompt_id", "prompt", "answer", "prompt_token_hash")
-    rows = [(prompt.id, prompt.text, prompt.answer, prompt.token_hash) for prompt in prompts]
-    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
 
 
 def vstar_rows(

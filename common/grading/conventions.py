@@ -20,8 +20,6 @@ from common.grading.reference import Reference
 PLAIN = "plain"
 """function(prompt, completion, answer, **columns) -> float, or a list of (end of a step, reward)."""
 
-CONVENTIONS = (PLAIN, "trl", "verl", "verifiers")
-
 OF_TRL = (
     "prompts",
     "completions",

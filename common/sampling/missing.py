@@ -1,9 +1,10 @@
 """The samples that are still to be drawn, whether after an interruption, in a shard, or for a larger N."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from common.rollout import Prompt, SampleRequest
@@ -47,3 +48,10 @@ class Missing:
                     prompt_token_ids=tuple(prompt.token_ids),
                     seed=derive_seed(seed, prompt.id, index),
                 )
+
+
+def prompt_table(prompts: Iterable[Prompt]) -> pl.DataFrame:
+    """The columns of vstar.parquet that are known before sampling, one row per prompt."""
+    names = ("prompt_id", "prompt", "answer", "prompt_token_hash")
+    rows = [(prompt.id, prompt.text, prompt.answer, prompt.token_hash) for prompt in prompts]
+    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")

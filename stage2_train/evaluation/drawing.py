@@ -10,18 +10,17 @@ from typing import Self
 
 import polars as pl
 
-from common.config import SamplingParams
 from common.engines import RolloutEngine, build_engine
 from common.grading import GraderPool, fingerprint
 from common.grading.spec import GraderSpec
 from common.model.files import network_hash
 from common.model.weights import stored_weights
-from common.parity import COMPLETIONS, TOKENS
+from common.parity import draw_compared
 from common.provenance import Provenance, context, sampler_identity, sampling_identity
-from common.rollout import Completion, Prompt, SampleRequest
+from common.rollout import Completion, Prompt
 from common.runs import run_paths
 from common.sampling.generate import generate_samples
-from common.sampling.missing import Missing
+from common.sampling.missing import Missing, prompt_table
 from common.sampling.regrading import grade_missing
 from common.seeds import derive_seed
 from common.store import SampleStore, set_aside_damaged
@@ -61,15 +60,15 @@ class Drawing:
     def grades(self, model: Model, benchmark: Benchmark, draw: Draw) -> pl.DataFrame:
         """The grades of these completions, after the missing ones have been drawn, and graded if others graded them."""
         prompts = model.prompts[benchmark.name]
-        store = self.store(model, benchmark, draw)
-        for line in set_aside_damaged(store.folder):
+        provenance = self._provenance(model, benchmark, draw)
+        folder = self._folder(provenance, benchmark, draw)
+        for line in set_aside_damaged(folder):
             self._console.print(f"{line}; its samples will be drawn again")
-        store = self.store(model, benchmark, draw)
+        store = SampleStore(folder, provenance)
         table = prompt_table(prompts)
         missing = Missing(prompts, ~store.present(table, draw.num_samples))
         if store.ungraded_count():
             grade_missing(store, benchmark.grader, self._console)
-            store = self.store(model, benchmark, draw)
         if missing:
             self._console.print(
                 f"{model.name} on {benchmark.name}: {len(missing):,} {draw.kind} completions of "
@@ -88,14 +87,16 @@ class Drawing:
         return store.grades(table, draw.num_samples)
 
     def store(self, model: Model, benchmark: Benchmark, draw: Draw) -> SampleStore:
-        """The store of these completions: other samplings, templates and models have other folders."""
+        """The store of these completions."""
         provenance = self._provenance(model, benchmark, draw)
+        return SampleStore(self._folder(provenance, benchmark, draw), provenance)
+
+    def _folder(self, provenance: Provenance, benchmark: Benchmark, draw: Draw) -> Path:
+        """One per identity: other samplings, templates and models have other folders, other graders the same."""
         identity = {name: value for name, value in provenance.identity.items() if name != "grader"}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        folder = (
-            run_paths(self._config.run).evaluations / "samples" / f"{benchmark.name}-{draw.kind}-{digest}"
-        )
-        return SampleStore(folder, provenance)
+        samples = run_paths(self._config.run).evaluations / "samples"
+        return samples / f"{benchmark.name}-{draw.kind}-{digest}"
 
     def _provenance(self, model: Model, benchmark: Benchmark, draw: Draw) -> Provenance:
         config = self._config.model_copy(update={"sampling": draw.sampling, "data": benchmark.data})
@@ -132,32 +133,9 @@ class Drawing:
         else:
             self._engine.load_weights(stored_weights(model.folder))
         self._loaded = model.folder
-        self.checks[model.name] = self._checked(self._engine, prompts[:COMPLETIONS])
+        temperature = self._config.sampling.temperature or 1.0
+        self.checks[model.name] = draw_compared(self._engine, prompts, self._config, temperature=temperature)
         return self._engine
-
-    def _checked(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[tuple[Prompt, Completion]]:
-        sampling = SamplingParams(
-            temperature=self._config.sampling.temperature or 1.0,
-            max_completion_tokens=min(TOKENS, self._config.sampling.max_completion_tokens),
-        )
-        requests = [
-            SampleRequest(
-                key=number,
-                prompt_token_ids=tuple(prompt.token_ids),
-                seed=derive_seed(self._config.seed, "check", prompt.id),
-                with_logprobs=True,
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        found = {each.key: each for each in engine.generate(requests, sampling)}
-        return [(prompt, found[number]) for number, prompt in enumerate(prompts)]
-
-
-def prompt_table(prompts: Sequence[Prompt]) -> pl.DataFrame:
-    """One row per prompt, as stores are asked for its samples."""
-    names = ("prompt_id", "prompt", "answer", "prompt_token_hash")
-    rows = [(prompt.id, prompt.text, prompt.answer, prompt.token_hash) for prompt in prompts]
-    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
 
 
 def rows_of(prompts: Sequence[Prompt], grades: dict[str, pl.DataFrame]) -> pl.DataFrame:

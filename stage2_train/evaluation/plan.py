@@ -107,19 +107,21 @@ def _draws(config: Config, sampling: SamplingParams, *, greedy: bool, num_sample
     return draws
 
 
+def read_model(config: Config, name: str, folder: Path, benchmarks: Sequence[Benchmark]) -> Model:
+    """A model without its prompts. Raises UserError if it cannot be used."""
+    known = run_paths(config.run).known_weights
+    read_trainable(folder, config)
+    weights_hash(read_weights(folder), known)  # refuses weights that are not finite
+    renderers = {each.name: PromptRenderer(folder, each.data) for each in benchmarks}
+    return Model(name=name, folder=folder, identity=model_identity(folder, known), renderers=renderers)
+
+
 def models_of(config: Config, folders: Mapping[str, Path], benchmarks: Sequence[Benchmark]) -> list[Model]:
     """The models by name, with their prompts of each benchmark.
 
     Raises UserError for a model or a benchmark that cannot be used, or a prompt that a model has no room for.
     """
-    known = run_paths(config.run).known_weights
-    models = []
-    for name, folder in folders.items():
-        read_trainable(folder, config)
-        weights_hash(read_weights(folder), known)  # refuses weights that are not finite
-        renderers = {each.name: PromptRenderer(folder, each.data) for each in benchmarks}
-        identity = model_identity(folder, known)
-        models.append(Model(name=name, folder=folder, identity=identity, renderers=renderers))
+    models = [read_model(config, name, folder, benchmarks) for name, folder in folders.items()]
     for benchmark in benchmarks:
         _read_prompts(config, models, benchmark)
     return models

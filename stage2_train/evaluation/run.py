@@ -22,7 +22,15 @@ from stage2_train.config import Config
 from stage2_train.evaluation.divergence import Divergence, Drawn, Scoring, divergence
 from stage2_train.evaluation.drawing import Drawing, rows_of
 from stage2_train.evaluation.figures import compare, drawn_figures
-from stage2_train.evaluation.plan import POLICY, SAMPLED, Benchmark, Model, benchmarks_of, models_of
+from stage2_train.evaluation.plan import (
+    POLICY,
+    SAMPLED,
+    Benchmark,
+    Model,
+    benchmarks_of,
+    models_of,
+    read_model,
+)
 
 Place = tuple[str, str]
 """A model's name and a benchmark's."""
@@ -37,18 +45,20 @@ def evaluate(
     files. Raises UserError before any model is loaded.
     """
     chosen = benchmarks_of(config, benchmarks)
-    reference = reference_model(config)
-    _refuse_other_reference(reference, config)
+    folder = reference_model(config)
+    _refuse_other_reference(folder, config)
     models = models_of(config, folders, chosen)
+    reference = read_model(config, "reference", folder, chosen)
     for benchmark in chosen:
         if benchmark.name == HELD_OUT:
             prompts = models[0].prompts[HELD_OUT]
             for line in remarks_beside_data(config, [prompt.text for prompt in prompts]):
                 console.print(line)
     with exclusive_run(run_paths(config.run), "evaluate"):
-        near = _near_reference(config, reference, models, chosen, console)
-        rows, drawing = _draw(config, models, chosen, near, console)
-        divergences = _divergences(config, reference, near, chosen, drawing, console)
+        near = _near_reference(reference, models, chosen, console)
+        others = [model for model in near if not _is_same(model, reference)]
+        rows, drawing = _draw(config, models, chosen, others, console)
+        divergences = _divergences(config, reference, others, chosen, drawing, console)
         found: dict[Place, tuple[Figures, pl.DataFrame]] = {}
         for model in models:
             for benchmark in chosen:
@@ -60,18 +70,13 @@ def evaluate(
 
 
 def _near_reference(
-    config: Config,
-    reference: Path,
-    models: Sequence[Model],
-    benchmarks: Sequence[Benchmark],
-    console: Terminal,
+    reference: Model, models: Sequence[Model], benchmarks: Sequence[Benchmark], console: Terminal
 ) -> list[Model]:
     """The models whose KL to the reference is defined: those with its tokenizer and its rendering of prompts."""
-    (ours,) = models_of(config, {"reference": reference}, benchmarks)
     near = []
     for model in models:
-        same = model.identity["tokenizer"] == ours.identity["tokenizer"] and all(
-            model.renderers[each.name].identity() == ours.renderers[each.name].identity()
+        same = model.identity["tokenizer"] == reference.identity["tokenizer"] and all(
+            model.renderers[each.name].identity() == reference.renderers[each.name].identity()
             for each in benchmarks
         )
         if same:
@@ -85,15 +90,18 @@ def _draw(
     config: Config,
     models: Sequence[Model],
     benchmarks: Sequence[Benchmark],
-    near: Sequence[Model],
+    with_kl: Sequence[Model],
     console: Terminal,
 ) -> tuple[dict[Place, pl.DataFrame], Drawing]:
-    """One row per prompt for each model and benchmark, after the missing completions have been drawn."""
+    """One row per prompt for each model and benchmark, after the missing completions have been drawn.
+
+    Completions for KL alone are drawn for the models `with_kl`.
+    """
     rows: dict[Place, pl.DataFrame] = {}
     with Drawing(config, benchmarks, console) as drawing:
         for model in models:
             for benchmark in benchmarks:
-                kinds = [kind for kind in benchmark.draws if kind != POLICY or _needs_kl(model, near, config)]
+                kinds = [kind for kind in benchmark.draws if kind != POLICY or model in with_kl]
                 grades = {kind: drawing.grades(model, benchmark, benchmark.draws[kind]) for kind in kinds}
                 found = rows_of(model.prompts[benchmark.name], grades)
                 _refuse_unjudged(found, benchmark)
@@ -103,20 +111,15 @@ def _draw(
     return rows, drawing
 
 
-def _needs_kl(model: Model, near: Sequence[Model], config: Config) -> bool:
-    """Whether KL has to be measured: the reference's own is 0."""
-    return model in near and not _is_reference(model, config)
-
-
-def _is_reference(model: Model, config: Config) -> bool:
-    known = run_paths(config.run).known_weights
-    return bool(model_identity(reference_model(config), known)["weights"] == model.identity["weights"])
+def _is_same(model: Model, reference: Model) -> bool:
+    """Whether both are one network with the same weights: its KL is 0."""
+    return all(model.identity[key] == reference.identity[key] for key in ("weights", "config"))
 
 
 def _divergences(
     config: Config,
-    reference: Path,
-    near: Sequence[Model],
+    reference: Model,
+    models: Sequence[Model],
     benchmarks: Sequence[Benchmark],
     drawing: Drawing,
     console: Terminal,
@@ -124,9 +127,7 @@ def _divergences(
     """KL of each model on each benchmark; one model is in memory at a time."""
     ours: dict[Place, NDArray[np.float64]] = {}
     drawn: dict[Place, Drawn] = {}
-    for model in near:
-        if _is_reference(model, config):
-            continue
+    for model in models:
         scoring = Scoring(model.folder, config)
         if not config.sampling.cut_by:
             scoring.say_whether_engine_agrees(drawing.checks.get(model.name, []), console)
@@ -144,7 +145,7 @@ def _divergences(
     if config.sampling.cut_by:
         names = ", ".join(f"sampling.{key}" for key in config.sampling.cut_by)
         console.print(f"KL is of the whole models, without {names}, on completions that were drawn with it")
-    scoring = Scoring(reference, config)
+    scoring = Scoring(reference.folder, config)
     return {place: divergence(each, ours[place], scoring.of(each)) for place, each in drawn.items()}
 
 
