@@ -605,3 +605,15 @@ def test_a_benchmark_in_a_format_of_its_own_works_by_its_fields_and_others_read_
     assert relation is not None
     assert relation.fetchall() == [("model", "exam", 4)] * 5
     assert pandas.read_parquet(file)["greedy_outcome"].eq("correct").sum() == 1
+
+
+def test_the_references_weights_in_another_network_have_a_kl(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "other")
+    change_json(
+        tmp_path / "other" / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5.0}
+    )
+    result = evaluate_one(config, tmp_path / "other")
+    assert result["kl_sequence"] is not None
+    assert abs(result["kl_sequence"]) > 1e-6
