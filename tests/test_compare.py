@@ -157,13 +157,12 @@ def evaluated(accuracy: float, kl: float = 0.5) -> Figures:
     )
 
 
-def record(arm: str, seed: int, accuracy: float, *, seconds: float = 60.0, digest: str = "") -> Record:
+def record(arm: str, seed: int, accuracy: float, *, seconds: float = 60.0) -> Record:
     return Record(
         study="methods",
         arm=arm,
         seed=seed,
-        settings={},
-        digest=digest,
+        config={},
         trained={"held_out": evaluated(accuracy)},
         reference={"held_out": evaluated(0.4, 0.0)},
         curve=training_curve(metrics(seed)),
@@ -448,12 +447,35 @@ def test_other_mistakes_are_refused_too(study: Callable[..., Path], tmp_path: Pa
         plan_of(path)
 
 
+def test_a_record_is_valid_after_the_config_got_new_keys_but_not_after_a_default_changed(
+    study: Callable[..., Path], artifacts: Path
+) -> None:
+    one_seed = HEAD.replace("[0, 1]", "[0]")
+    run(study(one_seed, A_STAR), Commands())
+    path = artifacts / "methods" / "results" / "Astar-PO-seed0.json"
+    recorded = json.loads(path.read_text())
+    del recorded["config"]["train.max_grad_norm"]
+    path.write_text(json.dumps(recorded))
+    again = Commands()
+    run(study(one_seed, A_STAR), again)
+    assert again.done == []
+    with pytest.raises(UserError, match=r"train.max_grad_norm was not set and is 3"):
+        run(study(one_seed, '[settings]\n"train.max_grad_norm" = 3\n', A_STAR), Commands())
+    recorded["config"]["train.max_grad_norm"] = 7.5
+    path.write_text(json.dumps(recorded))
+    with pytest.raises(UserError, match=r"train.max_grad_norm was 7.5 and is 1"):
+        run(study(one_seed, A_STAR), Commands())
+
+
 def test_a_record_of_other_settings_or_a_damaged_one_is_refused(
     study: Callable[..., Path], artifacts: Path
 ) -> None:
     run(study(HEAD, A_STAR), Commands())
     changed = study(HEAD, '[settings]\n"train.iterations" = 9\n', A_STAR)
-    with pytest.raises(UserError, match=r"Astar-PO-seed0.json is the result of other settings"):
+    with pytest.raises(
+        UserError,
+        match=r"Astar-PO-seed0.json is the result of other settings than .*: train.iterations was 4 and is 9;",
+    ):
         run(changed, Commands())
     (artifacts / "methods" / "results" / "Astar-PO-seed0.json").write_text("{")
     with pytest.raises(DamagedFile, match="remove it: the run is then measured again"):
@@ -552,6 +574,52 @@ def test_the_table_has_means_ranks_and_the_reference(study: Callable[..., Path])
     assert [cells[name]["time, min"].rank for name in ("A*-PO", "GRPO", "REBEL")] == [1, None, 1]
     assert cells["REBEL"]["seeds"].text == "1"
     assert "| A\\*-PO | **1.00 ± 0.00** |" in sheet.markdown()
+
+
+def with_curve(of: Record, accuracies: Sequence[float], *, stage1: float = 0.0) -> Record:
+    """A record with an evaluation every 10 s; each iteration takes 1 s."""
+    curve = [
+        Point(iteration=10 * number, seconds=10.0 * number, accuracy=accuracy)
+        for number, accuracy in enumerate(accuracies)
+    ]
+    seconds = Seconds(stage1=stage1, setup=5.0, training=curve[-1].seconds, evaluating=9.0)
+    return of.model_copy(update={"curve": curve, "seconds": seconds})
+
+
+def test_the_time_to_an_accuracy_counts_stage_1_and_lies_between_evaluations() -> None:
+    made = with_curve(record("A*-PO", 0, 0.9), [0.4, 0.6, 0.5, 0.9], stage1=20.0)
+    assert made.seconds_to(0.5) == pytest.approx(20 + 5 + 5)
+    assert made.seconds_to(0.7) == pytest.approx(20 + 5 + 20 + 5)
+    assert made.seconds_to(0.4) == pytest.approx(25)
+    assert made.seconds_to(0.91) is None
+    assert made.accuracy_at(3.0) == 0.4, "before the first iteration it is the reference's"
+    assert made.accuracy_at(20 + 5 + 15) == pytest.approx(0.55)
+    assert made.accuracy_at(1000.0) == 0.9
+
+
+def test_the_table_of_speed_says_how_many_seeds_reach_an_accuracy(study: Callable[..., Path]) -> None:
+    path = study(HEAD, "targets = [0.8]\n", A_STAR, GRPO)
+    summary = summary_of(path, {"A*-PO": [0.9, 0.9], "GRPO": [0.8, 0.8]})
+    assert summary.speed_table() is None, "two evaluations are no curve"
+    curves = {
+        ("A*-PO", 0): ([0.4, 0.6, 0.8, 0.9], 15.0),
+        ("A*-PO", 1): ([0.4, 0.6, 0.8, 0.9], 15.0),
+        ("GRPO", 0): ([0.4, 0.6, 0.7, 0.8, 0.8], 0.0),
+        ("GRPO", 1): ([0.4, 0.6, 0.7, 0.7, 0.7], 0.0),
+    }
+    records = {
+        key: with_curve(summary.records[key], accuracies, stage1=stage1)
+        for key, (accuracies, stage1) in curves.items()
+    }
+    sheet = Summary(plan=summary.plan, records=records).speed_table()
+    assert sheet is not None
+    # The fastest run of each seed is GRPO's: 45 s.
+    assert sheet.header == ["time to 0.8, min", "pass@1 after 0.38 min", "pass@1 after 0.75 min"]
+    cells = {name: [(cell.text, cell.rank) for cell in row] for name, row in sheet.rows}
+    assert cells == {
+        "A*-PO": [("0.67 ± 0.00", None), ("0.450 ± 0.000", None), ("0.850 ± 0.000", 1)],
+        "GRPO": [("0.58, in 1 of 2", None), ("0.675 ± 0.000", 1), ("0.750 ± 0.635", None)],
+    }
 
 
 def test_arms_are_compared_seed_by_seed(study: Callable[..., Path]) -> None:

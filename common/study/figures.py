@@ -154,7 +154,7 @@ def _curves(summary: Summary, arms: Sequence[Arm]) -> Figures:
     unit, seconds = summary.unit
 
     def time(record: Record, point: Point) -> float:
-        return (record.seconds.stage1 + record.seconds.setup + point.seconds) / seconds
+        return record.time(point) / seconds
 
     def kl(record: Record, point: Point) -> float | None:
         is_logged = any(each.kl is not None for each in record.curve)

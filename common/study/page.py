@@ -15,14 +15,15 @@ REMARK = (
     "Means over seeds ± half the width of Student's 95 % interval; a single seed has none. Time is wall clock: stage 1 "
     "(if the arm needs it), loading, iterations, checkpoints and export, without evaluations and the base model. Of a "
     "stage 1 that arms share, each is charged the part of its N in the largest N. Memory is the peak of the training "
-    "process: the GPU's, or without one the resident set. KL is in nats per completion, from the evaluation's samples."
+    "process: the GPU's, or without one the resident set. KL is in nats per completion, from the evaluation's samples. "
+    "The accuracy at a time, and the time to an accuracy, lie on lines between the evaluations during training, which "
+    "sample; all of set-up counts as before the first iteration."
 )
 
 
 def write_report(plan: Plan, summary: Summary, folder: Path, failures: Mapping[str, str]) -> Path:
     """Write report.html, tables.md and the figures into the study's folder."""
-    tables = [summary.main_table()]
-    tables += [table for table in (summary.paired_table(), summary.cost_table()) if table is not None]
+    tables = study_tables(summary)
     figures = study_figures(summary)
     for figure in figures:
         for suffix in ("png", "svg"):
@@ -46,6 +47,12 @@ def write_report(plan: Plan, summary: Summary, folder: Path, failures: Mapping[s
     )
     write_text(page, html)
     return page
+
+
+def study_tables(summary: Summary) -> list[Sheet]:
+    """All tables that the records allow."""
+    tables = (summary.main_table(), summary.speed_table(), summary.paired_table(), summary.cost_table())
+    return [table for table in tables if table is not None]
 
 
 def _markdown(plan: Plan, tables: Sequence[Sheet], notices: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -53,6 +53,8 @@ class StudyFile(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     processes: Annotated[int, Field(ge=1)] = 1
     """Processes that train, one a GPU."""
+    targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """Held-out accuracies; the tables have the time until each."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """For all arms, as `--set` takes them."""
     arms: Annotated[tuple[ArmSection, ...], Field(min_length=1)]
@@ -117,6 +119,16 @@ class Run:
     """The table that it trains on, if it needs stage 1."""
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The values of its config by dotted key, as JSON has them."""
+        return flat(json.loads(self.config.to_json()))
+
+    @property
+    def chosen(self) -> Collection[str]:
+        """The keys whose values are not the defaults."""
+        return flat(json.loads(self.config.model_dump_json(exclude_defaults=True))).keys()
+
+    @property
     def title(self) -> str:
         return f"{self.arm.name}, seed {self.seed}"
 
@@ -138,6 +150,7 @@ class Plan:
     study: str
     config: Path
     processes: int
+    targets: Sequence[float]
     arms: Sequence[Arm]
     seeds: Sequence[int]
     runs: Sequence[Run]
@@ -170,6 +183,7 @@ def read_plan(path: Path, load: Loader) -> Plan:
         study=file.study,
         config=config,
         processes=file.processes,
+        targets=file.targets,
         arms=arms,
         seeds=file.seeds,
         runs=runs,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from common.documents import read_document, read_metrics
@@ -16,7 +17,7 @@ from common.evaluations import Figures, read_results
 from common.files import write_text
 from common.provenance import context
 from common.runs import RunPaths
-from common.study.plan import Plan, Run
+from common.study.plan import Plan, Run, shown
 
 TRAINED, REFERENCE = "trained", "reference"
 """The names by which `evaluate` knows the models."""
@@ -81,9 +82,8 @@ class Record(Document):
     study: str
     arm: str
     seed: int
-    settings: dict[str, Any]
-    digest: str
-    """Of the whole config."""
+    config: dict[str, Any]
+    """The whole config, defaults included, by dotted key."""
     trained: dict[str, Figures]
     """By benchmark."""
     reference: dict[str, Figures]
@@ -100,6 +100,30 @@ class Record(Document):
     """The mean length of training's completions."""
     conditions: Conditions
 
+    def time(self, point: Point) -> float:
+        """The seconds until a point of the curve, stage 1 and set-up included."""
+        return self.seconds.stage1 + self.seconds.setup + point.seconds
+
+    def accuracy_at(self, seconds: float) -> float | None:
+        """The accuracy after this time, on a line between the evaluations; None without a curve."""
+        if not self.curve:
+            return None
+        return float(np.interp(seconds, [self.time(point) for point in self.curve], self._accuracies))
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """The time until this accuracy is reached first, on a line between the evaluations; None if it is not."""
+        if not self.curve or max(self._accuracies) < accuracy:
+            return None
+        place = next(number for number, value in enumerate(self._accuracies) if value >= accuracy)
+        pair = self.curve[max(place - 1, 0) : place + 1]
+        return float(
+            np.interp(accuracy, [point.accuracy for point in pair], [self.time(point) for point in pair])
+        )
+
+    @property
+    def _accuracies(self) -> list[float]:
+        return [point.accuracy for point in self.curve]
+
 
 def read_record(folder: Path, run: Run) -> Record | None:
     """The record of a run, if it is finished. Raises UserError if it is that of other settings, or damaged."""
@@ -107,12 +131,25 @@ def read_record(folder: Path, run: Run) -> Record | None:
     if not path.exists():
         return None
     record = read_document(path, Record, "remove it: the run is then measured again")
-    if record.digest != run.digest:
+    if (key := _changed(record.config, run)) is not None:
+        before, now = (shown(config.get(key, "not set")) for config in (record.config, run.settings))
         raise UserError(
-            f'{path} is the result of other settings than those of the arm "{run.arm.name}" now; remove it, rename '
-            "the arm, or choose another --results folder"
+            f'{path} is the result of other settings than those of the arm "{run.arm.name}" now: {key} was {before} '
+            f"and is {now}; remove it, rename the arm, or choose another --results folder"
         )
     return record
+
+
+def _changed(config: Mapping[str, Any], run: Run) -> str | None:
+    """The first key whose value is not the recorded one. A key that did not exist then may have its default."""
+    return next(
+        (
+            key
+            for key, value in run.settings.items()
+            if (config[key] != value if key in config else key in run.chosen)
+        ),
+        None,
+    )
 
 
 def write_record(folder: Path, run: Run, record: Record) -> None:
@@ -192,8 +229,7 @@ def make_record(
         study=plan.study,
         arm=run.arm.name,
         seed=run.seed,
-        settings=dict(run.arm.settings),
-        digest=run.digest,
+        config=dict(run.settings),
         trained=read_figures(paths, TRAINED),
         reference=reference,
         curve=training_curve(lines),

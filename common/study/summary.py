@@ -16,6 +16,9 @@ SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60.0, 3600.0
 HOURS_FROM = 3 * SECONDS_AN_HOUR
 """From this longest run on, tables are in hours."""
 
+POINTS_OF_A_CURVE = 4
+"""Evaluations during training, the one before the first iteration included, from which a time is told."""
+
 Values = Mapping[int, float]
 """A figure by seed."""
 
@@ -176,13 +179,48 @@ class Summary:
         """Time and memory by phase."""
         return self._table("Time and memory by phase", COSTS)
 
+    def targets(self) -> list[Column]:
+        """The time until each of the plan's accuracies is reached."""
+        return [self._time_to(accuracy) for accuracy in self.plan.targets]
+
+    def _time_to(self, accuracy: float) -> Column:
+        unit, scale = self.unit
+
+        def of(record: Record) -> float | None:
+            seconds = record.seconds_to(accuracy)
+            return None if seconds is None else seconds / scale
+
+        return Column(title=f"time to {accuracy:g}, {unit}", digits=2, of=of, better="low")
+
+    def _accuracy_at(self, part: float) -> Column:
+        """Accuracy after a part of the time that the fastest arm of the same seed takes."""
+        unit, scale = self.unit
+        fastest: dict[int, float] = {}
+        for record in self.records.values():
+            total = record.seconds.total
+            fastest[record.seed] = min(fastest.get(record.seed, total), total)
+        mean = statistics.fmean(fastest.values()) * part / scale
+        return Column(
+            title=f"pass@1 after {mean:.2f} {unit}",
+            digits=3,
+            of=lambda record: record.accuracy_at(fastest[record.seed] * part),
+            better="high",
+        )
+
+    def speed_table(self) -> Sheet | None:
+        """Time to an accuracy, and accuracy at an equal time; None if training was not evaluated often enough."""
+        if min((len(record.curve) for record in self.records.values()), default=0) < POINTS_OF_A_CURVE:
+            return None
+        columns = [*self.targets(), self._accuracy_at(0.5), self._accuracy_at(1.0)]
+        return self._table("Time to an accuracy, and accuracy at an equal time", columns)
+
     def paired_table(self) -> Sheet | None:
         """Differences to the first arm on the seeds that both have; None if there are no two arms."""
         if len(self.arms) < 2:
             return None
         first, *others = self.arms
         differences = [*self.accuracies(), KL]
-        ratios = [self.time, MEMORY]
+        ratios = [self.time, *self.targets(), MEMORY]
         rows = []
         for arm in others:
             cells = [self._difference(arm, first, column) for column in differences]
@@ -192,8 +230,7 @@ class Summary:
             title=f"Each arm against {first.name}, seed by seed",
             header=[
                 *(f"{column.title}, difference" for column in differences),
-                "time, ratio",
-                "memory, ratio",
+                *(f"{column.title.partition(',')[0]}, ratio" for column in ratios),
             ],
             rows=rows,
         )
@@ -214,19 +251,28 @@ class Summary:
         return Cell(text=text)
 
     def _table(self, title: str, columns: Sequence[Column]) -> Sheet:
-        means = [[self.mean(arm, column.of) for column in columns] for arm in self.arms]
-        ranks = [_ranks([row[place] for row in means], column.better) for place, column in enumerate(columns)]
-        rows = [
-            (
-                arm.name,
-                [
-                    Cell(text="–" if mean is None else mean.text(column.digits), rank=ranks[place][number])
-                    for place, (mean, column) in enumerate(zip(row, columns, strict=True))
-                ],
-            )
-            for number, (arm, row) in enumerate(zip(self.arms, means, strict=True))
-        ]
+        ranked = [self._cells(column) for column in columns]
+        rows = [(arm.name, [cells[number] for cells in ranked]) for number, arm in enumerate(self.arms)]
         return Sheet(title=title, header=[column.title for column in columns], rows=rows)
+
+    def _cells(self, column: Column) -> list[Cell]:
+        """A column of a table, one cell for each arm. An arm with seeds that lack the figure has no rank."""
+        means = [self.mean(arm, column.of) for arm in self.arms]
+        counts = [len(self.of_arm(arm)) for arm in self.arms]
+        whole = [
+            mean if mean and mean.count == count else None for mean, count in zip(means, counts, strict=True)
+        ]
+        return [
+            Cell(text=_text(mean, count, column.digits), rank=rank)
+            for mean, count, rank in zip(means, counts, _ranks(whole, column.better), strict=True)
+        ]
+
+
+def _text(mean: Mean | None, count: int, digits: int) -> str:
+    """The mean of a figure; of how many seeds, if some of `count` lack it."""
+    if mean is None:
+        return "–"
+    return mean.text(digits) + (f", in {mean.count} of {count}" if mean.count < count else "")
 
 
 def _accuracy(title: str, benchmark: str, figure: Callable[[Figures], float | None]) -> Column:
