@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.grading import GraderConfig
 from common.runs import RUN_NAME
 from common.section import Section
+from common.segments.config import AdvantagesConfig, CriticConfig, SegmentsConfig
 
 
 def _not_nan(value: float) -> float:
@@ -338,6 +339,9 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     vstar: VstarConfig = VstarConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    segments: SegmentsConfig = SegmentsConfig()
+    critic: CriticConfig = CriticConfig()
+    advantages: AdvantagesConfig = AdvantagesConfig()
 
     @property
     def held_out(self) -> DataConfig | None:

@@ -5,7 +5,7 @@ a completion with its grade. Nothing here knows about files, engines or training
 """
 
 from array import array
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from common.grading import Grade, Outcome
@@ -18,6 +18,9 @@ class Prompt:
     `id` is a content hash of text and answer, never a row position, so that the same prompt has the same id in
     every data set, shard and run. `token_ids` is what the model reads: the text in its template, tokenised, in an
     array of four bytes per token; `token_hash` is a hash of them.
+
+    A state of a solution is a prompt with a `prefix`: the tokens with which each of its completions begins. Its id and
+    hash are of prompt and prefix together.
     """
 
     id: str
@@ -25,15 +28,20 @@ class Prompt:
     answer: str
     token_ids: "array[int]"
     token_hash: str
+    prefix: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """One completion to sample. With a seed the sample does not depend on the other requests of its batch."""
+    """One completion to sample. With a seed the sample does not depend on the other requests of its batch.
+
+    `prefix` is the beginning of the completion, which is given: only the rest is sampled.
+    """
 
     key: Hashable
     prompt_token_ids: tuple[int, ...]
     seed: int
+    prefix: tuple[int, ...] = ()
     with_logprobs: bool = False
 
 
@@ -41,8 +49,8 @@ class SampleRequest:
 class Completion:
     """A sampled completion y. `token_ids` includes what ended it, if it was not truncated; `text` does not.
 
-    `sampled_logprobs` are those of the sampling distribution (temperature, min-p, top-k and top-p applied), if
-    requested.
+    Both begin with the prefix that was given, if any. `sampled_logprobs` are those of the sampling distribution
+    (temperature, min-p, top-k and top-p applied), if requested; requests with a prefix cannot ask for them.
     """
 
     key: Hashable

@@ -54,6 +54,24 @@ class RunPaths:
         return self.root / "vstar.parquet"
 
     @property
+    def continuations(self) -> Path:
+        """Completions from the states of solutions, a store like that of samples."""
+        return self.root / "continuations"
+
+    @property
+    def segments(self) -> Path:
+        return self.root / "segments.parquet"
+
+    @property
+    def critic(self) -> Path:
+        """The critic in Hugging Face format."""
+        return self.root / "critic"
+
+    @property
+    def advantages(self) -> Path:
+        return self.root / "advantages.parquet"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -142,6 +160,24 @@ class Regraded:
     @property
     def vstar(self) -> Path:
         return self.root / "vstar.parquet"
+
+    @property
+    def continuations(self) -> Path:
+        """Completions from the states of solutions, a store like that of samples."""
+        return self.root / "continuations"
+
+    @property
+    def segments(self) -> Path:
+        return self.root / "segments.parquet"
+
+    @property
+    def critic(self) -> Path:
+        """The critic in Hugging Face format."""
+        return self.root / "critic"
+
+    @property
+    def advantages(self) -> Path:
+        return self.root / "advantages.parquet"
 
     @property
     def changes(self) -> Path:

@@ -66,7 +66,7 @@ class Endings:
         self.stop = StopStrings(sampling.stop, renderer.decode)
         self._decode = renderer.decode
         self._eos_token_ids = frozenset(renderer.eos_token_ids)
-        self._limit = sampling.max_completion_tokens
+        self.limit = sampling.max_completion_tokens
 
     def completion(
         self,
@@ -75,7 +75,10 @@ class Endings:
         reason: str | None,
         sampled_logprobs: Sequence[float] | None,
     ) -> Completion:
-        """A completion from its tokens and the engine's finish reason, "stop" or "length". Raises UserError."""
+        """A completion from its tokens, its prefix included, and the engine's finish reason, "stop" or "length".
+
+        Raises UserError.
+        """
         text = self._decode(token_ids)
         before = self.stop.before(text)
         return Completion(
@@ -83,7 +86,7 @@ class Endings:
             token_ids=tuple(token_ids),
             text=text if before is None else before,
             truncated=is_truncated(
-                reason, token_ids, self._limit, self._eos_token_ids, holds_stop_string=before is not None
+                reason, token_ids, self.limit, self._eos_token_ids, holds_stop_string=before is not None
             ),
             sampled_logprobs=None if sampled_logprobs is None else tuple(sampled_logprobs),
         )

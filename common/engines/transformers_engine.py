@@ -1,6 +1,6 @@
 """A rollout engine that calls transformers' `generate`: slower than vLLM, for machines and models without it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -45,20 +45,20 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _generate_batch(self, batch: list[SampleRequest], sampling: SamplingParams) -> list[Completion]:
-        longest = max(len(request.prompt_token_ids) for request in batch)
+        given = [(*request.prompt_token_ids, *request.prefix) for request in batch]
+        longest = max(map(len, given))
         input_ids_BT = torch.full((len(batch), longest), self._renderer.pad_token_id)
         attention_mask_BT = torch.zeros_like(input_ids_BT)
-        for row, request in enumerate(batch):
-            length = len(request.prompt_token_ids)
-            input_ids_BT[row, longest - length :] = torch.tensor(request.prompt_token_ids)
-            attention_mask_BT[row, longest - length :] = 1
+        for row, token_ids in enumerate(given):
+            input_ids_BT[row, longest - len(token_ids) :] = torch.tensor(token_ids)
+            attention_mask_BT[row, longest - len(token_ids) :] = 1
         endings = Endings(self._renderer, sampling)
         sampler = _SeededSampler([request.seed for request in batch], sampling, self._device)
-        stopped = _AtStopString(endings.stop, longest, len(batch))
+        stopped = _AtStopString(endings.stop, longest, [request.prefix for request in batch])
         output_BT = self._model.generate(
             input_ids=input_ids_BT.to(self._device),
             attention_mask=attention_mask_BT.to(self._device),
-            max_new_tokens=sampling.max_completion_tokens,
+            max_new_tokens=sampling.max_completion_tokens - min(len(request.prefix) for request in batch),
             do_sample=False,
             logits_processor=LogitsProcessorList([sampler]),
             stopping_criteria=StoppingCriteriaList([stopped] if endings.stop else []),
@@ -81,13 +81,14 @@ class TransformersEngine:
         endings: Endings,
         stopped: int | None,
     ) -> Completion:
-        """The completion up to the first EOS or the end of a stop string; padding follows it."""
+        """The completion up to the first EOS, the end of a stop string or its limit; what follows is not part of it."""
         eos = (place + 1 for place, token in enumerate(token_ids) if token in self._renderer.eos_token_ids)
-        ends = [end for end in (next(eos, None), stopped) if end is not None]
-        kept = token_ids[: min(ends, default=None)]
+        limit = endings.limit - len(request.prefix)
+        ends = [end for end in (next(eos, None), stopped) if end is not None and end <= limit]
+        kept = token_ids[: min(ends, default=limit)]
         return endings.completion(
             request,
-            kept,
+            [*request.prefix, *kept],
             "stop" if ends else "length",
             logprobs[: len(kept)] if request.with_logprobs else None,
         )
@@ -107,16 +108,19 @@ class TransformersEngine:
 class _AtStopString(StoppingCriteria):
     """Ends a row at the token that completes a stop string, and records the completion's length."""
 
-    def __init__(self, stop: StopStrings, prompt_length: int, rows: int) -> None:
+    def __init__(self, stop: StopStrings, start: int, prefixes: Sequence[Sequence[int]]) -> None:
+        """New tokens begin at `start`; the prefixes are those of the rows' completions."""
         self._stop = stop
-        self._start = prompt_length
-        self.ends: list[int | None] = [None] * rows
+        self._start = start
+        self._prefixes = prefixes
+        self.ends: list[int | None] = [None] * len(prefixes)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if self.ends[row] is None and self._stop.may_complete(token):
                 token_ids = input_ids[row, self._start :].tolist()
-                self.ends[row] = len(token_ids) if self._stop.end(token_ids) else None
+                is_end = self._stop.end([*self._prefixes[row], *token_ids])
+                self.ends[row] = len(token_ids) if is_end else None
         is_done_B = torch.tensor([end is not None for end in self.ends], device=input_ids.device)
         return cast(torch.BoolTensor, is_done_B)
 

@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,7 @@ class VllmEngine:
                     with self._failing_in_one_line():
                         engine.add_request(
                             name,
-                            {"prompt_token_ids": list(request.prompt_token_ids)},
+                            {"prompt_token_ids": [*request.prompt_token_ids, *request.prefix]},
                             self._sampling_params(request, sampling),
                         )
                     running[name] = item
@@ -173,7 +173,7 @@ class VllmEngine:
                     break
                 with self._failing_in_one_line():
                     outputs = engine.step()
-                    if stopped := _stopped(outputs, stop):
+                    if stopped := _stopped(outputs, running, stop):
                         engine.abort_request(stopped)
                 for output in outputs:
                     if output.finished or output.request_id in stopped:
@@ -200,7 +200,7 @@ class VllmEngine:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            max_tokens=sampling.max_completion_tokens,
+            max_tokens=sampling.max_completion_tokens - len(request.prefix),
             seed=request.seed if sampling.temperature > 0 else None,
             stop_token_ids=list(self._eos_token_ids),
             logprobs=0 if request.with_logprobs else None,
@@ -217,7 +217,8 @@ class VllmEngine:
             assert output.logprobs is not None
             entries: list[Any] = list(output.logprobs)
             logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, entries, strict=True)]
-        return endings.completion(request, output.token_ids, output.finish_reason, logprobs)
+        token_ids = [*request.prefix, *output.token_ids]
+        return endings.completion(request, token_ids, output.finish_reason, logprobs)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place and clear the key-value cache; wakes the engine.
@@ -277,12 +278,15 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
 
-def _stopped(outputs: Iterable[Any], stop: StopStrings) -> list[str]:
+def _stopped(
+    outputs: Iterable[Any], running: Mapping[str, tuple[bool, SampleRequest]], stop: StopStrings
+) -> list[str]:
     """Find the requests that a stop string ends, and mark their completions as ended."""
     found = []
     for output in outputs if stop else ():
         (completion,) = output.outputs
-        if stop.end(completion.token_ids):
+        _, request = running[output.request_id]
+        if stop.end([*request.prefix, *completion.token_ids]):
             completion.finish_reason = "stop"
             found.append(output.request_id)
     return found

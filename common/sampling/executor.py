@@ -35,6 +35,8 @@ class LocalExecutor:
         console: Terminal,
         build_engine: EngineBuilder,
         check: EngineCheck | None,
+        *,
+        keep_token_ids: bool = False,
     ) -> None:
         """`check`, if any, is called with the engine and its prompts before anything is drawn."""
         self._config = config
@@ -45,6 +47,7 @@ class LocalExecutor:
         self._console = console
         self._build_engine = build_engine
         self._check = check
+        self._keep_token_ids = keep_token_ids
         self._loaded = ExitStack()
         self._pool: GraderPool | None = None
         self._engine: RolloutEngine | None = None
@@ -66,14 +69,19 @@ class LocalExecutor:
         """Draw these samples of the prompts that can be graded. Raises UserError before the model loads."""
         if not missing:
             return
-        config, console = self._config, self._console
-        if self._pool is None:
-            self._pool = self._loaded.enter_context(GraderPool(config.grader))
-        missing = only_gradable(missing, config, self._pool, console)
+        missing = only_gradable(missing, self._config, self._graders(), self._console)
         if not missing:
             if self._store.fragments() or self._shard != WHOLE:
                 return
             raise UserError("no prompt is left: the grader can use none of the reference answers")
+        self.sample(missing, self._store, grader_proven=grader_proven)
+
+    def sample(self, missing: Missing, store: SampleStore, *, grader_proven: bool = False) -> None:
+        """Draw these samples, whose reference answers the grader is known to use, into a store."""
+        if not missing:
+            return
+        config, console = self._config, self._console
+        pool = self._graders()
         if self._engine is None:
             console.print(
                 f"{len(missing.prompts):,} prompts: {len(missing):,} samples to draw; loading the model"
@@ -85,13 +93,19 @@ class LocalExecutor:
         generate_samples(
             missing,
             self._engine,
-            self._pool,
-            self._store,
+            pool,
+            store,
             config.sampling,
             config.seed,
             console,
             grader_proven=grader_proven,
+            keep_token_ids=self._keep_token_ids,
         )
+
+    def _graders(self) -> GraderPool:
+        if self._pool is None:
+            self._pool = self._loaded.enter_context(GraderPool(self._config.grader))
+        return self._pool
 
 
 def only_gradable(missing: Missing, config: RunConfig, pool: GraderPool, console: Terminal) -> Missing:

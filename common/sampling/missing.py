@@ -47,6 +47,7 @@ class Missing:
                     key=(prompt.id, index),
                     prompt_token_ids=tuple(prompt.token_ids),
                     seed=derive_seed(seed, prompt.id, index),
+                    prefix=tuple(prompt.prefix),
                 )
 
 

@@ -1,0 +1,76 @@
+"""Cut a solution into steps, at tokens.
+
+A step ends with the first token after which the text holds a separator, such as a line break, outside of code, tables
+and displayed formulas. Whether a step ends is decided by the text so far alone, as the policy sees it. A step is never
+blank: separators that follow each other belong to one end, or to the beginning of the next step.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+_BLOCKS = re.compile(
+    r"\\\\|```|\$\$|\\\[|\\\]|\\begin\{(?P<begin>[^{}]*)\}|\\end\{(?P<end>[^{}]*)\}",
+)
+"""What opens or closes a block; a double backslash, which is a line break in LaTeX, does neither."""
+
+
+def is_open(text: str) -> bool:
+    """Whether the text ends inside a block: a fence of code, a displayed formula or a LaTeX environment."""
+    stack: list[str] = []
+    for match in _BLOCKS.finditer(text):
+        mark = match[0]
+        inside = stack[-1] if stack else ""
+        if inside == "```":
+            if mark == "```":
+                stack.pop()
+        elif mark == "```" or (mark == "$$" and inside != "$$"):
+            stack.append(mark)
+        elif mark == "$$" or (mark == r"\]" and inside == r"\["):
+            stack.pop()
+        elif mark == r"\[" or match["begin"] is not None:
+            stack.append(match["begin"] or mark)
+        elif match["end"] is not None and inside == match["end"]:
+            stack.pop()
+    return bool(stack)
+
+
+class StepCutter:
+    """Finds the ends of steps among tokens."""
+
+    def __init__(self, separators: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
+        """`separators` are texts that end a step."""
+        self._separators = separators
+        self._decode = decode
+        self._last_characters = {separator[-1] for separator in separators}
+        self._texts: dict[int, str] = {}
+
+    def ends(self, token_ids: Sequence[int]) -> Iterator[int]:
+        """The number of tokens up to the end of each step; what follows the last is a step that goes on."""
+        start = 0
+        for place, token in enumerate(token_ids, start=1):
+            if self._may_end(token) and self._is_end(token_ids[start:place]):
+                yield place
+                start = place
+
+    def first_end(self, token_ids: Sequence[int]) -> int:
+        """The number of tokens of the first step; all of them if it does not end before."""
+        return next(self.ends(token_ids), len(token_ids))
+
+    def _may_end(self, token: int) -> bool:
+        """Whether a separator can end in this token: only then the text is looked at."""
+        text = self._texts.get(token)
+        if text is None:
+            # Twice: at the beginning of a text some tokens lose a space.
+            text = self._texts[token] = self._decode([token, token])
+        return not self._last_characters.isdisjoint(text)
+
+    def _is_end(self, step: Sequence[int]) -> bool:
+        """Whether a separator becomes complete in the last token, outside of blocks and after something not blank."""
+        text, before = self._decode(step), self._decode(step[:-1])
+        begun = len(text) - len(text.lstrip())
+        for separator in self._separators:
+            start = max(begun, len(before) - len(separator) + 1)
+            place = text.find(separator, start)
+            if place >= 0 and not is_open(text[: place + len(separator)]) and not is_open(text):
+                return True
+        return False
