@@ -393,6 +393,26 @@ def compare(
         compare_arms(study, load, console, results=results, dry_run=dry_run)
 
 
+@app.command(short_help="Draw solutions, cut them into steps, and estimate the value of each state.")
+def segments(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    allow_mismatch: AllowMismatch = None,
+) -> None:
+    """Draw solutions, cut some of them into steps, and estimate the value of each state by completions from it.
+
+    Writes artifacts/RUN/segments.parquet. After an interruption the same command continues.
+    """
+    from stage2_train.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    with _ending_cleanly(), _libraries_logged(settings.run):
+        from stage1_vstar.segments.run import run_segments
+
+        run_segments(settings, console, allow_mismatch=allow_mismatch or ())
+
+
 @app.command(short_help="Recompute V̂* with another β1 or estimator.")
 def rescore(
     beta1: Annotated[

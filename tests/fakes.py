@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from common.config import SamplingParams
+from common.data.rendering import PromptRenderer
 from common.provenance import Provenance
 from common.rollout import Completion, SampleRequest
 from common.vstar_file import write_vstar
@@ -78,6 +79,44 @@ class ScriptedEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+class SteppingEngine:
+    """A RolloutEngine that writes `a b #### n` in one of a few ways, by a request's seed, and lists what it drew."""
+
+    def __init__(self, renderer: PromptRenderer, *, sample_seconds: float = 0.0) -> None:
+        self.drawn: list[tuple[str, int, int]] = []
+        """Prompt or state, index, and the number of given tokens."""
+        self._renderer = renderer
+        self._sample_seconds = sample_seconds
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        for request in requests:
+            time.sleep(self._sample_seconds)
+            assert isinstance(request.key, tuple)
+            self.drawn.append((*request.key, len(request.prefix)))
+            first, second = request.seed % 2, request.seed // 2 % 2
+            texts = [f"{first} ", f"{second} ", f"#### {1 + request.seed % 4}"]
+            written = [token for text in texts for token in self._encode(text)]
+            token_ids = (*request.prefix, *written[len(request.prefix) :], self._renderer.eos_token_ids[0])
+            yield Completion(
+                key=request.key,
+                token_ids=token_ids,
+                text=self._renderer.decode(token_ids),
+                truncated=False,
+            )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._renderer.tokenizer.encode(text, add_special_tokens=False))
+
+    def load_weights(self, _: object) -> None:
+        raise AssertionError("stage 1 never changes the weights")
+
+    def sleep(self) -> None:
+        raise AssertionError("stage 1 has nothing to make room for")
+
+    def close(self) -> None:
+        pass
 
 
 def change_json(path: Path, /, **values: Any) -> None:

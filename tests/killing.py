@@ -116,19 +116,24 @@ def job(order: dict[str, Any]) -> None:
     from common.sampling import writer as writer
     from common.terminal.console import Terminal
     from stage1_vstar.run import run_stage1
+    from stage1_vstar.segments.run import run_segments
     from stage2_train.config import Config
-    from tests.fakes import ScriptedEngine
+    from tests.fakes import ScriptedEngine, SteppingEngine
 
     writer.FRAGMENT_SAMPLES = FRAGMENT_SAMPLES
-    engine = ScriptedEngine(sample_seconds=order["sample_seconds"])
+    config, console = Config.model_validate(order["config"]), Terminal(file=io.StringIO())
+    seconds = order["sample_seconds"]
     if order["at_write"] is not None:
         killed_at(order["at_write"])
-    run_stage1(
-        Config.model_validate(order["config"]),
-        Terminal(file=io.StringIO()),
-        check=False,
-        build_engine=lambda *_, **__: engine,
-    )
+    if order.get("job") == "segments":
+        run_segments(
+            config,
+            console,
+            build_engine=lambda _, __, renderer, **___: SteppingEngine(renderer, sample_seconds=seconds),
+        )
+        return
+    engine = ScriptedEngine(sample_seconds=seconds)
+    run_stage1(config, console, check=False, build_engine=lambda *_, **__: engine)
 
 
 def serve(job: Callable[[dict[str, Any]], None]) -> None:
@@ -151,7 +156,8 @@ if __name__ == "__main__":
     import polars  # noqa: F401
     from transformers import AutoTokenizer, Qwen2Tokenizer  # noqa: F401
 
-    import stage1_vstar.run  # noqa: F401
+    import stage1_vstar.run
+    import stage1_vstar.segments.run  # noqa: F401
     import tests.fakes  # noqa: F401
 
     serve(job)

@@ -250,6 +250,38 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string_and_its_t
         assert any(each.truncated for each in at_limit.values())
 
 
+@pytest.mark.parametrize("limit", [2, 16])
+def test_a_completion_goes_on_from_its_prefix_to_the_same_limit(
+    engine: RolloutEngine, folder: Path, config: Config, limit: int
+) -> None:
+    """Greedy completions say how each of their prefixes goes on, beside requests without one."""
+    greedy = GREEDY.model_copy(update={"max_completion_tokens": limit})
+    batch = requests(PromptRenderer(folder, config.data))
+    whole = sample(engine, batch, greedy)
+    given = [
+        replace(request, prefix=whole[request.key].token_ids[: place % 3], with_logprobs=False)
+        for place, request in enumerate(batch)
+        if place % 3 < len(whole[request.key].token_ids)
+    ]
+    assert {len(request.prefix) for request in given} == set(range(min(limit, 3)))
+    assert any(completion.truncated for completion in whole.values()) == (limit == 2)
+    for key, completion in sample(engine, given, greedy).items():
+        assert completion.token_ids == whole[key].token_ids
+        assert (completion.text, completion.truncated) == (whole[key].text, whole[key].truncated)
+
+
+def test_a_stop_string_may_begin_in_the_prefix(engine: RolloutEngine, folder: Path, config: Config) -> None:
+    renderer = PromptRenderer(folder, config.data)
+    request, *_ = requests(renderer)
+    free = sample(engine, [request], GREEDY)[request.key]
+    first, second = renderer.decode(free.token_ids[:1]), renderer.decode(free.token_ids[:2])
+    stopping = GREEDY.model_copy(update={"stop": (first[-1] + second[len(first)],)})
+    given = replace(request, prefix=free.token_ids[:1], with_logprobs=False)
+    found = sample(engine, [given], stopping)[request.key]
+    assert found.token_ids == free.token_ids[:2]
+    assert (found.text, found.truncated) == (first[:-1], False)
+
+
 CUTS: dict[str, dict[str, float]] = {
     "top_k": {"top_k": 3},
     "min_p": {"min_p": 0.1},

@@ -60,7 +60,7 @@ def generate_samples(
                     token_ids=completion.token_ids,
                 )
                 collect(pool.ready())
-                progress.add(place, len(completion.token_ids))
+                progress.add(place, len(completion.token_ids) - len(prompt.prefix))
             check.all_there = True
             collect(pool.drain())
         finally:  # interrupted: completions that are graded by now are kept

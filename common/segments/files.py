@@ -62,7 +62,7 @@ SEGMENTS = pa.schema(
 )
 """`solutions` are the sample_index of the chosen solutions that go through the state.
 
-A terminal state is a whole solution: its only reward is the solution's. `value` is the mean of the rewards of completions
+A terminal state is a whole solution: its only reward is the solution's. `value` is the mean reward of the completions
 that could be judged, `value_se` its standard error.
 """
 
@@ -82,9 +82,9 @@ ADVANTAGES = pa.schema(
 )
 """`values` are Q(s, a) of each action, from `critic_values` or the Monte-Carlo `action_values`, as `values_from` says.
 
-The value of an action that ends the solution is its reward, whatever `values_from` says. `standard_errors` are those of the
-Monte-Carlo values. `advantages` are the values less their mean over the state's completions (Eq. 3.7); `gap` is the
-largest less the smallest of them. Training uses the states that `keep`.
+The value of an action that ends the solution is its reward, whatever `values_from` says. `standard_errors` are those of
+the Monte-Carlo values. `advantages` are the values less their mean over the state's completions (Eq. 3.7); `gap` is
+the largest less the smallest of them. Training uses the states that `keep`.
 """
 
 _TOLERANCE = 1e-9

@@ -1,0 +1,105 @@
+"""`segments` is killed at any instant and at any write: a re-run completes it to the result of an undisturbed run."""
+
+import random
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from common.runs import RunPaths, run_paths
+from common.segments.files import SEGMENTS_TABLE
+from common.store import addresses, damage, sample_files
+from tests.fakes import tiny_config
+from tests.killing import JobServer
+from tests.stage1_runs import write_questions
+
+SETTINGS = {"solutions": 6, "chosen": 4, "completions": 3, "split": [" "]}
+FEW = {"solutions": 6, "chosen": 2, "completions": 2, "split": [" "]}
+
+
+@pytest.fixture
+def jobs(artifacts: Path) -> Iterator[JobServer]:
+    with JobServer(artifacts) as server:
+        yield server
+
+
+def document(model: Path, data: Path, run: str, settings: Mapping[str, Any] = SETTINGS) -> dict[str, Any]:
+    return tiny_config(model, data, run=run, segments=settings, grader={"workers": 1}).model_dump(
+        mode="json", exclude_unset=True
+    )
+
+
+def there(run: str) -> int:
+    """How many samples are kept; every file is whole, and no sample is there twice."""
+    paths = run_paths(run)
+    count = 0
+    for folder in (paths.samples, paths.continuations):
+        files = sample_files(folder)
+        assert all(damage(file) is None for file in files)
+        found = addresses(files)
+        assert found.n_unique() == found.height
+        count += found.height
+    return count
+
+
+def assert_same(run: str, expected: str) -> None:
+    ours, theirs = (SEGMENTS_TABLE.read(run_paths(name).segments) for name in (run, expected))
+    assert ours[0].equals(theirs[0])
+    assert ours[1].identity == theirs[1].identity
+    for folder in ("samples", "continuations"):
+        assert _samples(run_paths(run), folder).equals(_samples(run_paths(expected), folder))
+
+
+def _samples(paths: RunPaths, folder: str) -> pl.DataFrame:
+    files = sample_files(paths.root / folder)
+    return pl.concat(map(pl.read_parquet, files)).sort("prompt_id", "sample_index")
+
+
+def test_killed_thirty_times_nothing_is_lost_and_nothing_there_twice(
+    jobs: JobServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_questions(tmp_path / "data.jsonl", 12)
+    assert jobs.run(document(tiny_model, data, "whole"), job="segments") == 0
+    whole = there("whole")
+    instants = random.Random(0)
+    kills = completed = partial = 0
+    while kills < 30:
+        run, kept = f"killed-{completed}", 0
+        while jobs.run(
+            document(tiny_model, data, run),
+            seconds=instants.uniform(0, 2.0),
+            sample_seconds=0.002,
+            job="segments",
+        ):
+            kills += 1
+            assert there(run) >= kept
+            kept = there(run)
+            partial += 0 < kept < whole
+        assert_same(run, "whole")
+        completed += 1
+    assert partial >= 5
+
+
+def test_killed_at_each_write_nothing_is_lost_and_nothing_there_twice(
+    jobs: JobServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_questions(tmp_path / "data.jsonl", 2)
+
+    def run(name: str, at_write: int | None = None) -> int:
+        return jobs.run(document(tiny_model, data, name, FEW), at_write=at_write, job="segments")
+
+    assert run("whole") == 0
+    write = 1
+    while run(f"killed-{write}", write) == signal.SIGKILL:
+        there(f"killed-{write}")
+        assert run(f"killed-{write}") == 0
+        assert_same(f"killed-{write}", "whole")
+        write += 1
+    fragments = sum(
+        len(sample_files(run_paths("whole").root / name)) for name in ("samples", "continuations")
+    )
+    assert write - 1 >= 4 * fragments + 3  # content, sync, rename, sync of the folder; config
+    assert_same(f"killed-{write}", "whole")
