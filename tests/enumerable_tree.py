@@ -109,7 +109,7 @@ def sum_of(numbers_SA: Tensor, solution: list[tuple[int, int]]) -> Tensor:
 
 
 def random_tree(seed: int, *, steps: int = 3, depth: int = 3) -> Tree:
-    """A tree of `depth` levels whose first step always ends the solution, and whose rewards are 0 or 1, some of each."""
+    """A tree of `depth` levels whose first step always ends the solution. Its rewards are 0 and 1, as many of each."""
     levels = [(steps - 1) ** level for level in range(depth)]
     inner = sum(levels[:-1])
     next_SA = torch.full((sum(levels), steps), END)

@@ -389,7 +389,7 @@ def coverage(completions: int) -> np.ndarray:
 def test_standard_errors_cover_the_value_about_as_often_as_they_say(completions: int) -> None:
     """Exactly, from binomial probabilities: on average over the values, at their middle, and 73 % at the worst one.
 
-    A value near 0 or 1 has few outcomes, so that its coverage jumps with n; the average is what tables of many states show.
+    A value near 0 or 1 has few likely outcomes, so its coverage jumps; tables of many states show the average.
     """
     covered = coverage(completions)
     middle = np.abs(SHARES - 0.5) <= 0.3
