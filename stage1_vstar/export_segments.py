@@ -128,4 +128,7 @@ def _remarks(rows: list[dict[str, Any]], output: Path, provenance: Provenance, s
     separators = provenance.identity.get("segments", {}).get("separators", [LINE_BREAK])
     if LINE_BREAK not in separators:
         ends = ", ".join(json.dumps(each, ensure_ascii=False) for each in separators)
-        yield f"steps end with {ends}, and are written without the white space around them: set PRMConfig.step_separator"
+        yield (
+            f"steps end with {ends}, and are written without the white space around them: set step_separator of TRL's "
+            "PRMConfig"
+        )

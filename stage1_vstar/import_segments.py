@@ -1,4 +1,4 @@
-"""import-segments: step-level data of others as a run's segments.parquet, for `critic`. Loads the tokenizer, no model."""
+"""import-segments: step-level data of others as a run's segments.parquet, for `critic`. No model is loaded."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import polars as pl
 from common.config import LOCAL_FILES, RunConfig, data_suffix
 from common.contract import BATCH_ROWS, polars_schema
 from common.data.files import rows_in
-from common.data.prompts import check_fit, prompt_id, prompts_from_pairs
+from common.data.prompts import check_fit, prompts_from_pairs
 from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.files import file_digest, obstacle_at, write_text
@@ -78,8 +78,8 @@ def import_segments(config: RunConfig, file: Path, console: Terminal) -> None:
     if short := len(solutions) - len(prompts):
         console.print(f"{short:,} prompts left out: longer than {config.data.max_prompt_tokens} tokens")
     console.print(
-        f"{paths.segments}: {states.count:,} states of {states.solutions:,} solutions of {len(prompts):,} prompts, mean "
-        f"value {states.total / states.count:.3f}; for `critic`: they have no next steps, which advantages need"
+        f"{paths.segments}: {states.count:,} states of {states.solutions:,} solutions of {len(prompts):,} prompts, "
+        f"mean value {states.total / states.count:.3f}; for `critic`: they have no next steps, which advantages need"
     )
 
 
@@ -149,8 +149,8 @@ class _States:
     def left_out(self) -> Iterator[str]:
         if self.long:
             yield (
-                f"{self.long:,} solutions are cut off at sampling.max_completion_tokens = {self._limit}: later states are "
-                "left out"
+                f"{self.long:,} solutions are cut off at sampling.max_completion_tokens = {self._limit}: later states "
+                "are left out"
             )
         if self.without_token:
             yield f"{self.without_token:,} solutions are cut off at a step that the tokenizer makes no token of"

@@ -1,7 +1,7 @@
 """Step-level data of others: solutions whose steps have labels, in three formats that are told apart by their columns.
 
     TRL             prompt, completions: list[str], labels: list[bool] (or numbers from 0 to 1)
-    Math-Shepherd   input: the question and the steps, each with `ки` after it; label: the same text with + or - for `ки`
+    Math-Shepherd   input: the question and its steps, each with `ки` after it; label: the same with + or - for `ки`
     PRM800K         question.problem; label.steps, each with rated alternatives, of which one is gone on from
 
 A label is taken for the value of the state after its step.
@@ -77,7 +77,10 @@ def _solutions_of(row: Mapping[str, Any]) -> list[LabelledSolution]:
     """The labelled solutions of a row. Raises WrongRow."""
     for columns, read in _FORMATS.items():
         if row.keys() >= set(columns):
-            return list(read(row))
+            solutions = list(read(row))
+            if not all(solution.steps for solution in solutions):
+                raise WrongRow("it has no step with a label")
+            return solutions
     known = "; ".join(", ".join(columns) for columns in _FORMATS)
     raise WrongRow(
         f"it has the columns {', '.join(map(str, row)) or 'of no row'}, not those of a format ({known})"
