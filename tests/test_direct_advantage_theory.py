@@ -10,11 +10,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from scipy.stats import binom
 from torch import Tensor
 
 from common.segments.files import standard_error
-from stage2_train.objectives import AStarPO
+from stage2_train.objectives import AStarPO, ObjectiveConfig
+from stage2_train.objectives.protocol import Objective
 from tests.batches import batch_of, loss_of
 from tests.enumerable_tree import (
     Tree,
@@ -277,6 +279,44 @@ def test_the_gradient_of_the_improvement_is_that_of_the_on_policy_regression(see
             torch.testing.assert_close(ascent, -beta * gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 2, 5)], ids=["each step once", "some more often"])
+def test_the_objective_reaches_the_exact_minimiser(counts: tuple[int, ...]) -> None:
+    """The code of `train.objective.name = "direct_advantage"` on every state and step, drawn as often as `counts`."""
+    pytest.importorskip("stage2_train.objectives.direct_advantage")
+    beta, (tree, reference_SA) = 0.3, problem(2)
+    objective: Objective = TypeAdapter(ObjectiveConfig).validate_python(
+        {"name": "direct_advantage", "beta": beta}
+    )
+    advantages_SA = tree.advantages(reference_SA)
+    states, steps = map(
+        torch.tensor,
+        zip(
+            *(
+                (state, step)
+                for state in range(tree.states)
+                for step, n in enumerate(counts)
+                for _ in range(n)
+            ),
+            strict=True,
+        ),
+    )
+    batch = batch_of(
+        [1] * len(steps),
+        advantages_SA[states, steps],
+        group_size=sum(counts),
+        reference_K=reference_SA[states, steps],
+        advantages_B=advantages_SA[states, steps],
+    )
+    found_SA = descended(
+        lambda policy_SA: loss_of(objective, policy_SA[states, steps], batch).share, reference_SA
+    )
+    nu_SA = torch.tensor(counts, dtype=torch.float64).expand(tree.next_SA.shape) / sum(counts)
+    exact_SA = exact_minimiser(reference_SA, advantages_SA / beta, nu_SA)
+    assert float(kl(reference_SA, exact_SA).max()) > 1e-3
+    assert float(kl(exact_SA, found_SA).max()) < 1e-9
+    assert float(kl(found_SA, exact_SA).max()) < 1e-9
+
+
 @pytest.mark.parametrize("explorer", EXPLORERS)
 def test_each_round_has_a_higher_value_and_the_rounds_approach_the_best_policy(explorer: str) -> None:
     """π⁺ is the next round's reference, as in iterative Direct Advantage PO; β stays."""
@@ -382,7 +422,8 @@ def coverage(completions: int) -> np.ndarray:
     solved = np.arange(completions + 1)
     errors = np.array([standard_error(float(count), completions) for count in solved])
     is_within = np.abs(solved / completions - SHARES[:, None]) <= 1.96 * errors
-    return (binom.pmf(solved, completions, SHARES[:, None]) * is_within).sum(-1)
+    probabilities: np.ndarray = binom.pmf(solved, completions, SHARES[:, None])
+    return np.asarray((probabilities * is_within).sum(-1))
 
 
 @pytest.mark.parametrize("completions", [16, 32, 64, 128, 256])

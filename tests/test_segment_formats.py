@@ -38,7 +38,7 @@ def rated(text: str, rating: int | None) -> dict[str, Any]:
     return {"text": text, "rating": rating, "flagged": None}
 
 
-PRM800K = {
+PRM800K: dict[str, Any] = {
     "labeler": "a",
     "generation": 9,
     "question": {"problem": "What is 2 + 2?", "ground_truth_answer": "4"},
@@ -472,6 +472,6 @@ def test_the_commands_do_what_the_functions_do(
     done = run_cli("import-segments", file, "--config", config, warm=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "4 states of 3 solutions of 2 prompts" in done.stdout
-    refused = run_cli("import-segments", file, "--config", config, warm=True)
+    refused = run_cli("export-segments", "--run", "source", "-o", tmp_path / "steps.csv")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "exists; import into another --run" in refused.stderr
+    assert "give a file whose name ends in .jsonl or .parquet" in refused.stderr

@@ -197,12 +197,12 @@ def of_folder(folder: Path) -> Tokeniser:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return lambda text: tokenizer(text).input_ids, tokenizer.decode
+    return lambda text: tokenizer(text).input_ids, lambda ids: str(tokenizer.decode(ids))
 
 
 def of_demo() -> Tokeniser:
     tokenizer = build_tokenizer()
-    return lambda text: tokenizer(text).input_ids, tokenizer.decode
+    return lambda text: tokenizer(text).input_ids, lambda ids: str(tokenizer.decode(ids))
 
 
 TOKENISERS = {

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from numbers import Real
 from typing import Any
 
 TAG = "ки"
@@ -112,7 +111,8 @@ def _of_math_shepherd(row: Mapping[str, Any]) -> Iterator[LabelledSolution]:
         raise WrongRow(f"its input has no {TAG}")
     values = _marks(text.split(TAG), marked)
     begin = _begin_of_steps(text, ends[0])
-    steps, start = [], begin
+    steps: list[LabelledStep] = []
+    start = begin
     for end, value in zip(ends, values, strict=True):
         if end >= begin:
             steps.append(LabelledStep(text=_step(text[start:end], len(steps) + 1), value=value))
@@ -218,7 +218,7 @@ def _step(value: Any, number: int) -> str:
 
 
 def _share(label: Any, number: int) -> float:
-    if not isinstance(label, Real | Decimal) or not 0 <= label <= 1:
+    if not isinstance(label, int | float | Decimal) or not 0 <= label <= 1:
         raise WrongRow(f"the label of its step {number} should be true, false or a number from 0 to 1")
     return float(label)
 
