@@ -71,7 +71,8 @@ def _rows(states: pl.DataFrame, label: Label) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"the prompt {prompt[:80]}… has {len(turns)} messages, and TRL's stepwise rows hold texts alone"
         )
-    states = states.sort("step")
+    # Solutions that share a state may count its steps differently: by length they are in order for each.
+    states = states.sort(pl.col("prefix").str.len_bytes(), "step")
     for solution in states["solutions"].explode().unique().sort():
         along = states.filter(pl.col("solutions").list.contains(solution))
         texts, labels, before = [], [], ""

@@ -439,6 +439,19 @@ def test_solutions_that_trls_format_cannot_hold_are_refused(tmp_path: Path) -> N
     assert not (tmp_path / "steps.jsonl").exists()
 
 
+def test_solutions_that_cut_the_same_text_differently_keep_their_steps_in_order(
+    tiny_model: Path, artifacts: Path, tmp_path: Path
+) -> None:
+    fine = {"prompt": "1?", "completions": ["a", "b", "c"], "labels": [True, False, True]}
+    coarse = {"prompt": "1?", "completions": ["a\nb", "d", "e"], "labels": [True, True, False]}
+    config = config_of(tiny_model)
+    import_segments(config, write_rows(tmp_path / "a.jsonl", [fine, coarse]), Terminal(quiet=True))
+    export_segments(run_paths(config.run).segments, tmp_path / "b.jsonl", soft=True)
+    rows = pl.read_ndjson(tmp_path / "b.jsonl")
+    assert rows["completions"].to_list() == [["a", "b", "c"], ["a\nb", "d", "e"]]
+    assert rows["labels"].to_list() == [[1.0, 0.5, 1.0], [0.5, 1.0, 0.0]]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_what_is_exported_is_imported_as_the_same_prompts_steps_and_labels(
