@@ -531,6 +531,50 @@ def export_data(
         console.print(line)
 
 
+@app.command("export-segments", short_help="Export solutions with labelled steps for TRL.")
+def export_segments(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write to this file, .jsonl or .parquet.")],
+    run: RunName = "demo",
+    at_least: Annotated[
+        float | None,
+        typer.Option(
+            "--at-least",
+            metavar="VALUE",
+            help="A step is correct if the value after it is at least this; by default, above 0.",
+        ),
+    ] = None,
+    soft: Annotated[bool, typer.Option("--soft", help="Write the values as labels.")] = False,
+) -> None:
+    """Export a run's solutions with a label for each step: TRL's data for stepwise supervision (docs/export.md)."""
+    from common.runs import run_paths
+    from stage1_vstar.export_segments import export_segments as export
+
+    for line in export(run_paths(run).segments, output, at_least=at_least, soft=soft):
+        console.print(line)
+
+
+@app.command("import-segments", short_help="Take labelled steps of others as a run's states.")
+def import_segments(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Rows of TRL's stepwise format, Math-Shepherd or PRM800K.")
+    ],
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write artifacts/RUN/segments.parquet from a file of solutions with labelled steps, for `critic`.
+
+    The labels are taken for the values of states (docs/export.md). No model is loaded.
+    """
+    from stage2_train.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    with _libraries_logged(settings.run):
+        from stage1_vstar.import_segments import import_segments as import_file
+
+        import_file(settings, file, console)
+
+
 @app.command(short_help="Compare other values of N and β1.")
 def sweep(
     run: RunName = "demo",

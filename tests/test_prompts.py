@@ -422,13 +422,13 @@ def test_a_prompt_of_megabytes_is_told_by_its_beginning(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     tokenised: list[int] = []
-    token_ids = PromptRenderer._token_ids
+    token_ids = PromptRenderer.token_ids
 
     def counted(renderer: PromptRenderer, texts: list[str]) -> Any:
         tokenised.extend(map(len, texts))
         return token_ids(renderer, texts)
 
-    monkeypatch.setattr(PromptRenderer, "_token_ids", counted)
+    monkeypatch.setattr(PromptRenderer, "token_ids", counted)
     path = write_jsonl(tmp_path / "data.jsonl", [*ROWS[:3], {"prompt": text, "answer": "1"}, *ROWS[3:]])
     message = refusal(tiny_config(tiny_model, path))
     assert "a prompt has far more tokens, more than data.max_prompt_tokens = 64" in message

@@ -88,7 +88,7 @@ class PromptRenderer:
             rendered = [self.in_template(text) for text in some]
             too_long = [limit is not None and self._is_far_longer(text, limit) for text in rendered]
             found = iter(
-                self._token_ids([text for text, long in zip(rendered, too_long, strict=True) if not long])
+                self.token_ids([text for text, long in zip(rendered, too_long, strict=True) if not long])
             )
             for text, long in zip(rendered, too_long, strict=True):
                 yield None if long else self._with_bos(next(found), text)
@@ -104,7 +104,7 @@ class PromptRenderer:
         """Whether its beginning alone has more than twice the limit, not counting those of a token that was cut."""
         size = max(SHORTEST_BEGINNING, CHARACTERS_PER_TOKEN * limit)
         while size < len(rendered):
-            if len(self._token_ids([rendered[:size]])[0]) > 2 * limit + self._longest_token:
+            if len(self.token_ids([rendered[:size]])[0]) > 2 * limit + self._longest_token:
                 return True
             size *= 4
         return False
@@ -114,8 +114,11 @@ class PromptRenderer:
         """The length of the longest token, in characters."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def _token_ids(self, texts: list[str]) -> list["array[int]"]:
-        """`tokenizer(texts, add_special_tokens=False)`, without the overhead of its Python wrapper where possible."""
+    def token_ids(self, texts: list[str]) -> list["array[int]"]:
+        """The token ids of texts as they are: `tokenizer(texts, add_special_tokens=False)`.
+
+        Without the overhead of its Python wrapper where possible.
+        """
         if not texts:
             return []
         if not self._is_plain:
@@ -213,7 +216,7 @@ class PromptRenderer:
         if self.template == "chat" or not self.tokenizer.chat_template:
             return None
         added = set(self.tokenizer.all_special_ids) | self.tokenizer.added_tokens_decoder.keys()
-        (ids,) = self._token_ids([self.in_template(PROBES[0])])
+        (ids,) = self.token_ids([self.in_template(PROBES[0])])
         end = self._end_of_turn(added)
         if end not in self.eos_token_ids or not added.isdisjoint(ids):
             return None
@@ -230,7 +233,7 @@ class PromptRenderer:
             _, found, rest = self._chat(turns, None, asks=False).rpartition(PROBES[1])
         except UserError:
             return None
-        (ids,) = self._token_ids([rest]) if found and rest else ([],)
+        (ids,) = self.token_ids([rest]) if found and rest else ([],)
         return next((token for token in ids if token in added), None)
 
     def _chat_error(self, what: str) -> UserError:

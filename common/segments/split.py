@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 _BLOCKS = re.compile(
-    r"\\\\|```|\$\$|\\\[|\\\]|\\begin\{(?P<begin>[^{}]*)\}|\\end\{(?P<end>[^{}]*)\}",
+    r"\\[\\$]|```|\$\$|\\\[|\\\]|\\begin\{(?P<begin>[^{}]+)\}|\\end\{(?P<end>[^{}]+)\}",
 )
-"""What opens or closes a block; a double backslash, which is a line break in LaTeX, does neither."""
+"""What opens or closes a block. A double backslash, LaTeX's line break, and an escaped dollar do neither."""
 
 
 def is_open(text: str) -> bool:
@@ -68,9 +68,16 @@ class StepCutter:
         """Whether a separator becomes complete in the last token, outside of blocks and after something not blank."""
         text, before = self._decode(step), self._decode(step[:-1])
         begun = len(text) - len(text.lstrip())
-        for separator in self._separators:
-            start = max(begun, len(before) - len(separator) + 1)
-            place = text.find(separator, start)
-            if place >= 0 and not is_open(text[: place + len(separator)]) and not is_open(text):
-                return True
-        return False
+        ends = (
+            end
+            for separator in self._separators
+            for end in _ends_of(separator, text, max(begun, len(before) - len(separator) + 1))
+        )
+        return any(not is_open(text[:end]) for end in ends) and not is_open(text)
+
+
+def _ends_of(separator: str, text: str, start: int) -> Iterator[int]:
+    """Where the separators end that begin at `start` or later."""
+    while (place := text.find(separator, start)) >= 0:
+        yield place + len(separator)
+        start = place + 1
