@@ -162,24 +162,6 @@ class Regraded:
         return self.root / "vstar.parquet"
 
     @property
-    def continuations(self) -> Path:
-        """Completions from the states of solutions, a store like that of samples."""
-        return self.root / "continuations"
-
-    @property
-    def segments(self) -> Path:
-        return self.root / "segments.parquet"
-
-    @property
-    def critic(self) -> Path:
-        """The critic in Hugging Face format."""
-        return self.root / "critic"
-
-    @property
-    def advantages(self) -> Path:
-        return self.root / "advantages.parquet"
-
-    @property
     def changes(self) -> Path:
         """The prompts whose grades differ from those in the run's own table."""
         return self.root / "changes.parquet"
