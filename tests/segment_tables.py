@@ -24,8 +24,6 @@ WORDS = (GOOD, " has")
 COMPLETIONS = 12
 SOLUTIONS = 3
 
-Steps = tuple[tuple[int, ...], ...]
-
 
 def write_segments(config: Config, path: Path, *, steps: int = 3) -> pl.DataFrame:
     """The table of the config's prompts, each with SOLUTIONS solutions of 1 to `steps` steps; returns its rows."""
@@ -52,13 +50,11 @@ def _rows(prompt: Prompt, solutions: list[list[str]], renderer: PromptRenderer) 
     for number, words in enumerate(solutions):
         for step in range(len(words) + 1):
             through[tuple(words[:step])].append(number)
-    ends = {tuple(words) for words in solutions}
     rows = []
-    for words, members in through.items():
-        rows.append(_row(prompt, words, members, solutions, renderer))
-        if words in ends:
-            finished = [number for number in members if tuple(solutions[number]) == words]
-            rows.append(_row(prompt, words, finished, [], renderer))
+    for state, members in through.items():
+        rows.append(_row(prompt, state, members, solutions, renderer))
+        if finished := [number for number in members if tuple(solutions[number]) == state]:
+            rows.append(_row(prompt, state, finished, [], renderer))
     return rows
 
 
@@ -76,11 +72,8 @@ def _row(
     tokens = [*step_tokens(words, renderer), *end]
     value = float(value_of(words) > 0.5) if is_terminal else value_of(words)
     rewards = [value] if is_terminal else [float(n < round(value * COMPLETIONS)) for n in range(COMPLETIONS)]
-    longer = (
-        {solutions[number][len(words)] for number in members if len(solutions[number]) > len(words)}
-        if solutions
-        else set()
-    )
+    going_on = [solutions[number] for number in members if solutions and len(solutions[number]) > len(words)]
+    longer = {each[len(words)] for each in going_on}
     actions = [(word, step_tokens((word,), renderer)) for word in sorted(longer)]
     return {
         "state_id": state_id(prompt.id, tokens),

@@ -35,7 +35,7 @@ def draw_reliability(
             markersize=3,
             capsize=2,
         )
-        points.set(ylabel="mean Monte-Carlo value", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        points.set(ylabel="mean Monte-Carlo value", xlim=(0, 1), ylim=(0, 1))
         counts.bar(predicted_B, states_B, width=0.04, color="0.65")
         counts.set(xlabel="the critic's value, mean of a bin", ylabel="states")
         counts.yaxis.set_major_formatter("{x:,.0f}")

@@ -52,7 +52,10 @@ class Calibration(BaseModel, frozen=True):
 
 
 class FirstWrongStep(BaseModel, frozen=True):
-    """How well the first step with a value below a threshold is the first wrong one (ProcessBench, arXiv:2412.06559)."""
+    """How often the first step with a value below a threshold is the first wrong one.
+
+    As ProcessBench measures it (arXiv:2412.06559).
+    """
 
     threshold: float
     erroneous: int
@@ -148,7 +151,7 @@ def best_threshold(values_N: Sequence[Sequence[float]], label_N: Sequence[int]) 
         assert found is not None, "the labels are those of the default"
         return found, -abs(threshold - DEFAULT_THRESHOLD)
 
-    return max(sorted(candidates), key=merit)
+    return float(max(sorted(candidates), key=merit))
 
 
 def labelled_solutions(states: pl.DataFrame) -> list[tuple[list[int], int]]:

@@ -39,7 +39,10 @@ class CriticFigures(BaseModel, frozen=True):
 def critic_figures(
     held_out: pl.DataFrame, training: pl.DataFrame, logits: Mapping[int, float]
 ) -> CriticFigures:
-    """The figures of states with these logits, by number. Tables are of `States.states`; training's gives the threshold."""
+    """The figures of states with these logits, by number; `training` chooses the threshold.
+
+    The tables are of `States.states`.
+    """
     threshold = best_threshold(*_solutions(training, logits))
     kinds = {
         "all": held_out,
@@ -102,9 +105,9 @@ def calibration_table(figures: CriticFigures) -> Table:
 def first_wrong_lines(figures: Sequence[FirstWrongStep]) -> list[str]:
     """A line for each threshold."""
     return [
-        f"first wrong step, threshold {each.threshold:.3f}: F1 {shown(each.f1)}, found in {shown(each.accuracy_erroneous)} "
-        f"of {each.erroneous:,} erroneous solutions, none found in {shown(each.accuracy_correct)} of {each.correct:,} "
-        "correct ones"
+        f"first wrong step, threshold {each.threshold:.3f}: F1 {shown(each.f1)}, accuracy "
+        f"{shown(each.accuracy_erroneous)} on {each.erroneous:,} erroneous solutions, {shown(each.accuracy_correct)} "
+        f"on {each.correct:,} correct ones"
         for each in figures
     ]
 

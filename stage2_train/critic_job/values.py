@@ -33,8 +33,8 @@ def state_values(folder: Path, token_ids: Iterable[Sequence[int]], config: Confi
     """V_φ at the last token of each sequence, between 0 and 1, in the order of the sequences.
 
     A sequence has the tokens of the prompt and of the steps so far. Micro-batches have at most
-    `train.tokens_per_micro_batch` tokens; the critic is held in `model.dtype`. Raises UserError if there is no critic in
-    `folder`, or for a sequence that is longer than its context.
+    `train.tokens_per_micro_batch` tokens; the critic is held in `model.dtype`. Raises UserError if `folder` has no
+    critic, or for a sequence that is longer than its context.
     """
     sequences = (
         Trajectory(token_ids=ids, ends=(len(ids),), states=(number,)) for number, ids in enumerate(token_ids)
