@@ -230,7 +230,7 @@ def critic(
     settings = load_config(config, overrides or (), run)
     for package in ("deepspeed", "peft"):
         refuse_missing(package, "this is a command of stage 2", "make setup")
-    with _ending_cleanly("an earlier critic", then="starts over"), _libraries_logged(settings.run):
+    with _ending_cleanly("nothing", then="starts over"), _libraries_logged(settings.run):
         if process_bench is None:
             from stage2_train.critic_job.run import run_critic
 

@@ -36,6 +36,13 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "ZeRO-3, a trajectory at a time": {"train": {"zero_stage": 3, "tokens_per_micro_batch": 1}},
     "gradient checkpointing": {"train": {"zero_stage": 1, "gradient_checkpointing": True}},
 }
+FEWER_TRAJECTORIES_THAN_RANKS = "one trajectory a step"
+LONE = {
+    FEWER_TRAJECTORIES_THAN_RANKS: {
+        "critic": {"batch_size": 1, "learning_rate": 1e-4},
+        "train": {"zero_stage": 3},
+    }
+}
 RUNS = [(processes, case) for processes in (1, 2) for case in CASES]
 
 
@@ -60,7 +67,7 @@ def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
         batch_size=40,
     )
     rows = write_segments(config, folder / "segments.parquet")
-    found = ranks_found("critic_steps", config, folder, {1: CASES, 2: CASES})
+    found = ranks_found("critic_steps", config, folder, {1: CASES | LONE, 2: CASES | LONE})
     return formula(config, rows, folder / "segments.parquet", found)
 
 
@@ -139,6 +146,14 @@ def test_every_rank_has_the_logits_of_all_states(outcome: Outcome, processes: in
     for rank in outcome.found[processes]:
         assert rank[case]["logits"] == pytest.approx(outcome.logits, abs=LOGITS_TOLERANCE)
     assert max(outcome.logits.values()) - min(outcome.logits.values()) > 100 * LOGITS_TOLERANCE
+
+
+def test_a_rank_without_a_trajectory_of_a_step_adds_nothing_to_it(outcome: Outcome) -> None:
+    alone, together = (outcome.found[n][0][FEWER_TRAJECTORIES_THAN_RANKS] for n in (1, 2))
+    assert len(alone["steps"]) > 50
+    for name, weight in alone["weights"].items():
+        assert float((together["weights"][name] - weight).abs().max()) < WEIGHTS_TOLERANCE, name
+        assert not torch.equal(weight, outcome.start[name]), name
 
 
 def test_the_loss_has_the_gradient_of_the_formula() -> None:
