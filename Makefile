@@ -35,12 +35,13 @@ OPTIONS = --config $(call quoted,$(CONFIG)) $(if $(RUN),--run $(RUN)) $(ARGS)
 INSTALLED := $(VENV)/.$(ACCELERATOR)
 # The demo's config points at a base model of its own making; other configs bring theirs.
 BASE_MODEL := $(if $(shell grep -s '{run}/base_model' -- $(call quoted,$(CONFIG))),yes)
+LAUNCH = $(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC) --)
 IF_MISSING = [ -e $(FOLDER)/$(1) ] ||
 MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python cli.py base-model $(OPTIONS))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check browser setup setup-stage1 base-model vstar train evaluate report compare lock clean
+.PHONY: help demo test check browser setup setup-stage1 base-model vstar train critic evaluate report compare lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -87,7 +88,10 @@ train: $(INSTALLED)-train ## Stage 2: train, after stage 1 where the objective n
 	@if [ ! -e $(FOLDER)/vstar.parquet ] && $(BIN)/python cli.py needs-stage1 $(OPTIONS) 2>/dev/null; then \
 		$(MAKE) --no-print-directory vstar; \
 	fi
-	@$(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC) --) cli.py train $(OPTIONS)
+	@$(LAUNCH) cli.py train $(OPTIONS)
+
+critic: $(INSTALLED)-train ## Train the critic of the step-level method, after `segments`
+	@$(LAUNCH) cli.py critic $(OPTIONS)
 
 evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on held-out prompts
 	@$(BIN)/python cli.py evaluate $(OPTIONS)

@@ -200,6 +200,48 @@ def train(
         run_stage2(settings, console, vstar_file, allow_mismatch or ())
 
 
+@app.command(short_help="Train a critic on the values of states (after `segments`).")
+def critic(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    segments_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--segments", help="The table of states to read; by default artifacts/RUN/segments.parquet."
+        ),
+    ] = None,
+    process_bench: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Train nothing: measure how well the trained critic finds the first wrong steps of the solutions in "
+            "a file in ProcessBench's format.",
+        ),
+    ] = None,
+) -> None:
+    """Train the critic V_φ on the Monte-Carlo values of segments.parquet, and test it on held-out prompts.
+
+    Writes artifacts/RUN/critic, see docs/critic.md. After an interruption the same command starts over.
+    """
+    from common.packages import refuse_missing
+    from stage2_train.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    for package in ("deepspeed", "peft"):
+        refuse_missing(package, "this is a command of stage 2", "make setup")
+    with _ending_cleanly("nothing", then="starts over"), _libraries_logged(settings.run):
+        if process_bench is None:
+            from stage2_train.critic_job.run import run_critic
+
+            console.outlives_its_reader = True
+            run_critic(settings, console, segments_file)
+        else:
+            from stage2_train.critic_job.process_bench import run_process_bench
+
+            run_process_bench(settings, console, process_bench)
+
+
 @app.command("needs-stage1", hidden=True)
 def needs_stage1(
     config: ConfigFile = DEMO,
@@ -641,7 +683,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
+def _ending_cleanly(kept: str = "what was graded", then: str = "continues") -> Iterator[None]:
     """Treat SIGTERM, which schedulers send before they end a job, like Ctrl-C: finished work is kept."""
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
@@ -652,7 +694,7 @@ def _ending_cleanly(kept: str = "what was graded") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         # Not if another process has reported a mistake and the launcher therefore ends this one.
-        leave(130, f"interrupted: {kept} is kept; the same command continues", unless_said=True)
+        leave(130, f"interrupted: {kept} is kept; the same command {then}", unless_said=True)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -102,7 +102,7 @@ class Trained:
         sections = [
             f"---\n{metadata.to_yaml()}\n---",
             f"# {self.config.run}, iteration {self.iteration:,}",
-            f"`{_title(self.config.model.path)}` after {self.iteration:,}{of_them} iterations of training with the "
+            f"`{title_of(self.config.model.path)}` after {self.iteration:,}{of_them} iterations of training with the "
             f"objective `{self.config.train.objective.name}`. This page was written by the training program from the "
             "run's records.",
             *("## Origin", _table(self._origin())),
@@ -117,7 +117,7 @@ class Trained:
 
     def _origin(self) -> Iterable[Cell]:
         model, identity = self.config.model, self.made_with.get("model") or {}
-        yield "trained from", f"`{_title(model.path)}`"
+        yield "trained from", f"`{title_of(model.path)}`"
         if model.revision is not None:
             yield "its revision", f"`{model.revision}`"
         yield "hash of its weights", _code(identity.get("weights"))
@@ -236,7 +236,7 @@ def _data_rows(what: str, data: DataConfig, count: int | None) -> Iterable[Cell]
 
 def _titles(data: DataConfig) -> list[str]:
     paths = data.path if isinstance(data.path, list) else [data.path or data.format]
-    return [_title(str(path)) + (f" ({data.name})" if data.name else "") for path in paths]
+    return [title_of(str(path)) + (f" ({data.name})" if data.name else "") for path in paths]
 
 
 def _hub_name(path: object) -> str | None:
@@ -247,7 +247,7 @@ def _hub_name(path: object) -> str | None:
     return str(path)
 
 
-def _title(path: str) -> str:
+def title_of(path: str) -> str:
     """A name on the hub, or the last part of a path."""
     return _hub_name(path) or Path(path).name
 

@@ -106,7 +106,7 @@ def _write(checkpoint: Path, folder: Path) -> None:
         raise UserError(f"{checkpoint}: {error}") from error
     del weights
     trained = dict(network.named_weights())
-    refuse_broken(broken_weight(trained))
+    refuse_broken(broken_weight(trained), "train.learning_rate")
     card = Trained.of(run, config, state["iteration"], made_with, evaluations_of(run, state["iteration"]))
     record = {
         "iterations": state["iteration"],

@@ -1,8 +1,9 @@
-"""The folder of a trained model: a copy of the reference's, with the trained weights."""
+"""The folder of a trained model: a copy of the reference's, with the trained weights; and that of a critic."""
 
 import json
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ COPIED = (
     "*processor_config.json",
 )
 """Files that are copied from the reference, if it has them."""
+CRITIC_LABEL = "correct"
+"""The name of a critic's label: its probability is that of a correct solution."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """The keys of config.json in this and in earlier versions of transformers."""
 
@@ -44,6 +47,26 @@ def write_model(
         config[DTYPE_KEYS[-1]] = None
     text = json.dumps(_with_dtype(config, dtype), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    copy_tokenizer(reference, folder)
+
+
+def write_critic(folder: Path, weights: dict[str, Tensor], model: Any, tokenizer: Path, dtype: str) -> None:
+    """Write a token classifier with one label, which is `model` with these weights, and a tokenizer into `folder`.
+
+    The sigmoid of its logit is a value, so its problem is one of independent labels.
+    """
+    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    config.problem_type = "multi_label_classification"
+    config.id2label, config.label2id = {0: CRITIC_LABEL}, {CRITIC_LABEL: 0}
+    config.to_json_file(folder / "config.json")
+    copy_tokenizer(tokenizer, folder)
+
+
+def copy_tokenizer(reference: Path, folder: Path) -> None:
+    """Copy the files of the reference besides its network, such as the tokenizer's."""
     for pattern in COPIED:
         for file in filter(Path.is_file, reference.glob(pattern)):
             shutil.copy2(file, folder)
@@ -61,10 +84,10 @@ def broken_weight(weights: Mapping[str, Tensor]) -> str | None:
     return next((name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())), None)
 
 
-def refuse_broken(name: str | None) -> None:
-    """Raise UserError if there is a weight that is not finite."""
+def refuse_broken(name: str | None, setting: str) -> None:
+    """Raise UserError if there is a weight that is not finite; `setting` is the key of its learning rate."""
     if name is not None:
         raise UserError(
-            f"the trained model is not written: its weight {name} is not finite; lower train.learning_rate, and start "
-            "again under another --run"
+            f"the trained model is not written: its weight {name} is not finite; lower {setting}, and start again "
+            "under another --run"
         )

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from common.errors import UserError
 from common.model.checkpoint_names import CheckpointNames, named_state, refuse_other_names
@@ -16,6 +17,7 @@ from stage2_train.config import Config
 from stage2_train.exported import write_model
 from stage2_train.logprobs import load_model
 from stage2_train.lora import Adapter, LowRankUpdate, keep_trained_weights
+from stage2_train.ranks import Ranks
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 """Makes a context in which partitioned parameters are whole."""
@@ -60,13 +62,7 @@ class Network:
 
         With `gather`, one bucket at a time is whole, and the weights that are given are copies.
         """
-        weights = self._base_weights()
-        for bucket in _buckets(self._names.groups, weights):
-            items = {name: weights[name] for group in bucket for name in group}
-            with (gather or nullcontext)([part for item in items.values() for part in _parts(*item)]):
-                whole = {name: _whole(*item, copy=gather is not None) for name, item in items.items()}
-            for group in bucket:
-                yield from self._names.to_checkpoint({name: whole.pop(name) for name in group}).items()
+        return named_weights(self.module.model, self._names, self.adapter, gather)
 
     def adapter_weights(self, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
         """Copies of the adapter's weights, by the model's names; none without an adapter."""
@@ -82,12 +78,33 @@ class Network:
         if self.adapter:
             self.adapter.save(folder / "adapter", adapter_weights)
 
-    def _base_weights(self) -> dict[str, tuple[Tensor, LowRankUpdate | None]]:
-        """The model's own weights under its own names, each with the update to add to it."""
-        weights = named_state(self.module.model)
-        if self.adapter:
-            return self.adapter.merged_weights(weights)
-        return {name: (weight, None) for name, weight in weights.items()}
+
+def named_weights(
+    model: PreTrainedModel, names: CheckpointNames, adapter: Adapter | None, gather: Gather | None
+) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights as those of a checkpoint, an adapter merged into them; see `Network.named_weights`."""
+    weights = _base_weights(model, adapter)
+    for bucket in _buckets(names.groups, weights):
+        items = {name: weights[name] for group in bucket for name in group}
+        with (gather or nullcontext)([part for item in items.values() for part in _parts(*item)]):
+            whole = {name: _whole(*item, copy=gather is not None) for name, item in items.items()}
+        for group in bucket:
+            yield from names.to_checkpoint({name: whole.pop(name) for name in group}).items()
+
+
+def in_main_memory(weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """Copies of the weights in the main process's memory; the others only help to gather them."""
+    return {name: weight.to("cpu", copy=True) for name, weight in weights if ranks.is_main}
+
+
+def _base_weights(
+    model: PreTrainedModel, adapter: Adapter | None
+) -> dict[str, tuple[Tensor, LowRankUpdate | None]]:
+    """The model's own weights under its own names, each with the update to add to it."""
+    weights = named_state(model)
+    if adapter:
+        return adapter.merged_weights(weights)
+    return {name: (weight, None) for name, weight in weights.items()}
 
 
 def _whole(weight: Tensor, update: LowRankUpdate | None, *, copy: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """The policy under training: a learner whose weights have the names of a Hugging Face checkpoint."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from stage2_train.config import Config
 from stage2_train.exported import broken_weight, refuse_broken
 from stage2_train.learner import Learner
 from stage2_train.logprobs import VocabularyHead, token_logprobs
-from stage2_train.network import Gather, Network
+from stage2_train.network import Gather, Network, in_main_memory
 from stage2_train.ranks import Ranks
 
 
@@ -63,14 +63,10 @@ class Policy:
         An adapter is merged into the weights, and also written to folder/adapter in peft's format. Raises UserError
         if a weight is not finite.
         """
-        state = self._in_main_memory(self.named_weights())
-        adapter_state = self._in_main_memory(self._network.adapter_weights(self._gather))
-        refuse_broken(self._ranks.from_main(broken_weight(state) if self._ranks.is_main else None))
+        state = in_main_memory(self.named_weights(), self._ranks)
+        adapter_state = in_main_memory(self._network.adapter_weights(self._gather), self._ranks)
+        refuse_broken(self._ranks.from_main(broken_weight(state)), "train.learning_rate")
         if self._ranks.is_main:
             with new_folder(folder) as temporary:
                 self._network.write(temporary, state, adapter_state)
         self._ranks.wait()
-
-    def _in_main_memory(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Copies of the weights in the main process's memory; the others only help to gather them."""
-        return {name: weight.to("cpu", copy=True) for name, weight in weights if self._ranks.is_main}

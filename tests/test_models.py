@@ -381,7 +381,7 @@ def test_a_policy_that_is_not_finite_is_not_exported() -> None:
     weights = {"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}
     assert broken_weight({"a": weights["a"]}) is None
     with pytest.raises(UserError, match="its weight b is not finite"):
-        refuse_broken(broken_weight(weights))
+        refuse_broken(broken_weight(weights), "train.learning_rate")
 
 
 def test_layers_that_get_no_adapter_are_refused_by_name(qwen: Path) -> None:

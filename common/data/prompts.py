@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from common.rollout import Prompt
 def prompt_id(text: str, answer: str) -> str:
     """A content hash of a question and its answer."""
     return hashlib.sha256(json.dumps([text, answer]).encode()).hexdigest()[:24]
+
+
+def token_hash(token_ids: "array[int]") -> str:
+    """A hash of a prompt's tokens, by which tables recognise the tokens that they were made with."""
+    return hashlib.sha256(token_ids.tobytes()).hexdigest()[:16]
 
 
 def load_prompts(data: DataConfig, config: RunConfig, renderer: PromptRenderer) -> list[Prompt]:
@@ -79,7 +85,7 @@ def prompts_from_pairs(
                 text=text,
                 answer=answer,
                 token_ids=token_ids,
-                token_hash=hashlib.sha256(token_ids.tobytes()).hexdigest()[:16],
+                token_hash=token_hash(token_ids),
             )
         )
     if too_long and not prompts:

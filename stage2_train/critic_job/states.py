@@ -1,0 +1,163 @@
+"""The states of segments.parquet, joined to trajectories: a state's tokens are the beginning of its solution's.
+
+One forward pass over a trajectory gives the values of all its states. A state that several solutions share belongs to
+one trajectory only, so it is trained on once.
+"""
+
+import hashlib
+import random
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from common.data.prompts import token_hash
+from common.data.rendering import PromptRenderer, quoted
+from common.errors import UserError
+from common.grading import UNJUDGED
+from common.model.files import model_numbers
+from common.seeds import derive_seed
+from common.segments.files import SEGMENTS_TABLE
+
+COLUMNS = (
+    *("state_id", "prompt_id", "prompt", "prompt_token_hash", "prefix_token_ids", "step", "solutions"),
+    *("is_terminal", "num_completions", "rewards", "outcomes", "value"),
+)
+KEPT = ("prompt_id", "step", "solutions", "is_terminal", "value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """A prompt with a solution, and the states along it."""
+
+    token_ids: Sequence[int]
+    """Of the prompt and the solution."""
+    ends: tuple[int, ...]
+    """The number of tokens of each state, ascending."""
+    states: tuple[int, ...]
+    """The number of each state: its row in the table."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """The states of a table, and the trajectories through them."""
+
+    table: pl.DataFrame
+    """One row per state: the columns KEPT, and `noise`, the variance of its value as a mean of so many completions.
+
+    `noise` is 0 for a terminal state, whose reward is exact, and missing where fewer than two completions were judged.
+    """
+    training: Sequence[Trajectory]
+    held_out: Sequence[Trajectory]
+
+    def states(self, trajectories: Iterable[Trajectory]) -> pl.DataFrame:
+        """The rows of the states of these trajectories, with their number as `state`."""
+        numbers = sorted(number for each in trajectories for number in each.states)
+        return self.table.with_row_index("state")[numbers]
+
+    def some_training(self, prompts: int, seed: int) -> list[Trajectory]:
+        """The training trajectories of so many prompts, chosen at random, or of all if there are no more."""
+        prompt_of = self.table["prompt_id"].to_list()
+        ids = sorted({prompt_of[each.states[0]] for each in self.training})
+        chosen = set(random.Random(derive_seed(seed, "critic threshold")).sample(ids, min(prompts, len(ids))))
+        return [each for each in self.training if prompt_of[each.states[0]] in chosen]
+
+
+def is_held_out(prompt_id: str, share: float) -> bool:
+    """Whether a prompt belongs to the held-out share: a function of its id alone."""
+    digest = hashlib.sha256(f"critic {prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def read_states(path: Path, renderer: PromptRenderer, held_out: float) -> States:
+    """Read segments.parquet and join its states to trajectories.
+
+    Raises UserError for a table that breaks its contract, if a prompt now has other tokens, or if no prompt is left to
+    train on.
+    """
+    table = pl.concat(SEGMENTS_TABLE.scan(path, COLUMNS)).with_row_index("state")
+    prompts = table.unique("prompt_id", maintain_order=True)
+    token_ids = _prompt_tokens(prompts, renderer, path)
+    parts: dict[bool, list[Trajectory]] = {False: [], True: []}
+    for (prompt_id,), rows in table.group_by("prompt_id", maintain_order=True):
+        states = dict(zip(rows["state"], map(tuple, rows["prefix_token_ids"].to_list()), strict=True))
+        parts[is_held_out(str(prompt_id), held_out)].extend(trajectories(token_ids[str(prompt_id)], states))
+    if not parts[False]:
+        raise UserError(
+            f"{path} has no prompt to train on: critic.held_out = {held_out:g} holds all {prompts.height} out; lower it"
+        )
+    return States(table=table.select(*KEPT, noise=_noise(table)), training=parts[False], held_out=parts[True])
+
+
+def trajectories(
+    prompt_token_ids: Sequence[int], states: Mapping[int, tuple[int, ...]]
+) -> Iterator[Trajectory]:
+    """The fewest sequences of tokens that every state of a prompt is the beginning of, each state in one of them.
+
+    `states` are the tokens after the prompt, by the state's number. In lexicographic order a state that is the
+    beginning of any other is the beginning of the next one.
+    """
+    prompt = array("i", prompt_token_ids)
+    pending: list[tuple[tuple[int, ...], int]] = []
+    for tokens, number in sorted(((tokens, number) for number, tokens in states.items()), reverse=True):
+        if pending and pending[-1][0][: len(tokens)] != tokens:
+            yield _joined(prompt, pending)
+            pending = []
+        pending.append((tokens, number))
+    if pending:
+        yield _joined(prompt, pending)
+
+
+def _joined(prompt: "array[int]", longest_first: Sequence[tuple[tuple[int, ...], int]]) -> Trajectory:
+    along = longest_first[::-1]
+    return Trajectory(
+        token_ids=prompt + array("i", along[-1][0]),
+        ends=tuple(len(prompt) + len(tokens) for tokens, _ in along),
+        states=tuple(number for _, number in along),
+    )
+
+
+def refuse_longer(trajectories: Iterable[Trajectory], folder: Path) -> None:
+    """Raise UserError if one has more tokens than the context of the model in `folder`."""
+    context, longest = model_numbers(folder).get("max_position_embeddings"), max(map(len, trajectories))
+    if context is not None and longest > context:
+        raise UserError(
+            f"the longest solution has {longest} tokens with its prompt, more than the context of {context} of the "
+            f"critic's model {folder}; choose another critic.model"
+        )
+
+
+def _prompt_tokens(prompts: pl.DataFrame, renderer: PromptRenderer, path: Path) -> dict[str, Sequence[int]]:
+    """The tokens of each prompt, by its id. Raises UserError if they are not those that the table was made with."""
+    found: dict[str, Sequence[int]] = {}
+    rendered = renderer.render_all(prompts["prompt"])
+    for row, ids in zip(prompts.iter_rows(named=True), rendered, strict=True):
+        assert ids is not None, "there is no limit"
+        if token_hash(ids) != row["prompt_token_hash"]:
+            raise UserError(
+                f"{path} was made with other tokens of the prompt {quoted(row['prompt'])}: the reference's tokenizer "
+                f"or [data]'s template has changed; bring them back, or make it again with `{SEGMENTS_TABLE.remedy}`"
+            )
+        found[row["prompt_id"]] = ids
+    return found
+
+
+def _noise(table: pl.DataFrame) -> pl.Series:
+    """The unbiased estimate s²/n of the variance of each state's mean reward."""
+    unjudged = [outcome.value for outcome in UNJUDGED]
+    noise: list[float | None] = []
+    for rewards, outcomes, is_terminal in table.select("rewards", "outcomes", "is_terminal").iter_rows():
+        judged = [
+            reward for reward, outcome in zip(rewards, outcomes, strict=True) if outcome not in unjudged
+        ]
+        if is_terminal:
+            noise.append(0.0)
+        else:
+            noise.append(float(np.var(judged, ddof=1)) / len(judged) if len(judged) > 1 else None)
+    return pl.Series(noise, dtype=pl.Float64)
