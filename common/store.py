@@ -96,6 +96,9 @@ DAMAGED = "damaged"
 SECONDS = "seconds"
 """Key in a file's context: how long its samples took, since the file before it or the opening of the store."""
 
+LOADING = "loading"
+"""Key in a file's context: the part of these seconds in which models were loaded."""
+
 JUDGE = "judge"
 """Key in a file's context: the number of a judge model's replies for its grades, and their tokens."""
 
@@ -118,6 +121,7 @@ class SampleStore:
         self._graded_otherwise: list[Path] = []
         self._other_grades_count = False
         self._since = time.monotonic()
+        self._loading = 0.0
         accepted: dict[str, None] = {}
         for fragment in self.fragments():
             found = self.check(fragment)
@@ -275,7 +279,13 @@ class SampleStore:
         """Add samples, as rows of SAMPLES, in one fragment; `judge` is a judge model's usage for them."""
         now = time.monotonic()
         seconds, self._since = round(now - self._since, 3), now
-        context = {**self.provenance.context, SECONDS: seconds, **({JUDGE: dict(judge)} if judge else {})}
+        loading, self._loading = round(self._loading, 3), 0.0
+        context = {
+            **self.provenance.context,
+            SECONDS: seconds,
+            LOADING: loading,
+            **({JUDGE: dict(judge)} if judge else {}),
+        }
         path = add_fragment(
             self.folder, SAMPLE_FILES, rows, SAMPLES, replace(self.provenance, context=context)
         )
@@ -287,6 +297,14 @@ class SampleStore:
         recorded = [read_provenance(fragment).context.get(SECONDS) for fragment in self.fragments()]
         known = [float(seconds) for seconds in recorded if seconds is not None]
         return sum(known) if len(known) == len(recorded) else None
+
+    def loaded(self) -> None:
+        """Note that the models have been loaded: the time since the opening of the store was not for sampling."""
+        self._loading = time.monotonic() - self._since
+
+    def loading_seconds(self) -> float:
+        """The part of `seconds` in which models were loaded, as far as the files say."""
+        return sum(read_provenance(fragment).context.get(LOADING, 0.0) for fragment in self.fragments())
 
     def judge_usage(self) -> dict[str, int]:
         """A judge model's usage for these samples, by name; empty if there was none."""

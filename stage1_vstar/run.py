@@ -254,6 +254,7 @@ def estimate(work: Work, drawn: Drawn, config: RunConfig) -> tuple[pl.DataFrame,
     judge = work.store.judge_usage()
     context["cost"] = {
         "seconds": work.store.seconds(),
+        "loading_seconds": work.store.loading_seconds(),
         "devices": config.engine.tensor_parallel_size,
         **({"judge": judge} if judge else {}),
     }

@@ -190,9 +190,11 @@ def write_artifact(
     beta1: float = 0.5,
     rewards: dict[str, list[float]] | None = None,
     identity: dict[str, Any] | None = None,
+    cost: dict[str, float] | None = None,
 ) -> Path:
     """A vstar.parquet made from those samples."""
     many = max(len(each) for each in outcomes.values())
     rows = rows_of_samples(sample_rows(outcomes, rewards), num_samples=many, beta1=beta1)
-    write_vstar(rows, Provenance(identity=identity or IDENTITY, context=CONTEXT), path)
+    context = CONTEXT if cost is None else {**CONTEXT, "cost": cost}
+    write_vstar(rows, Provenance(identity=identity or IDENTITY, context=context), path)
     return path

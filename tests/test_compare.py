@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -19,6 +20,7 @@ from common.config import RunConfig
 from common.errors import DamagedFile, UserError
 from common.evaluations import Figures, Results
 from common.runs import RunPaths
+from common.store import addresses, sample_files
 from common.study import compare
 from common.study.plan import Plan, as_toml, read_plan
 from common.study.processes import Finished, execute, program
@@ -110,7 +112,8 @@ class Commands:
     def _vstar(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
         outcomes = ["correct", "wrong"] * int(values["vstar.num_samples"])
         samples = {"p": outcomes[: int(values["vstar.num_samples"])]}
-        write_artifact(paths.vstar, samples, beta1=float(values["vstar.beta1"]))
+        cost = {"seconds": 30.0, "loading_seconds": 10.0}
+        write_artifact(paths.vstar, samples, beta1=float(values["vstar.beta1"]), cost=cost)
 
     def _train(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
         if "--vstar" in arguments:
@@ -280,9 +283,9 @@ def test_runs_share_what_they_can(study: Callable[..., Path], artifacts: Path) -
     stage1 = {name: each["seconds"]["stage1"] for name, each in found.items() if "seed0" in name}
     assert stage1 == {
         "GRPO-seed0.json": 0.0,
-        "N-1-seed0.json": 4.0,
-        "N-2-seed0.json": 8.0,
-        "N-4-seed0.json": 16.0,
+        "N-1-seed0.json": 12.0 + 20.0 / 8,
+        "N-2-seed0.json": 12.0 + 20.0 / 4,
+        "N-4-seed0.json": 12.0 + 20.0 / 2,
         "beta1-0.25-seed0.json": 32.0,
         "beta1-inf-seed0.json": 32.0,
     }
@@ -712,18 +715,18 @@ def test_several_processes_train_under_the_launcher() -> None:
     assert program(4)[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "4"]
 
 
-def test_a_real_study_of_two_arms(tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path) -> None:
-    """Real commands, started warm: stage 1, two objectives for two iterations, evaluations."""
-    (tmp_path / "run.toml").write_text(
+def real_study(model: Path, data: Path, folder: Path) -> Path:
+    """A study of two arms and one seed that real commands finish within seconds."""
+    (folder / "run.toml").write_text(
         f"""
 run = "any"
-model = {{ path = "{tiny_model}", dtype = "float32" }}
+model = {{ path = "{model}", dtype = "float32" }}
 grader = {{ name = "gsm8k" }}
 sampling = {{ max_completion_tokens = 12 }}
 vstar = {{ num_samples = 4 }}
 [data]
 format = "generic"
-path = "{data_file}"
+path = "{data}"
 template = "line"
 max_prompt_tokens = 64
 [engine]
@@ -733,18 +736,25 @@ iterations = 2
 batch_size = 4
 mini_batch_size = 4
 evaluate_every = 1
+checkpoint_every = 1
 gradient_checkpointing = false
 [evaluate]
 num_samples = 2
 [evaluate.data]
 format = "generic"
-path = "{data_file}"
+path = "{data}"
 template = "line"
 max_prompt_tokens = 64
 """
     )
-    path = tmp_path / "study.toml"
+    path = folder / "study.toml"
     path.write_text(HEAD.replace("[0, 1]", "[0]") + A_STAR + GRPO)
+    return path
+
+
+def test_a_real_study_of_two_arms(tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path) -> None:
+    """Real commands, started warm: stage 1, two objectives for two iterations, evaluations."""
+    path = real_study(tiny_model, data_file, tmp_path)
 
     def started_warm(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Finished:
         began = time.monotonic()
@@ -762,3 +772,53 @@ max_prompt_tokens = 64
         assert (each.seconds.stage1 > 0) is ("Astar" in name)
         assert each.trained["held_out"].prompts == 6
         assert each.peak_gib > 0.1
+
+
+@pytest.mark.slow
+def test_a_real_study_that_is_killed_five_times_has_the_same_results(
+    tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path
+) -> None:
+    path = real_study(tiny_model, data_file, tmp_path)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        environment["ASTAR_PO_ARTIFACTS"] = str(artifacts / name)
+        command = [
+            sys.executable,
+            ROOT / "cli.py",
+            "compare",
+            path,
+            "--results",
+            artifacts / name / "records",
+        ]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start("whole").wait(600) == 0
+    longest = time.monotonic() - began
+    instants = random.Random(0)
+    for _ in range(5):
+        process = start("killed")
+        try:
+            process.wait(instants.uniform(0.05, 0.25) * longest)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was still at work"
+    assert start("killed").wait(600) == 0
+    whole, killed = (results_of(artifacts / name / "records") for name in ("whole", "killed"))
+    assert len(whole) == 2
+    assert killed == whole
+    for samples in (artifacts / "killed" / "methods" / "runs").glob("*/samples"):
+        found = addresses(sample_files(samples))
+        assert found.n_unique() == found.height
+
+
+def results_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Everything in the records that does not depend on the clock or the machine's memory."""
+    found = records(folder)
+    for each in found.values():
+        for name in ("seconds", "cpu_seconds", "peak_gib", "stage1_peak_gib"):
+            del each[name]
+        for point in each["curve"]:
+            del point["seconds"]
+    return found

@@ -230,7 +230,13 @@ def test_stage_one_says_what_it_cost(hostile: RunPaths) -> None:
     provenance = read_stage1(hostile.vstar).provenance
     recorded = provenance.context["cost"]
     tokens = int(rows_of()["completion_tokens"].list.sum().sum())
-    assert recorded == {"seconds": SampleStore(hostile.samples, provenance).seconds(), "devices": 1}
+    store = SampleStore(hostile.samples, provenance)
+    assert recorded == {
+        "seconds": store.seconds(),
+        "loading_seconds": store.loading_seconds(),
+        "devices": 1,
+    }
+    assert 0 < recorded["loading_seconds"] < recorded["seconds"]
     assert recorded["seconds"] > 0
     assert f"stage 1 {duration(recorded['seconds'])} {tokens:,}" in text_of(hostile)
 

@@ -71,16 +71,18 @@ def test_the_store_knows_what_is_there_and_reads_it_back(tmp_path: Path) -> None
 
 
 def test_each_file_says_how_long_its_samples_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 107.5, 109.75, 300.0, 304.0])
+    clock = iter([100.0, 103.0, 107.5, 109.75, 300.0, 304.0])
     monkeypatch.setattr("common.store.time.monotonic", lambda: next(clock))
     rows = sample_rows(OUTCOMES).to_dicts()
     store = SampleStore(tmp_path, PROVENANCE)
     assert store.seconds() == 0
+    store.loaded()
     store.append(rows[:2])
     store.append(rows[2:5])
     later = SampleStore(tmp_path, PROVENANCE)
     later.append(rows[5:])
     assert later.seconds() == 7.5 + 2.25 + 4.0
+    assert later.loading_seconds() == 3.0
     add_fragment(tmp_path, SAMPLE_FILES, sample_rows({"p9": ["wrong"]}).to_dicts(), SAMPLES, PROVENANCE)
     assert later.seconds() is None
 

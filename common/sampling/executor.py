@@ -90,6 +90,7 @@ class LocalExecutor:
             self._loaded.callback(self._engine.close)
             if self._check is not None:
                 self._check(self._engine, missing.prompts)
+            self._store.loaded()
         generate_samples(
             missing,
             self._engine,

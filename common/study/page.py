@@ -12,12 +12,13 @@ from common.study.summary import Sheet, Summary
 BUSY = 1.5
 """The load average per core above which a training was not alone."""
 REMARK = (
-    "Means over seeds ± half the width of Student's 95 % interval; a single seed has none. Time is wall clock: stage 1 "
-    "(if the arm needs it), loading, iterations, checkpoints and export, without evaluations and the base model. Of a "
-    "stage 1 that arms share, each is charged the part of its N in the largest N. Memory is the peak of the training "
-    "process: the GPU's, or without one the resident set. KL is in nats per completion, from the evaluation's samples. "
-    "The accuracy at a time, and the time to an accuracy, lie on lines between the evaluations during training, which "
-    "sample; all of set-up counts as before the first iteration."
+    "Means over seeds ± half the width of Student's 95 % interval; a single seed has none. Time is wall clock: "
+    "stage 1 (if the arm needs it), loading, iterations, checkpoints and export, without evaluations and the base"
+    " model. Of a stage 1 that arms share, each is charged loading, and of sampling the part of its N in the "
+    "largest N. Memory is the peak of the training process: the GPU's, or without one the resident set. KL is in "
+    "nats per completion, from the evaluation's samples. The accuracy at a time, and the time to an accuracy, lie"
+    " on lines between the evaluations during training, which sample; all of set-up counts as before the first "
+    "iteration."
 )
 
 

@@ -38,6 +38,19 @@ class StepFailed(UserError):
     """A step of a run ended with an error; runs that do without it can go on."""
 
 
+class Drawn(BaseModel):
+    """The cost of drawing a table's samples."""
+
+    seconds: float
+    sampling_seconds: float
+    """The part that grows with the number of samples: the rest is starting and loading."""
+    peak_gib: float
+
+    def of(self, part: float) -> float:
+        """The seconds that a part of the samples would have taken."""
+        return self.seconds - self.sampling_seconds * (1 - part)
+
+
 class Trained(BaseModel):
     """The cost of training that metrics.jsonl does not have."""
 
@@ -134,11 +147,15 @@ class Steps:
         cost = self._command("vstar", table.samples, run, values)
         with atomic_path(self._file(table)) as temporary:
             shutil.copyfile(self._paths(table.samples).vstar, temporary)
+        recorded = read_provenance(self._file(table)).context["cost"]
         # Of a job that was stopped, only its samples know how long they took.
-        drawn = read_provenance(self._file(table)).context.get("cost", {}).get("seconds") or 0.0
-        if table == self.plan.largest(table):
-            cost = cost.model_copy(update={"seconds": max(cost.seconds, drawn)})
-        write_text(self._cost(f"{table.samples}-{table.name}"), cost.model_dump_json())
+        seconds = recorded["seconds"] or 0.0
+        drawn = Drawn(
+            seconds=max(cost.seconds, seconds),
+            sampling_seconds=seconds - recorded["loading_seconds"],
+            peak_gib=cost.peak_gib,
+        )
+        write_text(self._cost(f"{table.samples}-{table.name}"), drawn.model_dump_json())
 
     def _train(self, run: Run) -> None:
         paths = self._paths(run.name)
@@ -187,10 +204,10 @@ class Steps:
             raise StepFailed(str(error)) from error
 
     def _stage1_cost(self, table: Table) -> tuple[float, float]:
-        """Seconds of drawing, of which a table with fewer samples has its share, and the process's peak in GiB."""
+        """Seconds of stage 1, of whose sampling a table with fewer samples has its share, and the peak in GiB."""
         largest = self.plan.largest(table)
-        cost = read_document(self._cost(f"{largest.samples}-{largest.name}"), Finished, REMEDY)
-        return cost.seconds * table.num_samples / largest.num_samples, cost.peak_gib
+        cost = read_document(self._cost(f"{largest.samples}-{largest.name}"), Drawn, REMEDY)
+        return cost.of(table.num_samples / largest.num_samples), cost.peak_gib
 
     def _has(self, table: Table) -> bool:
         return self._file(table).exists() and self._cost(f"{table.samples}-{table.name}").exists()
