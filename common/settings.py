@@ -19,11 +19,11 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def as_toml(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool | str):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML is stricter than JSON
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_toml, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)} = {as_toml(inner)}' for key, inner in value.items())}}}"
+        return f"{{{', '.join(f'{as_toml(key)} = {as_toml(inner)}' for key, inner in value.items())}}}"
     return str(value)
 
 
@@ -37,4 +37,8 @@ def shown(value: Any) -> str:
 def as_document(config: BaseModel) -> str:
     """A config as a TOML file that gives the same config: the values that were set, without the defaults."""
     values = config.model_dump(exclude_unset=True, exclude_none=True)
-    return "".join(f"{key} = {as_toml(value)}\n" for key, value in values.items())
+    lines = [f"{key} = {as_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for name, table in values.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {as_toml(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
