@@ -15,6 +15,7 @@ RUN := $(shell $(PYTHON) -c 'import re, sys, tomllib; run = tomllib.load(open(sy
 endif
 NPROC ?= 1
 STUDY ?= configs/studies/demo-short.toml
+ROUNDS ?= 3
 ARGS ?=
 
 VENV := .venv
@@ -40,7 +41,7 @@ MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check browser setup setup-stage1 base-model vstar train evaluate report compare lock clean
+.PHONY: help demo test check browser setup setup-stage1 base-model vstar train rounds evaluate report compare lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -88,6 +89,9 @@ train: $(INSTALLED)-train ## Stage 2: train, after stage 1 where the objective n
 		$(MAKE) --no-print-directory vstar; \
 	fi
 	@$(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC) --) cli.py train $(OPTIONS)
+
+rounds: $(INSTALLED)-train ## Train in ROUNDS rounds: each trained model is the next one's reference; continues where it stopped
+	@$(BIN)/python cli.py rounds --rounds $(ROUNDS) --nproc $(NPROC) $(OPTIONS)
 
 evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on held-out prompts
 	@$(BIN)/python cli.py evaluate $(OPTIONS)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REMARK = (
-    "All models answer the same questions. Intervals are 95 %, by bootstrap over prompts; a gain compares two models "
-    "on the same prompts. KL is in nats per completion. Tokens are those of stage 1 and of training, without those of "
-    "evaluations. The time of a step is that of its process; of one that was stopped, at least what its files record."
+    "All models answer the same questions. Intervals are 95 %, by bootstrap over prompts; a gain is over the round "
+    "before. KL is in nats per completion. Tokens are those of stage 1 and of training, without those of evaluations. "
+    "The time of a step is that of its process; of one that was stopped, at least what its files record."
 )
 
 

@@ -128,7 +128,7 @@ class Plan:
         if "advantages" in self.reads:
             steps.append(step("segments"))
             if self.config.advantages.values == "critic":
-                steps.append(step("critic"))
+                steps.append(step("critic", processes=self.processes))
             steps.append(step("advantages"))
         steps.append(step("train", processes=self.processes))
         if self.is_evaluated:

@@ -36,14 +36,22 @@ class Stage1:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """The accuracy less that of the round before, on the same questions, with its 95 % interval."""
+
+    value: float
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reached:
     """A round's figures; what it has not reached yet is missing."""
 
     name: str
     figures: Mapping[str, Figures]
     """By benchmark, from the evaluation of all rounds: their KL is to the first reference."""
-    gains: Mapping[str, tuple[float, Interval]]
-    """By benchmark, the accuracy less that of the round before, on the same questions, with its 95 % interval."""
+    gains: Mapping[str, Gain]
+    """By benchmark."""
     own_kl: float | None
     """KL to the round's own reference."""
     stage1: Stage1 | None
@@ -110,7 +118,7 @@ def _figures_of(results: Results, is_meant: Callable[[str], bool]) -> dict[str, 
     return {each.benchmark: each for each in results.results if is_meant(each.model)}
 
 
-def _gains(plan: Plan, round: Round, results: Results) -> dict[str, tuple[float, Interval]]:
+def _gains(plan: Plan, round: Round, results: Results) -> dict[str, Gain]:
     """The paired comparisons with the round before; `evaluate` lists a pair in the order in which they were drawn."""
     before = None if round.number == 1 else plan.round(round.number - 1)
 
@@ -118,7 +126,7 @@ def _gains(plan: Plan, round: Round, results: Results) -> dict[str, tuple[float,
         return model == REFERENCE if before is None else _is_of(model, before)
 
     return {
-        each.benchmark: (each.difference, each.interval_95)
+        each.benchmark: Gain(value=each.difference, interval=each.interval_95)
         for each in results.comparisons
         if is_before(each.first) and _is_of(each.second, round)
     }
@@ -185,25 +193,19 @@ def table(found: Sequence[Reached]) -> Sheet:
 def _of_benchmark(name: str) -> dict[str, Callable[[Reached], str]]:
     title = "held-out" if name == HELD_OUT else name
 
-    def pass_at_1(figures: Figures) -> str:
-        return _with_interval(figures.pass_at_1, figures.pass_at_1_interval_95)
+    def of(figure: Callable[[Figures], str]) -> Callable[[Reached], str]:
+        return lambda each: figure(each.figures[name]) if name in each.figures else UNKNOWN
 
-    def greedy(figures: Figures) -> str:
-        return _with_interval(figures.greedy_accuracy, figures.greedy_accuracy_interval_95)
-
-    def known(of: Callable[[Figures], str]) -> Callable[[Reached], str]:
-        return lambda each: of(each.figures[name]) if name in each.figures else UNKNOWN
-
-    def gain(each: Reached) -> str:
-        if name not in each.gains:
-            return UNKNOWN
-        difference, (low, high) = each.gains[name]
-        return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+    def gained(figure: Callable[[Gain], str]) -> Callable[[Reached], str]:
+        return lambda each: figure(each.gains[name]) if name in each.gains else UNKNOWN
 
     return {
-        f"{title}: pass@1": known(pass_at_1),
-        f"{title}: greedy accuracy": known(greedy),
-        f"{title}: gain over the round before": gain,
+        f"{title}: pass@1": of(lambda figures: _number(figures.pass_at_1)),
+        f"{title}: pass@1, 95 %": of(lambda figures: _interval(figures.pass_at_1_interval_95)),
+        f"{title}: greedy": of(lambda figures: _number(figures.greedy_accuracy)),
+        f"{title}: greedy, 95 %": of(lambda figures: _interval(figures.greedy_accuracy_interval_95)),
+        f"{title}: gain": gained(lambda gain: f"{gain.value:+.3f}"),
+        f"{title}: gain, 95 %": gained(lambda gain: _interval(gain.interval, sign="+")),
     }
 
 
@@ -221,7 +223,5 @@ def _number(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.3f}"
 
 
-def _with_interval(value: float | None, interval: Interval | None) -> str:
-    if value is None or interval is None:
-        return _number(value)
-    return f"{value:.3f} ({interval[0]:.3f}–{interval[1]:.3f})"
+def _interval(interval: Interval | None, *, sign: str = "") -> str:
+    return UNKNOWN if interval is None else f"{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}"
