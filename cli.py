@@ -416,19 +416,14 @@ def rounds(
     """
     from common.config import RunConfig
     from common.rounds import run_rounds
-    from common.rounds.plan import Input
     from stage1_vstar.filter import kept_where
     from stage2_train.config import load_config
 
     def load(
         path: Path, overrides: Sequence[str] = (), run: str | None = None
-    ) -> tuple[RunConfig, set[Input]]:
+    ) -> tuple[RunConfig, list[str]]:
         settings = load_config(path, overrides, run)
-        reads: dict[Input, bool] = {
-            "vstar": settings.train.reads_stage1,
-            "advantages": getattr(settings.train, "reads_advantages", False),
-        }
-        return settings, {name for name, is_read in reads.items() if is_read}
+        return settings, _before_training(settings)
 
     for condition in where or ():
         kept_where(condition)
@@ -443,6 +438,14 @@ def rounds(
             where=where or (),
             processes=nproc,
         )
+
+
+def _before_training(settings: "Config") -> list[str]:
+    """The commands that make what training reads of the run's folder, in their order."""
+    if getattr(settings.train, "reads_advantages", False):
+        critic = ["critic"] if settings.advantages.values == "critic" else []
+        return ["segments", *critic, "advantages"]
+    return ["vstar"] if settings.train.reads_stage1 else []
 
 
 @app.command(short_help="Recompute V̂* with another β1 or estimator.")

@@ -8,34 +8,39 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from safetensors.numpy import save_file
 
+import cli
 from common.config import RunConfig
+from common.contract import polars_schema
 from common.errors import UserError
 from common.evaluations import Comparison, Figures, Results, read_results
 from common.model.files import model_identity, reference_model
 from common.processes import Finished
-from common.provenance import read_provenance
+from common.provenance import Provenance, read_provenance
 from common.report.sheet import Sheet
 from common.rounds import run_rounds
-from common.rounds.plan import Input, Plan
+from common.rounds.plan import Plan
 from common.rounds.steps import Pointer
 from common.rounds.summary import reached, table
 from common.runs import RunPaths, exclusive_run, run_paths
+from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE
 from common.settings import as_document
 from common.terminal.console import Terminal
-from stage2_train.config import load_config
+from stage2_train.config import Config, load_config
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.sampler import Draw, Sampler
 from tests import warm
 from tests.chromium import Browser, needs_chromium
 from tests.conftest import ROOT, RunCli
-from tests.fakes import sample_rows, write_artifact
+from tests.fakes import CONTEXT, IDENTITY, sample_rows, write_artifact
 
 CONFIG = """
 run = "any"
@@ -124,6 +129,11 @@ class Commands:
 
     def _advantages(self, paths: RunPaths, arguments: Sequence[str]) -> None:
         assert paths.segments.exists()
+        states = [state("p", 0, keep=True), state("p", 1, keep=True), state("q", 0, keep=False)]
+        rows = pl.DataFrame(states, schema=polars_schema(ADVANTAGES))
+        ADVANTAGES_TABLE.write(rows, Provenance(identity=IDENTITY, context=CONTEXT), paths.advantages)
+        paths.continuations.mkdir(exist_ok=True)
+        sample_rows({"p": ["wrong"]}).write_parquet(paths.continuations / "part-0.parquet")
 
     def _train(self, paths: RunPaths, arguments: Sequence[str]) -> None:
         paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in METRICS))
@@ -150,6 +160,31 @@ METRICS = [
     {"iteration": 1, "time/iteration": 2.0, "throughput/completion_tokens_per_second": 10.0},
     {"iteration": 2, "time/iteration": 48.0, "throughput/completion_tokens_per_second": 0.5},
 ]
+
+
+def state(prompt: str, step: int, *, keep: bool) -> dict[str, Any]:
+    """A row of advantages.parquet."""
+    return {
+        "state_id": f"{prompt} {step}",
+        **dict.fromkeys(("prompt", "answer", "prefix"), "text"),
+        "prompt_id": prompt,
+        "prompt_token_hash": "hash",
+        "prefix_token_ids": [1] * step,
+        "step": step,
+        "action_texts": ["a", "b"],
+        "action_token_ids": [[1], [2]],
+        "action_counts": [1, 1],
+        "action_ends": [False, False],
+        "action_values": [0.0, 1.0],
+        "action_samples": [1, 1],
+        "values_from": "monte_carlo",
+        "values": [0.0, 1.0],
+        "standard_errors": [0.1, 0.1],
+        "advantages": [-0.5, 0.5],
+        "gap": 1.0,
+        "keep": keep,
+        "dropped_by": None if keep else "gap",
+    }
 
 
 def number_of(paths: RunPaths) -> int:
@@ -199,16 +234,18 @@ def compared(first: str, second: str) -> Comparison:
 
 def load(
     path: Path, overrides: Sequence[str] = (), run: str | None = None
-) -> tuple[RunConfig, Collection[Input]]:
+) -> tuple[RunConfig, Sequence[str]]:
     settings = load_config(path, overrides, run)
-    reads: set[Input] = {"vstar"} if settings.train.reads_stage1 else set()
-    return settings, reads
+    return settings, cli._before_training(settings)
 
 
 def load_step_level(
     path: Path, overrides: Sequence[str] = (), run: str | None = None
-) -> tuple[RunConfig, Collection[Input]]:
-    return load_config(path, overrides, run), {"advantages"}
+) -> tuple[RunConfig, Sequence[str]]:
+    """As if the objective read the table of advantages."""
+    settings = load_config(path, overrides, run)
+    stand_in = SimpleNamespace(train=SimpleNamespace(reads_advantages=True), advantages=settings.advantages)
+    return settings, cli._before_training(cast(Config, stand_in))
 
 
 @pytest.fixture
@@ -240,8 +277,8 @@ def run(path: Path, commands: Commands, count: int, **options: Any) -> str:
 
 
 def plan_of(path: Path, name: str = "mine", **options: Any) -> Plan:
-    config, reads = load(path, (), name)
-    return Plan(config=config, reads=reads, **options)
+    config, inputs = load(path, (), name)
+    return Plan(config=config, inputs=inputs, **options)
 
 
 def pointer_of(name: str) -> Pointer:
@@ -457,8 +494,8 @@ def test_conditions_need_stage_1(config: Path) -> None:
 
 def test_a_hub_models_revision_is_that_of_round_1_only(config: Path) -> None:
     options = ["model.path=some/model", "model.revision=abc"]
-    settings, reads = load(config, options, "mine")
-    plan = Plan(config=settings, reads=reads)
+    settings, inputs = load(config, options, "mine")
+    plan = Plan(config=settings, inputs=inputs)
     assert plan.base_model is None
     assert plan.round(1).config.model == settings.model
     assert plan.round(2).config.model.revision is None
@@ -556,6 +593,18 @@ def test_the_table_has_the_rounds_side_by_side(config: Path) -> None:
     assert [found[f"time: {name}"][1] for name in ("vstar", "train", "evaluate")] == [
         *("32.0 s", "51.0 s", "1 min 04 s")
     ]
+
+
+def test_the_step_level_method_counts_prompts_with_a_state_to_train_on_and_tokens_of_states(
+    config: Path,
+) -> None:
+    run(config, Commands(), 1, load=load_step_level)
+    settings, inputs = load_step_level(config, (), "mine")
+    sheet = table(reached(Plan(config=settings, inputs=inputs)))
+    found = {row: line[1].text for row, line in sheet.rows}
+    assert found["prompts trained on"] == "1"
+    assert found["tokens drawn"] == "3", "training draws none"
+    assert "mean V̂* in stage 1" not in found
 
 
 def test_a_round_that_is_under_way_has_what_there_is(config: Path) -> None:

@@ -32,12 +32,12 @@ def run_rounds(
     A call with a higher `count` adds rounds. `where` are conditions on the prompts that each round trains on. Raises
     UserError for a mistake in the config before anything runs, and if a step fails.
     """
-    config, reads = load(path, overrides, run)
-    if where and "vstar" not in reads:
+    config, inputs = load(path, overrides, run)
+    if where and "vstar" not in inputs:
         raise UserError(
             "--where chooses among the prompts of vstar.parquet, which this objective does not read; leave it out"
         )
-    plan = Plan(config=config, reads=reads, where=where, processes=processes)
+    plan = Plan(config=config, inputs=inputs, where=where, processes=processes)
     steps = Steps(plan=plan, console=console, execute=execute)
     with exclusive_run(plan.paths, "rounds"):
         steps.prepare(plan.begun(), load)

@@ -4,28 +4,27 @@ Round k of a run is the run `<run>-round<k>`. It samples from its reference and 
 in round 1 the config's. Each round has random streams of its own.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from common.config import RunConfig
 from common.runs import RunPaths, run_paths
 from common.seeds import derive_seed
 
-Input = Literal["vstar", "advantages"]
-"""A table that training reads."""
-
+TRAINING = ("critic", "train")
+"""The commands that several processes can share."""
 OWN = "{run}"
 """The run's own folder in a model's path."""
 
 
 class Loader(Protocol):
-    """Loads a run's config from a TOML file and overrides; also says which tables its training reads."""
+    """Loads a run's config from a TOML file and overrides; also says which commands make what its training reads."""
 
     def __call__(
         self, path: Path, overrides: Sequence[str] = (), run: str | None = None
-    ) -> tuple[RunConfig, Collection[Input]]:
+    ) -> tuple[RunConfig, Sequence[str]]:
         """Raises UserError for an invalid config."""
         ...
 
@@ -67,7 +66,8 @@ class Plan:
 
     config: RunConfig
     """The first run's, which holds the demo's base model, the evaluation of all rounds and the page."""
-    reads: Collection[Input]
+    inputs: Sequence[str]
+    """The commands that make what training reads, in their order."""
     where: Sequence[str] = ()
     """The conditions on the prompts that each round trains on, as `filter` takes them."""
     processes: int = 1
@@ -120,22 +120,18 @@ class Plan:
             arguments = [*_with_config(command, paths.settings), *options]
             return Step(name=command, paths=paths, arguments=arguments, processes=processes)
 
-        steps: list[Step] = []
-        if "vstar" in self.reads:
-            steps.append(step("vstar"))
-            if self.where:
-                steps.append(self._filter(paths))
-        if "advantages" in self.reads:
-            steps.append(step("segments"))
-            if self.config.advantages.values == "critic":
-                steps.append(step("critic", processes=self.processes))
-            steps.append(step("advantages"))
-        steps.append(step("train", processes=self.processes))
+        steps = [step(command, processes=self._processes(command)) for command in self.inputs]
+        if self.where:
+            steps.append(self._filter(paths))
+        steps.append(step("train", processes=self._processes("train")))
         if self.is_evaluated:
             # With one seed, all rounds answer the same questions, and no completion is drawn a second time.
             steps.append(step("evaluate", "--set", f"seed={self.config.seed}", "--model", "trained"))
             steps.append(self._evaluation_of_all(number, paths))
         return steps
+
+    def _processes(self, command: str) -> int:
+        return self.processes if command in TRAINING else 1
 
     def _filter(self, paths: RunPaths) -> Step:
         unsolved = "--drop-unsolved" if self.config.vstar.drop_unsolved else "--no-drop-unsolved"

@@ -86,7 +86,7 @@ def reached(plan: Plan) -> list[Reached]:
 
 def _reached(plan: Plan, round: Round, results: Results) -> Reached:
     own = _figures_of(read_results(round.paths) or Results(results=[]), lambda model: model == TRAINED)
-    stage1 = _stage1(round.paths) if "vstar" in plan.reads else None
+    stage1 = _stage1(round.paths) if "vstar" in plan.inputs else None
     return Reached(
         name=f"round {round.number}",
         figures=_figures_of(results, lambda model: _is_of(model, round)),
@@ -94,7 +94,7 @@ def _reached(plan: Plan, round: Round, results: Results) -> Reached:
         own_kl=_kl(own),
         stage1=stage1,
         prompts=stage1.kept if stage1 else _prompts_of_states(round.paths),
-        tokens=_tokens(round.paths, is_drawn_in_training="advantages" not in plan.reads),
+        tokens=_tokens(round.paths, is_drawn_in_training="advantages" not in plan.inputs),
         seconds=_seconds(round),
     )
 

@@ -49,9 +49,7 @@ class SegmentsConfig(Section):
     @model_validator(mode="after")
     def _enough_to_choose_from(self) -> Self:
         if self.chosen > self.solutions:
-            raise ValueError(
-                f"chosen {self.chosen} is more than the {self.solutions} solutions that are drawn"
-            )
+            raise ValueError(f"chosen {self.chosen} is more than the {self.solutions} solutions that are drawn")
         if not self.separators:
             raise ValueError("split should have a text that ends a step, found none")
         return self
