@@ -15,6 +15,7 @@ RUN := $(shell $(PYTHON) -c 'import re, sys, tomllib; run = tomllib.load(open(sy
 endif
 NPROC ?= 1
 STUDY ?= configs/studies/demo-short.toml
+ROUNDS ?= 3
 ARGS ?=
 
 VENV := .venv
@@ -41,7 +42,7 @@ MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check browser setup setup-stage1 base-model vstar train critic evaluate report compare lock clean
+.PHONY: help demo test check browser setup setup-stage1 base-model vstar train critic rounds evaluate report compare lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -92,6 +93,9 @@ train: $(INSTALLED)-train ## Stage 2: train, after stage 1 where the objective n
 
 critic: $(INSTALLED)-train ## Train the critic of the step-level method, after `segments`
 	@$(LAUNCH) cli.py critic $(OPTIONS)
+
+rounds: $(INSTALLED)-train ## Train in ROUNDS rounds: each trained model is the next one's reference; continues where it stopped
+	@$(BIN)/python cli.py rounds --rounds $(ROUNDS) --nproc $(NPROC) $(OPTIONS)
 
 evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on held-out prompts
 	@$(BIN)/python cli.py evaluate $(OPTIONS)

@@ -455,6 +455,61 @@ def segments(
         run_segments(settings, console, allow_mismatch=allow_mismatch or ())
 
 
+@app.command(short_help="Train in rounds: each trained model is the next reference.")
+def rounds(
+    count: Annotated[int, typer.Option("--rounds", metavar="K", min=1, help="The rounds to have in all.")],
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="EXPR",
+            help="In each round, train only on the prompts that fulfil an SQL condition, as `filter` takes them; "
+            "repeatable.",
+        ),
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="The processes that train.")] = 1,
+) -> None:
+    """Train in rounds: a round's model is the reference of the next one, which samples from it and starts at it.
+
+    Round k is the run RUN-round<k>; artifacts/RUN/rounds.html shows them side by side. A re-run continues, and a higher
+    K adds rounds; see docs/rounds.md.
+    """
+    from common.config import RunConfig
+    from common.rounds import run_rounds
+    from stage1_vstar.filter import kept_where
+    from stage2_train.config import load_config
+
+    def load(
+        path: Path, overrides: Sequence[str] = (), run: str | None = None
+    ) -> tuple[RunConfig, list[str]]:
+        settings = load_config(path, overrides, run)
+        return settings, _before_training(settings)
+
+    for condition in where or ():
+        kept_where(condition)
+    with _ending_cleanly("what is done"):
+        run_rounds(
+            config,
+            load,
+            console,
+            count=count,
+            overrides=overrides or (),
+            run=run,
+            where=where or (),
+            processes=nproc,
+        )
+
+
+def _before_training(settings: "Config") -> list[str]:
+    """The commands that make what training reads of the run's folder, in their order."""
+    if getattr(settings.train, "reads_advantages", False):
+        critic = ["critic"] if settings.advantages.values == "critic" else []
+        return ["segments", *critic, "advantages"]
+    return ["vstar"] if settings.train.reads_stage1 else []
+
+
 @app.command(short_help="Recompute V̂* with another β1 or estimator.")
 def rescore(
     beta1: Annotated[

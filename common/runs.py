@@ -141,6 +141,24 @@ class RunPaths:
     def page(self) -> Path:
         return self.report / "report.html"
 
+    @property
+    def settings(self) -> Path:
+        """The config of a run of `rounds`, as a TOML file that every command takes."""
+        return self.root / "config.toml"
+
+    @property
+    def pointer(self) -> Path:
+        """The place of a run in a run of rounds."""
+        return self.root / "round.json"
+
+    def step(self, name: str, suffix: str) -> Path:
+        """The output of a step of `rounds` (log), or its cost, which is written once it is done (json)."""
+        return self.root / "steps" / f"{name}.{suffix}"
+
+    def rounds(self, suffix: str) -> Path:
+        """The rounds side by side, as html or md."""
+        return self.root / f"rounds.{suffix}"
+
     def curves(self, suffix: str) -> Path:
         """The training curves, as png or svg."""
         return self.report / f"training.{suffix}"

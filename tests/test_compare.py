@@ -19,11 +19,12 @@ import pytest
 from common.config import RunConfig
 from common.errors import DamagedFile, UserError
 from common.evaluations import Figures, Results
+from common.processes import Finished, execute, program
 from common.runs import RunPaths
 from common.store import addresses, sample_files
+from common.settings import as_toml
 from common.study import compare
-from common.study.plan import Plan, as_toml, read_plan
-from common.study.processes import Finished, execute, program
+from common.study.plan import Plan, read_plan
 from common.study.records import (
     Conditions,
     Point,
@@ -694,7 +695,7 @@ def test_a_command_ends_with_the_study(tmp_path: Path, ending: signal.Signals) -
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from pathlib import Path; from common.study.processes import execute;"
+        "from pathlib import Path; from common.processes import execute;"
         f"execute([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), {{}})"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -35,6 +35,7 @@ def test_help_lists_every_target_that_users_call() -> None:
         "test",
         "vstar",
         "train",
+        "rounds",
         "evaluate",
         "report",
         "compare",
@@ -82,6 +83,13 @@ def test_training_makes_the_artifact_that_is_missing_and_uses_as_many_processes_
     assert launcher.nproc_per_node == "4"
     assert launcher.training_script == "cli.py"
     assert launcher.training_script_args[:2] == ["train", "--config"]
+
+
+def test_rounds_train_on_as_many_processes_as_told() -> None:
+    (line,) = [line for line in make("-n", "rounds", "NPROC=4", "ROUNDS=2").splitlines() if "cli.py" in line]
+    assert shlex.split(line)[2:] == [
+        *("rounds", "--rounds", "2", "--nproc", "4", "--config", "configs/demo.toml", "--run", "demo"),
+    ]
 
 
 def test_an_objective_without_vstar_is_trained_without_stage_1() -> None:

@@ -6,17 +6,14 @@ Each step of a run is a command of the command line in a process of its own, so 
 from collections.abc import Collection
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from common.errors import UserError
+from common.processes import Execute, execute
 from common.runs import exclusive_run, run_paths
 from common.study.page import write_report
 from common.study.plan import Loader, Plan, read_plan
-from common.study.processes import Execute, execute
 from common.study.records import finished
 from common.study.steps import StepFailed, Steps
-from common.study.summary import Sheet, Summary
+from common.study.summary import Summary
 from common.terminal.console import Terminal
 
 
@@ -60,7 +57,7 @@ def compare(
             raise UserError(f"no run of {plan.study} has finished: {next(iter(failures.values()))}")
         summary = Summary.of(plan, done)
         page = write_report(plan, summary, paths.root, failures)
-        console.print(_table(summary.main_table()))
+        console.print(summary.main_table().on_terminal())
         console.print(
             f"{page}: tables and figures on a page; beside it the figures as PNG and SVG, and tables.md"
         )
@@ -90,13 +87,3 @@ def _list(steps: Steps, done: Collection[str], console: Terminal) -> None:
         todo = [step for step in steps.missing(run) if step not in listed]
         listed.update(todo)
         console.print(f"{run.title}: {', '.join(todo) or 'its record'}")
-
-
-def _table(sheet: Sheet) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for title in sheet.header:
-        table.add_column(title, justify="right", overflow="fold")
-    for name, cells in sheet.rows:
-        table.add_row(name, *(cell.text for cell in cells))
-    return table

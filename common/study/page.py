@@ -5,9 +5,11 @@ from pathlib import Path
 
 from common.files import atomic_path, write_text
 from common.report.page import render_page
+from common.report.sheet import Sheet
+from common.settings import shown
 from common.study.figures import study_figures
-from common.study.plan import Plan, shown
-from common.study.summary import Sheet, Summary
+from common.study.plan import Plan
+from common.study.summary import Summary
 
 BUSY = 1.5
 """The load average per core above which a training was not alone."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from common.config import RunConfig, Seed, read_config
 from common.errors import UserError
 from common.runs import RUN_NAME, is_run_name
 from common.section import Section
+from common.settings import as_toml, flat, shown
 
 OF_THE_STUDY = {
     "run": "the study names its runs",
@@ -252,29 +252,3 @@ def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
 
 def _digest(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested table by dotted key."""
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return values
-
-
-def as_toml(value: Any) -> str:
-    """A value as TOML writes it."""
-    if isinstance(value, bool | str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list):
-        return f"[{', '.join(map(as_toml, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)} = {as_toml(inner)}' for key, inner in value.items())}}}"
-    return str(value)
-
-
-def shown(value: Any) -> str:
-    """A value for the reader."""
-    if isinstance(value, float):
-        return "∞" if math.isinf(value) else f"{value:g}"
-    return value if isinstance(value, str) else as_toml(value)

@@ -17,7 +17,8 @@ from common.evaluations import Figures, read_results
 from common.files import write_text
 from common.provenance import context
 from common.runs import RunPaths
-from common.study.plan import Plan, Run, shown
+from common.settings import shown
+from common.study.plan import Plan, Run
 
 TRAINED, REFERENCE = "trained", "reference"
 """The names by which `evaluate` knows the models."""

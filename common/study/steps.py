@@ -14,10 +14,11 @@ from pydantic import BaseModel
 from common.documents import read_document, read_metrics
 from common.errors import UserError
 from common.files import atomic_path, write_text
+from common.processes import Execute, Finished, program
 from common.provenance import read_provenance
 from common.runs import RunPaths
-from common.study.plan import Plan, Run, Table, as_toml
-from common.study.processes import Execute, Finished, program
+from common.settings import as_toml
+from common.study.plan import Plan, Run, Table
 from common.study.records import (
     REFERENCE,
     TRAINED,

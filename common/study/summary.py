@@ -8,6 +8,7 @@ from typing import Literal
 
 from common.config import HELD_OUT
 from common.evaluations import Figures
+from common.report.sheet import Cell, Sheet
 from common.study.plan import Arm, Plan
 from common.study.records import Record
 
@@ -58,40 +59,6 @@ class Column:
     digits: int
     of: Callable[[Record], float | None]
     better: Literal["low", "high"] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """A figure of an arm, and its rank among all of them, 1 and 2 alone; None for no rank."""
-
-    text: str
-    rank: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sheet:
-    """A table: the titles of its columns, and a row for each arm."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-
-    def markdown(self) -> str:
-        """As Markdown; the best of a column in bold, the second in italics."""
-        marks = {1: "**", 2: "*", None: ""}
-        lines = [
-            ["", *self.header],
-            ["---", *["---:"] * len(self.header)],
-            *(
-                [name, *(f"{marks[cell.rank]}{cell.text}{marks[cell.rank]}" for cell in cells)]
-                for name, cells in self.rows
-            ),
-        ]
-        return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("A*", "A\\*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

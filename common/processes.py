@@ -99,5 +99,5 @@ def _last_lines(log: Path, place: int) -> list[str]:
 
 
 def _die_with_parent() -> None:
-    """The child must not go on writing to a run that a new `compare` continues."""
+    """The child must not go on writing to a run that the same command continues."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

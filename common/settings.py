@@ -1,0 +1,44 @@
+"""A run's settings: by dotted key, as TOML, and for the reader."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested table by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def as_toml(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML is stricter than JSON
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{as_toml(key)} = {as_toml(inner)}' for key, inner in value.items())}}}"
+    return str(value)
+
+
+def shown(value: Any) -> str:
+    """A value for the reader."""
+    if isinstance(value, float):
+        return "∞" if math.isinf(value) else f"{value:g}"
+    return value if isinstance(value, str) else as_toml(value)
+
+
+def as_document(config: BaseModel) -> str:
+    """A config as a TOML file that gives the same config: the values that were set, without the defaults."""
+    values = config.model_dump(exclude_unset=True, exclude_none=True)
+    lines = [f"{key} = {as_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for name, table in values.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {as_toml(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
