@@ -21,8 +21,8 @@ from common.errors import DamagedFile, UserError
 from common.evaluations import Figures, Results
 from common.processes import Finished, execute, program
 from common.runs import RunPaths
-from common.store import addresses, sample_files
 from common.settings import as_toml
+from common.store import addresses, sample_files
 from common.study import compare
 from common.study.plan import Plan, read_plan
 from common.study.records import (
