@@ -19,6 +19,7 @@ from stage2_train.ranks import Ranks
 MAY_DIFFER: Mapping[str, Any] = {
     "run": True,
     "vstar": True,
+    **dict.fromkeys(("segments", "critic", "advantages"), True),
     "evaluate": True,
     "engine": True,
     "grader": {

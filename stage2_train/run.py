@@ -34,6 +34,7 @@ from stage2_train.parity import ParityGate, parity_draw
 from stage2_train.ranks import Ranks, join_ranks, launched_processes
 from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
 from stage2_train.scorers import PolicyScorer, Scorer
+from stage2_train.sources.pipeline import RolloutPipeline, drawing
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw, train
 from stage2_train.watchers import (
@@ -100,7 +101,7 @@ def run_stage2(
         refuse_other_world(paths, ranks, read_state(checkpoint) if checkpoint else {})
         engine = partial(build_engine, config, data.folder, data.renderer, beside_trainer=True)
         sampler = Sampler(engine, pool, config.sampling, ranks)
-        trainer = Trainer(config, data, sampler, ranks)
+        trainer = Trainer(config, data, drawing(config, data, sampler, ranks), ranks)
         allowance = Allowance([name for name in allow_mismatch if name == PARITY])
         watchers = [*observers, *(_benchmark(trainer, each, its_pool) for each, its_pool in benchmarks)]
         _train(trainer, paths, checkpoint, console, watchers, allowance)
@@ -117,7 +118,7 @@ def run_stage2(
 
 
 def _train(
-    trainer: Trainer,
+    trainer: Trainer[RolloutPipeline],
     paths: RunPaths,
     checkpoint: Path | None,
     console: Terminal,
@@ -147,7 +148,7 @@ def _train(
         train(trainer, watchers, console, first=done + 1, last=last)
 
 
-def _parity_gate(trainer: Trainer, allowance: Allowance, console: Terminal) -> ParityGate:
+def _parity_gate(trainer: Trainer[RolloutPipeline], allowance: Allowance, console: Terminal) -> ParityGate:
     config, ranks, parts = trainer.config, trainer.ranks, trainer.parts
     scorers: dict[str, Scorer] = {"policy": PolicyScorer(parts.policy, ranks)}
     if "reference" in parts.scorers:
@@ -164,7 +165,9 @@ def _parity_gate(trainer: Trainer, allowance: Allowance, console: Terminal) -> P
     )
 
 
-def _benchmark(trainer: Trainer, benchmark: Benchmark, pool: GraderPool) -> BenchmarkAccuracy:
+def _benchmark(
+    trainer: Trainer[RolloutPipeline], benchmark: Benchmark, pool: GraderPool
+) -> BenchmarkAccuracy:
     """The watcher that evaluates a benchmark during training."""
     data, ranks = trainer.data, trainer.ranks
     prompts = usable(data.benchmarks[benchmark.name], benchmark.data, pool, ranks)
@@ -179,7 +182,9 @@ def _benchmark(trainer: Trainer, benchmark: Benchmark, pool: GraderPool) -> Benc
     return BenchmarkAccuracy(benchmark.name, trainer.source, share, ranks, every=benchmark.every)
 
 
-def _watchers(trainer: Trainer, paths: RunPaths, console: Terminal, log: MetricsLog | None) -> list[Watcher]:
+def _watchers(
+    trainer: Trainer[RolloutPipeline], paths: RunPaths, console: Terminal, log: MetricsLog | None
+) -> list[Watcher]:
     """The watchers, in the order in which they see an iteration.
 
     The log comes after watchers that add figures, and a checkpoint after the checks of the policy.

@@ -18,6 +18,7 @@ from stage2_train.data import TrainingData, prepare
 from stage2_train.logprobs import LogprobModel
 from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.scorers import SeparateModel
+from stage2_train.sources.pipeline import drawing
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer
 from tests.train_steps import ScriptedEngine, WatchedUpdate
@@ -50,7 +51,7 @@ class Counts:
     optimizers: int = 0
 
 
-def counting(trainer: Trainer, engine: ScriptedEngine) -> Counts:
+def counting(trainer: Trainer[Any], engine: ScriptedEngine) -> Counts:
     """Counts from now on what goes through the trainer's networks."""
     counts = Counts()
 
@@ -84,7 +85,7 @@ class Run:
     def __init__(self, config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool) -> None:
         self.engine = ScriptedEngine(data.renderer)
         sampler = Sampler(lambda: self.engine, pool, config.sampling, ranks)
-        self.trainer = Trainer(config, data, sampler, ranks)
+        self.trainer = Trainer(config, data, drawing(config, data, sampler, ranks), ranks)
         self.metrics: list[dict[str, float]] = []
 
     def iterations(self, first: int, last: int) -> None:

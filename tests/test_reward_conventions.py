@@ -253,7 +253,7 @@ def test_a_function_of_each_convention_grades_in_both_stages(
     # Stage 2 knows the prompt from stage 1's file alone.
     text, answer = samples["prompt"][0], samples["answer"][0]
     with GraderPool(config.grader) as pool:
-        (rollout,) = collect_rollouts(
+        ((rollout,),) = collect_rollouts(
             [Prompt(id="x", text=text, answer=answer, token_ids=[1], token_hash="")],  # type: ignore[arg-type]
             ScriptedEngine(lambda request: "so #### 3"),
             pool,
@@ -456,7 +456,7 @@ def test_the_parts_of_a_reward_survive_a_checkpoint(functions: str) -> None:
     prompt = Prompt(id="x", text="?", answer="3", token_ids=[1], token_hash="")  # type: ignore[arg-type]
     config = GraderConfig(name=["gsm8k", f"{functions}:plain"])
     with GraderPool(config) as pool:
-        (rollout,) = collect_rollouts(
+        ((rollout,),) = collect_rollouts(
             [prompt],
             ScriptedEngine(lambda request: "#### 3"),
             pool,
