@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
@@ -269,10 +269,11 @@ def advantages(
 
     settings = load_config(config, overrides or (), run)
 
-    def score(folder: Path, states: Sequence[Sequence[int]]) -> Sequence[float]:
+    def score(folder: Path, states: Iterable[Sequence[int]]) -> Sequence[float]:
         from stage2_train.critic_job.values import state_values
 
-        return state_values(folder, states, settings)
+        values: Sequence[float] = state_values(folder, states, settings)
+        return values
 
     with _ending_cleanly("the table before"), _libraries_logged(settings.run):
         from stage1_vstar.advantages.run import run_advantages
@@ -712,11 +713,10 @@ def _writing(target: Path) -> Iterator[None]:
     place = Path(os.path.realpath(target))  # resolve() raises RuntimeError for a link to itself
     run = RunPaths(place.parent)
     is_a_runs_own = place == run.vstar and target.exists() and run.samples.is_dir()
+    writer = "vstar" if is_a_runs_own else None
     if place == run.advantages and run.segments.exists():
-        job = exclusive_run(run, "advantages")
-    else:
-        job = exclusive_run(run, "vstar") if is_a_runs_own else nullcontext()
-    with job:
+        writer = "advantages"
+    with nullcontext() if writer is None else exclusive_run(run, writer):
         yield
 
 

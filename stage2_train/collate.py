@@ -55,14 +55,19 @@ def known_values(
     assert stage1 or columns.isdisjoint(STAGE1_COLUMNS), "the objective needs stage 1"
     if "vstar" in columns and stage1:
         values["vstar_B"] = lambda rollout: stage1.vstar[rollout.prompt.id]
+    if "advantage" in columns:
+        values["advantages_B"] = _known_advantage
     if "quantile" in columns and stage1:
-        values["quantile_B"] = lambda rollout: quantile(
-            rollout.grade.reward, stage1.rewards[rollout.prompt.id]
-        )
+        values["quantile_B"] = lambda rollout: quantile(rollout.reward, stage1.rewards[rollout.prompt.id])
     if "expected" in columns:
         assert history, "who expects a reward keeps a history"
         values["expected_B"] = lambda rollout: history.expected(rollout.prompt.id)
     return values
+
+
+def _known_advantage(rollout: Rollout) -> float:
+    assert rollout.advantage is not None, "it comes from a table of advantages"
+    return rollout.advantage
 
 
 def quantile(reward: float, rewards: Sequence[float]) -> float:
@@ -100,7 +105,7 @@ class Collator:
         members: list[list[TokenSequence]] = []
         start = 0
         for group in groups:
-            judged = [start + at for at, rollout in enumerate(group) if rollout.grade.is_judged]
+            judged = [start + at for at, rollout in enumerate(group) if rollout.is_judged]
             if len(judged) < self._objective.least_judged:
                 judged = []
             members.append([TokenSequence.of(len(rows) + at, rollouts[row]) for at, row in enumerate(judged)])
@@ -112,7 +117,7 @@ class Collator:
         return Collated(batch=batch, steps=steps, rows=rows)
 
     def _batch(self, rollouts: Sequence[Rollout], group_of: Sequence[int], steps: Sequence[Step]) -> Batch:
-        rewards_B = self._per_sequence([rollout.grade.reward for rollout in rollouts])
+        rewards_B = self._per_sequence([rollout.reward for rollout in rollouts])
         lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
         columns: dict[str, Tensor] = {}
         for name, value in self._values.items():
@@ -192,7 +197,7 @@ def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -
     """
     token_ids, text = rollout.completion.token_ids, rollout.completion.text
     rewards = [0.0] * len(token_ids)
-    for end, reward in rollout.grade.step_rewards or ((len(text), rollout.grade.reward),):
+    for end, reward in rollout.graded.step_rewards or ((len(text), rollout.reward),):
         place = len(token_ids) - 1
         if end < len(text):
             places = range(len(token_ids))

@@ -56,8 +56,8 @@ def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
 
 def record(config: Config, data: TrainingData) -> dict[str, Any]:
     """The record written beside a trained model."""
-    accepted = [] if data.stage1 is None else list(data.stage1.accepted_mismatches)
-    return {"iterations": data.iterations(config), "origin": origin(config, data), ACCEPTED: accepted}
+    found = {"iterations": data.iterations(config), "origin": origin(config, data)}
+    return {**found, ACCEPTED: data.accepted_mismatches}
 
 
 class TrainedWith(BaseModel):

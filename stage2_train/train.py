@@ -118,7 +118,7 @@ class Trainer(Generic[Source]):
 
     def refuse_unjudged(self, number: int, rollouts: Sequence[Rollout]) -> None:
         """Raise UserError if the grader could judge too few of the batch's rollouts."""
-        judged = self.ranks.total(sum(rollout.grade.is_judged for rollout in rollouts))
+        judged = self.ranks.total(sum(rollout.is_judged for rollout in rollouts))
         refuse_unjudged(number, judged, self.ranks.total(len(rollouts)), rollouts)
 
     def score(self, collated: Collated, metrics: Metrics) -> Batch:

@@ -119,11 +119,11 @@ def test_training_says_so_before_its_first_iteration(tiny_model: Path, tmp_path:
     config = configured(tmp_path, tiny_model, {"path": shared})
     write_tiny_vstar(config, tmp_path / "vstar.parquet")
     data = prepare(config, tmp_path / "vstar.parquet")
-    assert any(line.startswith("1 of 2 held-out prompts") for line in module._describe(config, data, ALONE))
+    assert any(line.startswith("1 of 2 held-out prompts") for line in describe_online(config, data))
     config = configured(tmp_path, tiny_model)
     assert not any(
         "held-out" in line
-        for line in module._describe(config, prepare(config, tmp_path / "vstar.parquet"), ALONE)
+        for line in describe_online(config, prepare(config, tmp_path / "vstar.parquet"))
     )
 
 

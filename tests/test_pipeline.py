@@ -99,7 +99,7 @@ class Training:
 def version_of(rollouts: Sequence[Rollout]) -> int:
     assert [rollout.prompt for rollout in rollouts] == PROMPTS
     (version,) = {rollout.completion.token_ids[0] for rollout in rollouts}
-    assert [rollout.grade.reward for rollout in rollouts] == [version, version]
+    assert [rollout.reward for rollout in rollouts] == [version, version]
     return version
 
 

@@ -261,8 +261,8 @@ def test_a_function_of_each_convention_grades_in_both_stages(
             seed=3,
             places=[0],
         )
-    if rollout.grade.outcome != Outcome.TRUNCATED:
-        assert (rollout.grade.reward, rollout.grade.outcome) == (reward, outcome)
+    if rollout.graded.outcome != Outcome.TRUNCATED:
+        assert (rollout.reward, rollout.graded.outcome) == (reward, outcome)
 
 
 def grade(name: str, *completions: str, answer: str = "3", **options: Any) -> list[tuple[str, float, str]]:
@@ -464,7 +464,7 @@ def test_the_parts_of_a_reward_survive_a_checkpoint(functions: str) -> None:
             seed=3,
             places=[0],
         )
-    assert rollout.grade.parts == (("gsm8k", 1.0), (f"{functions}:plain", 1.0))
+    assert rollout.graded.parts == (("gsm8k", 1.0), (f"{functions}:plain", 1.0))
     again = from_json(json.loads(json.dumps(as_json(rollout))), {"x": prompt})
     assert again.grade == rollout.grade
 

@@ -114,7 +114,7 @@ class TakenStep:
                 trainer.places[row]: {
                     "prompt": list(rollouts[row].prompt.token_ids),
                     "completion": list(rollouts[row].completion.token_ids),
-                    "reward": rollouts[row].grade.reward,
+                    "reward": rollouts[row].reward,
                     "vstar": trainer.data.stage1.vstar[rollouts[row].prompt.id],
                     "loss": self.records[row].figures["loss/regression"],
                     "log_ratio": self.records[row].figures[LOG_RATIO],

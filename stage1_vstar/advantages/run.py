@@ -4,7 +4,7 @@ The table keeps the critic's values beside the Monte-Carlo values. As long as se
 settings of [advantages] need no model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from common.value import Ragged
 from stage1_vstar.advantages.rescore import rescore_advantages
 from stage1_vstar.table import with_dropped
 
-Score = Callable[[Path, Sequence[Sequence[int]]], Sequence[float]]
+Score = Callable[[Path, Iterable[Sequence[int]]], Sequence[float]]
 """From the critic's folder and the tokens of states to their values."""
 
 WEIGHTS = ("*.safetensors", "config.json")
@@ -160,9 +160,8 @@ def _critic_values(rows: pl.DataFrame, config: RunConfig, score: Score) -> pl.Se
         return pl.lit(None, polars_schema(ADVANTAGES)["critic_values"]).alias("critic_values")
     ends_A = rows["action_ends"].explode().to_numpy()
     values_A = np.full(len(ends_A), np.nan)
-    successors = list(_successors(rows, config))
-    if successors:
-        found = np.asarray(score(run_paths(config.run).critic, successors), dtype=np.float64)
+    if not ends_A.all():
+        found = np.asarray(score(run_paths(config.run).critic, _successors(rows, config)), dtype=np.float64)
         if not np.isfinite(found).all():
             raise UserError(
                 f"{run_paths(config.run).critic}: the critic's value of a state is not a number; train it again with a "

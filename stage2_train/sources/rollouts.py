@@ -69,7 +69,7 @@ def collect_rollouts(
 
 def as_json(rollout: Rollout) -> dict[str, Any]:
     """A rollout in the format of checkpoints, which refers to its prompt by id."""
-    completion, grade = rollout.completion, rollout.grade
+    completion, grade = rollout.completion, rollout.graded
     return {
         "prompt_id": rollout.prompt.id,
         "token_ids": list(completion.token_ids),
