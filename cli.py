@@ -229,23 +229,27 @@ def needs_stage1(
     vstar_file: VstarFile = None,
     advantages_file: AdvantagesFile = None,
     allow_mismatch: AllowMismatch = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="None if the table that they end with is there.")
+    ] = False,
 ) -> None:
-    """For `make train`: print the commands that make what training will read of the run's folder; 1 if there are none.
+    """For `make`: print the commands that make the table that training will read in the run's folder.
 
-    Takes the options of `train`.
+    Takes the options of `train`. Exits with status 1 if there are none.
     """
+    from common.runs import run_paths
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    commands: list[str] = []
+    paths, steps = run_paths(settings.run), []
     if settings.train.reads_advantages and advantages_file is None:
         critic = ["critic"] if settings.advantages.values == "critic" else []
-        commands = ["segments", *critic, "advantages"]
+        table, steps = paths.advantages, ["segments", *critic, "advantages"]
     elif settings.train.reads_stage1 and vstar_file is None:
-        commands = ["vstar"]
-    if commands:
-        print(*commands)
-    raise typer.Exit(0 if commands else 1)
+        table, steps = paths.vstar, ["vstar"]
+    if not steps or (missing and table.exists()):
+        raise typer.Exit(1)
+    print(*steps)
 
 
 @app.command(short_help="Compute the advantages of next steps.")

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -244,7 +245,7 @@ def no_engine(*_: Any, **__: Any) -> None:
 
 def test_training_needs_no_engine_and_continues_exactly(config: Config, tmp_path: Path) -> None:
     def of(iterations: int, run: str) -> Config:
-        train = config.train.model_copy(update={"iterations": iterations})
+        train = config.train.model_copy(update={"iterations": iterations, "mini_batch_size": 16})
         return config.model_copy(update={"train": train, "run": run})
 
     table = run_paths(config.run).advantages
@@ -296,17 +297,18 @@ def test_a_table_that_keeps_nothing_and_steps_that_the_model_cannot_read_are_ref
         prepare(config, table)
     rows = write_advantages(config, table)
     _, provenance = ADVANTAGES_TABLE.read(table)
-    tokens = [[[10**6, *action] for action in actions] for actions in rows["action_token_ids"].to_list()]
-    column = rows.select("action_token_ids").with_columns(action_token_ids=tokens).to_series()
-    changed = rows.with_columns(column.cast(rows.schema["action_token_ids"]))
-    ADVANTAGES_TABLE.write(changed, provenance, table)
+
+    def write(tokens: list[list[list[int]]]) -> None:
+        column = pl.Series("action_token_ids", tokens, rows.schema["action_token_ids"])
+        ADVANTAGES_TABLE.write(rows.with_columns(column), provenance, table)
+
+    actions = rows["action_token_ids"].to_list()
+    write([[[10**6, *action] for action in each] for each in actions])
     with pytest.raises(
         UserError, match=r"a step has the token id 1000000, but the model in .* has \d+ of them"
     ):
         prepare(config, table)
-    long = [[[10] * 600 for _ in actions[:1]] + actions[1:] for actions in rows["action_token_ids"].to_list()]
-    column = rows.select("action_token_ids").with_columns(action_token_ids=long).to_series()
-    ADVANTAGES_TABLE.write(rows.with_columns(column.cast(rows.schema["action_token_ids"])), provenance, table)
+    write([[[10] * 600, *each[1:]] for each in actions])
     with pytest.raises(UserError, match=r"has \d+ tokens, more than the model's context of 512"):
         prepare(config, table)
 
