@@ -166,7 +166,7 @@ def test_the_objective_reaches_the_minimiser_of_its_formula_which_is_a_better_po
 
 # The trainer.
 
-SPLITS = {
+SPLITS: dict[str, dict[str, Any]] = {
     "states": {"zero_stage": 2, "tokens_per_micro_batch": 160},
     "states, all at once": {"zero_stage": 1, "tokens_per_micro_batch": 100_000},
     "states, ZeRO-3": {"zero_stage": 3, "tokens_per_micro_batch": 160},
@@ -243,7 +243,7 @@ def no_engine(*_: Any, **__: Any) -> None:
     raise AssertionError("there is nothing to draw")
 
 
-def test_training_needs_no_engine_and_continues_exactly(config: Config, tmp_path: Path) -> None:
+def test_training_needs_no_engine_and_continues_exactly(config: Config, run_cli: RunCli) -> None:
     def of(iterations: int, run: str) -> Config:
         train = config.train.model_copy(update={"iterations": iterations, "mini_batch_size": 16})
         return config.model_copy(update={"train": train, "run": run})
@@ -268,6 +268,8 @@ def test_training_needs_no_engine_and_continues_exactly(config: Config, tmp_path
     assert rows[0]["loss/regression"] > rows[2]["loss/regression"] > 0
     card = (whole.model / "README.md").read_text()
     assert "values from `monte_carlo`" in card
+    finished = run_cli("report", "--run", "whole", warm=True)
+    assert finished.returncode == 0, finished.stderr
     write_advantages(config, parts.advantages, min_gap=0.0)
     with pytest.raises(UserError, match="was made with another config"):
         trained(of(4, "parts"))
