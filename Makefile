@@ -42,7 +42,7 @@ MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check browser setup setup-stage1 base-model vstar train critic rounds evaluate report compare lock clean
+.PHONY: help demo test check browser setup setup-stage1 base-model vstar segments critic advantages train rounds evaluate report compare lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -51,7 +51,9 @@ help: ## List the targets
 
 demo: setup ## Set up, then base model → vstar → train → evaluate → report on the embedded default
 	@$(MAKE) --no-print-directory base-model
-	@if $(BIN)/python cli.py needs-stage1 $(OPTIONS); then $(MAKE) --no-print-directory vstar; fi
+	@set -e; for step in $$($(BIN)/python cli.py needs-stage1 $(OPTIONS)); do \
+		$(MAKE) --no-print-directory $$step; \
+	done
 	@$(MAKE) --no-print-directory train evaluate report
 
 test: $(INSTALLED)-dev ## Set up, then run the tests (ARGS="-k name" for some of them)
@@ -84,15 +86,22 @@ vstar: $(INSTALLED)-stage1 ## Stage 1: sample, grade, estimate V̂*; continues w
 	@$(MAKE_BASE_MODEL)
 	@$(BIN)/python cli.py vstar $(OPTIONS)
 
+segments: $(INSTALLED)-stage1 ## Solutions cut into steps, and values of their states (direct_advantage)
+	@$(MAKE_BASE_MODEL)
+	@$(BIN)/python cli.py segments $(OPTIONS)
+
+critic: $(INSTALLED)-train ## The critic of states (direct_advantage)
+	@$(LAUNCH) cli.py critic $(OPTIONS)
+
+advantages: $(INSTALLED)-train ## The advantages of next steps (direct_advantage)
+	@$(BIN)/python cli.py advantages $(OPTIONS)
+
 train: $(INSTALLED)-train ## Stage 2: train, after stage 1 where the objective needs it; continues where it stopped
 	@$(MAKE_BASE_MODEL)
-	@if [ ! -e $(FOLDER)/vstar.parquet ] && $(BIN)/python cli.py needs-stage1 $(OPTIONS) 2>/dev/null; then \
-		$(MAKE) --no-print-directory vstar; \
-	fi
+	@set -e; for step in $$($(BIN)/python cli.py needs-stage1 --missing $(OPTIONS) 2>/dev/null); do \
+		$(MAKE) --no-print-directory $$step; \
+	done
 	@$(LAUNCH) cli.py train $(OPTIONS)
-
-critic: $(INSTALLED)-train ## Train the critic of the step-level method, after `segments`
-	@$(LAUNCH) cli.py critic $(OPTIONS)
 
 rounds: $(INSTALLED)-train ## Train in ROUNDS rounds: each trained model is the next one's reference; continues where it stopped
 	@$(BIN)/python cli.py rounds --rounds $(ROUNDS) --nproc $(NPROC) $(OPTIONS)

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
@@ -72,6 +72,25 @@ Overrides = Annotated[
 ]
 VstarFile = Annotated[
     Path | None, typer.Option("--vstar", help="The V̂* table to read; by default artifacts/RUN/vstar.parquet.")
+]
+AdvantagesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--advantages", help="The table of advantages to read; by default artifacts/RUN/advantages.parquet."
+    ),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="EXPR",
+        help='Keep only rows that fulfil an SQL condition, such as "vstar_se < 0.1"; repeatable.',
+    ),
+]
+MinGap = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a table of advantages: drop states whose advantages differ by less; by default the table's."
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -178,6 +197,7 @@ def train(
     run: Run = None,
     overrides: Overrides = None,
     vstar_file: VstarFile = None,
+    advantages_file: AdvantagesFile = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Stage 2: train the model, by default with A*-PO. Afterwards it is in artifacts/RUN/model.
@@ -185,7 +205,8 @@ def train(
     After an interruption the same command continues from the last checkpoint.
 
     --set train.objective.name=grpo chooses another objective (docs/objectives.md). Objectives that do not use V̂* take
-    their prompts from [data] of the config, or with --vstar from that table.
+    their prompts from [data] of the config, or with --vstar from that table. The objective direct_advantage reads the
+    table that `advantages` writes.
     """
     from common.packages import refuse_missing
     from stage2_train.config import load_config
@@ -197,7 +218,7 @@ def train(
         from stage2_train.run import run_stage2
 
         console.outlives_its_reader = True
-        run_stage2(settings, console, vstar_file, allow_mismatch or ())
+        run_stage2(settings, console, vstar_file, allow_mismatch or (), advantages_file=advantages_file)
 
 
 @app.command(short_help="Train a critic on the values of states (after `segments`).")
@@ -248,16 +269,62 @@ def needs_stage1(
     run: Run = None,
     overrides: Overrides = None,
     vstar_file: VstarFile = None,
+    advantages_file: AdvantagesFile = None,
     allow_mismatch: AllowMismatch = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="None if the table that they end with is there.")
+    ] = False,
 ) -> None:
-    """For `make train`: exit with status 0 if training will read artifacts/RUN/vstar.parquet, else 1.
+    """For `make`: print the commands that make the table that training will read in the run's folder.
 
-    Takes the options of `train`.
+    Takes the options of `train`. Exits with status 1 if there are none.
+    """
+    from common.runs import run_paths
+    from stage2_train.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    paths, steps = run_paths(settings.run), []
+    if settings.train.reads_advantages and advantages_file is None:
+        critic = ["critic"] if settings.advantages.values == "critic" else []
+        table, steps = paths.advantages, ["segments", *critic, "advantages"]
+    elif settings.train.reads_stage1 and vstar_file is None:
+        table, steps = paths.vstar, ["vstar"]
+    if not steps or (missing and table.exists()):
+        raise typer.Exit(1)
+    print(*steps)
+
+
+@app.command(short_help="Compute the advantages of next steps.")
+def advantages(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    segments_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--segments", help="The table of states to read; by default artifacts/RUN/segments.parquet."
+        ),
+    ] = None,
+) -> None:
+    """Compute the advantages of the next steps of states, which the objective direct_advantage trains on.
+
+    Writes artifacts/RUN/advantages.parquet. It keeps the critic's values: other settings of [advantages] then need no
+    model.
     """
     from stage2_train.config import load_config
 
-    needed = vstar_file is None and load_config(config, overrides or (), run).train.reads_stage1
-    raise typer.Exit(0 if needed else 1)
+    settings = load_config(config, overrides or (), run)
+
+    def score(folder: Path, states: Iterable[Sequence[int]]) -> Sequence[float]:
+        from stage2_train.critic_job.values import state_values
+
+        values: Sequence[float] = state_values(folder, states, settings)
+        return values
+
+    with _ending_cleanly("the table before"), _libraries_logged(settings.run):
+        from stage1_vstar.advantages.run import run_advantages
+
+        run_advantages(settings, console, score, segments_file)
 
 
 @app.command(short_help="Add the samples of other runs to a run.")
@@ -510,11 +577,12 @@ def _before_training(settings: "Config") -> list[str]:
     return ["vstar"] if settings.train.reads_stage1 else []
 
 
-@app.command(short_help="Recompute V̂* with another β1 or estimator.")
+@app.command(short_help="Recompute V̂*, or advantages, with other settings.")
 def rescore(
     beta1: Annotated[
-        float, typer.Option("--beta1", help="The new β1, from 0 (V̂* is the best reward) to inf (the mean).")
-    ],
+        float | None,
+        typer.Option("--beta1", help="The new β1, from 0 (V̂* is the best reward) to inf (the mean)."),
+    ] = None,
     run: RunName = "demo",
     vstar_file: VstarFile = None,
     output: Output = None,
@@ -524,10 +592,31 @@ def rescore(
             help="plugin (the paper's formula), jackknife or beta_binomial; see docs/uncertainty.md."
         ),
     ] = "plugin",
+    values: Annotated[
+        str | None,
+        typer.Option(
+            help="Recompute a table of advantages instead: with the values of the `critic`, or `monte_carlo`."
+        ),
+    ] = None,
+    min_gap: MinGap = None,
+    advantages_file: AdvantagesFile = None,
 ) -> None:
-    """Recompute V̂* from the stored rewards, with another β1 or another estimator. Loads no model."""
+    """Recompute V̂* from the stored rewards, with another β1 or another estimator. Loads no model.
+
+    With --values or --min-gap: recompute the advantages of next steps from the stored values.
+    """
     from stage1_vstar.rescore import rescore as rescore_file
 
+    own = {"--values": values is not None, "--min-gap": min_gap is not None}
+    others = {"--beta1": beta1 is not None, "--estimator": estimator != "plugin"}
+    if table := _advantages_path(run, vstar_file, advantages_file, own, others):
+        from stage1_vstar.advantages.rescore import rescore_advantages
+
+        with _writing(output or table):
+            console.print(rescore_advantages(table, output or table, values, min_gap))
+        return
+    if beta1 is None:
+        raise UserError("give --beta1, such as 0.25, to recompute V̂*; or --values for a table of advantages")
     if not beta1 >= 0:
         raise UserError(f"--beta1 must be 0 or more (inf is the mean), found {beta1}")
     source = _vstar_path(run, vstar_file)
@@ -552,33 +641,53 @@ def filter_command(
     max_truncated: Annotated[
         float, typer.Option(help="Drop prompts with a larger share of truncated samples than this.")
     ] = 1.0,
-    where: Annotated[
-        list[str] | None,
+    where: Where = None,
+    min_gap: MinGap = None,
+    max_error: Annotated[
+        float | None,
         typer.Option(
-            metavar="EXPR",
-            help='Keep only prompts that fulfil an SQL condition, such as "vstar_se < 0.1"; repeatable.',
+            help="Of a table of advantages: drop states with an advantage of a larger standard error."
         ),
     ] = None,
+    advantages_file: AdvantagesFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Choose the prompts to train on. Dropped prompts are flagged in the V̂* table; with --output they are left out.
 
     Each call replaces the flags of the last one.
+
+    With --min-gap, --max-error or --advantages, or if the run has no other table: choose the states of its table of
+    advantages, by these options and --where.
     """
     from stage1_vstar.filter import drop_rules, filter_prompts
 
-    rules = drop_rules(
-        unsolved=drop_unsolved,
-        solved=drop_solved,
-        min_pass_rate=min_pass_rate,
-        max_pass_rate=max_pass_rate,
-        max_interval_width=max_interval_width,
-        max_truncated=max_truncated,
-        where=where or (),
-    )
-    source = _vstar_path(run, vstar_file)
-    with _writing(output or source):
-        filtered = filter_prompts(source, output, rules)
+    own = {"--min-gap": min_gap is not None, "--max-error": max_error is not None}
+    others = {
+        "--no-drop-unsolved": not drop_unsolved,
+        "--drop-solved": drop_solved,
+        "--min-pass-rate": min_pass_rate != 0,
+        "--max-pass-rate": max_pass_rate != 1,
+        "--max-interval-width": max_interval_width != float("inf"),
+        "--max-truncated": max_truncated != 1,
+    }
+    if source := _advantages_path(run, vstar_file, advantages_file, own, others):
+        from stage1_vstar.advantages.filter import filter_states
+
+        with _writing(output or source):
+            filtered = filter_states(source, output, min_gap=min_gap, max_error=max_error, where=where or ())
+    else:
+        rules = drop_rules(
+            unsolved=drop_unsolved,
+            solved=drop_solved,
+            min_pass_rate=min_pass_rate,
+            max_pass_rate=max_pass_rate,
+            max_interval_width=max_interval_width,
+            max_truncated=max_truncated,
+            where=where or (),
+        )
+        source = _vstar_path(run, vstar_file)
+        with _writing(output or source):
+            filtered = filter_prompts(source, output, rules)
     if as_json:
         print_json(json.dumps(filtered.document(), indent=2, ensure_ascii=False))
     else:
@@ -703,20 +812,56 @@ def sweep(
         console.print(f"{sweep_file(source, 'png')}, .svg and .json: the same as plots, and more figures")
 
 
-@app.command(short_help="Show the contents of a V̂* table.")
+@app.command(short_help="Show the contents of a V̂* table, or of advantages.")
 def inspect(
     run: RunName = "demo",
     vstar_file: VstarFile = None,
+    advantages_file: AdvantagesFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show a V̂* table: its contents, its provenance, the precision of V̂* and a histogram of pass rates."""
+    """Show a V̂* table: its contents, its provenance, the precision of V̂* and a histogram of pass rates.
+
+    With --advantages, or if the run has no other table: show its table of advantages.
+    """
     from stage1_vstar.describe import describe, show, to_json
 
+    if table := _advantages_path(run, vstar_file, advantages_file):
+        from stage1_vstar.advantages import describe as view
+
+        found = view.describe_advantages(table)
+        print_json(view.to_json(found)) if as_json else view.show(found, console)
+        return
     figures = describe(_vstar_path(run, vstar_file))
     if as_json:
         print_json(to_json(figures))
     else:
         show(figures, console)
+
+
+def _advantages_path(
+    run: str,
+    vstar_file: Path | None,
+    advantages_file: Path | None,
+    own: Mapping[str, bool] = {},
+    others: Mapping[str, bool] = {},
+) -> Path | None:
+    """The table of advantages that a command is about; None if it is about V̂*.
+
+    The options say so: `own` are those for advantages alone, `others` those for V̂* alone, each with whether it is
+    given. Without any of them it is the only table that the run has.
+    """
+    from common.runs import run_paths
+
+    paths = run_paths(run)
+    own = {"--advantages": advantages_file is not None, **own}
+    others = {"--vstar": vstar_file is not None, **others}
+    ours, theirs = ([name for name, is_given in options.items() if is_given] for options in (own, others))
+    if ours and theirs:
+        raise UserError(
+            f"{ours[0]} is for a table of advantages and {theirs[0]} for V̂*; leave one of them out"
+        )
+    is_only = not theirs and not paths.vstar.exists() and paths.advantages.exists()
+    return (advantages_file or paths.advantages) if ours or is_only else None
 
 
 def _vstar_path(run: str, vstar_file: Path | None) -> Path:
@@ -727,13 +872,16 @@ def _vstar_path(run: str, vstar_file: Path | None) -> Path:
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Keep `vstar` from writing the run's table at the same time, because that would undo this change."""
+    """Keep `vstar` or `advantages` from writing the run's table at the same time: that would undo this change."""
     from common.runs import RunPaths, exclusive_run
 
     place = Path(os.path.realpath(target))  # resolve() raises RuntimeError for a link to itself
     run = RunPaths(place.parent)
     is_a_runs_own = place == run.vstar and target.exists() and run.samples.is_dir()
-    with exclusive_run(run, "vstar") if is_a_runs_own else nullcontext():
+    writer = "vstar" if is_a_runs_own else None
+    if place == run.advantages and run.segments.exists():
+        writer = "advantages"
+    with nullcontext() if writer is None else exclusive_run(run, writer):
         yield
 
 

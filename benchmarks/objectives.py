@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ class CountedScorer:
         return self._scorer.score(batches)
 
 
-def count_passes(trainer: Trainer) -> Passes:
+def count_passes(trainer: Trainer[Any]) -> Passes:
     """Count a trainer's passes from now on: those of the networks under training, from any caller, and of others."""
     passes = Passes()
     for learner in trainer.parts.learners.values():

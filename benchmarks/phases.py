@@ -273,9 +273,9 @@ def phase_table(tables: Sequence[Phases]) -> str:
     return markdown(["phase", "s", "share", "floor, s", "over the floor"], rows)
 
 
-def sizes(trainer: Trainer, turn: Turn, table: Phases, shape: Shape, dtype: torch.dtype) -> str:
+def sizes(trainer: Trainer[Any], turn: Turn, table: Phases, shape: Shape, dtype: torch.dtype) -> str:
     """The part of the gap due to padding and the sizes of the matrices, in the last iteration's micro-batches."""
-    steps = trainer.parts.collate(turn.rollouts, trainer.places).steps
+    steps = trainer.parts.collate([[rollout] for rollout in turn.rollouts], trainer.places).steps
     batches = [tokens for step in steps for tokens in step.slices]
     lengths, sampled = lengths_of(turn.rollouts)
     count, padded = len(batches), sum(batch.input_ids_BT.numel() for batch in batches)

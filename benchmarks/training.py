@@ -25,6 +25,7 @@ from common.runs import REPOSITORY
 from stage2_train.config import Config
 from stage2_train.data import Stage1, TrainingData
 from stage2_train.ranks import join_ranks
+from stage2_train.sources.pipeline import RolloutPipeline, drawing
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer
 
@@ -32,14 +33,16 @@ DEMO = REPOSITORY / "configs" / "demo.toml"
 
 
 @contextmanager
-def training(config: Config, data: TrainingData, build: Callable[[], RolloutEngine]) -> Iterator[Trainer]:
+def training(
+    config: Config, data: TrainingData, build: Callable[[], RolloutEngine]
+) -> Iterator[Trainer[RolloutPipeline]]:
     """A trainer, ready for its first iteration."""
     ranks = join_ranks(config.seed)
     with (
         GraderPool(config.grader) as pool,
         closing(Sampler(build, pool, config.sampling, ranks)) as sampler,
     ):
-        trainer = Trainer(config, data, sampler, ranks)
+        trainer = Trainer(config, data, drawing(config, data, sampler, ranks), ranks)
         with closing(trainer.source):
             yield trainer
 

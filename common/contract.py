@@ -89,7 +89,7 @@ class Contract:
 
         Raises DamagedFile if it cannot be read, UserError naming a broken rule and row.
         """
-        provenance = self._provenance(path)
+        provenance = self.provenance(path)
         try:
             frame = self._with_later_columns(pl.read_parquet(path, glob=False))
         except (pl.exceptions.PolarsError, OSError) as error:
@@ -104,7 +104,7 @@ class Contract:
         not yielded; the error is raised at the end, when they are counted. Raises the errors of `read`.
         """
         columns = self.schema.names if columns is None else columns
-        self._provenance(path)
+        self.provenance(path)
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
             table = self._with_later_columns(pl.DataFrame(file.schema_arrow.empty_table()))
             self._refuse_other_table(table.schema, file.metadata.num_rows, path)
@@ -160,7 +160,8 @@ class Contract:
         """The schema of a new file, with its provenance as metadata."""
         return self.schema.with_metadata(provenance.metadata(self.version))
 
-    def _provenance(self, path: Path) -> Provenance:
+    def provenance(self, path: Path) -> Provenance:
+        """The provenance of a file, see `read_provenance`."""
         return read_provenance(path, self.version, self.migrations, self.remedy)
 
     def _rules(self) -> dict[str, Rule]:

@@ -4,6 +4,7 @@ A prompt is a question with its reference answer. A completion is what an engine
 a completion with its grade. Nothing here knows about files, engines or training.
 """
 
+import math
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -62,12 +63,33 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """A prompt, a completion of it and the completion's grade."""
+    """A prompt, a completion of it and the completion's grade.
+
+    If the prompt is a state of a solution and the completion its next step, there may be no grade, but an advantage
+    that was computed before.
+    """
 
     prompt: Prompt
     completion: Completion
-    grade: Grade
+    grade: Grade | None = None
+    advantage: float | None = None
+
+    @property
+    def graded(self) -> Grade:
+        """The grade of a whole completion."""
+        assert self.grade is not None, "a step has no grade"
+        return self.grade
+
+    @property
+    def reward(self) -> float:
+        """The reward; nan without a grade."""
+        return math.nan if self.grade is None else self.grade.reward
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the grader did not fail."""
+        return self.grade is None or self.grade.is_judged
 
     @property
     def is_solved(self) -> bool:
-        return self.grade.outcome == Outcome.CORRECT
+        return self.grade is not None and self.grade.outcome == Outcome.CORRECT

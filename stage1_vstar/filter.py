@@ -1,8 +1,12 @@
-"""Which prompts stage 2 trains on: named rules over vstar.parquet, as flags or into a new file, in bounded memory."""
+"""Which rows of a table stage 2 trains on: named rules, as flags or into a new file, in bounded memory.
+
+The rows are the prompts of vstar.parquet, or the states of advantages.parquet.
+"""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ import polars as pl
 from common.contract import polars_schema
 from common.errors import UserError
 from common.grading import Outcome
-from common.provenance import read_provenance
+from common.provenance import Provenance, read_provenance
 from common.value import reward_range
 from common.vstar_file import VSTAR, scan_vstar, vstar_writer
 from stage1_vstar.table import UNSOLVED, with_dropped
@@ -24,7 +28,7 @@ INTERVAL_WIDTH = "interval_width"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A condition for dropping a prompt, and its name in counts and records. It sees one prompt at a time."""
+    """A condition for dropping a row, and its name in counts and records. It sees one row at a time."""
 
     name: str
     drops: pl.Expr
@@ -32,7 +36,7 @@ class Rule:
 
 @dataclass(slots=True, kw_only=True)
 class RuleCount:
-    """How many prompts a rule matches, and how many of them no earlier rule matches: those it drops."""
+    """How many rows a rule matches, and how many of them no earlier rule matches: those it drops."""
 
     name: str
     matches: int = 0
@@ -41,23 +45,29 @@ class RuleCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filtered:
-    """The result of `filter_prompts`."""
+    """The result of a filter."""
 
     path: Path
-    prompts: int
+    noun: str
+    """What the rows are."""
+    rows: int
     kept: int
     rules: list[RuleCount]
 
     def lines(self) -> list[str]:
         """One line per rule, and one for the file."""
         return [
-            *(f"{rule.name}: {rule.matches:,} prompts, {rule.drops:,} dropped by it" for rule in self.rules),
-            f"{self.path}: {self.kept:,} of {self.prompts:,} prompts kept",
+            *(
+                f"{rule.name}: {rule.matches:,} {self.noun}, {rule.drops:,} dropped by it"
+                for rule in self.rules
+            ),
+            f"{self.path}: {self.kept:,} of {self.rows:,} {self.noun} kept",
         ]
 
     def document(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "path": str(self.path)}
+        rules = [asdict(rule) for rule in self.rules]
+        return {"path": str(self.path), self.noun: self.rows, "kept": self.kept, "rules": rules}
 
 
 def drop_rules(
@@ -92,15 +102,23 @@ def drop_rules(
             pl.col(INTERVAL_WIDTH) > max_interval_width,
         ),
         f"truncated share above {max_truncated:.12g}": (max_truncated < 1, truncated > max_truncated),
-        **{f"not where {text}": (True, ~kept_where(text).fill_null(False)) for text in where},
     }
-    return [Rule(name=name, drops=drops) for name, (active, drops) in rules.items() if active]
-
-
-def kept_where(text: str) -> pl.Expr:
-    """A condition in SQL on the columns of vstar.parquet and INTERVAL_WIDTH. Raises UserError if it is not valid."""
-    advice = 'write a condition on the prompts to keep, such as "pass_rate < 0.9 and length(prompt) < 2000"'
+    active_rules = [Rule(name=name, drops=drops) for name, (active, drops) in rules.items() if active]
     columns = pl.Schema({**polars_schema(VSTAR), INTERVAL_WIDTH: pl.Float64()})
+    example = "pass_rate < 0.9 and length(prompt) < 2000"
+    return [*active_rules, *rules_where(where, columns, "prompts", example)]
+
+
+def rules_where(where: Sequence[str], columns: pl.Schema, noun: str, example: str) -> list[Rule]:
+    """The rules that drop rows that do not fulfil a condition in SQL on these columns. Raises UserError."""
+    return [
+        Rule(name=f"not where {text}", drops=~_kept_where(text, columns, noun, example).fill_null(False))
+        for text in where
+    ]
+
+
+def _kept_where(text: str, columns: pl.Schema, noun: str, example: str) -> pl.Expr:
+    advice = f'write a condition on the {noun} to keep, such as "{example}"'
     try:
         condition = pl.sql_expr(text)
         unknown = sorted(set(condition.meta.root_names()) - set(columns))
@@ -116,13 +134,13 @@ def kept_where(text: str) -> pl.Expr:
         raise UserError(f"--where {text}: {str(error).splitlines()[0]}; {advice}") from error
     if dtype != pl.Boolean:
         raise UserError(f"--where {text} gives {dtype}, not true or false; {advice}")
-    if not _looks_at_one_prompt(condition):
-        raise UserError(f"--where {text} compares prompts with each other; {advice}")
+    if not _looks_at_one_row(condition):
+        raise UserError(f"--where {text} compares {noun} with each other; {advice}")
     return condition
 
 
-def _looks_at_one_prompt(expression: pl.Expr) -> bool:
-    """Whether an expression's value for a prompt is independent of the other prompts."""
+def _looks_at_one_row(expression: pl.Expr) -> bool:
+    """Whether an expression's value for a row is independent of the other rows."""
     kind = next(iter(json.loads(expression.meta.serialize(format="json"))))
     if kind not in ("BinaryExpr", "Cast", "Column", "Element", "Eval", "Function", "Literal", "Ternary"):
         return False
@@ -132,36 +150,68 @@ def _looks_at_one_prompt(expression: pl.Expr) -> bool:
                 return False
         except pl.exceptions.PolarsError:
             pass  # the operators of SQL, which all are row by row, cannot tell without the columns' types
-    return all(map(_looks_at_one_prompt, expression.meta.pop()))
+    return all(map(_looks_at_one_row, expression.meta.pop()))
 
 
 def filter_prompts(source: Path, output: Path | None, rules: list[Rule]) -> Filtered:
-    """Flag the prompts that no rule drops as kept, or with `output` write just those to a new file.
-
-    A dropped prompt carries the name of the first rule that matches it. Without rules every prompt is kept. Raises
-    UserError if no prompt would be left.
-    """
-    provenance = read_provenance(source)
-    names = [rule.name for rule in rules]
-    provenance = replace(provenance, context={**provenance.context, "filters": names or ["none"]})
-    counts = [RuleCount(name=name) for name in names]
+    """Flag the prompts of vstar.parquet that no rule drops as kept, see `filter_rows`."""
+    provenance = filtered_by(rules, read_provenance(source))
     uses_width = any(INTERVAL_WIDTH in rule.drops.meta.root_names() for rule in rules)
     limits = _reward_limits(source) if uses_width else None
-    prompts = kept = 0
-    with vstar_writer(output or source, provenance, changed=("keep", "dropped_by")) as write:
-        for rows in scan_vstar(source):
-            matches = _matches(_with_interval_width(rows, limits) if limits else rows, rules)
+    return filter_rows(
+        scan_vstar(source),
+        vstar_writer(output or source, provenance, changed=FLAGS),
+        rules,
+        source=source,
+        output=output,
+        noun="prompts",
+        seen_by_rules=lambda rows: _with_interval_width(rows, limits) if limits else rows,
+    )
+
+
+FLAGS = ("keep", "dropped_by")
+"""The columns that a filter changes."""
+
+
+def filtered_by(rules: Sequence[Rule], provenance: Provenance) -> Provenance:
+    """The provenance of a filtered table."""
+    names = [rule.name for rule in rules]
+    return replace(provenance, context={**provenance.context, "filters": names or ["none"]})
+
+
+def filter_rows(
+    parts: Iterable[pl.DataFrame],
+    writer: AbstractContextManager[Callable[[pl.DataFrame], None]],
+    rules: Sequence[Rule],
+    *,
+    source: Path,
+    output: Path | None,
+    noun: str,
+    seen_by_rules: Callable[[pl.DataFrame], pl.DataFrame],
+) -> Filtered:
+    """Flag the rows that no rule drops as kept, or with `output` write just those to a new file.
+
+    A dropped row carries the name of the first rule that matches it. Without rules every row is kept. Raises UserError
+    if none would be left.
+    """
+    counts = [RuleCount(name=rule.name) for rule in rules]
+    total = kept = 0
+    with writer as write:
+        for rows in parts:
+            matches = _matches(seen_by_rules(rows), rules)
             flagged = with_dropped(rows, _first_match(matches))
             drops = dict(flagged["dropped_by"].value_counts().iter_rows())
             for count in counts:
                 count.matches += int(matches[count.name].sum())
                 count.drops += drops.get(count.name, 0)
-            prompts += rows.height
+            total += rows.height
             kept += int(flagged["keep"].sum())
             write(flagged.filter("keep") if output else flagged)
         if not kept:
-            raise UserError(f"no prompt of {source} would be left; nothing was changed. Loosen the rules")
-    return Filtered(path=output or source, prompts=prompts, kept=kept, rules=counts)
+            raise UserError(
+                f"no {noun.removesuffix('s')} of {source} would be left; nothing was changed. Loosen the rules"
+            )
+    return Filtered(path=output or source, noun=noun, rows=total, kept=kept, rules=counts)
 
 
 def _reward_limits(source: Path) -> tuple[float, float]:
@@ -179,8 +229,8 @@ def _with_interval_width(rows: pl.DataFrame, limits: tuple[float, float]) -> pl.
     return rows.with_columns(pl.Series(INTERVAL_WIDTH, found.high_P - found.low_P))
 
 
-def _matches(rows: pl.DataFrame, rules: list[Rule]) -> pl.DataFrame:
-    """Whether a rule drops a prompt: one row per prompt, one column per rule."""
+def _matches(rows: pl.DataFrame, rules: Sequence[Rule]) -> pl.DataFrame:
+    """Whether a rule drops a row: one column per rule."""
     try:
         return rows.select(rule.drops.alias(rule.name) for rule in rules)
     except pl.exceptions.PolarsError as error:
@@ -190,6 +240,6 @@ def _matches(rows: pl.DataFrame, rules: list[Rule]) -> pl.DataFrame:
 
 
 def _first_match(matches: pl.DataFrame) -> pl.Expr:
-    """The name of the first rule that drops each prompt; missing if none does."""
+    """The name of the first rule that drops each row; missing if none does."""
     names = [pl.when(pl.lit(matches[name])).then(pl.lit(name)) for name in matches.columns]
     return pl.coalesce(*names, pl.lit(None, pl.String))

@@ -124,6 +124,7 @@ class Batch:
     lengths_B: Tensor
     """Completion tokens."""
     rewards_B: Tensor
+    """nan for a step of a solution, which has no reward of its own."""
     totals: Totals
     """Totals of the iteration in `credit`, of the step in `loss`."""
     vstar_B: Tensor = ABSENT
@@ -145,7 +146,7 @@ class Batch:
     advantages_B: Tensor = ABSENT
     advantages_K: Tensor = ABSENT
     returns_K: Tensor = ABSENT
-    """Credit, which an objective's `credit` adds."""
+    """Credit, which an objective's `credit` adds, or which is known from a file."""
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values
     """Adds up tensors of one shape; a collective operation, for `credit`."""
 

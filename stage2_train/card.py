@@ -46,12 +46,15 @@ def made_with(config: Config, data: TrainingData, processes: int) -> dict[str, A
         **{key: data.identity[key] for key in ("model", "grader")},
         "prompts": len(data.prompts),
         "held_out": None
-        if config.held_out is None
+        if config.held_out is None or not data.held_out
         else {"data": config.held_out.model_dump(exclude_none=True), "prompts": len(data.held_out)},
         "iterations": data.iterations(config),
         "processes": processes,
         "vstar": None if stage1 is None else {"num_samples": stage1.num_samples, "beta1": stage1.beta1},
-        "accepted_mismatches": [] if stage1 is None else list(stage1.accepted_mismatches),
+        "advantages": None
+        if (table := data.advantages) is None
+        else {"states": table.rows.height, "pairs": table.pairs, "values_from": table.values_from},
+        "accepted_mismatches": data.accepted_mismatches,
         **{key: here[key] for key in ("python", "commit")},
         "versions": here["versions"] | versions(LIBRARIES),
     }
@@ -134,6 +137,11 @@ class Trained:
         yield "graders and versions", _code(self.made_with.get("grader"))
         if vstar := self.made_with.get("vstar"):
             yield "V̂*", f"from {vstar['num_samples']} samples per prompt, β1 = {vstar['beta1']:g}"
+        if table := self.made_with.get("advantages"):
+            yield (
+                "advantages",
+                f"of {table['pairs']:,} next steps of {table['states']:,} states, values from `{table['values_from']}`",
+            )
         for mismatch in self.made_with.get("accepted_mismatches", ()):
             yield "accepted difference", mismatch
 
@@ -152,7 +160,7 @@ class Trained:
         yield "seed", self.config.seed
 
     def _figures(self) -> Iterable[str]:
-        drawn = [row for row in self.metrics if "reward/mean" in row]
+        drawn = [row for row in self.metrics if "completion/tokens_mean" in row]
         if drawn:
             first, last = drawn[0], drawn[-1]
             heads = tuple(f"iteration {row['iteration']:.0f}" for row in (first, last))

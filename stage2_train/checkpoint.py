@@ -65,7 +65,7 @@ def write(
     ranks: Ranks,
     *,
     keep: int,
-    rollouts: Sequence[Sequence[dict[str, Any]]] = (),
+    rollouts: Sequence[Sequence[Sequence[dict[str, Any]]]] = (),
     history: pl.DataFrame | None = None,
 ) -> None:
     """Write folder/iteration-<n>, whole or not at all, and drop all but the newest `keep` and the best.
@@ -92,11 +92,19 @@ def load(checkpoint: Path, parts: "Mapping[str, Learner]") -> None:
         learner.load(checkpoint, name)
 
 
-def read_rollouts(checkpoint: Path) -> list[list[dict[str, Any]]]:
-    """The batches that were waiting for their iteration, each in order of its places."""
+def read_rollouts(checkpoint: Path, group_size: int) -> list[list[list[dict[str, Any]]]]:
+    """The batches that were waiting for their iteration, each as groups in order of its places.
+
+    Checkpoints of older versions have no groups, but `group_size` completions for each place.
+    """
     file = checkpoint / ROLLOUTS
-    batches: list[list[dict[str, Any]]] = json.loads(file.read_bytes()) if file.exists() else []
-    return batches
+    batches: list[list[Any]] = json.loads(file.read_bytes()) if file.exists() else []
+    return [
+        batch
+        if isinstance(batch[0], list)
+        else [batch[start : start + group_size] for start in range(0, len(batch), group_size)]
+        for batch in batches
+    ]
 
 
 def read_history(checkpoint: Path) -> pl.DataFrame:

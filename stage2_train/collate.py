@@ -19,11 +19,12 @@ from stage2_train.data import Stage1
 from stage2_train.objectives.protocol import STAGE1_COLUMNS, Column
 from stage2_train.prompt_history import PromptHistory
 from stage2_train.ranks import Ranks
+from stage2_train.sources.batches import Group, flat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collated:
-    """The batch and steps of an iteration; `rows` gives the rollout of each of the batch's rows."""
+    """The batch and steps of an iteration; `rows` gives the rollout, counted over all groups, of each of its rows."""
 
     batch: Batch
     steps: Sequence[Step]
@@ -54,14 +55,19 @@ def known_values(
     assert stage1 or columns.isdisjoint(STAGE1_COLUMNS), "the objective needs stage 1"
     if "vstar" in columns and stage1:
         values["vstar_B"] = lambda rollout: stage1.vstar[rollout.prompt.id]
+    if "advantage" in columns:
+        values["advantages_B"] = _known_advantage
     if "quantile" in columns and stage1:
-        values["quantile_B"] = lambda rollout: quantile(
-            rollout.grade.reward, stage1.rewards[rollout.prompt.id]
-        )
+        values["quantile_B"] = lambda rollout: quantile(rollout.reward, stage1.rewards[rollout.prompt.id])
     if "expected" in columns:
         assert history, "who expects a reward keeps a history"
         values["expected_B"] = lambda rollout: history.expected(rollout.prompt.id)
     return values
+
+
+def _known_advantage(rollout: Rollout) -> float:
+    assert rollout.advantage is not None, "it comes from a table of advantages"
+    return rollout.advantage
 
 
 def quantile(reward: float, rewards: Sequence[float]) -> float:
@@ -88,28 +94,30 @@ class Collator:
         self._cut = cut
         self._ranks = ranks
 
-    def __call__(self, rollouts: Sequence[Rollout], places: Sequence[int]) -> Collated:
-        """The batch and the steps of these rollouts, group after group; `places` number the groups in the whole job.
+    def __call__(self, groups: Sequence[Group], places: Sequence[int]) -> Collated:
+        """The batch and the steps of these groups; `places` number them in the whole job.
 
         A collective operation. Completions that the grader could not judge are left out, and so is a group in which too
         few are left for the objective.
         """
-        size = self._objective.group_size
+        rollouts = flat(groups)
         rows: list[int] = []
-        groups: list[list[int]] = []  # of rows of the batch; one for each place
-        for start in range(0, len(rollouts), size):
-            members = [row for row in range(start, start + size) if rollouts[row].grade.is_judged]
-            if len(members) < self._objective.least_judged:
-                members = []
-            groups.append(list(range(len(rows), len(rows) + len(members))))
-            rows += members
-        chosen = [rollouts[row] for row in rows]
-        steps = self._steps(rollouts, chosen, groups, places)
-        group_of = [number for number, group in enumerate(filter(None, groups)) for _ in group]
-        return Collated(batch=self._batch(chosen, group_of, steps), steps=steps, rows=rows)
+        members: list[list[TokenSequence]] = []
+        start = 0
+        for group in groups:
+            judged = [start + at for at, rollout in enumerate(group) if rollout.is_judged]
+            if len(judged) < self._objective.least_judged:
+                judged = []
+            members.append([TokenSequence.of(len(rows) + at, rollouts[row]) for at, row in enumerate(judged)])
+            rows += judged
+            start += len(group)
+        steps = self._steps(groups, members, places)
+        group_of = [number for number, group in enumerate(filter(None, members)) for _ in group]
+        batch = self._batch([rollouts[row] for row in rows], group_of, steps)
+        return Collated(batch=batch, steps=steps, rows=rows)
 
     def _batch(self, rollouts: Sequence[Rollout], group_of: Sequence[int], steps: Sequence[Step]) -> Batch:
-        rewards_B = self._per_sequence([rollout.grade.reward for rollout in rollouts])
+        rewards_B = self._per_sequence([rollout.reward for rollout in rollouts])
         lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
         columns: dict[str, Tensor] = {}
         for name, value in self._values.items():
@@ -145,25 +153,25 @@ class Collator:
 
     def _steps(
         self,
-        rollouts: Sequence[Rollout],
-        chosen: Sequence[Rollout],
-        groups: Sequence[Sequence[int]],
+        groups: Sequence[Group],
+        members: Sequence[Sequence[TokenSequence]],
         places: Sequence[int],
     ) -> list[Step]:
-        train, size = self._train, self._objective.group_size
+        """The steps on `members`, the sequences of each group that are trained on."""
+        train = self._train
         work: list[tuple[list[TokenBatch], TokenBatch]] = []
         counts: list[list[int]] = []
         for number in range(train.batch_size // train.mini_batch_size):
             ours = [at for at, place in enumerate(places) if place // train.mini_batch_size == number]
-            units = [[TokenSequence.of(row, chosen[row]) for row in groups[at]] for at in ours if groups[at]]
+            units = [members[at] for at in ours if members[at]]
             sequences = [sequence for unit in units for sequence in unit]
             if self._objective.unit == "sequence":
                 units = [[sequence] for sequence in sequences]
             slices = self._cut(units)
-            filler = slices[-1] if slices else self._idle(rollouts, ours[0] * size)
+            filler = slices[-1] if slices else self._idle(groups[ours[0]])
             work.append((slices, filler))
             tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
-            counts.append([len(sequences), sum(bool(groups[at]) for at in ours), tokens])
+            counts.append([len(sequences), sum(bool(members[at]) for at in ours), tokens])
         everywhere = self._ranks.sum(torch.tensor(counts, device=self._ranks.device)).tolist()
         return [
             Step(
@@ -174,11 +182,10 @@ class Collator:
             for (slices, filler), (sequences, groups_there, tokens) in zip(work, everywhere, strict=True)
         ]
 
-    def _idle(self, rollouts: Sequence[Rollout], first: int) -> TokenBatch:
-        """Input for the networks if nothing of a step was judged on this rank: a unit that was not judged."""
-        size = self._objective.group_size if self._objective.unit == "group" else 1
-        unit = [TokenSequence.of(-1, rollout) for rollout in rollouts[first : first + size]]
-        (tokens,) = self._cut([unit])
+    def _idle(self, group: Group) -> TokenBatch:
+        """Input for the networks if nothing of a step was judged on this rank: a unit of a group that was not."""
+        unit = group if self._objective.unit == "group" else group[:1]
+        (tokens,) = self._cut([[TokenSequence.of(-1, rollout) for rollout in unit]])
         return tokens
 
 
@@ -190,7 +197,7 @@ def rewards_by_token(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -
     """
     token_ids, text = rollout.completion.token_ids, rollout.completion.text
     rewards = [0.0] * len(token_ids)
-    for end, reward in rollout.grade.step_rewards or ((len(text), rollout.grade.reward),):
+    for end, reward in rollout.graded.step_rewards or ((len(text), rollout.reward),):
         place = len(token_ids) - 1
         if end < len(text):
             places = range(len(token_ids))

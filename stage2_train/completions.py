@@ -48,8 +48,8 @@ def write_completions(
             rollout.prompt.text,
             rollout.completion.text.encode("utf-8", "replace").decode("utf-8"),
             len(rollout.completion.token_ids),
-            rollout.grade.outcome.value,
-            rollout.grade.reward,
+            rollout.graded.outcome.value,
+            rollout.reward,
             pass_rate.get(rollout.prompt.id) if part == "train" else None,
             vstar.get(rollout.prompt.id) if part == "train" else None,
         )

@@ -31,9 +31,9 @@ class TrainConfig(Section):
     objective: ObjectiveConfig = AStarPO()
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     batch_size: Annotated[int, Field(ge=1)] = 256
-    """Prompts per iteration, each with `objective.group_size` completions."""
+    """Prompts per iteration, each with `objective.group_size` completions; for direct_advantage states."""
     mini_batch_size: Annotated[int, Field(ge=1)] = 128
-    """Prompts per optimizer step, with all of their completions: a group is never split."""
+    """Prompts per optimizer step, with all of their completions, which are never split; for direct_advantage states."""
     staleness: Annotated[int, Field(ge=0)] = 0
     """By how many iterations the weights that draw completions may lag; above 0, drawing overlaps training."""
     epochs: Annotated[int, Field(ge=1)] = 25
@@ -97,6 +97,11 @@ class TrainConfig(Section):
         """Whether the objective needs stage 1's file."""
         return not self.columns.isdisjoint(STAGE1_COLUMNS)
 
+    @property
+    def reads_advantages(self) -> bool:
+        """Whether the objective learns from the table of advantages, and draws nothing."""
+        return "advantage" in self.columns
+
     @model_validator(mode="after")
     def _there_is_something_to_offload(self) -> "TrainConfig":
         if self.offload_optimizer and self.zero_stage == 0:
@@ -123,6 +128,12 @@ class Config(RunConfig):
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> Self:
+        if self.train.reads_advantages:
+            self.train.refuse_unused(
+                "evaluate_every",
+                because=f"training with {self.train.objective.name} has no engine and evaluates nothing; leave it "
+                "out of [train]",
+            )
         if self.evaluate.data is None:
             self.train.refuse_unused(
                 "evaluate_every",

@@ -1,6 +1,7 @@
 """Training's inputs, read and checked before any model loads: prompts, held-out prompts, and stage 1's results.
 
-Prompts are those that stage 1's file keeps. An objective that needs nothing from stage 1 may take them from [data].
+Prompts are those that stage 1's file keeps. An objective that needs nothing from stage 1 may take them from [data]. An
+objective with known advantages reads the states of advantages.parquet.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import json
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,13 @@ from common.rollout import Prompt
 from common.runs import run_paths
 from common.seeds import derive_seed
 from common.vstar_file import read_vstar
+from stage2_train.advantages import Advantages, read_advantages
 from stage2_train.config import Config, TrainConfig
 from stage2_train.evaluation.plan import benchmarks_of, roomy
 from stage2_train.first_batch import FirstBatch, expected_first_batch
 from stage2_train.preflight import refuse_first
 from stage2_train.ranks import ALONE, Ranks
+from stage2_train.table_origin import refuse_other_origin, refuse_other_tokens
 
 EQUAL_REWARDS = "rewards.equal"
 """The name by which --allow-mismatch accepts a result of stage 1 whose rewards are all equal."""
@@ -80,12 +84,20 @@ class TrainingData:
     benchmarks: Mapping[str, list[Prompt]] = field(default_factory=dict)
     """Of the benchmarks that training evaluates, by name."""
     stage1: Stage1 | None
+    advantages: Advantages | None = None
+    """The states to train on; their prompts are `prompts`, and nothing is drawn."""
     identity: Mapping[str, Any]
     """The identity of model, prompt template, sampling and grader."""
 
     def iterations(self, config: Config) -> int:
         """The number of iterations of this run."""
-        return config.train.iterations_over(len(self.prompts))
+        return config.train.iterations_over(len(self.prompts if self.advantages is None else self.advantages))
+
+    @property
+    def accepted_mismatches(self) -> list[str]:
+        """Differences between the identity of the table that was read and this run's that the user allowed."""
+        table = self.advantages or self.stage1
+        return [] if table is None else list(table.accepted_mismatches)
 
     def usable(self, config: Config, pool: GraderPool, ranks: Ranks) -> "TrainingData":
         """Without the prompts whose reference answer the grader cannot use, if that has not been checked yet.
@@ -102,6 +114,8 @@ class TrainingData:
 
     def digest(self) -> dict[str, Any]:
         """Identifies the data, and without stage 1's file the settings behind them: a continued run must match."""
+        if self.advantages is not None:
+            return {"advantages": self.advantages.digest()}
         if self.stage1 is None:
             return {"prompts": _digest([prompt.id for prompt in self.prompts]), "identity": self.identity}
         return {"vstar": _digest(sorted(self.stage1.vstar.items()))}
@@ -121,15 +135,19 @@ def _digest(document: Any) -> str:
 
 def prepare(
     config: Config,
-    vstar_file: Path | None,
+    table_file: Path | None,
     allow_mismatch: Collection[str] = (),
     ranks: Ranks = ALONE,
 ) -> TrainingData:
-    """Read and check everything that needs no model; without a file the prompts are those of [data]. Raises UserError.
+    """Read and check everything that needs no model. Raises UserError.
 
+    The file is a table of V̂*, or of advantages if the objective reads one; without it the prompts are those of [data].
     A collective operation: a node's main rank hashes the model for all of its ranks.
     """
-    table = None if vstar_file is None else (vstar_file, *read_vstar(vstar_file))
+    reads_advantages = config.train.reads_advantages
+    table = None
+    if table_file is not None and not reads_advantages:
+        table = (table_file, *read_vstar(table_file))
     folder = reference_model(config)
     read_trainable(folder, config)
     refuse_first(config, folder)
@@ -137,6 +155,18 @@ def prepare(
     known = run_paths(config.run).known_weights
     model = ranks.once_a_node(lambda: model_identity(folder, known))
     identity = sampling_identity(config, renderer, model, fingerprint(config.grader))
+    if reads_advantages:
+        assert table_file is not None, "the objective needs a table"
+        states = read_advantages(config, renderer, identity, table_file, Allowance(allow_mismatch), folder)
+        return TrainingData(
+            folder=folder,
+            renderer=renderer,
+            prompts=list(states.prompts.values()),
+            held_out=[],
+            stage1=None,
+            advantages=states,
+            identity=identity,
+        )
     if table is None:
         if others := [name for name in allow_mismatch if name != PARITY]:
             raise UserError(
@@ -178,15 +208,14 @@ def _from_stage1(
     allowance: Allowance,
 ) -> tuple[list[Prompt], Stage1]:
     """The prompts that a table keeps. Raises UserError unless it was made as this run's config says."""
-    theirs = {key: value for key, value in provenance.identity.items() if key in identity}
-    expected = Provenance(identity=identity, context={})
-    allowance.refuse_unknown([*expected.fields(), "prompt.tokens", EQUAL_REWARDS, PARITY])
-    expected.refuse_unless_same(
-        Provenance(identity=theirs, context={}),
-        what=str(file),
+    refuse_other_origin(
+        identity,
+        provenance,
+        file,
+        allowance,
+        besides=[EQUAL_REWARDS, PARITY],
         advice="V̂* holds for its own model, template, sampling and grader only: use those, make it again "
         "with another --run",
-        allowance=allowance,
     )
     kept = rows.filter("keep")
     if kept.is_empty():
@@ -196,7 +225,7 @@ def _from_stage1(
     _refuse_nothing_to_learn(kept, file, allowance)
     _refuse_unfit_rewards(kept["rewards"], config.train, file)
     prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
-    _refuse_other_tokens(prompts, kept, file, allowance)
+    refuse_other_tokens(prompts, kept, file, allowance)
     return prompts, Stage1(
         file=file,
         vstar=_by_prompt(kept, "vstar"),
@@ -258,20 +287,6 @@ def _range(numbers: pl.Series) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _refuse_other_tokens(prompts: list[Prompt], kept: pl.DataFrame, file: Path, allowance: Allowance) -> None:
-    stage1 = dict(zip(kept["prompt_id"], kept["prompt_token_hash"], strict=True))
-    different = [prompt.id for prompt in prompts if stage1[prompt.id] not in (None, prompt.token_hash)]
-    if not different:
-        return
-    line = f"prompt.tokens differ for {len(different):,} prompts, such as {different[0]}"
-    if not allowance.permits("prompt.tokens", line):
-        raise UserError(
-            f"{file}: stage 1 rendered its prompts to other token ids: {line}; use the library versions that "
-            "it names (`python cli.py inspect`), make it again with another --run, "
-            "or accept it with --allow-mismatch prompt.tokens"
-        )
-
-
 def prompt_batch(prompts: int, batch_size: int, seed: int, iteration: int) -> list[int]:
     """The prompts of an iteration (from 1 on): an endless row of shuffled epochs, cut into batches.
 
@@ -281,7 +296,13 @@ def prompt_batch(prompts: int, batch_size: int, seed: int, iteration: int) -> li
     batch: list[int] = []
     while len(batch) < batch_size:
         epoch, offset = divmod(start + len(batch), prompts)
-        order = list(range(prompts))
-        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
-        batch += order[offset : offset + batch_size - len(batch)]
+        batch += _epoch(prompts, seed, epoch)[offset : offset + batch_size - len(batch)]
     return batch
+
+
+@lru_cache(maxsize=2)
+def _epoch(prompts: int, seed: int, number: int) -> list[int]:
+    """The order of an epoch."""
+    order = list(range(prompts))
+    random.Random(derive_seed(seed, "epoch", number)).shuffle(order)
+    return order

@@ -37,6 +37,11 @@ GIB = 2**30
 
 def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> dict[str, Any]:
     """The figures that `show` prints, as a JSON document. Raises UserError for an invalid file or model."""
+    if config.train.reads_advantages:
+        raise UserError(
+            f"forecast is for runs that draw completions; {config.train.objective.name} reads its steps from a table, "
+            "whose size `python cli.py inspect --advantages` shows"
+        )
     if config.train.mini_batch_size % gpus:
         raise UserError(
             f"--gpus {gpus}: train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "

@@ -103,10 +103,10 @@ class MetricsLog:
 
     def _line(self, iteration: int, metrics: Metrics) -> str:
         parts = [f"{iteration:>5}/{self._last}"]
-        if "reward/mean" in metrics:
+        if "time/iteration" in metrics:
             losses = [value for name, value in metrics.items() if name.startswith("loss/")]
             parts += [
-                f"reward {metrics['reward/mean']:.3f}",
+                *[f"reward {reward:.3f}" for reward in [metrics.get("reward/mean")] if reward is not None],
                 *[f"loss {loss:.4f}" for loss in losses[:1]],
                 *[f"KL {kl:.3f}" for kl in [metrics.get("kl/sequence")] if kl is not None],
                 f"tokens {metrics['completion/tokens_mean']:.1f}",

@@ -64,7 +64,7 @@ class PromptHistory:
 
         Raises UserError for a reward outside 0 to 1.
         """
-        judged = [rollout for rollout in rollouts if rollout.grade.is_judged]
+        judged = [rollout for rollout in rollouts if rollout.is_judged]
         again = [rollout for rollout in judged if rollout.prompt.id in self._visits]
         last = [self._visits[rollout.prompt.id] for rollout in again]
         current = [array("i", rollout.completion.token_ids) for rollout in judged]
@@ -77,7 +77,7 @@ class PromptHistory:
         visits = [
             (
                 rollout.prompt.id,
-                rollout.grade.reward,
+                rollout.reward,
                 drift.get(rollout.prompt.id, 0.0),
                 Visit(tokens, values),
             )

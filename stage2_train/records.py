@@ -22,7 +22,8 @@ LOGPROB_GAP = "logprob_gap"
 class SequenceRecord:
     """The figures of one completion."""
 
-    reward: float
+    reward: float | None
+    """Missing for a step of a solution, which has none of its own."""
     completion_tokens: int
     truncated: bool
     solved: bool
@@ -45,12 +46,12 @@ class Records:
     def __init__(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> None:
         self.all = [
             SequenceRecord(
-                reward=rollout.grade.reward,
+                reward=None if rollout.grade is None else rollout.grade.reward,
                 completion_tokens=len(rollout.completion.token_ids),
                 truncated=rollout.completion.truncated,
                 solved=rollout.is_solved,
-                unjudged=not rollout.grade.is_judged,
-                parts=dict(rollout.grade.parts or ()),
+                unjudged=not rollout.is_judged,
+                parts={} if rollout.grade is None else dict(rollout.grade.parts or ()),
             )
             for rollout in rollouts
         ]
@@ -81,7 +82,11 @@ class Records:
 
 
 def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
-    """Rewards of the judged completions, figures of those trained on, lengths of all; NaN if there are none."""
+    """Rewards of the judged completions, figures of those trained on, lengths of all; NaN if there are none.
+
+    Steps of solutions, which have no rewards, give no figures of rewards and of truncation.
+    """
+    has_rewards = any(record.reward is not None for record in records)
     judged = [record for record in records if not record.unjudged]
     trained = [record for record in records if record.trained]
     tokens = sum(record.completion_tokens for record in records)
@@ -96,10 +101,16 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
         return _ratio(sum(getattr(record, name) for record in over), len(over))
 
     return {
-        "reward/mean": mean("reward", judged),
-        "reward/solved": mean("solved", judged),
-        "reward/unjudged": mean("unjudged", records),
-        **_means_of_parts(judged),
+        **(
+            {
+                "reward/mean": mean("reward", judged),
+                "reward/solved": mean("solved", judged),
+                "reward/unjudged": mean("unjudged", records),
+                **_means_of_parts(judged),
+            }
+            if has_rewards
+            else {}
+        ),
         **({"advantage/mean": _ratio(sum(advantages), len(advantages))} if advantages else {}),
         **{name: _ratio(total(name), len(trained)) for name in names if name.startswith("loss/")},
         **(
@@ -112,7 +123,7 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
         ),
         "completion/tokens_mean": tokens / len(records),
         "completion/tokens_max": max(record.completion_tokens for record in records),
-        "completion/truncated": mean("truncated", records),
+        **({"completion/truncated": mean("truncated", records)} if has_rewards else {}),
         **({"policy/entropy": _ratio(total(ENTROPY), trained_tokens)} if ENTROPY in names else {}),
         **_largest_gap(records),
         "throughput/completion_tokens_per_second": tokens / seconds,

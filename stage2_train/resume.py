@@ -19,6 +19,7 @@ from stage2_train.ranks import Ranks
 MAY_DIFFER: Mapping[str, Any] = {
     "run": True,
     "vstar": True,
+    **dict.fromkeys(("segments", "critic", "advantages"), True),
     "evaluate": True,
     "engine": True,
     "grader": {
@@ -55,8 +56,8 @@ def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
 
 def record(config: Config, data: TrainingData) -> dict[str, Any]:
     """The record written beside a trained model."""
-    accepted = [] if data.stage1 is None else list(data.stage1.accepted_mismatches)
-    return {"iterations": data.iterations(config), "origin": origin(config, data), ACCEPTED: accepted}
+    found = {"iterations": data.iterations(config), "origin": origin(config, data)}
+    return {**found, ACCEPTED: data.accepted_mismatches}
 
 
 class TrainedWith(BaseModel):

@@ -70,10 +70,11 @@ class StopRequest:
 def refuse_divergence(number: int, metrics: Metrics) -> None:
     """Raise UserError once training has gone wrong beyond repair, before a checkpoint is written.
 
-    An objective without a reference measures no KL, so KL is not checked for it.
+    An objective without a reference measures no KL, so KL is not checked for it; one that draws nothing has no share of
+    truncated completions.
     """
     sequence_kl, token_kl = metrics.get("kl/sequence", 0.0), metrics.get("kl/token", 0.0)
-    if metrics["completion/truncated"] >= ENDLESS and sequence_kl > COLLAPSED_KL:
+    if metrics.get("completion/truncated", 0.0) >= ENDLESS and sequence_kl > COLLAPSED_KL:
         raise UserError(
             f"iteration {number}: the policy has collapsed: {metrics['completion/truncated']:.0%} of the completions "
             f"do not end, KL to the reference is {sequence_kl:.0f} nats; {GENTLER}"
@@ -89,7 +90,7 @@ def refuse_unjudged(number: int, judged: int, rollouts: int, ours: Sequence[Roll
     """Raise UserError if the grader judged too few of a batch's rollouts; the message quotes a reason from `ours`."""
     if rollouts - judged <= LARGEST_UNJUDGED_SHARE * rollouts:
         return
-    grades = [rollout.grade for rollout in ours if not rollout.grade.is_judged]
+    grades = [rollout.graded for rollout in ours if not rollout.is_judged]
     cause = f", such as {grades[0].outcome.value}: {grades[0].reason or 'no reason given'}" if grades else ""
     raise UserError(
         f"iteration {number}: the grader could not judge {rollouts - judged} of {rollouts} completions{cause}; fix "

@@ -4,10 +4,10 @@ It has no branch for an objective: set-up builds what an objective needs (parts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -20,21 +20,26 @@ from stage2_train.card import made_with
 from stage2_train.checkpoint import CRITIC, POLICY
 from stage2_train.collate import Collated
 from stage2_train.config import Config
-from stage2_train.data import TrainingData, prompt_batch
+from stage2_train.data import TrainingData
 from stage2_train.metrics import Metrics, peak_memory_bytes, timed
 from stage2_train.parts import build_parts
 from stage2_train.ranks import Ranks
 from stage2_train.records import Records, summarise
 from stage2_train.resume import origin
 from stage2_train.safeguards import StopRequest, refuse_unjudged
-from stage2_train.sources.pipeline import RolloutPipeline
-from stage2_train.sources.rollouts import LOGPROB_CHECKS, as_json, from_json
-from stage2_train.sources.sampler import Draw, Sampler
+from stage2_train.sources.batches import BatchSource, flat, own_places
+from stage2_train.sources.rollouts import as_json, from_json
+from stage2_train.sources.sampler import Draw
 from stage2_train.watchers import Turn, Watcher
+
+if TYPE_CHECKING:
+    from stage2_train.sources.sampler import NamedWeights
+
+Source = TypeVar("Source", bound=BatchSource)
 
 
 def train(
-    trainer: "Trainer", watchers: Sequence[Watcher], console: Terminal, *, first: int, last: int
+    trainer: "Trainer[Source]", watchers: Sequence[Watcher], console: Terminal, *, first: int, last: int
 ) -> None:
     """Run iterations `first` to `last`, and the watchers, in order, after each of them and before the first (number 0).
 
@@ -54,19 +59,24 @@ def train(
                 raise KeyboardInterrupt
 
 
-class Trainer:
+class Trainer(Generic[Source]):
     """One iteration of training, and the parts that it needs."""
 
-    def __init__(self, config: Config, data: TrainingData, sampler: Sampler, ranks: Ranks) -> None:
-        """Load what the objective needs."""
+    def __init__(
+        self,
+        config: Config,
+        data: TrainingData,
+        build_source: "Callable[[Callable[[], NamedWeights]], Source]",
+        ranks: Ranks,
+    ) -> None:
+        """Load what the objective needs; a source of batches is built from the function that gives π's weights."""
         self.config = config
         self.data = data
         self.ranks = ranks
         self.objective = config.train.objective
         self.made_with = made_with(config, data, ranks.world_size)
         self.parts = build_parts(config, data, ranks)
-        weights = self.parts.policy.named_weights
-        self.source = RolloutPipeline(sampler, config.train.staleness, self.draw_of, weights)
+        self.source = build_source(self.parts.policy.named_weights)
 
     def iteration(self, number: int, last: int) -> Turn:
         """Algorithm 1, lines 9 and 10: a batch of rollouts from π_t, then SGD on the objective's loss.
@@ -76,11 +86,12 @@ class Trainer:
         metrics: Metrics = {}
         norms = []
         with timed("iteration", metrics):
-            rollouts = self.source.rollouts(number, last, metrics)
+            groups = self.source.groups(number, last, metrics)
+            rollouts = flat(groups)
             self.refuse_unjudged(number, rollouts)
             # Randomness in the network, such as dropout, is the same after a restart.
             torch.manual_seed(derive_seed(self.config.seed, "update", number, self.ranks.rank))
-            collated = self.parts.collate(rollouts, self.places)
+            collated = self.parts.collate(groups, self.places)
             batch = self.objective.credit(self.score(collated, metrics))
             records = Records(rollouts, collated.rows)
             records.note_credit(batch)
@@ -102,27 +113,13 @@ class Trainer:
 
     @property
     def places(self) -> range:
-        """The places of this rank's prompts in a batch."""
-        return range(self.ranks.rank, self.config.train.batch_size, self.ranks.world_size)
-
-    def draw_of(self, number: int) -> Draw:
-        """This rank's draw for an iteration."""
-        train = self.config.train
-        batch = prompt_batch(len(self.data.prompts), train.batch_size, self.config.seed, number)
-        return Draw(
-            prompts=[self.data.prompts[batch[place]] for place in self.places],
-            places=self.places,
-            seed=derive_seed(self.config.seed, "train", number),
-            group_size=self.objective.group_size,
-            # Engine and trainer have the same weights only if nothing is drawn ahead.
-            logprob_checks=min(LOGPROB_CHECKS, train.mini_batch_size) if train.staleness == 0 else 0,
-        )
+        """The places of this rank's groups in a batch."""
+        return own_places(self.config.train, self.ranks)
 
     def refuse_unjudged(self, number: int, rollouts: Sequence[Rollout]) -> None:
         """Raise UserError if the grader could judge too few of the batch's rollouts."""
-        judged = self.ranks.total(sum(rollout.grade.is_judged for rollout in rollouts))
-        completions = self.config.train.batch_size * self.objective.group_size
-        refuse_unjudged(number, judged, completions, rollouts)
+        judged = self.ranks.total(sum(rollout.is_judged for rollout in rollouts))
+        refuse_unjudged(number, judged, self.ranks.total(len(rollouts)), rollouts)
 
     def score(self, collated: Collated, metrics: Metrics) -> Batch:
         """The batch with the columns that models fill; each scores all of the iteration's micro-batches in one call.
@@ -160,17 +157,15 @@ class Trainer:
             history=self.parts.history.table() if self.parts.history and self.ranks.is_main else None,
         )
 
-    def _waiting(self, number: int) -> list[list[dict[str, Any]]]:
-        """The batches that were drawn ahead, of all ranks in order of their places."""
-        size = self.objective.group_size
+    def _waiting(self, number: int) -> list[list[list[dict[str, Any]]]]:
+        """The batches that were drawn ahead: the groups of all ranks in order of their places."""
         batches = []
-        for batch in self.source.waiting(number):
-            groups = [batch[start : start + size] for start in range(0, len(batch), size)]
+        for groups in self.source.waiting(number):
             ours = [
                 (place, list(map(as_json, group))) for place, group in zip(self.places, groups, strict=True)
             ]
             everyone = sorted(self.ranks.gather(ours), key=itemgetter(0))
-            batches.append([rollout for _, group in everyone for rollout in group])
+            batches.append([group for _, group in everyone])
         return batches
 
     def resume(self, folder: Path) -> int:
@@ -180,14 +175,9 @@ class Trainer:
             self.parts.history.resume(checkpoint.read_history(folder))
         number: int = checkpoint.read_state(folder)["iteration"]
         prompts = {prompt.id: prompt for prompt in self.data.prompts}
-        size = self.objective.group_size
         batches = [
-            [
-                from_json(rollout, prompts)
-                for place in self.places
-                for rollout in batch[place * size : (place + 1) * size]
-            ]
-            for batch in checkpoint.read_rollouts(folder)
+            [[from_json(rollout, prompts) for rollout in groups[place]] for place in self.places]
+            for groups in checkpoint.read_rollouts(folder, self.objective.group_size)
         ]
         self.source.resume(number, batches)
         return number

@@ -137,10 +137,7 @@ class FirstBatchDoubts:
         if turn.number != 1:
             return
         drawn = self._ranks.gather(
-            [
-                (one.grade.outcome.value, one.grade.reward, len(one.completion.token_ids))
-                for one in turn.rollouts
-            ]
+            [(one.graded.outcome.value, one.reward, len(one.completion.token_ids)) for one in turn.rollouts]
         )
         outcomes, rewards, tokens = (list(column) for column in zip(*drawn, strict=True))
         rows = pl.DataFrame({"outcomes": [outcomes], "rewards": [rewards], "completion_tokens": [tokens]})

@@ -18,13 +18,15 @@ from stage2_train.data import TrainingData, prepare
 from stage2_train.logprobs import LogprobModel
 from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.scorers import SeparateModel
+from stage2_train.sources.offline import OfflineSource
+from stage2_train.sources.pipeline import drawing
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer
 from tests.train_steps import ScriptedEngine, WatchedUpdate
 
 ITERATIONS = 3
 RESUMED_AFTER = 2
-RESUMED_BY_RANKS = ("astar_po", "ppo", "spo")
+RESUMED_BY_RANKS = ("astar_po", "ppo", "spo", "direct_advantage")
 """Objectives that several ranks resume too: the first, and those whose runs remember something of their own."""
 Weights = dict[str, torch.Tensor]
 
@@ -50,7 +52,7 @@ class Counts:
     optimizers: int = 0
 
 
-def counting(trainer: Trainer, engine: ScriptedEngine) -> Counts:
+def counting(trainer: Trainer[Any], engine: ScriptedEngine) -> Counts:
     """Counts from now on what goes through the trainer's networks."""
     counts = Counts()
 
@@ -84,7 +86,11 @@ class Run:
     def __init__(self, config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool) -> None:
         self.engine = ScriptedEngine(data.renderer)
         sampler = Sampler(lambda: self.engine, pool, config.sampling, ranks)
-        self.trainer = Trainer(config, data, sampler, ranks)
+        build_source: Any = drawing(config, data, sampler, ranks)
+        if data.advantages is not None:
+            source = OfflineSource(config, data.advantages, ranks)
+            build_source = lambda weights: source  # noqa: E731
+        self.trainer: Trainer[Any] = Trainer(config, data, build_source, ranks)
         self.metrics: list[dict[str, float]] = []
 
     def iterations(self, first: int, last: int) -> None:
@@ -157,7 +163,10 @@ def main(order: dict[str, Any]) -> None:
         for number, (name, change) in enumerate(order["cases"].items()):
             train = {**order["config"]["train"], **change}
             config = Config.model_validate({**order["config"], "train": train})
-            data = prepare(config, Path(order["vstar"]))
+            file = Path(order["vstar"])
+            if config.train.reads_advantages:
+                file = file.with_name("advantages.parquet")
+            data = prepare(config, file)
             found[name] = run(config, data, ranks, pool, Path(f"{order['output']}-{number}"))
     torch.save(found, f"{order['output']}.{ranks.rank}")
     torch.distributed.barrier()

@@ -18,6 +18,7 @@ from stage2_train.learner import MAX_SKIPPED_STEPS
 from stage2_train.policy import Policy
 from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.records import Records
+from stage2_train.sources.pipeline import drawing
 from stage2_train.sources.sampler import Draw, Sampler
 from stage2_train.train import Trainer
 from tests.train_steps import ScriptedEngine, changed
@@ -57,20 +58,20 @@ def regressed(
     engine = ScriptedEngine(data.renderer)
     sampler = Sampler(lambda: engine, pool, config.sampling, ranks)
     config = changed(config, {"train": {"batch_size": 8}})
-    trainer = Trainer(config, data, sampler, ranks)
+    trainer = Trainer(config, data, drawing(config, data, sampler, ranks), ranks)
     for number in (1, 2):
         draw = Draw(
             prompts=[data.prompts[place] for place in trainer.places], places=trainer.places, seed=number
         )
-        rollouts = sampler.attempt(draw)
-        assert rollouts is not None
+        groups = sampler.attempt(draw)
+        assert groups is not None
         drawn = [
             (place, unjudged(rollout) if place % 2 else rollout)
-            for place, rollout in zip(trainer.places, rollouts, strict=True)
+            for place, (rollout,) in zip(trainer.places, groups, strict=True)
             if not (leave_out and place % 2)
         ]
         places, rollouts = [place for place, _ in drawn], [rollout for _, rollout in drawn]
-        collated = trainer.parts.collate(rollouts, places)
+        collated = trainer.parts.collate([[rollout] for rollout in rollouts], places)
         records = Records(rollouts, collated.rows)
         batch = trainer.objective.credit(trainer.score(collated, {}))
         for step in collated.steps:

@@ -43,7 +43,9 @@ def collated(objective: dict[str, Any], rollouts: list[Rollout], **train: Any) -
     renderer: Any = Renderer()
     values = {"vstar_B": lambda one: float(one.prompt.id)}
     collate = Collator(config, values, renderer, Cutter(config, renderer, ALONE), ALONE)
-    return collate(rollouts, range(len(rollouts) // config.objective.group_size))
+    size = config.objective.group_size
+    groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+    return collate(groups, range(len(groups)))
 
 
 def four_groups(*unjudged: int) -> list[Rollout]:

@@ -91,7 +91,7 @@ def test_every_dropped_prompt_has_the_first_rule_that_drops_it(artifact: Path) -
         "all correct: 1 prompts, 1 dropped by it",
         "pass rate above 0.5: 2 prompts, 1 dropped by it",
     ]
-    assert sum(rule.drops for rule in filtered.rules) == filtered.prompts - filtered.kept == 3
+    assert sum(rule.drops for rule in filtered.rules) == filtered.rows - filtered.kept == 3
 
 
 def test_filtering_anew_replaces_the_flags(artifact: Path) -> None:

@@ -11,11 +11,11 @@ from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.grading import GraderPool
 from common.terminal.console import Terminal
-from stage2_train import run as module
 from stage2_train.config import Config
 from stage2_train.data import prepare
 from stage2_train.evaluation.run import evaluate
 from stage2_train.ranks import ALONE
+from stage2_train.regime import describe_online
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 
 TEMPLATE = "Q: {prompt}\nA: "
@@ -119,11 +119,10 @@ def test_training_says_so_before_its_first_iteration(tiny_model: Path, tmp_path:
     config = configured(tmp_path, tiny_model, {"path": shared})
     write_tiny_vstar(config, tmp_path / "vstar.parquet")
     data = prepare(config, tmp_path / "vstar.parquet")
-    assert any(line.startswith("1 of 2 held-out prompts") for line in module._describe(config, data, ALONE))
+    assert any(line.startswith("1 of 2 held-out prompts") for line in describe_online(config, data))
     config = configured(tmp_path, tiny_model)
     assert not any(
-        "held-out" in line
-        for line in module._describe(config, prepare(config, tmp_path / "vstar.parquet"), ALONE)
+        "held-out" in line for line in describe_online(config, prepare(config, tmp_path / "vstar.parquet"))
     )
 
 

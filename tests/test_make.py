@@ -99,6 +99,31 @@ def test_an_objective_without_vstar_is_trained_without_stage_1() -> None:
     assert "cli.py base-model" in commands
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("", ["segments", "critic", "advantages", "train"]),
+        (" --set advantages.values=monte_carlo", ["segments", "advantages", "train"]),
+        (" --advantages other.parquet", ["train"]),
+    ],
+)
+def test_direct_advantage_is_trained_after_the_jobs_that_make_its_table(
+    options: str, steps: list[str]
+) -> None:
+    commands = make("-n", "train", f"ARGS=--set train.objective.name=direct_advantage{options}")
+    assert re.findall(r"cli\.py (vstar|segments|critic|advantages|train) ", commands) == steps
+
+
+def test_a_table_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "advantages.parquet").touch()
+    arguments = ["-n", "train", "ARGS=--set train.objective.name=direct_advantage"]
+    commands = run_make(*arguments, artifacts=tmp_path).stdout
+    assert "cli.py train" in commands
+    assert "cli.py segments" not in commands
+    assert "cli.py segments" in run_make(*arguments, artifacts=tmp_path / "other").stdout
+
+
 def test_only_a_config_that_uses_the_demo_model_builds_it() -> None:
     assert "cli.py base-model" in make("-n", "vstar")
     assert "cli.py base-model" not in make("-n", "vstar", "CONFIG=configs/math-qwen2.5-7b.toml")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stage2_train.batch import Batch
 from stage2_train.objectives.centred_residual import CentredResidual
+from stage2_train.objectives.direct_advantage import DirectAdvantage
 from stage2_train.objectives.grpo import GRPO
 from stage2_train.objectives.pmd_mean import PMDMean
 from stage2_train.objectives.ppo import PPO, generalised_advantages
@@ -270,3 +271,23 @@ def test_equal_values_are_whitened_to_zero(value: float) -> None:
 def test_spo_keeps_no_less_than_it_keeps_most() -> None:
     with pytest.raises(ValueError, match=r"least_kept 0\.99 is above most_kept 0\.96"):
         SPO(name="spo", least_kept=0.99)
+
+
+# Direct Advantage: a step of two tokens and one of one.
+
+
+def test_direct_advantage_regresses_the_log_ratio_on_the_advantage_over_beta() -> None:
+    """Residuals 3 − (0.5 − 1.0) and −2 − 0.25; each token's gradient is minus its step's, over two steps."""
+    objective = DirectAdvantage(name="direct_advantage", beta=0.1)
+    batch = batch_of(
+        [2, 1], [math.nan, math.nan], reference_K=tensor([-1.5, 0.0, -0.5]), advantages_B=tensor([0.3, -0.2])
+    )
+    loss, gradient_K = loss_and_gradient(objective, tensor([-1.0, -1.0, -0.25]), batch)
+    assert loss == pytest.approx((3.5**2 + 2.25**2) / 4, abs=EXACT)
+    assert gradient_K.tolist() == pytest.approx([-3.5 / 2, -3.5 / 2, 2.25 / 2], abs=EXACT)
+
+
+def test_direct_advantage_needs_the_paper_s_beta_and_no_completions() -> None:
+    objective = DirectAdvantage(name="direct_advantage")
+    assert (objective.beta, objective.state_wise, objective.group_size) == (0.01, True, 0)
+    assert objective.needs(4) == {"advantage", "reference"}

@@ -30,6 +30,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "PMD-mean": {"name": "pmd_mean", "tau": 0.5, "group_size": 3},
     "SPO": {"name": "spo"},
     "QRPO": {"name": "qrpo", "beta": 0.5},
+    "Direct Advantage": {"name": "direct_advantage", "beta": 0.5},
 }
 LENGTHS = [2, 1, 3, 4, 1, 2, 3, 1, 2, 5, 1, 3]
 SEQUENCES, TOKENS = len(LENGTHS), sum(LENGTHS)
@@ -62,12 +63,13 @@ def step_of(objective: Objective) -> Batch:
         "reference_K": POLICY_K + random(TOKENS, 5),
         "old_K": POLICY_K + random(TOKENS, 6),
         "values_K": random(TOKENS, 7),
+        "advantages_B": random(SEQUENCES, 8, low=-0.5, high=0.5),
     }
-    needed = {name for name in columns if name[:-2] in objective.needs(2)}
+    needed = {name for name in columns if {name[:-2], name[:-3]} & objective.needs(2)}
     return batch_of(
         LENGTHS,
         rewards_B,
-        group_size=objective.group_size,
+        group_size=objective.group_size or 1,
         **{name: column for name, column in columns.items() if name in needed},
     )
 

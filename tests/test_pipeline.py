@@ -15,6 +15,7 @@ from common.grading import Grade, Outcome
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
 from stage2_train.metrics import Metrics
 from stage2_train.ranks import Ranks
+from stage2_train.sources.batches import flat
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.rollouts import as_json, from_json
 from stage2_train.sources.sampler import Draw, Sampler
@@ -89,8 +90,8 @@ class Training:
 
     def version_drawn(self, number: int, metrics: Metrics | None = None) -> int:
         """The version of the weights behind an iteration's batch, after which the iteration ends."""
-        rollouts = self.pipeline.rollouts(number, LAST, {} if metrics is None else metrics)
-        version = version_of(rollouts)
+        groups = self.pipeline.groups(number, LAST, {} if metrics is None else metrics)
+        version = version_of(flat(groups))
         self.weight.fill_(number)
         return version
 
@@ -98,7 +99,7 @@ class Training:
 def version_of(rollouts: Sequence[Rollout]) -> int:
     assert [rollout.prompt for rollout in rollouts] == PROMPTS
     (version,) = {rollout.completion.token_ids[0] for rollout in rollouts}
-    assert [rollout.grade.reward for rollout in rollouts] == [version, version]
+    assert [rollout.reward for rollout in rollouts] == [version, version]
     return version
 
 
@@ -121,7 +122,7 @@ def test_a_later_batch_is_drawn_while_the_trainer_works(staleness: int) -> None:
         assert may_end.acquire(timeout=SECONDS)
 
     training.engines[0].may_draw = hold
-    training.pipeline.rollouts(1, LAST, {})
+    training.pipeline.groups(1, LAST, {})
     # This is the trainer's turn: the second draw has begun, and cannot end before the next line but one.
     assert has_begun.acquire(timeout=SECONDS)
     assert has_begun.acquire(timeout=SECONDS)
@@ -150,11 +151,16 @@ def test_a_restart_continues_with_the_batches_that_were_waiting(staleness: int, 
     drawn = [before.version_drawn(number) for number in range(1, end + 1)]
     waiting = before.pipeline.waiting(end)
     assert len(waiting) == min(staleness, LAST - end)
-    written = json.dumps([[as_json(rollout) for rollout in batch] for batch in waiting])
+    written = json.dumps([[list(map(as_json, group)) for group in batch] for batch in waiting])
     prompts = {prompt.id: prompt for prompt in PROMPTS}
-    read = [[from_json(rollout, prompts) for rollout in batch] for batch in json.loads(written)]
+    read = [
+        [[from_json(rollout, prompts) for rollout in group] for group in batch]
+        for batch in json.loads(written)
+    ]
     for batch, kept in zip(waiting, read, strict=True):
-        assert [(one.prompt, one.grade) for one in batch] == [(one.prompt, one.grade) for one in kept]
+        assert [(one.prompt, one.grade) for one in flat(batch)] == [
+            (one.prompt, one.grade) for one in flat(kept)
+        ]
     for going_on in (
         before,
         Training(staleness),
@@ -206,7 +212,7 @@ def test_the_end_of_a_job_does_not_wait_for_what_is_being_drawn(capsys: pytest.C
         assert may_go_on.acquire(timeout=SECONDS)
 
     training.engines[0].may_draw = hold
-    training.pipeline.rollouts(1, LAST, {})
+    training.pipeline.groups(1, LAST, {})
     for _draw in (1, 2):
         assert has_begun.acquire(timeout=SECONDS)
     training.pipeline.close()

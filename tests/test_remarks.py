@@ -16,13 +16,13 @@ from common.vstar_file import read_vstar, write_vstar
 from stage2_train.config import Config
 from stage2_train.data import prepare
 from stage2_train.ranks import ALONE
-from stage2_train.run import _describe
+from stage2_train.regime import describe_online
 from stage2_train.watchers import FirstBatchDoubts, Turn
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 
 
 def said(config: Config, file: Path) -> list[str]:
-    return _describe(config, prepare(config, file), ALONE)
+    return describe_online(config, prepare(config, file))
 
 
 def test_training_says_where_the_config_would_choose_other_prompts_now(

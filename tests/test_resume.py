@@ -19,7 +19,15 @@ import torch
 from safetensors.torch import load_file
 
 from common.runs import RunPaths, run_paths
-from stage2_train.checkpoint import checkpoints, damage, latest_state, newest_intact, write
+from stage2_train.checkpoint import (
+    ROLLOUTS,
+    checkpoints,
+    damage,
+    latest_state,
+    newest_intact,
+    read_rollouts,
+    write,
+)
 from stage2_train.config import Config
 from stage2_train.ranks import ALONE
 from tests import warm
@@ -230,7 +238,18 @@ class FileLearner:
 def save(folder: Path, iteration: int, *, accuracy: float | None = None, keep: int = 2) -> None:
     state = {"iteration": iteration, "held_out_accuracy": accuracy}
     parts: Any = {"state": FileLearner(iteration)}
-    write(folder, state, parts, ALONE, keep=keep, rollouts=[[{"prompt_id": "a"}]])
+    write(folder, state, parts, ALONE, keep=keep, rollouts=[[[{"prompt_id": "a"}]]])
+
+
+def test_batches_of_a_checkpoint_are_groups_also_those_of_older_versions(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (checkpoint,) = checkpoints(tmp_path)
+    assert read_rollouts(checkpoint, group_size=1) == [[[{"prompt_id": "a"}]]]
+    without_groups = [[{"prompt_id": name} for name in "aabb"]]
+    (checkpoint / ROLLOUTS).write_text(json.dumps(without_groups))
+    assert read_rollouts(checkpoint, group_size=2) == [
+        [[{"prompt_id": "a"}, {"prompt_id": "a"}], [{"prompt_id": "b"}, {"prompt_id": "b"}]]
+    ]
 
 
 def iterations(folder: Path) -> list[int]:

@@ -253,7 +253,7 @@ def test_a_function_of_each_convention_grades_in_both_stages(
     # Stage 2 knows the prompt from stage 1's file alone.
     text, answer = samples["prompt"][0], samples["answer"][0]
     with GraderPool(config.grader) as pool:
-        (rollout,) = collect_rollouts(
+        ((rollout,),) = collect_rollouts(
             [Prompt(id="x", text=text, answer=answer, token_ids=[1], token_hash="")],  # type: ignore[arg-type]
             ScriptedEngine(lambda request: "so #### 3"),
             pool,
@@ -261,8 +261,8 @@ def test_a_function_of_each_convention_grades_in_both_stages(
             seed=3,
             places=[0],
         )
-    if rollout.grade.outcome != Outcome.TRUNCATED:
-        assert (rollout.grade.reward, rollout.grade.outcome) == (reward, outcome)
+    if rollout.graded.outcome != Outcome.TRUNCATED:
+        assert (rollout.reward, rollout.graded.outcome) == (reward, outcome)
 
 
 def grade(name: str, *completions: str, answer: str = "3", **options: Any) -> list[tuple[str, float, str]]:
@@ -456,7 +456,7 @@ def test_the_parts_of_a_reward_survive_a_checkpoint(functions: str) -> None:
     prompt = Prompt(id="x", text="?", answer="3", token_ids=[1], token_hash="")  # type: ignore[arg-type]
     config = GraderConfig(name=["gsm8k", f"{functions}:plain"])
     with GraderPool(config) as pool:
-        (rollout,) = collect_rollouts(
+        ((rollout,),) = collect_rollouts(
             [prompt],
             ScriptedEngine(lambda request: "#### 3"),
             pool,
@@ -464,7 +464,7 @@ def test_the_parts_of_a_reward_survive_a_checkpoint(functions: str) -> None:
             seed=3,
             places=[0],
         )
-    assert rollout.grade.parts == (("gsm8k", 1.0), (f"{functions}:plain", 1.0))
+    assert rollout.graded.parts == (("gsm8k", 1.0), (f"{functions}:plain", 1.0))
     again = from_json(json.loads(json.dumps(as_json(rollout))), {"x": prompt})
     assert again.grade == rollout.grade
 

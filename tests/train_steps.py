@@ -25,6 +25,7 @@ from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
 from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.records import LOG_RATIO, Records, SequenceRecord
+from stage2_train.sources.pipeline import RolloutPipeline, drawing
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw
 from stage2_train.update import Update
@@ -68,7 +69,8 @@ class ScriptedEngine:
 def train(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool) -> dict[str, Any]:
     """The figures of each iteration, what this rank did in each optimizer step, and the weights after the last."""
     engine = ScriptedEngine(data.renderer)
-    trainer = Trainer(config, data, Sampler(lambda: engine, pool, config.sampling, ranks), ranks)
+    sampler = Sampler(lambda: engine, pool, config.sampling, ranks)
+    trainer = Trainer(config, data, drawing(config, data, sampler, ranks), ranks)
     last = data.iterations(config)
     watched = WatchedUpdate(trainer)
     before = held_out_accuracy(trainer, 0)
@@ -87,7 +89,7 @@ def train(config: Config, data: TrainingData, ranks: Ranks, pool: GraderPool) ->
     }
 
 
-def held_out_accuracy(trainer: Trainer, number: int) -> float:
+def held_out_accuracy(trainer: Trainer[RolloutPipeline], number: int) -> float:
     draw = held_out_draw(trainer.data.held_out, trainer.config, trainer.ranks)
     rollouts = trainer.source.now(draw, number)
     solved = trainer.ranks.gather([rollout.is_solved for rollout in rollouts])
@@ -102,7 +104,7 @@ class TakenStep:
     norm: float
     records: list[SequenceRecord]
 
-    def of(self, trainer: Trainer, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    def of(self, trainer: Trainer[Any], rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """This rank's number of slices, its sequences by place, and the gradient norm."""
         assert trainer.data.stage1 is not None
         return {
@@ -112,7 +114,7 @@ class TakenStep:
                 trainer.places[row]: {
                     "prompt": list(rollouts[row].prompt.token_ids),
                     "completion": list(rollouts[row].completion.token_ids),
-                    "reward": rollouts[row].grade.reward,
+                    "reward": rollouts[row].reward,
                     "vstar": trainer.data.stage1.vstar[rollouts[row].prompt.id],
                     "loss": self.records[row].figures["loss/regression"],
                     "log_ratio": self.records[row].figures[LOG_RATIO],
@@ -125,7 +127,7 @@ class TakenStep:
 class WatchedUpdate(Update):
     """A trainer's update, and what it was given. Of judged completions only: their rows are those of the rollouts."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer[Any]) -> None:
         super().__init__(trainer.parts.update.parts, trainer.ranks)
         self.steps: list[TakenStep] = []
         trainer.parts = replace(trainer.parts, update=self)

@@ -25,7 +25,7 @@ def evaluate(config: Config, base: Path, weights: Mapping[int, Path]) -> dict[in
     with GraderPool(config.grader) as pool:
         for number, file in weights.items():
             engine.load_weights(load_file(file).items())
-            rollouts = collect_rollouts(
+            groups = collect_rollouts(
                 prompts,
                 engine,
                 pool,
@@ -33,6 +33,6 @@ def evaluate(config: Config, base: Path, weights: Mapping[int, Path]) -> dict[in
                 seed=derive_seed(config.seed, "evaluate"),
                 places=range(len(prompts)),
             )
-            accuracies[number] = sum(rollout.is_solved for rollout in rollouts) / len(rollouts)
+            accuracies[number] = sum(rollout.is_solved for (rollout,) in groups) / len(groups)
     engine.close()
     return accuracies

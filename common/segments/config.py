@@ -1,9 +1,10 @@
 """The settings of the step-level method, Direct Advantage Policy Optimization: [segments], [critic], [advantages]."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from common.errors import UserError
 from common.section import Section
 
 SEPARATORS: dict[str, tuple[str, ...]] = {
@@ -15,6 +16,14 @@ SEPARATORS: dict[str, tuple[str, ...]] = {
 
 Values = Literal["critic", "monte_carlo"]
 """Where the values of next steps come from."""
+
+
+def known_values(name: str) -> Values:
+    """The name, if values can come from there. Raises UserError otherwise."""
+    for known in get_args(Values):
+        if name == known:
+            return cast(Values, known)
+    raise UserError(f"there are no values of {name}; choose one of {', '.join(get_args(Values))}")
 
 
 def _known_rule(value: Any) -> Any:

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from stage2_train.objectives.astar_po import AStarPO
 from stage2_train.objectives.centred_residual import CentredResidual
+from stage2_train.objectives.direct_advantage import DirectAdvantage
 from stage2_train.objectives.grpo import GRPO
 from stage2_train.objectives.pmd_mean import PMDMean
 from stage2_train.objectives.ppo import PPO
@@ -21,7 +22,7 @@ def _named(section: Any) -> Any:
 
 
 ObjectiveConfig = Annotated[
-    AStarPO | GRPO | REBEL | PPO | CentredResidual | PMDMean | SPO | QRPO,
+    AStarPO | GRPO | REBEL | PPO | CentredResidual | PMDMean | SPO | QRPO | DirectAdvantage,
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]

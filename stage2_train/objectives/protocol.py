@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from stage2_train.batch import Batch, TokenLogprobs
 
-Column = Literal["vstar", "quantile", "expected", "rewards", "reference", "old", "values"]
+Column = Literal["vstar", "quantile", "expected", "advantage", "rewards", "reference", "old", "values"]
 """A column of Batch that only some objectives need."""
 STAGE1_COLUMNS: frozenset[Column] = frozenset({"vstar", "quantile", "expected"})
 """The columns that only stage 1's file can give."""
@@ -42,7 +42,7 @@ class Objective(Protocol):
 
     @property
     def group_size(self) -> int:
-        """Completions of each prompt, which stay together on one rank and in one optimizer step."""
+        """Completions of each prompt, which stay together on one rank and in one optimizer step; 0 if it draws none."""
         ...
 
     @property
@@ -101,6 +101,16 @@ class Tally:
     def expected(self) -> float:
         """The reward that is expected from it."""
         return self.solved / (self.solved + self.failed)
+
+
+@runtime_checkable
+class LearnsOffline(Protocol):
+    """An objective that draws no completions: it learns from (state, action) pairs of a file, with their advantages."""
+
+    @property
+    def state_wise(self) -> bool:
+        """Whether all actions of a state are in one batch and one optimizer step, or each has a place of its own."""
+        ...
 
 
 @runtime_checkable

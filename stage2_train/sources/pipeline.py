@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.rollout import Rollout
+from common.seeds import derive_seed
+from stage2_train.config import Config
+from stage2_train.data import TrainingData, prompt_batch
 from stage2_train.metrics import Metrics, timed
+from stage2_train.ranks import Ranks
+from stage2_train.sources.batches import Group, flat, own_places
+from stage2_train.sources.rollouts import LOGPROB_CHECKS
 from stage2_train.sources.sampler import Draw, Sampler
 
 if TYPE_CHECKING:
@@ -22,7 +28,30 @@ if TYPE_CHECKING:
 
     from stage2_train.sources.sampler import NamedWeights
 
-    Attempt = list[Rollout] | None
+    Attempt = list[Group] | None
+
+
+def training_draw(config: Config, data: TrainingData, ranks: Ranks, number: int) -> Draw:
+    """A rank's draw for an iteration."""
+    train, places = config.train, own_places(config.train, ranks)
+    batch = prompt_batch(len(data.prompts), train.batch_size, config.seed, number)
+    return Draw(
+        prompts=[data.prompts[batch[place]] for place in places],
+        places=places,
+        seed=derive_seed(config.seed, "train", number),
+        group_size=train.objective.group_size,
+        # Engine and trainer have the same weights only if nothing is drawn ahead.
+        logprob_checks=min(LOGPROB_CHECKS, train.mini_batch_size) if train.staleness == 0 else 0,
+    )
+
+
+def drawing(
+    config: Config, data: TrainingData, sampler: Sampler, ranks: Ranks
+) -> "Callable[[Callable[[], NamedWeights]], RolloutPipeline]":
+    """Builds the pipeline of a training job from the function that gives the policy's weights."""
+    return partial(
+        RolloutPipeline, sampler, config.train.staleness, partial(training_draw, config, data, ranks)
+    )
 
 
 class RolloutPipeline:
@@ -53,18 +82,18 @@ class RolloutPipeline:
         """Version of the weights that the engine will hold after all begun draws."""
         self._rebuilds = 0
 
-    def rollouts(self, number: int, last: int, metrics: Metrics) -> list[Rollout]:
+    def groups(self, number: int, last: int, metrics: Metrics) -> list[Group]:
         """The batch of iteration `number`; others, up to iteration `last`, are drawn while it is trained on."""
         metrics |= {"time/rollout": 0.0, "time/weight_sync": 0.0}
         self._begin_until(min(last, number + max(0, self._staleness - 1)), number - 1, metrics)
         with timed("rollout", metrics):
-            rollouts = self._take(number - 1)
+            groups = self._take(number - 1)
         if self._thread is None:
             self._sampler.sleep()
         self._begin_until(min(last, number + self._staleness), number - 1, metrics)
         metrics["engine/rebuilds"] = float(self._rebuilds)
         self._rebuilds = 0
-        return rollouts
+        return groups
 
     def now(self, draw: Draw, version: int) -> list[Rollout]:
         """Rollouts of the current policy, drawn after all begun draws."""
@@ -72,15 +101,15 @@ class RolloutPipeline:
         if self._version != version:
             self._sampler.load_weights(self._weights())
             self._version = version
-        return self._settle(draw, self._sampler.attempt(draw), version)
+        return flat(self._settle(draw, self._sampler.attempt(draw), version))
 
-    def waiting(self, version: int) -> list[list[Rollout]]:
+    def waiting(self, version: int) -> list[list[Group]]:
         """The batches drawn for later iterations, which keep waiting for them."""
         batches = [self._take(version) for _ in range(len(self._begun))]
         self.resume(version, batches)
         return batches
 
-    def resume(self, version: int, batches: Sequence[list[Rollout]]) -> None:
+    def resume(self, version: int, batches: Sequence[list[Group]]) -> None:
         """Continue after `version` iterations with the batches that were waiting at that point."""
         self._next = version + 1
         for batch in batches:
@@ -121,20 +150,20 @@ class RolloutPipeline:
         self._sampler.load_weights(self._weights())
         return None
 
-    def _take(self, version: int) -> list[Rollout]:
+    def _take(self, version: int) -> list[Group]:
         draw, attempt = self._begun.popleft()
         return self._settle(draw, attempt(), version)
 
-    def _settle(self, draw: Draw, attempt: "Attempt", version: int) -> list[Rollout]:
+    def _settle(self, draw: Draw, attempt: "Attempt", version: int) -> list[Group]:
         def weights() -> "NamedWeights":
             self._wait()
             return self._weights()
 
-        rollouts, died = self._sampler.settle(draw, attempt, weights)
+        groups, died = self._sampler.settle(draw, attempt, weights)
         if died:
             self._rebuilds += died
             self._version = version
-        return rollouts
+        return groups
 
     def _wait(self) -> None:
         for _, attempt in self._begun:

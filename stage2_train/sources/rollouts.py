@@ -9,6 +9,7 @@ from common.engines import RolloutEngine
 from common.grading import Grade, GraderPool, Outcome
 from common.rollout import Completion, Prompt, Rollout, SampleRequest
 from common.seeds import derive_seed
+from stage2_train.sources.batches import Group
 
 LOGPROB_CHECKS = 4
 """Completions per iteration whose log-probs the engine reports, to compare with the trainer's."""
@@ -25,8 +26,8 @@ def collect_rollouts(
     group_size: int = 1,
     logprob_checks: int = 0,
     is_ending: Event | None = None,
-) -> list[Rollout]:
-    """Sample and grade completions, in the order of the prompts, each prompt's group together.
+) -> list[Group]:
+    """Sample and grade a group of completions of each prompt, in the order of the prompts.
 
     `places` number the prompts within the whole job, so that a sample is the same however the job is split over ranks.
     Raises RuntimeError once another thread sets `is_ending`.
@@ -58,18 +59,17 @@ def collect_rollouts(
         )
     grades = dict(pool.drain())
     return [
-        Rollout(
-            prompt=prompts[key[0]],
-            completion=completions[key],
-            grade=grades[key],
-        )
-        for key in ((number, index) for number in range(len(prompts)) for index in range(group_size))
+        [
+            Rollout(prompt=prompt, completion=completions[number, index], grade=grades[number, index])
+            for index in range(group_size)
+        ]
+        for number, prompt in enumerate(prompts)
     ]
 
 
 def as_json(rollout: Rollout) -> dict[str, Any]:
     """A rollout in the format of checkpoints, which refers to its prompt by id."""
-    completion, grade = rollout.completion, rollout.grade
+    completion, grade = rollout.completion, rollout.graded
     return {
         "prompt_id": rollout.prompt.id,
         "token_ids": list(completion.token_ids),

@@ -10,8 +10,9 @@ from common.config import SamplingParams
 from common.engines import RolloutEngine
 from common.errors import EngineFailed, UserError, cause
 from common.grading import GraderPool
-from common.rollout import Prompt, Rollout
+from common.rollout import Prompt
 from stage2_train.ranks import Ranks
+from stage2_train.sources.batches import Group
 from stage2_train.sources.rollouts import collect_rollouts
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Sampler:
         self._ranks = ranks
         self._is_ending = Event()
 
-    def attempt(self, draw: Draw, weights: "list[tuple[str, Tensor]] | None" = None) -> list[Rollout] | None:
-        """The graded completions, or None if the engine died while drawing them.
+    def attempt(self, draw: Draw, weights: "list[tuple[str, Tensor]] | None" = None) -> list[Group] | None:
+        """The graded completions of each prompt, or None if the engine died while drawing them.
 
         `weights`, if any, are loaded first and then released. Only this method may run in another thread.
         """
@@ -78,26 +79,26 @@ class Sampler:
             return None
 
     def settle(
-        self, draw: Draw, rollouts: list[Rollout] | None, weights: "Callable[[], NamedWeights]"
-    ) -> tuple[list[Rollout], int]:
+        self, draw: Draw, groups: list[Group] | None, weights: "Callable[[], NamedWeights]"
+    ) -> tuple[list[Group], int]:
         """Draw a batch again whose engine died; also returns the number of ranks whose engine had to be rebuilt.
 
         Every rank gathers the weights, whichever engine died: under ZeRO-3 that is a collective operation. Requests
         carry their seeds, so with equal weights the second attempt draws the same completions.
         """
-        died = self._ranks.total(int(rollouts is None))
+        died = self._ranks.total(int(groups is None))
         if died:
             current = weights()
-            if rollouts is None:
+            if groups is None:
                 self._engine.close()
                 self._engine = self._build()
             self.load_weights(current)
-            if rollouts is None:
-                rollouts = self._collect(draw)
-        assert rollouts is not None
-        return rollouts, died
+            if groups is None:
+                groups = self._collect(draw)
+        assert groups is not None
+        return groups, died
 
-    def _collect(self, draw: Draw) -> list[Rollout]:
+    def _collect(self, draw: Draw) -> list[Group]:
         sampling = draw.sampling or self._sampling
         if draw.longest is not None:
             sampling = sampling.model_copy(update={"max_completion_tokens": draw.longest})

@@ -1,0 +1,1 @@
+"""The table of advantages that Direct Advantage Policy Optimization trains on."""
