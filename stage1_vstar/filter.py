@@ -104,21 +104,34 @@ def drop_rules(
         f"truncated share above {max_truncated:.12g}": (max_truncated < 1, truncated > max_truncated),
     }
     active_rules = [Rule(name=name, drops=drops) for name, (active, drops) in rules.items() if active]
-    columns = pl.Schema({**polars_schema(VSTAR), INTERVAL_WIDTH: pl.Float64()})
-    example = "pass_rate < 0.9 and length(prompt) < 2000"
-    return [*active_rules, *rules_where(where, columns, "prompts", example)]
+    return [*active_rules, *rules_where(where)]
 
 
-def rules_where(where: Sequence[str], columns: pl.Schema, noun: str, example: str) -> list[Rule]:
-    """The rules that drop rows that do not fulfil a condition in SQL on these columns. Raises UserError."""
-    return [
-        Rule(name=f"not where {text}", drops=~_kept_where(text, columns, noun, example).fill_null(False))
-        for text in where
-    ]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """What the conditions of a table may use, and how to talk about its rows."""
+
+    noun: str
+    columns: pl.Schema
+    example: str
 
 
-def _kept_where(text: str, columns: pl.Schema, noun: str, example: str) -> pl.Expr:
-    advice = f'write a condition on the {noun} to keep, such as "{example}"'
+PROMPTS = Rows(
+    noun="prompts",
+    columns=pl.Schema({**polars_schema(VSTAR), INTERVAL_WIDTH: pl.Float64()}),
+    example="pass_rate < 0.9 and length(prompt) < 2000",
+)
+
+
+def rules_where(where: Sequence[str], about: Rows = PROMPTS) -> list[Rule]:
+    """The rules that drop rows that do not fulfil these conditions. Raises UserError."""
+    return [Rule(name=f"not where {text}", drops=~kept_where(text, about).fill_null(False)) for text in where]
+
+
+def kept_where(text: str, about: Rows = PROMPTS) -> pl.Expr:
+    """A condition in SQL on a table's columns. Raises UserError if it is not valid."""
+    columns, noun = about.columns, about.noun
+    advice = f'write a condition on the {noun} to keep, such as "{about.example}"'
     try:
         condition = pl.sql_expr(text)
         unknown = sorted(set(condition.meta.root_names()) - set(columns))
@@ -164,7 +177,7 @@ def filter_prompts(source: Path, output: Path | None, rules: list[Rule]) -> Filt
         rules,
         source=source,
         output=output,
-        noun="prompts",
+        noun=PROMPTS.noun,
         seen_by_rules=lambda rows: _with_interval_width(rows, limits) if limits else rows,
     )
 

@@ -86,7 +86,7 @@ def refuse_other_origin(
         return
     if lines := differences(ours, with_defaults(state["origin"])):
         raise UserError(
-            f"{paths.checkpoints} was made with another config or V̂*: {'; '.join(lines.values())}; "
+            f"{paths.checkpoints} was made with another config or other data: {'; '.join(lines.values())}; "
             "choose another --run, or delete that folder"
         )
     if state["iteration"] > iterations:

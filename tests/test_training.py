@@ -389,7 +389,7 @@ def test_training_does_not_go_on_with_other_optimal_values(
     rows, provenance = read_vstar(finished.workspace.folder / "vstar.parquet")
     best = rows.with_columns(pl.lit(0.0).alias("beta1"), pl.col("rewards").list.max().alias("vstar"))
     write_vstar(best, provenance, tmp_path / "vstar.parquet")
-    with pytest.raises(UserError, match=r"another config or V̂\*: vstar is"):
+    with pytest.raises(UserError, match=r"another config or other data: vstar is"):
         rerun(finished, monkeypatch, finished.workspace.config, tmp_path / "vstar.parquet")
 
 

@@ -10,7 +10,13 @@ from common.contract import polars_schema
 from common.errors import UserError
 from common.segments.advantages import ADVANTAGE_ERROR, ONE_STEP, gap_rule, with_advantage_error
 from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE
-from stage1_vstar.filter import FLAGS, Filtered, Rule, filter_rows, filtered_by, rules_where
+from stage1_vstar.filter import FLAGS, Filtered, Rows, Rule, filter_rows, filtered_by, rules_where
+
+STATES = Rows(
+    noun="states",
+    columns=pl.Schema({**polars_schema(ADVANTAGES), ADVANTAGE_ERROR: pl.Float64()}),
+    example=f"step > 0 and gap > 2 * {ADVANTAGE_ERROR}",
+)
 
 
 def state_rules(*, min_gap: float, max_error: float | None = None, where: Sequence[str] = ()) -> list[Rule]:
@@ -28,11 +34,9 @@ def state_rules(*, min_gap: float, max_error: float | None = None, where: Sequen
             pl.col(ADVANTAGE_ERROR) > max_error,
         ),
     }
-    columns = pl.Schema({**polars_schema(ADVANTAGES), ADVANTAGE_ERROR: pl.Float64()})
-    example = f"step > 0 and gap > 2 * {ADVANTAGE_ERROR}"
     return [
         *(Rule(name=name, drops=drops) for name, (active, drops) in rules.items() if active),
-        *rules_where(where, columns, "states", example),
+        *rules_where(where, STATES),
     ]
 
 
@@ -58,6 +62,6 @@ def filter_states(
         rules,
         source=source,
         output=output,
-        noun="states",
+        noun=STATES.noun,
         seen_by_rules=with_advantage_error,
     )
