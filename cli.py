@@ -283,13 +283,11 @@ def needs_stage1(
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    paths, steps = run_paths(settings.run), []
-    if settings.train.reads_advantages and advantages_file is None:
-        critic = ["critic"] if settings.advantages.values == "critic" else []
-        table, steps = paths.advantages, ["segments", *critic, "advantages"]
-    elif settings.train.reads_stage1 and vstar_file is None:
-        table, steps = paths.vstar, ["vstar"]
-    if not steps or (missing and table.exists()):
+    paths, steps = run_paths(settings.run), settings.before_training
+    given, table = (
+        (advantages_file, paths.advantages) if settings.train.reads_advantages else (vstar_file, paths.vstar)
+    )
+    if not steps or given is not None or (missing and table.exists()):
         raise typer.Exit(1)
     print(*steps)
 
@@ -552,7 +550,7 @@ def rounds(
         path: Path, overrides: Sequence[str] = (), run: str | None = None
     ) -> tuple[RunConfig, list[str]]:
         settings = load_config(path, overrides, run)
-        return settings, _before_training(settings)
+        return settings, settings.before_training
 
     for condition in where or ():
         kept_where(condition)
@@ -567,14 +565,6 @@ def rounds(
             where=where or (),
             processes=nproc,
         )
-
-
-def _before_training(settings: "Config") -> list[str]:
-    """The commands that make what training reads of the run's folder, in their order."""
-    if getattr(settings.train, "reads_advantages", False):
-        critic = ["critic"] if settings.advantages.values == "critic" else []
-        return ["segments", *critic, "advantages"]
-    return ["vstar"] if settings.train.reads_stage1 else []
 
 
 @app.command(short_help="Recompute V̂*, or advantages, with other settings.")

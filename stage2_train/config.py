@@ -126,6 +126,14 @@ class Config(RunConfig):
 
     train: TrainConfig = TrainConfig()
 
+    @property
+    def before_training(self) -> list[str]:
+        """The commands that make the table that training reads in the run's folder, in their order."""
+        if self.train.reads_advantages:
+            critic = ["critic"] if self.advantages.values == "critic" else []
+            return ["segments", *critic, "advantages"]
+        return ["vstar"] if self.train.reads_stage1 else []
+
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> Self:
         if self.train.reads_advantages:

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +16,6 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-import cli
 from common.config import RunConfig
 from common.contract import polars_schema
 from common.errors import UserError
@@ -34,7 +32,7 @@ from common.runs import RunPaths, exclusive_run, run_paths
 from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE
 from common.settings import as_document
 from common.terminal.console import Terminal
-from stage2_train.config import Config, load_config
+from stage2_train.config import load_config
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.sampler import Draw, Sampler
 from tests import warm
@@ -236,16 +234,13 @@ def load(
     path: Path, overrides: Sequence[str] = (), run: str | None = None
 ) -> tuple[RunConfig, Sequence[str]]:
     settings = load_config(path, overrides, run)
-    return settings, cli._before_training(settings)
+    return settings, settings.before_training
 
 
 def load_step_level(
     path: Path, overrides: Sequence[str] = (), run: str | None = None
 ) -> tuple[RunConfig, Sequence[str]]:
-    """As if the objective read the table of advantages."""
-    settings = load_config(path, overrides, run)
-    stand_in = SimpleNamespace(train=SimpleNamespace(reads_advantages=True), advantages=settings.advantages)
-    return settings, cli._before_training(cast(Config, stand_in))
+    return load(path, [*overrides, "train.objective.name=direct_advantage"], run)
 
 
 @pytest.fixture
@@ -534,8 +529,8 @@ def test_a_lag_of_a_whole_round_draws_every_batch_from_the_reference() -> None:
                 loaded += weights is not None
                 return []
 
-            def settle(self, draw: Any, rollouts: list[Any], weights: object) -> tuple[list[Any], int]:
-                return rollouts, 0
+            def settle(self, draw: Any, groups: list[Any], weights: object) -> tuple[list[Any], int]:
+                return groups, 0
 
             def load_weights(self, weights: object) -> None:
                 nonlocal loaded
@@ -549,7 +544,7 @@ def test_a_lag_of_a_whole_round_draws_every_batch_from_the_reference() -> None:
             cast(Sampler, Counting()), staleness, lambda number: draw, lambda: [("weight", torch.zeros(1))]
         )
         for number in range(1, iterations + 1):
-            pipeline.rollouts(number, iterations, {})
+            pipeline.groups(number, iterations, {})
         pipeline.close()
         return loaded
 
