@@ -11,6 +11,7 @@ import pytest
 
 from common.contract import polars_schema
 from common.errors import UserError
+from common.files import file_digest
 from common.runs import run_paths
 from common.segments.advantages import with_advantage_error, with_advantages
 from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE, standard_error
@@ -175,6 +176,14 @@ def test_a_table_of_which_nothing_is_kept_is_an_error_that_keeps_the_critics_val
     asked = len(critic.seen)
     run(config, critic)
     assert len(critic.seen) == asked
+
+
+def test_a_critic_of_other_states_is_used_with_a_warning(config: Config) -> None:
+    record = run_paths(config.run).critic / "astar_po.json"
+    record.write_text(json.dumps({"trained_with": {"segments": file_digest(run_paths(config.run).segments)}}))
+    assert "warning" not in run(config)
+    record.write_text(json.dumps({"trained_with": {"segments": "others"}}))
+    assert "was trained on another table of states" in run(config)
 
 
 def test_states_of_other_prompts_are_refused_before_the_critic_is_asked(config: Config) -> None:

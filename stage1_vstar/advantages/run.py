@@ -21,6 +21,7 @@ from common.files import file_digest, hash_files
 from common.model.files import reference_model
 from common.runs import exclusive_run, run_paths
 from common.segments.advantages import dropped_by, lists, with_advantages
+from common.segments.critic import trained_on
 from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE, SEGMENTS_TABLE
 from common.terminal.console import Terminal
 from common.value import Ragged
@@ -83,15 +84,19 @@ def run_advantages(
     paths, settings = run_paths(config.run), config.advantages
     segments = segments_file or paths.segments
     provenance = SEGMENTS_TABLE.provenance(segments)
-    critic = None
+    origin: dict[str, str | None] = {"segments": file_digest(segments), "critic": None}
     if settings.values == "critic":
         if not paths.critic.is_dir():
             raise UserError(
                 f"there is no critic in {paths.critic}; train it with `python cli.py critic`, or take the Monte-Carlo "
                 'values with advantages.values = "monte_carlo"'
             )
-        critic = hash_files(paths.critic, WEIGHTS)
-    origin = {"segments": file_digest(segments), "critic": critic}
+        origin["critic"] = hash_files(paths.critic, WEIGHTS)
+        if trained_on(paths.critic) not in (None, origin["segments"]):
+            console.print(
+                f"warning: the critic in {paths.critic} was trained on another table of states than {segments}; remove "
+                "that folder and run `python cli.py critic` for one of these states"
+            )
     with exclusive_run(paths, "advantages"):
         if (before := _context_of(paths.advantages, console)) is not None and _has_all(before, origin):
             if (before["values"], before["min_gap"]) == (settings.values, settings.min_gap):
