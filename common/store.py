@@ -304,7 +304,9 @@ class SampleStore:
 
     def loading_seconds(self) -> float:
         """The part of `seconds` in which models were loaded, as far as the files say."""
-        return sum(read_provenance(fragment).context.get(LOADING, 0.0) for fragment in self.fragments())
+        return sum(
+            float(read_provenance(fragment).context.get(LOADING, 0.0)) for fragment in self.fragments()
+        )
 
     def judge_usage(self) -> dict[str, int]:
         """A judge model's usage for these samples, by name; empty if there was none."""

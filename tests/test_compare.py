@@ -784,14 +784,8 @@ def test_a_real_study_that_is_killed_five_times_has_the_same_results(
 
     def start(name: str) -> subprocess.Popen[bytes]:
         environment["ASTAR_PO_ARTIFACTS"] = str(artifacts / name)
-        command = [
-            sys.executable,
-            ROOT / "cli.py",
-            "compare",
-            path,
-            "--results",
-            artifacts / name / "records",
-        ]
+        records = artifacts / name / "records"
+        command: list[str | Path] = [sys.executable, ROOT / "cli.py", "compare", path, "--results", records]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
     began = time.monotonic()
