@@ -96,7 +96,7 @@ def _measure(folder: Path, repetitions: int) -> dict[str, list[float]]:
 def _requests() -> list[SampleRequest]:
     """The completions of each state: random tokens, which end at the limit of a whole solution."""
     rng = random.Random(0)
-    requests = []
+    requests: list[SampleRequest] = []
     for solution in range(SOLUTIONS):
         prompt = tuple(rng.choices(range(1, VOCABULARY), k=PROMPT))
         steps = tuple(rng.choices(range(1, VOCABULARY), k=STEP * (STEPS - 1)))

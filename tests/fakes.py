@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from common.config import SamplingParams
+from common.config import RunConfig, SamplingParams
 from common.data.rendering import PromptRenderer
 from common.provenance import Provenance
 from common.rollout import Completion, SampleRequest
@@ -117,6 +117,20 @@ class SteppingEngine:
 
     def close(self) -> None:
         pass
+
+
+class SteppingEngines:
+    """Stands where `build_engine` does, and keeps the engines that it has built."""
+
+    def __init__(self, *, sample_seconds: float = 0.0) -> None:
+        self.built: list[SteppingEngine] = []
+        self._sample_seconds = sample_seconds
+
+    def build(
+        self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+    ) -> SteppingEngine:
+        self.built.append(SteppingEngine(renderer, sample_seconds=self._sample_seconds))
+        return self.built[-1]
 
 
 def change_json(path: Path, /, **values: Any) -> None:

@@ -118,7 +118,7 @@ def job(order: dict[str, Any]) -> None:
     from stage1_vstar.run import run_stage1
     from stage1_vstar.segments.run import run_segments
     from stage2_train.config import Config
-    from tests.fakes import ScriptedEngine, SteppingEngine
+    from tests.fakes import ScriptedEngine, SteppingEngines
 
     writer.FRAGMENT_SAMPLES = FRAGMENT_SAMPLES
     config, console = Config.model_validate(order["config"]), Terminal(file=io.StringIO())
@@ -126,11 +126,7 @@ def job(order: dict[str, Any]) -> None:
     if order["at_write"] is not None:
         killed_at(order["at_write"])
     if order.get("job") == "segments":
-        run_segments(
-            config,
-            console,
-            build_engine=lambda _, __, renderer, **___: SteppingEngine(renderer, sample_seconds=seconds),
-        )
+        run_segments(config, console, build_engine=SteppingEngines(sample_seconds=seconds).build)
         return
     engine = ScriptedEngine(sample_seconds=seconds)
     run_stage1(config, console, check=False, build_engine=lambda *_, **__: engine)

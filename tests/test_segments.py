@@ -9,19 +9,19 @@ from typing import Any
 import polars as pl
 import pytest
 
-from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.rollout import Prompt
 from common.runs import run_paths
 from common.segments.files import SEGMENTS_TABLE, standard_error
 from common.segments.split import StepCutter
 from common.terminal.console import Terminal
+from stage1_vstar.run import run_stage1
 from stage1_vstar.segments.rows import rows_of
 from stage1_vstar.segments.run import run_segments
 from stage1_vstar.segments.states import Sample, choose, states_of
 from stage2_train.config import Config
 from tests.conftest import RunCli, save_tiny_model
-from tests.fakes import SteppingEngine, tiny_config
+from tests.fakes import SteppingEngines, tiny_config
 from tests.stage1_runs import write_questions
 
 END = 0
@@ -166,14 +166,9 @@ def settings(tiny_model: Path, tmp_path: Path, artifacts: Path) -> Callable[...,
 
 def run(config: Config, **options: Any) -> tuple[str, list[tuple[str, int, int]]]:
     """The job's output, and what was drawn."""
-    printed, engines = io.StringIO(), []
-
-    def build(_: Any, __: Path, renderer: PromptRenderer, **___: Any) -> SteppingEngine:
-        engines.append(SteppingEngine(renderer))
-        return engines[-1]
-
-    run_segments(config, Terminal(file=printed, width=200), build_engine=build, **options)
-    return printed.getvalue(), [each for engine in engines for each in engine.drawn]
+    printed, engines = io.StringIO(), SteppingEngines()
+    run_segments(config, Terminal(file=printed, width=200), build_engine=engines.build, **options)
+    return printed.getvalue(), [each for engine in engines.built for each in engine.drawn]
 
 
 def table() -> pl.DataFrame:
@@ -278,36 +273,19 @@ def test_a_split_that_cuts_nothing_is_said(settings: Callable[..., Config]) -> N
 
 
 def test_samples_without_tokens_are_refused(settings: Callable[..., Config]) -> None:
-    from tests.stage1_runs import run_stage1
-
     config = settings({"vstar": {"num_samples": 8}})
-    engines: list[SteppingEngine] = []
-
-    def build(_: Any, __: Path, renderer: PromptRenderer, **___: Any) -> SteppingEngine:
-        engines.append(SteppingEngine(renderer))
-        return engines[-1]
-
-    run_stage1(config, Terminal(file=io.StringIO()), check=False, build_engine=build)
+    run_stage1(config, Terminal(file=io.StringIO()), check=False, build_engine=SteppingEngines().build)
     with pytest.raises(UserError, match=r"samples without their tokens, which `vstar` does not keep"):
         run(config)
     assert not run_paths("test").segments.exists()
 
 
 def test_vstar_uses_the_solutions(settings: Callable[..., Config]) -> None:
-    from tests.stage1_runs import run_stage1
-
     run(settings())
-    printed = io.StringIO()
-
-    def build(*_: Any, **__: Any) -> SteppingEngine:
-        raise AssertionError("nothing is missing")
-
-    run_stage1(
-        settings({"vstar": {"num_samples": 8}}),
-        Terminal(file=printed, width=200),
-        check=False,
-        build_engine=build,
-    )
+    printed, engines = io.StringIO(), SteppingEngines()
+    config = settings({"vstar": {"num_samples": 8}})
+    run_stage1(config, Terminal(file=printed, width=200), check=False, build_engine=engines.build)
+    assert not engines.built
     assert "6 prompts, pass rate" in printed.getvalue()
 
 

@@ -233,7 +233,7 @@ def _samples(store: SampleStore, ids: Collection[str], count: int) -> dict[str, 
             "another --run, or before `vstar`"
         )
     if not frame["reward"].is_between(0, 1).all():
-        low, high = frame["reward"].min(), frame["reward"].max()
+        low, high = frame.select(low=pl.col("reward").min(), high=pl.col("reward").max()).row(0)
         raise UserError(
             f"{store.folder} holds rewards from {low} to {high}, but values of states are shares of the best reward: "
             "scale the rewards to 0 to 1"
