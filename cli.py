@@ -492,9 +492,11 @@ def compare(
     from common.study import compare as compare_arms
     from stage2_train.config import load_config
 
-    def load(path: Path, overrides: Sequence[str], run: str) -> tuple[RunConfig, bool]:
+    def load(
+        path: Path, overrides: Sequence[str] = (), run: str | None = None
+    ) -> tuple[RunConfig, list[str]]:
         settings = load_config(path, overrides, run)
-        return settings, settings.train.reads_stage1
+        return settings, settings.before_training
 
     with _ending_cleanly("what is done"):
         compare_arms(study, load, console, results=results, dry_run=dry_run)

@@ -2,10 +2,23 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from pydantic import BaseModel
+
+from common.config import RunConfig
+
+
+class Loader(Protocol):
+    """Loads a run's config from a TOML file and overrides; also says which commands make what its training reads."""
+
+    def __call__(
+        self, path: Path, overrides: Sequence[str] = (), run: str | None = None
+    ) -> tuple[RunConfig, Sequence[str]]:
+        """Raises UserError for an invalid config."""
+        ...
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -178,6 +178,7 @@ def _row(prompt: Prompt, prefix: TokenIds, state: _State) -> dict[str, Any]:
         "num_completions": count,
         "rewards": state.rewards,
         "outcomes": [outcome.value for outcome in outcomes],
+        "completion_tokens": [0] * len(outcomes),
         "value": total / count,
         "value_se": standard_error(total, count),
         **{field.name: [] for field in SEGMENTS if field.name.startswith("action_")},

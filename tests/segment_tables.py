@@ -89,6 +89,7 @@ def _row(
         "num_completions": len(rewards),
         "rewards": rewards,
         "outcomes": ["correct" if reward else "wrong" for reward in rewards],
+        "completion_tokens": [1] * len(rewards),
         "value": sum(rewards) / len(rewards),
         "value_se": standard_error(sum(rewards), len(rewards)),
         "action_texts": [f"{word}\n" for word, _ in actions],

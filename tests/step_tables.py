@@ -53,6 +53,7 @@ def state(prefix: Sequence[int], actions: Sequence[Action], **prompt: Any) -> di
         "num_completions": drawn,
         "rewards": [min(1.0, total / drawn)] * drawn,
         "outcomes": ["wrong"] * drawn,
+        "completion_tokens": [1] * drawn,
         "value": min(1.0, total / drawn),
         "value_se": standard_error(total, drawn),
         "action_texts": texts,

@@ -176,6 +176,7 @@ def record(arm: str, seed: int, accuracy: float, *, seconds: float = 60.0) -> Re
         peak_gib=2.0,
         stage1_peak_gib=None,
         completion_tokens=9.0,
+        sampled_tokens=9000.0,
         conditions=Conditions(
             processor="some",
             cores=2,
@@ -188,9 +189,11 @@ def record(arm: str, seed: int, accuracy: float, *, seconds: float = 60.0) -> Re
     )
 
 
-def load(path: Path, overrides: Sequence[str], run: str) -> tuple[RunConfig, bool]:
+def load(
+    path: Path, overrides: Sequence[str] = (), run: str | None = None
+) -> tuple[RunConfig, Sequence[str]]:
     settings = load_config(path, overrides, run)
-    return settings, settings.train.reads_stage1
+    return settings, settings.before_training
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from pathlib import Path
 from common.errors import UserError
 from common.processes import Execute, execute
 from common.rounds.page import write_rounds
-from common.rounds.plan import Loader, Plan
+from common.rounds.plan import Plan
 from common.rounds.steps import Steps
 from common.runs import exclusive_run
+from common.settings import Loader
 from common.terminal.console import Terminal
 
 

@@ -7,7 +7,6 @@ in round 1 the config's. Each round has random streams of its own.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from common.config import RunConfig
 from common.runs import RunPaths, run_paths
@@ -17,16 +16,6 @@ TRAINING = ("critic", "train")
 """The commands that several processes can share."""
 OWN = "{run}"
 """The run's own folder in a model's path."""
-
-
-class Loader(Protocol):
-    """Loads a run's config from a TOML file and overrides; also says which commands make what its training reads."""
-
-    def __call__(
-        self, path: Path, overrides: Sequence[str] = (), run: str | None = None
-    ) -> tuple[RunConfig, Sequence[str]]:
-        """Raises UserError for an invalid config."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,8 @@ from common.files import atomic_path, write_text
 from common.model.files import model_identity, reference_model
 from common.processes import Execute, Finished, program
 from common.provenance import read_provenance
-from common.rounds.plan import Loader, Plan, Round, Step
-from common.settings import as_document, flat, shown
+from common.rounds.plan import Plan, Round, Step
+from common.settings import Loader, as_document, flat, shown
 from common.terminal.console import Terminal
 
 REMEDY = "remove it: the step is then repeated"

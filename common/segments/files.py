@@ -55,6 +55,7 @@ SEGMENTS = pa.schema(
         pa.field("num_completions", pa.int32(), nullable=False),
         pa.field("rewards", _NUMBERS, nullable=False),
         pa.field("outcomes", pa.list_(pa.string()), nullable=False),
+        pa.field("completion_tokens", pa.list_(pa.int32()), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("value_se", pa.float64(), nullable=False),
         *_ACTIONS,
@@ -62,7 +63,8 @@ SEGMENTS = pa.schema(
 )
 """`solutions` are the sample_index of the chosen solutions that go through the state.
 
-A terminal state is a whole solution: its only reward is the solution's. `value` is the mean reward of the completions
+`completion_tokens` are those after the prefix. A terminal state is a whole solution: its only reward is the solution's,
+after which no token comes. `value` is the mean reward of the completions
 that could be judged, `value_se` its standard error.
 """
 
@@ -120,6 +122,9 @@ SEGMENTS_TABLE = Contract(
         **_OF_STATES,
         "num_completions counts the rewards": pl.col("rewards").list.len() == pl.col("num_completions"),
         "num_completions counts the outcomes": pl.col("outcomes").list.len() == pl.col("num_completions"),
+        "num_completions counts the lengths": (
+            pl.col("completion_tokens").list.len() == pl.col("num_completions")
+        ),
         "there is a completion": pl.col("num_completions") >= 1,
         "outcomes are known": (
             pl.col("outcomes").list.eval(pl.element().is_in(OUTCOMES).fill_null(False)).list.all()

@@ -9,8 +9,9 @@ from pathlib import Path
 from common.errors import UserError
 from common.processes import Execute, execute
 from common.runs import exclusive_run, run_paths
+from common.settings import Loader
 from common.study.page import write_report
-from common.study.plan import Loader, Plan, read_plan
+from common.study.plan import Plan, read_plan
 from common.study.records import finished
 from common.study.steps import StepFailed, Steps
 from common.study.summary import Summary

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from common.config import RunConfig, Seed, read_config
 from common.errors import UserError
 from common.runs import RUN_NAME, is_run_name
 from common.section import Section
-from common.settings import as_toml, flat, shown
+from common.settings import Loader, as_toml, flat, shown
 
 OF_THE_STUDY = {
     "run": "the study names its runs",
@@ -24,14 +24,6 @@ OF_THE_STUDY = {
 
 _LETTERS = str.maketrans({"*": "star", "β": "beta", "₁": "1", "₂": "2", "∞": "inf"})
 """Characters of arms' names that file names spell out."""
-
-
-class Loader(Protocol):
-    """Loads a run's config from a TOML file and overrides; also says whether its training reads stage 1's file."""
-
-    def __call__(self, path: Path, overrides: Sequence[str], run: str) -> tuple[RunConfig, bool]:
-        """Raises UserError for an invalid config."""
-        ...
 
 
 class ArmSection(Section):
@@ -88,7 +80,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class VstarTable:
     """A vstar.parquet that runs share; tables of one `samples` run are computed from the same completions."""
 
     samples: str
@@ -100,6 +92,18 @@ class Table:
     @property
     def name(self) -> str:
         return f"n{self.num_samples}-beta{self.beta1:g}{'-solved' if self.drop_unsolved else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantagesTable:
+    """An advantages.parquet that runs share; so they do its states and its critic."""
+
+    states: str
+    """The run whose folder holds segments.parquet."""
+    values: str
+    """The run whose folder holds the critic; the same if there is none."""
+    has_critic: bool
+    name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +119,8 @@ class Run:
     """The run whose folder holds the results of the reference model."""
     base: str | None
     """The run whose folder holds the base model, where that is the demo's."""
-    table: Table | None
-    """The table that it trains on, if it needs stage 1."""
+    table: VstarTable | AdvantagesTable | None
+    """The table that it trains on, if its objective reads one."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -157,10 +161,12 @@ class Plan:
     source: str
     """The study's file."""
 
-    def largest(self, table: Table) -> Table:
+    def largest(self, table: VstarTable) -> VstarTable:
         """The table with the most samples of those that share its completions: it is drawn first."""
         others = [
-            run.table for run in self.runs if run.table is not None and run.table.samples == table.samples
+            run.table
+            for run in self.runs
+            if isinstance(run.table, VstarTable) and run.table.samples == table.samples
         ]
         return max(others, key=lambda other: other.num_samples)
 
@@ -223,7 +229,7 @@ def _arms(file: StudyFile, path: Path) -> Iterator[Arm]:
 
 def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
     try:
-        loaded, reads_stage1 = load(config, arm.overrides(seed), "study")
+        loaded, inputs = load(config, arm.overrides(seed), "study")
     except UserError as error:
         raise UserError(f'{path}, arm "{arm.name}": {error}') from error
     if loaded.held_out is None:
@@ -231,14 +237,7 @@ def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
             f"{config} has no [evaluate.data] section: say on which held-out prompts the arms are compared"
         )
     document = json.loads(loaded.to_json())
-    evaluated = {key: value for key, value in document.items() if key not in ("run", "vstar", "train")}
-    stage1 = {key: document[key] for key in ("model", "data", "sampling", "grader", "engine", "seed")}
-    table = Table(
-        samples=f"stage1-seed{seed}-{_digest(stage1)[:8]}",
-        num_samples=loaded.vstar.num_samples,
-        beta1=loaded.vstar.beta1,
-        drop_unsolved=loaded.vstar.drop_unsolved,
-    )
+    evaluated = {key: value for key, value in document.items() if key not in ("run", "train", *_BEFORE_TRAINING)}
     return Run(
         arm=arm,
         seed=seed,
@@ -246,8 +245,45 @@ def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
         digest=_digest(document),
         reference=f"reference-seed{seed}-{_digest(evaluated)[:8]}",
         base=f"base-seed{seed}" if "{run}" in loaded.model.path else None,
-        table=table if reads_stage1 else None,
+        table=_table(loaded, document, inputs),
     )
+
+
+_BEFORE_TRAINING = ("vstar", "segments", "critic", "advantages")
+"""The sections about tables that training reads."""
+_SAMPLES = ("model", "data", "sampling", "grader", "engine", "seed")
+"""The sections that samples depend on."""
+
+
+def _table(
+    config: RunConfig, document: Mapping[str, Any], inputs: Sequence[str]
+) -> VstarTable | AdvantagesTable | None:
+    """The table that training reads, which the commands `inputs` make."""
+
+    settings = {key: value for key, value in document["train"].items() if key != "objective"}
+
+    def shared(name: str, **others: Any) -> str:
+        return f"{name}-seed{config.seed}-{_digest({key: document[key] for key in _SAMPLES} | others)[:8]}"
+
+    if "vstar" in inputs:
+        return VstarTable(
+            samples=shared("stage1"),
+            num_samples=config.vstar.num_samples,
+            beta1=config.vstar.beta1,
+            drop_unsolved=config.vstar.drop_unsolved,
+        )
+    if "advantages" in inputs:
+        own = {"segments": document["segments"]}
+        states = shared("states", **own)
+        has_critic = "critic" in inputs
+        critic = shared("critic", **own, critic=document["critic"], train=settings)
+        return AdvantagesTable(
+            states=states,
+            values=critic if has_critic else states,
+            has_critic=has_critic,
+            name=f"advantages-{_digest(document['advantages'])[:8]}",
+        )
+    return None
 
 
 def _digest(document: Any) -> str:

@@ -18,7 +18,8 @@ from common.files import write_text
 from common.provenance import context
 from common.runs import RunPaths
 from common.settings import shown
-from common.study.plan import Plan, Run
+from common.study.inputs import Cost
+from common.study.plan import AdvantagesTable, Plan, Run
 
 TRAINED, REFERENCE = "trained", "reference"
 """The names by which `evaluate` knows the models."""
@@ -99,6 +100,8 @@ class Record(Document):
     """Of stage 1's process, without a GPU; None if the run needs no stage 1."""
     completion_tokens: float
     """The mean length of training's completions."""
+    sampled_tokens: float
+    """All completion tokens that stage 1 and training drew, evaluations left out."""
     conditions: Conditions
 
     def time(self, point: Point) -> float:
@@ -182,6 +185,12 @@ def training_seconds(lines: Sequence[Mapping[str, float]]) -> tuple[float, float
     )
 
 
+def sampled_tokens(lines: Sequence[Mapping[str, float]]) -> int:
+    """The completion tokens that were drawn in these lines of metrics.jsonl."""
+    rate = "throughput/completion_tokens_per_second"
+    return round(sum(line[rate] * line["time/iteration"] for line in lines if rate in line))
+
+
 def training_curve(lines: Sequence[Mapping[str, float]]) -> list[Point]:
     """A point for each evaluation in these lines of metrics.jsonl."""
     points = []
@@ -214,15 +223,16 @@ def make_record(
     paths: RunPaths,
     *,
     reference: dict[str, Figures],
-    stage1: tuple[float, float] | None,
+    stage1: Cost | None,
+    stage1_tokens: int,
     setup: float,
     cpu_seconds: float | None,
     conditions: Conditions,
 ) -> Record:
     """The record of a run whose steps are all done.
 
-    `reference` is its reference model's figures, `stage1` the seconds and the peak of its stage 1, `setup` the seconds
-    of the training process outside iterations and evaluations.
+    `reference` is its reference model's figures, `stage1` the cost of what its training reads and `stage1_tokens` the
+    tokens sampled for that, `setup` the seconds of the training process outside iterations and evaluations.
     """
     lines = [values for _, values in read_metrics(paths.metrics)]
     training, evaluating = training_seconds(lines)
@@ -236,11 +246,12 @@ def make_record(
         curve=training_curve(lines),
         iterations=int(lines[-1]["iteration"]),
         seconds=Seconds(
-            stage1=stage1[0] if stage1 else 0.0, setup=setup, training=training, evaluating=evaluating
+            stage1=stage1.seconds if stage1 else 0.0, setup=setup, training=training, evaluating=evaluating
         ),
         cpu_seconds=cpu_seconds,
         peak_gib=max(line.get("memory/peak_gib", 0.0) for line in lines),
-        stage1_peak_gib=stage1[1] if stage1 and conditions.gpu is None else None,
+        stage1_peak_gib=stage1.peak_gib if stage1 and conditions.gpu is None else None,
+        sampled_tokens=stage1_tokens + (0 if isinstance(run.table, AdvantagesTable) else sampled_tokens(lines)),
         completion_tokens=_mean(
             [line["completion/tokens_mean"] for line in lines if "completion/tokens_mean" in line]
         )

@@ -15,10 +15,9 @@ from common.documents import read_document, read_metrics
 from common.errors import UserError
 from common.files import atomic_path, write_text
 from common.processes import Execute, Finished, program
-from common.provenance import read_provenance
 from common.runs import RunPaths
-from common.settings import as_toml
-from common.study.plan import Plan, Run, Table
+from common.study.inputs import Cost, Inputs, InputStep, drawn_cost, inputs_of
+from common.study.plan import Plan, Run
 from common.study.records import (
     REFERENCE,
     TRAINED,
@@ -37,19 +36,6 @@ REMEDY = "remove it: the step is then repeated"
 
 class StepFailed(UserError):
     """A step of a run ended with an error; runs that do without it can go on."""
-
-
-class Drawn(BaseModel):
-    """The cost of drawing a table's samples."""
-
-    seconds: float
-    sampling_seconds: float
-    """The part that grows with the number of samples: the rest is starting and loading."""
-    peak_gib: float
-
-    def of(self, part: float) -> float:
-        """The seconds that a part of the samples would have taken."""
-        return self.seconds - self.sampling_seconds * (1 - part)
 
 
 class Trained(BaseModel):
@@ -98,7 +84,8 @@ class Steps:
             run,
             paths,
             reference=read_figures(self._paths(run.reference), REFERENCE),
-            stage1=self._stage1_cost(run.table) if run.table else None,
+            stage1=self._inputs(run).cost(self._cost_of) if run.table else None,
+            stage1_tokens=self._inputs(run).tokens(),
             setup=trained.setup_seconds,
             cpu_seconds=trained.cpu_seconds,
             conditions=trained.conditions,
@@ -113,10 +100,7 @@ class Steps:
         steps = []
         if run.base is not None and not self._paths(run.base).base_model.exists():
             steps.append(f"base-model {run.base}")
-        if run.table is not None:
-            largest = self.plan.largest(run.table)
-            tables = dict.fromkeys([largest, run.table])
-            steps += [f"vstar {table.samples} {table.name}" for table in tables if not self._has(table)]
+        steps += [step.title for step in self._inputs(run).steps if not self._is_done(step)]
         if not self._cost(run.name).exists():
             steps.append(f"train {run.name}")
         for model, name in ((REFERENCE, run.reference), (TRAINED, run.name)):
@@ -128,43 +112,38 @@ class Steps:
         command, *names = step.split(" ")
         if command == "base-model":
             self._command("base-model", names[0], run)
-        elif command == "vstar":
-            assert run.table is not None, "only runs that need it have this step"
-            largest = self.plan.largest(run.table)
-            self._compute(largest if names[1] == largest.name else run.table, run)
         elif command == "train":
             self._train(run)
-        else:
+        elif command == "evaluate":
             model = REFERENCE if names[0] == run.reference else TRAINED
             self._command("evaluate", names[0], run, options=["--model", model])
+        else:
+            self._make(next(each for each in self._inputs(run).steps if each.title == step), run)
 
-    def _compute(self, table: Table, run: Run) -> None:
-        """Stage 1 for a table: draws what is missing, then keeps a copy of the result."""
-        values = [
-            f"vstar.num_samples={table.num_samples}",
-            f"vstar.beta1={as_toml(table.beta1)}",
-            f"vstar.drop_unsolved={as_toml(table.drop_unsolved)}",
-        ]
-        cost = self._command("vstar", table.samples, run, values)
-        with atomic_path(self._file(table)) as temporary:
-            shutil.copyfile(self._paths(table.samples).vstar, temporary)
-        recorded = read_provenance(self._file(table)).context["cost"]
-        # Of a job that was stopped, only its samples know how long they took.
-        seconds = recorded["seconds"] or 0.0
-        drawn = Drawn(
-            seconds=max(cost.seconds, seconds),
-            sampling_seconds=seconds - recorded["loading_seconds"],
-            peak_gib=cost.peak_gib,
+    def _inputs(self, run: Run) -> Inputs:
+        return inputs_of(run.table, self.plan, self._paths)
+
+    def _make(self, step: InputStep, run: Run) -> None:
+        """Do a step, keep a copy of its result and its cost."""
+        processes = self.plan.processes if step.may_share else 1
+        finished = self._command(
+            step.command, step.paths.root.name, run, step.values, options=step.options, processes=processes
         )
-        write_text(self._cost(f"{table.samples}-{table.name}"), drawn.model_dump_json())
+        if step.kept is not None:
+            with atomic_path(step.kept) as temporary:
+                shutil.copyfile(step.made, temporary)
+        cost = Cost(seconds=finished.seconds, peak_gib=finished.peak_gib)
+        if step.command == "vstar":
+            cost = drawn_cost(step.result, finished.seconds, finished.peak_gib)
+        write_text(self._cost(step.name), cost.model_dump_json())
 
     def _train(self, run: Run) -> None:
         paths = self._paths(run.name)
         if paths.trained_with.exists():
             shutil.rmtree(paths.root)  # it ended, and its cost was not written
         before = [line for line, _ in read_metrics(paths.metrics)]
-        options = [] if run.table is None else ["--vstar", str(self._file(run.table))]
-        cost = self._command("train", run.name, run, options=options, processes=self.plan.processes)
+        options, processes = self._inputs(run).options, self.plan.processes
+        cost = self._command("train", run.name, run, options=options, processes=processes)
         after = read_metrics(paths.metrics)
         # The lines of iterations that an earlier process did are kept as they are.
         kept = next(
@@ -204,17 +183,11 @@ class Steps:
         except UserError as error:
             raise StepFailed(str(error)) from error
 
-    def _stage1_cost(self, table: Table) -> tuple[float, float]:
-        """Seconds of stage 1, of whose sampling a table with fewer samples has its share, and the peak in GiB."""
-        largest = self.plan.largest(table)
-        cost = read_document(self._cost(f"{largest.samples}-{largest.name}"), Drawn, REMEDY)
-        return cost.of(table.num_samples / largest.num_samples), cost.peak_gib
+    def _cost_of(self, step: InputStep) -> Cost:
+        return read_document(self._cost(step.name), Cost, REMEDY)
 
-    def _has(self, table: Table) -> bool:
-        return self._file(table).exists() and self._cost(f"{table.samples}-{table.name}").exists()
-
-    def _file(self, table: Table) -> Path:
-        return self._paths(table.samples).root / "tables" / f"{table.name}.parquet"
+    def _is_done(self, step: InputStep) -> bool:
+        return step.result.exists() and self._cost(step.name).exists()
 
     def _cost(self, name: str) -> Path:
         return self.root / "costs" / f"{name}.json"

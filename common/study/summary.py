@@ -163,20 +163,24 @@ class Summary:
         """Accuracy after a part of the time that the fastest arm of the same seed takes."""
         unit, scale = self.unit
         fastest: dict[int, float] = {}
-        for record in self.records.values():
+        for record in (record for record in self.records.values() if record.curve):
             total = record.seconds.total
             fastest[record.seed] = min(fastest.get(record.seed, total), total)
         mean = statistics.fmean(fastest.values()) * part / scale
         return Column(
             title=f"pass@1 after {mean:.2f} {unit}",
             digits=3,
-            of=lambda record: record.accuracy_at(fastest[record.seed] * part),
+            of=lambda record: record.accuracy_at(fastest.get(record.seed, 0.0) * part),
             better="high",
         )
 
     def speed_table(self) -> Sheet | None:
-        """Time to an accuracy, and accuracy at an equal time; None if training was not evaluated often enough."""
-        if min((len(record.curve) for record in self.records.values()), default=0) < POINTS_OF_A_CURVE:
+        """Time to an accuracy, and accuracy at an equal time; None if training was not evaluated often enough.
+
+        Arms whose training is not evaluated have neither.
+        """
+        curves = [len(record.curve) for record in self.records.values() if record.curve]
+        if min(curves, default=0) < POINTS_OF_A_CURVE:
             return None
         columns = [*self.targets(), self._accuracy_at(0.5), self._accuracy_at(1.0)]
         return self._table("Time to an accuracy, and accuracy at an equal time", columns)
@@ -267,6 +271,7 @@ COSTS = [
     ),
     Column(title="iterations", digits=0, of=lambda record: float(record.iterations)),
     Column(title="processor, s", digits=0, of=lambda record: record.cpu_seconds, better="low"),
+    Column(title="sampled tokens, k", digits=0, of=lambda record: record.sampled_tokens / 1000, better="low"),
     Column(title="training, GiB", digits=2, of=lambda record: record.peak_gib),
     Column(title="stage 1, GiB", digits=2, of=lambda record: record.stage1_peak_gib),
 ]

@@ -63,6 +63,7 @@ def rows_of(
                 "num_completions": len(own),
                 "rewards": [sample.reward for sample in own],
                 "outcomes": [sample.outcome for sample in own],
+                "completion_tokens": [len(sample.token_ids) - len(state.prefix) for sample in own],
                 "value": tally.mean,
                 "value_se": 0.0 if state.is_terminal else standard_error(tally.total, tally.count),
                 **_columns(state, actions, judged, decode),
