@@ -24,7 +24,7 @@ from common.runs import RunPaths
 from common.settings import as_toml
 from common.store import addresses, sample_files
 from common.study import compare
-from common.study.plan import Plan, read_plan
+from common.study.plan import Plan, VstarTable, read_plan
 from common.study.records import (
     Conditions,
     Point,
@@ -40,7 +40,8 @@ from stage2_train.config import load_config
 from tests import warm
 from tests.chromium import Browser, needs_chromium
 from tests.conftest import ROOT, RunCli
-from tests.fakes import write_artifact
+from tests.fakes import sample_rows, write_artifact
+from tests.step_tables import state, write_segments
 
 CONFIG = """
 run = "any"
@@ -116,9 +117,25 @@ class Commands:
         cost = {"seconds": 30.0, "loading_seconds": 10.0}
         write_artifact(paths.vstar, samples, beta1=float(values["vstar.beta1"]), cost=cost)
 
+    def _segments(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
+        rows = [state((), [((1,), 3, False, 0.5, 3)]), state((1,), [((2,), 4, True, 1.0, 4)])]
+        identity = {"model": "m", "segments": {"completer": "m"}}
+        write_segments(paths.segments, rows, identity)
+        paths.samples.mkdir()
+        sample_rows({"p": ["correct"] * 3}).write_parquet(paths.samples / "part-1.parquet")
+
+    def _critic(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
+        assert Path(arguments[arguments.index("--segments") + 1]).is_file()
+        paths.critic.mkdir()
+
+    def _advantages(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
+        assert Path(arguments[arguments.index("--segments") + 1]).is_file()
+        assert paths.critic.exists() == ("advantages.values" not in values)
+        paths.advantages.write_text("")
+
     def _train(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
-        if "--vstar" in arguments:
-            assert Path(arguments[arguments.index("--vstar") + 1]).is_file()
+        for option in {"--vstar", "--advantages"} & set(arguments):
+            assert Path(arguments[arguments.index(option) + 1]).is_file()
         paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in metrics(float(values["seed"]))))
         paths.model.mkdir()
         paths.checkpoints.mkdir()
@@ -134,7 +151,13 @@ class Commands:
 
 
 def metrics(seed: float = 0.0) -> list[dict[str, float]]:
-    step = {"time/iteration": 2.0, "memory/peak_gib": 3.0, "completion/tokens_mean": 9.0, "reward/mean": 0.5}
+    step = {
+        "time/iteration": 2.0,
+        "throughput/completion_tokens_per_second": 100.0,
+        "memory/peak_gib": 3.0,
+        "completion/tokens_mean": 9.0,
+        "reward/mean": 0.5,
+    }
     lines: list[dict[str, float]] = [{"iteration": 0, "evaluate/pass_at_1": 0.4, "time/evaluate": 1.0}]
     for number in (1, 2, 3, 4):
         lines.append({"iteration": number, **step, "kl/sequence": number / 10, "loss/regression": 1 / number})
@@ -296,10 +319,56 @@ def test_runs_share_what_they_can(study: Callable[..., Path], artifacts: Path) -
     assert found["GRPO-seed0.json"]["stage1_peak_gib"] is None
 
 
+STEP_LEVEL = """
+[[arms]]
+name = "critic"
+settings = { "train.objective.name" = "direct_advantage" }
+[[arms]]
+name = "larger gap"
+settings = { "train.objective.name" = "direct_advantage", "advantages.min_gap" = 0.3 }
+[[arms]]
+name = "Monte Carlo"
+settings = { "train.objective.name" = "direct_advantage", "advantages.values" = "monte_carlo" }
+"""
+
+
+def test_step_level_arms_share_states_and_critic(study: Callable[..., Path], artifacts: Path) -> None:
+    path, commands = study(HEAD.replace("[0, 1]", "[0]"), STEP_LEVEL, A_STAR), Commands()
+    run(path, commands)
+    assert [line.split()[0] for line in commands.done if not line.startswith("evaluate")] == [
+        *("base-model", "segments", "critic", "advantages", "train"),
+        *("advantages", "train"),
+        *("advantages", "train"),
+        *("vstar", "train"),
+    ]
+    found = records(artifacts / "methods" / "results")
+    costs = {name: each["seconds"]["stage1"] for name, each in found.items()}
+    assert costs == {
+        "critic-seed0.json": 3 * 32.0,
+        "larger-gap-seed0.json": 3 * 32.0,
+        "Monte-Carlo-seed0.json": 2 * 32.0,
+        "Astar-PO-seed0.json": 32.0,
+    }
+    # 3 + 4 + 5 tokens of solutions, which complete the prompt too, and 4 completions of a token from the other state.
+    assert found["critic-seed0.json"]["sampled_tokens"] == 12 + 4
+    of_stage1 = sum(3 + index for index in range(8))
+    assert found["Astar-PO-seed0.json"]["sampled_tokens"] == of_stage1 + 4 * 2 * 100
+    killed = path.with_name("again.toml")
+    killed.write_text(path.read_text().replace("methods", "again"))
+    for _ in range(len(commands.done) - 1):
+        with pytest.raises(Killed):
+            run(killed, Commands({1: "before"}))
+    run(killed, Commands())
+    again = records(artifacts / "again" / "results")
+    assert all(each.pop("study") for each in (*again.values(), *found.values()))
+    assert again == found
+
+
 def test_other_data_or_sampling_is_another_stage_1(study: Callable[..., Path]) -> None:
     other = '[[arms]]\nname = "cold"\nsettings = { "sampling.temperature" = 0.5 }\n'
     tables = [run.table for run in plan_of(study(HEAD, A_STAR, other)).runs]
-    assert len({table.samples for table in tables if table}) == 4, "two for each seed"
+    samples = {table.samples for table in tables if isinstance(table, VstarTable)}
+    assert len(samples) == 4, "two for each seed"
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

@@ -75,9 +75,7 @@ class Inputs:
     """The tokens that were sampled for it."""
 
 
-NOTHING = Inputs(
-    options=(), steps=(), cost=lambda cost_of: Cost(seconds=0.0, peak_gib=0.0), tokens=lambda: 0
-)
+NOTHING = Inputs(options=(), steps=(), cost=lambda cost_of: Cost(seconds=0.0, peak_gib=0.0), tokens=lambda: 0)
 
 
 def inputs_of(

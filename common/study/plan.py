@@ -237,7 +237,9 @@ def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
             f"{config} has no [evaluate.data] section: say on which held-out prompts the arms are compared"
         )
     document = json.loads(loaded.to_json())
-    evaluated = {key: value for key, value in document.items() if key not in ("run", "train", *_BEFORE_TRAINING)}
+    evaluated = {
+        key: value for key, value in document.items() if key not in ("run", "train", *_BEFORE_TRAINING)
+    }
     return Run(
         arm=arm,
         seed=seed,

@@ -251,7 +251,8 @@ def make_record(
         cpu_seconds=cpu_seconds,
         peak_gib=max(line.get("memory/peak_gib", 0.0) for line in lines),
         stage1_peak_gib=stage1.peak_gib if stage1 and conditions.gpu is None else None,
-        sampled_tokens=stage1_tokens + (0 if isinstance(run.table, AdvantagesTable) else sampled_tokens(lines)),
+        sampled_tokens=stage1_tokens
+        + (0 if isinstance(run.table, AdvantagesTable) else sampled_tokens(lines)),
         completion_tokens=_mean(
             [line["completion/tokens_mean"] for line in lines if "completion/tokens_mean" in line]
         )
