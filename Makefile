@@ -42,7 +42,7 @@ MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check browser setup setup-stage1 base-model vstar segments critic advantages train rounds evaluate report compare lock clean
+.PHONY: help demo demo-direct-advantage test check browser setup setup-stage1 base-model vstar segments critic advantages train rounds evaluate report compare lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -55,6 +55,9 @@ demo: setup ## Set up, then base model → vstar → train → evaluate → repo
 		$(MAKE) --no-print-directory $$step; \
 	done
 	@$(MAKE) --no-print-directory train evaluate report
+
+demo-direct-advantage: ## The same with the step-level method: base model → segments → critic → advantages → train → …
+	@$(MAKE) --no-print-directory demo CONFIG=configs/demo-direct-advantage.toml
 
 test: $(INSTALLED)-dev ## Set up, then run the tests (ARGS="-k name" for some of them)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -221,6 +221,26 @@ def train(
         run_stage2(settings, console, vstar_file, allow_mismatch or (), advantages_file=advantages_file)
 
 
+@app.command(short_help="Draw solutions, cut them into steps, estimate the value of each state.")
+def segments(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    allow_mismatch: AllowMismatch = None,
+) -> None:
+    """Draw solutions, cut some of them into steps, and estimate the value of each state by completions from it.
+
+    Writes artifacts/RUN/segments.parquet. After an interruption the same command continues.
+    """
+    from stage2_train.config import load_config
+
+    settings = load_config(config, overrides or (), run)
+    with _ending_cleanly(), _libraries_logged(settings.run):
+        from stage1_vstar.segments.run import run_segments
+
+        run_segments(settings, console, allow_mismatch=allow_mismatch or ())
+
+
 @app.command(short_help="Train a critic on the values of states (after `segments`).")
 def critic(
     config: ConfigFile = DEMO,
@@ -500,26 +520,6 @@ def compare(
 
     with _ending_cleanly("what is done"):
         compare_arms(study, load, console, results=results, dry_run=dry_run)
-
-
-@app.command(short_help="Draw solutions, cut them into steps, and estimate the value of each state.")
-def segments(
-    config: ConfigFile = DEMO,
-    run: Run = None,
-    overrides: Overrides = None,
-    allow_mismatch: AllowMismatch = None,
-) -> None:
-    """Draw solutions, cut some of them into steps, and estimate the value of each state by completions from it.
-
-    Writes artifacts/RUN/segments.parquet. After an interruption the same command continues.
-    """
-    from stage2_train.config import load_config
-
-    settings = load_config(config, overrides or (), run)
-    with _ending_cleanly(), _libraries_logged(settings.run):
-        from stage1_vstar.segments.run import run_segments
-
-        run_segments(settings, console, allow_mismatch=allow_mismatch or ())
 
 
 @app.command(short_help="Train in rounds: each trained model is the next reference.")
