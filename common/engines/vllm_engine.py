@@ -82,6 +82,9 @@ class VllmEngine:
             # Compiling two small helpers of the sampler takes ten seconds, more than it saves on a CPU.
             current_platform.simple_compile_backend = "eager"
             rotate_heads_on_a_cpu()  # imports a function that would be compiled
+            if config.model.dtype == "float32" and model_numbers(folder).get("kv_lora_rank") is not None:
+                # Of its two kernels for latent attention, the one for CPUs with AMX knows bfloat16 alone.
+                options["attention_backend"] = "CPU_MLA"
             # A prompt prefilled in chunks cannot be sampled with a seed: "CPU Generator does not use offset".
             options["max_num_batched_tokens"] = max(65536, max_model_len)
         if processes > 1:
