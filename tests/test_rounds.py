@@ -3,8 +3,12 @@
 import io
 import json
 import os
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +18,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from common.config import RunConfig
 from common.contract import polars_schema
@@ -31,7 +35,9 @@ from common.rounds.summary import reached, table
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE
 from common.settings import as_document
+from common.store import addresses, sample_files
 from common.terminal.console import Terminal
+from common.vstar_file import read_vstar
 from stage2_train.config import load_config
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.sampler import Draw, Sampler
@@ -676,14 +682,14 @@ def test_a_mistake_is_said_before_anything_runs(
     assert not artifacts.exists()
 
 
-def test_two_real_rounds(tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path) -> None:
-    """Real commands, started warm."""
-    path = tmp_path / "run.toml"
+def real_config(model: Path, data_file: Path, folder: Path) -> Path:
+    """A config whose rounds real commands finish within seconds."""
+    path = folder / "run.toml"
     data = f'format = "generic"\npath = "{data_file}"\ntemplate = "line"\nmax_prompt_tokens = 64\n'
     path.write_text(
         f"""
 run = "mine"
-model = {{ path = "{tiny_model}", dtype = "float32" }}
+model = {{ path = "{model}", dtype = "float32" }}
 grader = {{ name = "gsm8k" }}
 sampling = {{ max_completion_tokens = 12 }}
 vstar = {{ num_samples = 4 }}
@@ -693,6 +699,7 @@ learning_rate = 1e-4
 iterations = 2
 batch_size = 4
 mini_batch_size = 4
+checkpoint_every = 1
 gradient_checkpointing = false
 [data]
 {data}
@@ -702,6 +709,12 @@ num_samples = 2
 {data}
 """
     )
+    return path
+
+
+def test_two_real_rounds(tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path) -> None:
+    """Real commands, started warm."""
+    path = real_config(tiny_model, data_file, tmp_path)
     said: dict[str, str] = {}
 
     def started_warm(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Finished:
@@ -734,3 +747,43 @@ def _kl(figures: Mapping[str, Figures]) -> float:
     found = figures["held_out"].kl_sequence
     assert found is not None
     return found
+
+
+@pytest.mark.slow
+def test_real_rounds_that_are_killed_five_times_are_the_same(
+    tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path
+) -> None:
+    path = real_config(tiny_model, data_file, tmp_path)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        environment["ASTAR_PO_ARTIFACTS"] = str(artifacts / name)
+        command: list[str | Path] = [sys.executable, ROOT / "cli.py", "rounds", "-c", path, "--rounds", "2"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start("whole").wait(600) == 0
+    longest = time.monotonic() - began
+    instants = random.Random(0)
+    for _ in range(5):
+        process = start("killed")
+        try:
+            process.wait(instants.uniform(0.05, 0.25) * longest)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was still at work"
+    assert start("killed").wait(600) == 0
+    for number in (1, 2):
+        whole, killed = (RunPaths(artifacts / name / f"mine-round{number}") for name in ("whole", "killed"))
+        ours, theirs = (load_file(paths.model / "model.safetensors") for paths in (whole, killed))
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours | theirs)
+        assert read_vstar(whole.vstar)[0].equals(read_vstar(killed.vstar)[0])
+        for folder in (killed.samples, *killed.evaluations.glob("samples/*")):
+            found = addresses(sample_files(folder))
+            assert found.n_unique() == found.height
+    ours, theirs = (read_results(RunPaths(artifacts / name / "mine")) for name in ("whole", "killed"))
+    assert ours is not None
+    assert theirs is not None
+    assert [each.model_copy(update={"model": "", "path": ""}) for each in ours.results] == [
+        each.model_copy(update={"model": "", "path": ""}) for each in theirs.results
+    ]

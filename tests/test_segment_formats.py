@@ -345,6 +345,7 @@ def state(
         "num_completions": 1,
         "rewards": [value],
         "outcomes": [Outcome.WRONG.value],
+        "completion_tokens": [1],
         "value": value,
         "value_se": 0.1,
         **{field.name: [] for field in SEGMENTS if field.name.startswith("action_")},

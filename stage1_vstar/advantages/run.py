@@ -129,8 +129,8 @@ def run_advantages(
                 write(found.select(ADVANTAGES.names))
             if not counts.states:
                 raise UserError(
-                    f"{segments}: every state is a whole solution, so there is no next step to train on; choose "
-                    "another segments.split, or draw again with `python cli.py segments`"
+                    f"{segments}: no state has a next step to train on: all are whole solutions, or imported; choose "
+                    "another segments.split, or draw states with `python cli.py segments`"
                 )
     for line in counts.lines():
         console.print(line)

@@ -6,8 +6,8 @@ s is a prompt with the first steps of a solution, a the next step. Â is compute
 π_ref, and read from a file; nothing is drawn. (Liu et al., 2024, arXiv:2412.18279, Eq. 3.6; the authors call it DAPO,
 the name of another method too.)
 
-In the paper's exact setting the minimiser is better than π_ref at every state, unless π_ref is optimal (Theorem 3.2).
-It is not π_ref exp(Â/β), which is no distribution: its probabilities add up to more than 1.
+In the paper's exact setting the minimiser is worse than π_ref at no state, and better from the prompt on unless π_ref
+is optimal (Theorem 3.2). It is not π_ref exp(Â/β), which is no distribution: its probabilities add up to more than 1.
 """
 
 from __future__ import annotations
