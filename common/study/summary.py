@@ -127,7 +127,7 @@ class Summary:
 
     def main_table(self) -> Sheet:
         """The paper's Table 1: time, memory, KL and accuracies."""
-        columns = [self.time, MEMORY, KL, *self.accuracies(), TOKENS]
+        columns = self.columns()
         table = self._table("Results", columns)
         base = [_of_reference(self, column) for column in columns]
         return Sheet(
@@ -141,6 +141,10 @@ class Summary:
                 ),
             ],
         )
+
+    def columns(self) -> list[Column]:
+        """Those of the main table."""
+        return [self.time, MEMORY, KL, *self.accuracies(), TOKENS]
 
     def cost_table(self) -> Sheet:
         """Time and memory by phase."""

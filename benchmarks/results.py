@@ -1,0 +1,145 @@
+"""Write docs/results.md, and its figures into docs/results/, from the studies' records in docs/evidence/studies/.
+
+    .venv/bin/python -m benchmarks.results
+
+The records are those of `python cli.py compare configs/studies/S.toml --results docs/evidence/studies/S`. The text is
+results.md.jinja beside this file; all its tables, figures and numbers come from the records.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import RunConfig
+from common.files import atomic_path, write_text
+from common.study.figures import Figures, study_figures
+from common.study.plan import Arm, read_plan
+from common.study.records import Record, finished
+from common.study.summary import Column, Mean, Summary
+from stage2_train.config import load_config
+
+ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "configs" / "studies"
+RECORDS = ROOT / "docs" / "evidence" / "studies"
+TEMPLATE = Path(__file__).parent / "results.md.jinja"
+PAGE = ROOT / "docs" / "results.md"
+FIGURES = ROOT / "docs" / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A study as the template sees it."""
+
+    name: str
+    summary: Summary
+
+    @classmethod
+    def read(cls, name: str) -> "Study":
+        plan = read_plan(STUDIES / f"{name}.toml", _load)
+        return cls(name, Summary.of(plan, finished(plan, RECORDS / name)))
+
+    @property
+    def runs(self) -> str:
+        """How many runs have finished, of how many."""
+        done, planned = len(self.summary.records), len(self.summary.plan.runs)
+        return str(done) if done == planned else f"{done} of {planned}"
+
+    @property
+    def minutes(self) -> float:
+        """The time of all runs."""
+        return sum(record.seconds.total for record in self.summary.records.values()) / 60
+
+    def main(self) -> str:
+        return self.summary.main_table().markdown()
+
+    def speed(self) -> str:
+        sheet = self.summary.speed_table()
+        return "" if sheet is None else sheet.markdown()
+
+    def paired(self) -> str:
+        sheet = self.summary.paired_table()
+        return "" if sheet is None else sheet.markdown()
+
+    def costs(self) -> str:
+        return self.summary.cost_table().markdown()
+
+    def value(self, arm: str, title: str, digits: int = 3) -> str:
+        """The mean of a figure of the main table or of the table of speed."""
+        mean = self.mean(arm, title)
+        return "–" if mean is None else f"{mean.value:.{digits}f}"
+
+    def mean(self, arm: str, title: str) -> Mean | None:
+        return self.summary.mean(self._arm(arm), self._column(title).of)
+
+    def ratio(self, arm: str, base: str, of: Callable[[Record], float]) -> float:
+        """The geometric mean over seeds of an arm's figure over another's."""
+        ours, theirs = (self.summary.values(self._arm(name), of) for name in (arm, base))
+        product = 1.0
+        seeds = [seed for seed in ours if seed in theirs]
+        for seed in seeds:
+            product *= ours[seed] / theirs[seed]
+        return product ** (1 / len(seeds))
+
+    def figure(self, name: str) -> str:
+        """A figure of the study, as an image."""
+        figure = next(each for each in self.figures() if each.name == name)
+        alt = " ".join(panel.alt for panel in figure.panels)
+        return f"![{alt}]({FIGURES.name}/{self.file(figure)})\n\n{figure.caption}"
+
+    def figures(self) -> Sequence[Figures]:
+        return study_figures(self.summary)
+
+    def file(self, figure: Figures) -> str:
+        return f"{self.name}-{figure.name}.svg"
+
+    def _arm(self, name: str) -> Arm:
+        return next(arm for arm in self.summary.arms if arm.name == name)
+
+    def _column(self, title: str) -> Column:
+        return next(column for column in self.summary.columns() if column.title.startswith(title))
+
+
+def _load(
+    path: Path, overrides: Sequence[str] = (), run: str | None = None
+) -> tuple[RunConfig, Sequence[str]]:
+    settings = load_config(path, overrides, run)
+    return settings, settings.before_training
+
+
+def studies() -> dict[str, Study]:
+    """The studies that have records, by name."""
+    return {folder.name: Study.read(folder.name) for folder in sorted(RECORDS.iterdir())}
+
+
+def render(found: dict[str, Study]) -> str:
+    """The text of docs/results.md."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(studies=found, **{name.replace("-", "_"): study for name, study in found.items()})
+
+
+def main() -> None:
+    """Write the page, and the figures that it shows."""
+    found = studies()
+    text = render(found)
+    write_text(PAGE, text)
+    FIGURES.mkdir(exist_ok=True)
+    for old in FIGURES.glob("*.svg"):
+        if old.name not in text:
+            old.unlink()
+    for study in found.values():
+        for figure in study.figures():
+            if study.file(figure) in text:
+                with atomic_path(FIGURES / study.file(figure)) as temporary:
+                    figure.save(temporary, "svg")
+    print(
+        f"{PAGE.relative_to(ROOT)}: {', '.join(f'{name}, {each.runs} runs' for name, each in found.items())}"
+    )
+
+
+if __name__ == "__main__":
+    main()
