@@ -254,6 +254,19 @@ def test_two_processes_write_the_critic_of_one(tiny_model: Path, artifacts: Path
     assert "nothing to do" in run(config)
 
 
+def test_differences_that_are_accepted_are_recorded(
+    tiny_model: Path, artifacts: Path, tmp_path: Path
+) -> None:
+    config, _ = prepared(tmp_path, tiny_model)
+    other = changed(config, data={"template": "Q: {prompt}"})
+    run(other, ["prompt.template", "prompt.tokens"])
+    record = json.loads((run_paths(config.run).critic / "astar_po.json").read_bytes())
+    assert [line.split()[0] for line in record["context"]["accepted_mismatches"]] == [
+        "prompt.template",
+        "prompt.tokens",
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:.torch.distributed:FutureWarning")
 def test_an_adapter_is_merged_into_the_critic(tiny_model: Path, artifacts: Path, tmp_path: Path) -> None:
     config, rows = prepared(tmp_path, tiny_model, train={"lora": LORA, "zero_stage": 3})
@@ -301,7 +314,7 @@ def test_mistakes_are_refused_before_a_model_loads(
     ):
         run(other, ["prompt.template"])
     with pytest.raises(
-        UserError, match="--allow-mismatch magic: there is no such field; use one of .*prompt.tokens"
+        UserError, match=r"--allow-mismatch magic: there is no such field; use one of .*prompt.tokens"
     ):
         run(config, ["magic"])
     with pytest.raises(UserError, match=r"critic.model: there is no model at /nowhere"):
@@ -330,3 +343,8 @@ def test_the_command_line_says_what_is_missing(tiny_model: Path, run_cli: RunCli
     )
     assert result.returncode == 2
     assert "train it with `python cli.py critic`" in result.stderr
+    for option in ("--segments", "--allow-mismatch"):
+        measure = ("--process-bench", tmp_path / "rows.jsonl")
+        result = run_cli("critic", "--config", tmp_path / "tiny.toml", *measure, option, "x", warm=True)
+        assert result.returncode == 2
+        assert f"reads no table of states; leave {option} out" in result.stderr
