@@ -16,7 +16,7 @@ from common.config import RunConfig
 from common.contract import polars_schema
 from common.errors import DamagedFile, UserError
 from common.files import file_digest, hash_files
-from common.provenance import Allowance
+from common.provenance import ACCEPTED, Allowance
 from common.runs import exclusive_run, run_paths
 from common.segments.advantages import dropped_by, lists, with_advantages
 from common.segments.critic import refuse_missing_critic, trained_on
@@ -118,8 +118,10 @@ def run_advantages(
         )
         digest = f"{origin['critic']} {config.model.dtype}"
         values = KeptValues(paths.critic_values, paths.critic, digest, load_critic)
-        context = {**origin, "values": settings.values, "min_gap": settings.min_gap}
-        made = replace(provenance, context={**provenance.context, **context}).accepting(allowance)
+        context: dict[str, Any] = {**origin, "values": settings.values, "min_gap": settings.min_gap}
+        if accepted := [*provenance.context.get(ACCEPTED, []), *allowance.used]:
+            context[ACCEPTED] = accepted
+        made = replace(provenance, context={**provenance.context, **context})
         counts = Counts()
         with ADVANTAGES_TABLE.writer(paths.advantages, made) as write:
             for states in SEGMENTS_TABLE.scan(segments):
