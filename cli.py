@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
@@ -260,6 +260,7 @@ def critic(
             "a file in ProcessBench's format.",
         ),
     ] = None,
+    allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Train the critic V_φ on the Monte-Carlo values of segments.parquet, and test it on held-out prompts.
 
@@ -268,6 +269,11 @@ def critic(
     from common.packages import refuse_missing
     from stage2_train.config import load_config
 
+    if process_bench is not None and (segments_file is not None or allow_mismatch):
+        name = "--segments" if segments_file is not None else "--allow-mismatch"
+        raise UserError(
+            f"--process-bench measures the trained critic and reads no table of states; leave {name} out"
+        )
     settings = load_config(config, overrides or (), run)
     for package in ("deepspeed", "peft"):
         refuse_missing(package, "this is a command of stage 2", "make setup")
@@ -276,7 +282,7 @@ def critic(
             from stage2_train.critic_job.run import run_critic
 
             console.outlives_its_reader = True
-            run_critic(settings, console, segments_file)
+            run_critic(settings, console, segments_file, allow_mismatch or ())
         else:
             from stage2_train.critic_job.process_bench import run_process_bench
 
@@ -323,26 +329,26 @@ def advantages(
             "--segments", help="The table of states to read; by default artifacts/RUN/segments.parquet."
         ),
     ] = None,
+    allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Compute the advantages of the next steps of states, which the objective direct_advantage trains on.
 
     Writes artifacts/RUN/advantages.parquet. It keeps the critic's values: other settings of [advantages] then need no
-    model.
+    model. After an interruption the same command continues.
     """
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
 
-    def score(folder: Path, states: Iterable[Sequence[int]]) -> Sequence[float]:
-        from stage2_train.critic_job.values import state_values
+    def load_critic(folder: Path) -> Callable[[Iterable[Sequence[int]]], Sequence[float]]:
+        from stage2_train.critic_job.values import TrainedCritic
 
-        values: Sequence[float] = state_values(folder, states, settings)
-        return values
+        return TrainedCritic(folder, settings).values
 
-    with _ending_cleanly("the table before"), _libraries_logged(settings.run):
+    with _ending_cleanly("what the critic has valued"), _libraries_logged(settings.run):
         from stage1_vstar.advantages.run import run_advantages
 
-        run_advantages(settings, console, score, segments_file)
+        run_advantages(settings, console, load_critic, segments_file, allow_mismatch or ())
 
 
 @app.command(short_help="Add the samples of other runs to a run.")
@@ -871,7 +877,7 @@ def _writing(target: Path) -> Iterator[None]:
     run = RunPaths(place.parent)
     is_a_runs_own = place == run.vstar and target.exists() and run.samples.is_dir()
     writer = "vstar" if is_a_runs_own else None
-    if place == run.advantages and run.segments.exists():
+    if place == run.advantages:
         writer = "advantages"
     with nullcontext() if writer is None else exclusive_run(run, writer):
         yield

@@ -68,6 +68,11 @@ class RunPaths:
         return self.root / "critic"
 
     @property
+    def critic_values(self) -> Path:
+        """What the critic has valued so far, while `advantages` runs."""
+        return self.root / "critic_values"
+
+    @property
     def advantages(self) -> Path:
         return self.root / "advantages.parquet"
 

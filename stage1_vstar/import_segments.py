@@ -21,6 +21,7 @@ from common.rollout import Prompt
 from common.runs import exclusive_run, run_paths
 from common.segments.files import SEGMENTS, SEGMENTS_TABLE, standard_error, state_id
 from common.segments.formats import Labelled, LabelledSolution, LabelledStep, read_labelled
+from common.segments.labelled import StepTokeniser
 from common.terminal.console import Terminal
 from stage1_vstar.run import stage1_provenance
 
@@ -42,8 +43,9 @@ class _State:
 def import_segments(config: RunConfig, file: Path, console: Terminal) -> None:
     """Write segments.parquet from a file of labelled steps; one row per state, whose value is the mean of its labels.
 
-    A step's text is tokenised by itself with the separator after it, so that states begin as their solutions do. Raises
-    UserError, and writes nothing, if most rows are wrong, or if the run has a table of states already.
+    A step's text is tokenised by itself with the separator after it, so that states begin as their solutions do, and a
+    whole solution ends with the end token. Raises UserError, and writes nothing, if most rows are wrong, or if the run
+    has a table of states already.
     """
     paths = run_paths(config.run)
     _refuse_unreadable(file)
@@ -60,10 +62,14 @@ def import_segments(config: RunConfig, file: Path, console: Terminal) -> None:
                 f"{paths.segments} exists; import into another --run, or remove it to have these states in its place"
             )
         made = stage1_provenance(config, renderer, model_identity(folder, paths.known_weights))
-        separator = separator_of(config.segments.separators)
-        origin = {"imported": file.name, "sha256": file_digest(file), "separators": [separator]}
+        tokenise = StepTokeniser(renderer, config.segments.separators)
+        origin = {
+            "imported": file.name,
+            "sha256": file_digest(file),
+            "separators": [tokenise.separator],
+        }
         provenance = Provenance(identity={**made.identity, "segments": origin}, context=made.context)
-        states = _States(config, renderer, separator)
+        states = _States(config, tokenise)
         write_text(paths.config, config.to_json())
         with SEGMENTS_TABLE.writer(paths.segments, provenance) as write:
             for rows in states.rows(prompts, solutions):
@@ -83,19 +89,12 @@ def import_segments(config: RunConfig, file: Path, console: Terminal) -> None:
     )
 
 
-def separator_of(separators: Sequence[str]) -> str:
-    """What to put between steps that come without: the white space that the first separator ends with, or all of it."""
-    first = separators[0]
-    return first[len(first.rstrip()) :] or first
-
-
 class _States:
     """Makes rows of labelled solutions, and counts."""
 
-    def __init__(self, config: RunConfig, renderer: PromptRenderer, separator: str) -> None:
+    def __init__(self, config: RunConfig, tokenise: StepTokeniser) -> None:
         self._limit = config.sampling.max_completion_tokens
-        self._renderer = renderer
-        self._separator = separator
+        self._tokenise = tokenise
         self.count = self.solutions = self.long = self.without_token = 0
         self.total = 0.0
 
@@ -126,13 +125,12 @@ class _States:
 
     def _add(self, states: dict[TokenIds, _State], number: int, solution: LabelledSolution) -> None:
         """Add the states of a solution, up to the limit of its length."""
-        texts = [f"{step.text}{self._separator}" for step in solution.steps]
-        if solution.is_whole:
-            texts[-1] = solution.steps[-1].text
+        texts = self._tokenise.texts([step.text for step in solution.steps], is_whole=solution.is_whole)
+        token_ids = self._tokenise.token_ids(texts, is_whole=solution.is_whole)
         prefix: TokenIds = ()
         text = ""
         for place, (step, its_text, tokens) in enumerate(
-            zip(solution.steps, texts, self._renderer.token_ids(texts), strict=True), start=1
+            zip(solution.steps, texts, token_ids, strict=True), start=1
         ):
             if not tokens:
                 self.without_token += 1

@@ -11,23 +11,20 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from common.data.prompts import prompts_from_pairs
 from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.model.files import model_numbers
 from common.provenance import Allowance
 from common.rollout import Completion, Prompt, Rollout
 from common.segments.files import ADVANTAGES_TABLE
+from common.table_origin import prompts_of, refuse_other_steps
 from common.value import Counts
 from stage2_train.config import Config
 from stage2_train.objectives.protocol import LearnsOffline
 from stage2_train.sources.batches import Group
-from stage2_train.table_origin import refuse_other_origin, refuse_other_tokens
 
-_COLUMNS = (
-    *("state_id", "prompt_id", "prompt", "answer", "prompt_token_hash", "prefix_token_ids"),
-    *("action_texts", "action_token_ids", "action_counts", "advantages"),
-)
+_PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
+_STATE = ("state_id", "prompt_id", "prefix_token_ids", "action_token_ids", "action_counts", "advantages")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +42,8 @@ class Advantages:
     ends_S: Counts
     """The number of pairs up to the end of each state."""
     values_from: str
-    min_gap: float
+    chosen_by: str
+    """The rules by which states were chosen, for people."""
     dropped: Mapping[str, int]
     """How many states each rule dropped."""
     accepted_mismatches: tuple[str, ...] = ()
@@ -66,7 +64,7 @@ class Advantages:
         return int(self.ends_S[-1])
 
     def group(self, unit: int) -> Group:
-        """The pairs of a unit. A pair's prompt is the state, its completion the action."""
+        """The pairs of a unit. A pair's prompt is the state, its completion the action, without its text."""
         if self.state_wise:
             return self._pairs_of(unit)
         state = int(np.searchsorted(self.ends_S, unit, side="right"))
@@ -84,16 +82,15 @@ class Advantages:
             token_hash=prompt.token_hash,
         )
         actions = zip(
-            *(row[name] for name in ("action_texts", "action_token_ids", "advantages", "action_counts")),
-            strict=True,
+            *(row[name] for name in ("action_token_ids", "advantages", "action_counts")), strict=True
         )
         return [
             Rollout(
                 prompt=described,
-                completion=Completion(key=None, token_ids=tuple(tokens), text=text, truncated=False),
+                completion=Completion(key=None, token_ids=tuple(tokens), text="", truncated=False),
                 advantage=advantage,
             )
-            for text, tokens, advantage, count in actions
+            for tokens, advantage, count in actions
             for _ in range(1 if self.unique else count)
         ]
 
@@ -110,7 +107,7 @@ class Advantages:
         values = {"critic": "of the critic", "monte_carlo": "by Monte Carlo"}[self.values_from]
         lines = [
             f"{self.rows.height:,} states of {len(self.prompts):,} prompts with {self.pairs:,} (state, action) pairs, "
-            f"values {values}, gap of at least {self.min_gap:g}"
+            f"values {values}, {self.chosen_by}"
         ]
         if self.dropped:
             rules = "; ".join(f"{rule}: {count:,}" for rule, count in self.dropped.items())
@@ -133,30 +130,23 @@ def read_advantages(
     objective = config.train.objective
     assert isinstance(objective, LearnsOffline), "who reads advantages learns offline"
     provenance = ADVANTAGES_TABLE.provenance(file)
-    refuse_other_origin(
-        identity,
-        provenance,
-        file,
-        allowance,
-        besides=[],
-        advice="advantages are those of one model, template, sampling and grader: use those, make the table again "
-        "with another --run",
-    )
+    refuse_other_steps(identity, provenance, file, allowance)
     dropped: Counter[str] = Counter()
-    values_from, parts = "", []
+    values_from, states, theirs = "", [], []
     for part in ADVANTAGES_TABLE.scan(file):
         dropped.update(dict(part["dropped_by"].drop_nulls().value_counts(sort=True).iter_rows()))
         values_from = part["values_from"][0]
-        parts.append(part.filter("keep").select(_COLUMNS))
-    rows = pl.concat(parts)
+        kept = part.filter("keep")
+        states.append(kept.select(_STATE))
+        theirs.append(kept.select(_PROMPT).unique("prompt_id", maintain_order=True))
+    rows, known = pl.concat(states), pl.concat(theirs).unique("prompt_id", maintain_order=True)
     if rows.is_empty():
         raise UserError(
             f"{file}: no state is left to train on; run `python cli.py filter` with a smaller --min-gap"
         )
-    pairs = rows.select("prompt", "answer").unique(maintain_order=True).iter_rows()
-    prompts = {prompt.id: prompt for prompt in prompts_from_pairs(pairs, config.data, renderer)}
+    found = prompts_of(known, config.data, renderer, file, allowance)
+    prompts = {prompt.id: prompt for prompt in found}
     rows = rows.filter(pl.col("prompt_id").is_in(list(prompts)))
-    refuse_other_tokens(list(prompts.values()), rows, file, allowance)
     _refuse_unreadable(rows, prompts, file, folder)
     unique, counts = config.advantages.unique, pl.col("action_counts").list
     pairs_S = rows.select(counts.len() if unique else counts.sum()).to_series().cast(pl.Int64)
@@ -168,10 +158,16 @@ def read_advantages(
         unique=unique,
         ends_S=pairs_S.to_numpy().cumsum(),
         values_from=values_from,
-        min_gap=provenance.context["min_gap"],
+        chosen_by=_chosen_by(provenance.context),
         dropped=dropped,
         accepted_mismatches=tuple(allowance.used),
     )
+
+
+def _chosen_by(context: Mapping[str, Any]) -> str:
+    if filters := context.get("filters"):
+        return f"after dropping by {', '.join(filters)}"
+    return f"gap of at least {context['min_gap']:g}"
 
 
 def _refuse_unreadable(rows: pl.DataFrame, prompts: Mapping[str, Prompt], file: Path, folder: Path) -> None:

@@ -30,9 +30,12 @@ UNKNOWN = "not recorded"
 TRAINING_FIGURES = {
     "reward/mean": "mean reward of the completions drawn",
     "kl/sequence": "KL(π‖π_ref), nats per completion",
+    "policy/log_ratio": "mean ln π/π_ref of a step, nats",
     "completion/tokens_mean": "tokens per completion",
     "completion/truncated": "share of truncated completions",
 }
+TOKENS_PER_STEP = "tokens per step"
+"""The label of `completion/tokens_mean` where steps of solutions are trained on."""
 _BENCHMARK = re.compile("evaluate/(?:pass_at_1|(.+)/accuracy)")
 """The metrics of evaluations during training; the first is of the held-out prompts."""
 
@@ -164,9 +167,12 @@ class Trained:
         if drawn:
             first, last = drawn[0], drawn[-1]
             heads = tuple(f"iteration {row['iteration']:.0f}" for row in (first, last))
+            labels = TRAINING_FIGURES
+            if self.config.train.reads_advantages:
+                labels = labels | {"completion/tokens_mean": TOKENS_PER_STEP}
             rows: list[tuple[str, ...]] = [
                 (label, _figure(first.get(name)), _figure(last.get(name)))
-                for name, label in TRAINING_FIGURES.items()
+                for name, label in labels.items()
                 if name in last
             ]
             yield "During training, on training prompts:"

@@ -136,12 +136,6 @@ class Config(RunConfig):
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> Self:
-        if self.train.reads_advantages:
-            self.train.refuse_unused(
-                "evaluate_every",
-                because=f"training with {self.train.objective.name} has no engine and evaluates nothing; leave it "
-                "out of [train]",
-            )
         if self.evaluate.data is None:
             self.train.refuse_unused(
                 "evaluate_every",

@@ -19,7 +19,6 @@ from common.config import DataConfig
 from common.data.prompts import (
     check_fit,
     load_prompts,
-    prompts_from_pairs,
     refuse_none_usable,
     usable_prompts,
 )
@@ -34,6 +33,7 @@ from common.provenance import Allowance, Provenance, differences, sampling_ident
 from common.rollout import Prompt
 from common.runs import run_paths
 from common.seeds import derive_seed
+from common.table_origin import prompts_of, refuse_other_identity
 from common.vstar_file import read_vstar
 from stage2_train.advantages import Advantages, read_advantages
 from stage2_train.config import Config, TrainConfig
@@ -41,7 +41,6 @@ from stage2_train.evaluation.plan import benchmarks_of, roomy
 from stage2_train.first_batch import FirstBatch, expected_first_batch
 from stage2_train.preflight import refuse_first
 from stage2_train.ranks import ALONE, Ranks
-from stage2_train.table_origin import refuse_other_origin, refuse_other_tokens
 
 EQUAL_REWARDS = "rewards.equal"
 """The name by which --allow-mismatch accepts a result of stage 1 whose rewards are all equal."""
@@ -208,7 +207,7 @@ def _from_stage1(
     allowance: Allowance,
 ) -> tuple[list[Prompt], Stage1]:
     """The prompts that a table keeps. Raises UserError unless it was made as this run's config says."""
-    refuse_other_origin(
+    refuse_other_identity(
         identity,
         provenance,
         file,
@@ -224,8 +223,7 @@ def _from_stage1(
         )
     _refuse_nothing_to_learn(kept, file, allowance)
     _refuse_unfit_rewards(kept["rewards"], config.train, file)
-    prompts = prompts_from_pairs(zip(kept["prompt"], kept["answer"], strict=True), config.data, renderer)
-    refuse_other_tokens(prompts, kept, file, allowance)
+    prompts = prompts_of(kept, config.data, renderer, file, allowance)
     return prompts, Stage1(
         file=file,
         vstar=_by_prompt(kept, "vstar"),

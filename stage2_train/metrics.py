@@ -109,6 +109,11 @@ class MetricsLog:
                 *[f"reward {reward:.3f}" for reward in [metrics.get("reward/mean")] if reward is not None],
                 *[f"loss {loss:.4f}" for loss in losses[:1]],
                 *[f"KL {kl:.3f}" for kl in [metrics.get("kl/sequence")] if kl is not None],
+                *[
+                    f"ln π/π_ref {ratio:.3f}"
+                    for ratio in [metrics.get("policy/log_ratio")]
+                    if ratio is not None
+                ],
                 f"tokens {metrics['completion/tokens_mean']:.1f}",
                 f"{metrics['time/iteration']:.2f} s",
             ]

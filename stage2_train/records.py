@@ -84,7 +84,7 @@ class Records:
 def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
     """Rewards of the judged completions, figures of those trained on, lengths of all; NaN if there are none.
 
-    Steps of solutions, which have no rewards, give no figures of rewards and of truncation.
+    Steps of solutions, which are read and have no rewards, give no figures of rewards, truncation, KL and throughput.
     """
     has_rewards = any(record.reward is not None for record in records)
     judged = [record for record in records if not record.unjudged]
@@ -114,10 +114,7 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
         **({"advantage/mean": _ratio(sum(advantages), len(advantages))} if advantages else {}),
         **{name: _ratio(total(name), len(trained)) for name in names if name.startswith("loss/")},
         **(
-            {
-                "kl/sequence": _ratio(total(LOG_RATIO), len(trained)),
-                "kl/token": _ratio(total(LOG_RATIO), trained_tokens),
-            }
+            _log_ratios(total(LOG_RATIO), len(trained), trained_tokens, has_rewards)
             if LOG_RATIO in names
             else {}
         ),
@@ -126,8 +123,15 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
         **({"completion/truncated": mean("truncated", records)} if has_rewards else {}),
         **({"policy/entropy": _ratio(total(ENTROPY), trained_tokens)} if ENTROPY in names else {}),
         **_largest_gap(records),
-        "throughput/completion_tokens_per_second": tokens / seconds,
+        **({"throughput/completion_tokens_per_second": tokens / seconds} if has_rewards else {}),
     }
+
+
+def _log_ratios(total: float, sequences: int, tokens: int, is_drawn: bool) -> Metrics:
+    """Means of ln π/π_ref: they estimate KL(π‖π_ref) of completions that π has drawn, not of steps from a file."""
+    if not is_drawn:
+        return {"policy/log_ratio": _ratio(total, sequences)}
+    return {"kl/sequence": _ratio(total, sequences), "kl/token": _ratio(total, tokens)}
 
 
 def _means_of_parts(records: Sequence[SequenceRecord]) -> Metrics:

@@ -199,9 +199,14 @@ class Offline:
         yield from self._advantages.lines()
         waiting = [] if self._config.held_out is None else ["[evaluate.data]"]
         waiting += [f"[evaluate.benchmarks.{name}]" for name in self._config.during_training]
-        if waiting:
-            yield f"nothing is evaluated during training; `python cli.py evaluate` does it: {', '.join(waiting)}"
         train = self._config.train
+        if waiting:
+            unused = (
+                " (train.evaluate_every has no effect)" if "evaluate_every" in train.model_fields_set else ""
+            )
+            yield (
+                f"nothing is evaluated during training{unused}; `python cli.py evaluate` does it: {', '.join(waiting)}"
+            )
         yield f"{self.data.iterations(self._config)} iterations of {train.batch_size} {self._advantages.unit}"
 
     def close(self) -> list[str]:

@@ -13,18 +13,18 @@ from common.data.rendering import PromptRenderer
 from stage2_train.config import Config
 from stage2_train.critic import Critic
 from stage2_train.critic_job.batches import optimizer_steps
-from stage2_train.critic_job.states import States, Trajectory, read_states
+from stage2_train.critic_job.states import CriticData, Trajectory, read_critic_data
 from stage2_train.critic_job.training import CriticTraining
 from stage2_train.ranks import Ranks, join_ranks
 from tests.train_steps import changed
 
 
-def steps_of(config: Config, states: States) -> list[list[Trajectory]]:
+def steps_of(config: Config, states: CriticData) -> list[list[Trajectory]]:
     """The first epoch's optimizer steps."""
     return optimizer_steps(states.training, config.critic.batch_size, config.seed, 0)
 
 
-def trained(config: Config, states: States, padding: int, ranks: Ranks) -> dict[str, Any]:
+def trained(config: Config, states: CriticData, padding: int, ranks: Ranks) -> dict[str, Any]:
     """The figures of each step, and after the last the weights (of the main rank) and the logits of all states."""
     critic = Critic(
         Path(config.model.path),
@@ -45,7 +45,7 @@ def main(order: dict[str, Any]) -> None:
     config = Config.model_validate(order["config"])
     ranks = join_ranks(seed=0)
     renderer = PromptRenderer(Path(config.model.path), config.data)
-    states = read_states(Path(order["vstar"]).with_name("segments.parquet"), renderer, 0.0)
+    states = read_critic_data(Path(order["vstar"]).with_name("segments.parquet"), config.data, renderer, 0.0)
     found = {
         name: trained(changed(config, change), states, renderer.pad_token_id, ranks)
         for name, change in order["cases"].items()

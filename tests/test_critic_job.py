@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from common.runs import run_paths
 from common.terminal.console import Terminal
 from stage2_train.config import Config
 from stage2_train.critic_job import run as critic_run
-from stage2_train.critic_job.process_bench import Labelled, StepTokeniser, run_process_bench
+from stage2_train.critic_job.process_bench import ProcessBenchSolution, run_process_bench, trajectories_of
 from stage2_train.critic_job.run import run_critic
 from stage2_train.critic_job.states import is_held_out
 from stage2_train.critic_job.values import state_values
 from tests import warm
 from tests.conftest import ROOT, RunCli, save_tiny_model
-from tests.segment_tables import GOOD, write_segments
 from tests.stage2_runs import as_toml, tiny_config
+from tests.step_tables import GOOD, write_solutions
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:(torch|deepspeed)\..*")
 
@@ -58,9 +58,9 @@ class Job:
         ]
 
 
-def run(config: Config) -> str:
+def run(config: Config, allow_mismatch: Sequence[str] = ()) -> str:
     output = io.StringIO()
-    run_critic(config, Terminal(file=output, width=120))
+    run_critic(config, Terminal(file=output, width=120), allow_mismatch=allow_mismatch)
     return output.getvalue()
 
 
@@ -77,7 +77,7 @@ def prepared(folder: Path, model: Path, **sections: dict[str, Any]) -> tuple[Con
     config = changed(tiny_config(folder, model, **sections), critic=critic)
     table = run_paths(config.run).segments
     table.parent.mkdir(parents=True)
-    return config, write_segments(config, table)
+    return config, write_solutions(config, table)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_finished_critic_is_left_and_one_of_other_settings_is_refused(job: Job
     ):
         job.rerun(changed(job.config, critic={"batch_size": 64}))
     other = job.folder.parent / "other.parquet"
-    write_segments(changed(job.config), other, steps=2)
+    write_solutions(changed(job.config), other, steps=2)
     with pytest.raises(UserError, match="segments is"):
         run_critic(job.config, Terminal(quiet=True), other)
     assert (job.folder / "model.safetensors").stat().st_mtime_ns == before
@@ -202,9 +202,9 @@ def test_a_trained_critic_is_measured_on_a_file_of_first_wrong_steps(job: Job, t
 
 def test_steps_are_tokenised_at_their_ends(job: Job) -> None:
     renderer = PromptRenderer(Path(job.config.model.path), job.config.data)
-    tokenise = StepTokeniser(renderer, job.config.segments)
-    solution = Labelled(problem="Tom has 3 apples.", steps=[" Tom buys", " has 7"], label=-1)
-    (found,) = tokenise([solution])
+    steps = [" Tom buys", " has 7"]
+    solution = ProcessBenchSolution(problem="Tom has 3 apples.", steps=steps, label=-1)
+    (found,) = trajectories_of([solution], renderer, job.config.segments.separators)
     prompt = len(renderer.render(solution.problem))
     first, second = (
         renderer.decode(found.token_ids[prompt : found.ends[0]]),
@@ -254,6 +254,19 @@ def test_two_processes_write_the_critic_of_one(tiny_model: Path, artifacts: Path
     assert "nothing to do" in run(config)
 
 
+def test_differences_that_are_accepted_are_recorded(
+    tiny_model: Path, artifacts: Path, tmp_path: Path
+) -> None:
+    config, _ = prepared(tmp_path, tiny_model)
+    other = changed(config, data={"template": "Q: {prompt}"})
+    run(other, ["prompt.template", "prompt.tokens"])
+    record = json.loads((run_paths(config.run).critic / "astar_po.json").read_bytes())
+    assert [line.split()[0] for line in record["context"]["accepted_mismatches"]] == [
+        "prompt.template",
+        "prompt.tokens",
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:.torch.distributed:FutureWarning")
 def test_an_adapter_is_merged_into_the_critic(tiny_model: Path, artifacts: Path, tmp_path: Path) -> None:
     config, rows = prepared(tmp_path, tiny_model, train={"lora": LORA, "zero_stage": 3})
@@ -291,8 +304,19 @@ def test_mistakes_are_refused_before_a_model_loads(
     config, _ = prepared(tmp_path, tiny_model)
     with pytest.raises(UserError, match=r"holds all 32 out; lower it"):
         run(changed(config, critic={"held_out": 0.9999}))
-    with pytest.raises(UserError, match=r"other tokens of the prompt .*\[data\]'s template has changed"):
-        run(changed(config, data={"template": "Q: {prompt}"}))
+    other = changed(config, data={"template": "Q: {prompt}"})
+    with pytest.raises(
+        UserError, match=r"does not belong to this run: prompt.template is .*--allow-mismatch prompt.template"
+    ):
+        run(other)
+    with pytest.raises(
+        UserError, match=r"prompt.tokens differ for 32 prompts, .*--allow-mismatch prompt.tokens"
+    ):
+        run(other, ["prompt.template"])
+    with pytest.raises(
+        UserError, match=r"--allow-mismatch magic: there is no such field; use one of .*prompt.tokens"
+    ):
+        run(config, ["magic"])
     with pytest.raises(UserError, match=r"critic.model: there is no model at /nowhere"):
         run(changed(config, critic={"model": "/nowhere"}))
     from common.demo.base_model import build_tokenizer
@@ -319,3 +343,8 @@ def test_the_command_line_says_what_is_missing(tiny_model: Path, run_cli: RunCli
     )
     assert result.returncode == 2
     assert "train it with `python cli.py critic`" in result.stderr
+    for option in ("--segments", "--allow-mismatch"):
+        measure = ("--process-bench", tmp_path / "rows.jsonl")
+        result = run_cli("critic", "--config", tmp_path / "tiny.toml", *measure, option, "x", warm=True)
+        assert result.returncode == 2
+        assert f"reads no table of states; leave {option} out" in result.stderr

@@ -17,11 +17,11 @@ from transformers import AutoModelForTokenClassification
 from common.data.rendering import PromptRenderer
 from stage2_train.config import Config
 from stage2_train.critic_job.batches import optimizer_steps
-from stage2_train.critic_job.states import Trajectory, is_held_out, read_states, trajectories
+from stage2_train.critic_job.states import Trajectory, is_held_out, read_critic_data, trajectories
 from stage2_train.critic_job.training import cross_entropy
 from tests.critic_steps import steps_of
-from tests.segment_tables import write_segments
 from tests.stage2_runs import tiny_config
+from tests.step_tables import write_solutions
 from tests.training_jobs import ranks_found
 
 FIGURES_TOLERANCE = 1e-5
@@ -66,7 +66,7 @@ def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
         learning_rate=1e-3,
         batch_size=40,
     )
-    rows = write_segments(config, folder / "segments.parquet")
+    rows = write_solutions(config, folder / "segments.parquet")
     found = ranks_found("critic_steps", config, folder, {1: CASES | LONE, 2: CASES | LONE})
     return formula(config, rows, folder / "segments.parquet", found)
 
@@ -101,7 +101,7 @@ def formula(config: Config, rows: pl.DataFrame, table: Path, found: Any) -> Outc
         return found
 
     losses, norms = [], []
-    for step in steps_of(config, read_states(table, renderer, 0.0)):
+    for step in steps_of(config, read_critic_data(table, config.data, renderer, 0.0)):
         numbers = [state for each in step for state in each.states]
         predicted = torch.stack([logit(state) for state in numbers]).sigmoid()
         values = torch.tensor([rows["value"][state] for state in numbers])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ from common.errors import UserError
 from common.runs import run_paths
 from common.segments.files import ADVANTAGES_TABLE
 from common.terminal.console import Terminal
+from stage1_vstar.advantages.filter import filter_states
 from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
 from stage2_train.objectives.direct_advantage import DirectAdvantage
@@ -39,7 +41,6 @@ def configured(folder: Path, model: Path, **sections: Any) -> Config:
     config = tiny_config(folder, model)
     document = config.model_dump(mode="json", exclude_none=True)
     document["train"] = {**document["train"], "objective": OBJECTIVE}
-    del document["train"]["evaluate_every"]
     for name, values in sections.items():
         document[name] = {**document.get(name, {}), **values}
     return Config.model_validate(document)
@@ -76,11 +77,21 @@ def test_the_data_are_the_pairs_of_the_states_that_are_kept(config: Config) -> N
         assert [list(pair.completion.token_ids) for pair in group] == row["action_token_ids"]
         assert [pair.advantage for pair in group] == row["advantages"]
     dropped = rows.height - kept.height
+    assert "action_texts" not in data.advantages.rows.columns
     assert data.advantages.lines() == [
         f"{kept.height} states of {len(prompts)} prompts with {data.advantages.pairs} (state, action) pairs, values by "
         "Monte Carlo, gap of at least 0.3",
         f"{dropped} other states were dropped by gap < 0.3: {dropped}",
     ]
+
+
+def test_after_a_filter_its_rules_are_said_and_not_the_gap_of_before(config: Config, tmp_path: Path) -> None:
+    table, chosen = run_paths(config.run).advantages, tmp_path / "chosen.parquet"
+    filter_states(table, chosen, min_gap=0.0, where=["step = 0"])
+    advantages = prepare(config, chosen).advantages
+    assert advantages is not None
+    (line,) = advantages.lines()
+    assert line.endswith("values by Monte Carlo, after dropping by one next step, not where step = 0")
 
 
 def test_pairs_alone_are_the_same_pairs_and_repeated_ones_are_as_many_as_were_drawn(config: Config) -> None:
@@ -217,7 +228,7 @@ def test_two_ranks_report_the_figures_of_one_and_none_of_rewards(found: Found) -
         for ours, theirs in zip(found[1][0][case]["metrics"], found[2][0][case]["metrics"], strict=True):
             assert not any(name.startswith(("reward/", "engine/", "evaluate/")) for name in ours)
             assert "completion/truncated" not in ours
-            for name in ("loss/regression", "kl/sequence", "advantage/mean", "train/gradient_norm"):
+            for name in ("loss/regression", "policy/log_ratio", "advantage/mean", "train/gradient_norm"):
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
 
 
@@ -254,7 +265,11 @@ def test_training_needs_no_engine_and_continues_exactly(config: Config, run_cli:
         run_paths(run).advantages.write_bytes(table.read_bytes())
     said = trained(of(3, "whole"))
     assert "3 iterations of 16 states, 1 process" in said
-    assert "nothing is evaluated during training; `python cli.py evaluate` does it: [evaluate.data]" in said
+    assert (
+        "nothing is evaluated during training (train.evaluate_every has no effect); `python cli.py evaluate` does it: "
+        "[evaluate.data]"
+    ) in said
+    assert re.search(r"1/3  loss [\d.]+  ln π/π_ref -?0.000  tokens", said)
     assert "nothing to do" in trained(of(3, "whole"))
     trained(of(2, "parts"))
     assert "continuing after iteration 2" in trained(of(3, "parts"))
@@ -264,10 +279,13 @@ def test_training_needs_no_engine_and_continues_exactly(config: Config, run_cli:
         assert torch.equal(weight, weights[name]), name
     rows = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3]
-    assert rows[0]["kl/sequence"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["policy/log_ratio"] == pytest.approx(0, abs=1e-5)
+    assert not any(name.startswith(("kl/", "throughput/")) for name in rows[0])
     assert rows[0]["loss/regression"] > rows[2]["loss/regression"] > 0
     card = (whole.model / "README.md").read_text()
     assert "values from `monte_carlo`" in card
+    assert "| tokens per step |" in card
+    assert "per completion" not in card
     finished = run_cli("report", "--run", "whole", warm=True)
     assert finished.returncode == 0, finished.stderr
     write_advantages(config, parts.advantages, min_gap=0.0)
@@ -328,7 +346,6 @@ def test_mistakes_on_the_command_line_are_one_line(config: Config, tmp_path: Pat
             "train.objective.beta=1",
         ): "unknown key train.objective.beta",
         ("--set", "train.staleness=1"): "which the objective direct_advantage is not for; set it to 0",
-        ("--set", "train.evaluate_every=3"): "has no engine and evaluates nothing",
         ("--run", "another"): "make it with `python cli.py segments`, `critic` and `advantages`",
     }
     for options, message in cases.items():

@@ -19,9 +19,10 @@ from common.provenance import Provenance, read_provenance
 from common.runs import run_paths
 from common.segments.files import SEGMENTS, SEGMENTS_TABLE, state_id
 from common.segments.formats import LabelledSolution, read_labelled
+from common.segments.labelled import StepTokeniser, separator_of
 from common.terminal.console import Terminal
 from stage1_vstar.export_segments import export_segments
-from stage1_vstar.import_segments import import_segments, separator_of
+from stage1_vstar.import_segments import import_segments
 from stage2_train.config import Config
 from tests.conftest import RunCli
 from tests.fakes import CONTEXT, IDENTITY, tiny_config
@@ -226,6 +227,7 @@ def test_states_are_the_tokens_of_the_steps_so_far(
         assert row["prompt_id"] == prompt_id("What is 2 + 2?", "4")
         assert row["num_completions"] == len(row["rewards"]) == (2 if row["step"] == 1 else 1)
         assert row["is_terminal"] == (row["prefix"] == "Add.\n2 + 2 = 4.\nSo 4.")
+        assert row["is_terminal"] == (row["prefix_token_ids"][-1] in renderer.eos_token_ids)
         assert row["action_texts"] == row["action_values"] == []
     along = sorted((row["prefix_token_ids"] for row in by_text.values() if 2 in row["solutions"]), key=len)
     assert len(along) == 3
@@ -324,6 +326,28 @@ def test_states_that_are_there_are_not_replaced(tiny_model: Path, artifacts: Pat
 )
 def test_steps_are_joined_as_the_runs_own_steps_end(separators: list[str], between: str) -> None:
     assert separator_of(separators) == between
+
+
+@pytest.mark.parametrize(
+    ("separators", "texts"),
+    [
+        ([". ", "! "], ["a. ", "b ", "c; "]),
+        ([", "], ["a. ", "b ", "c; "]),
+        ([";"], ["a.;", "b;", "c;"]),
+        (["\n"], ["a.\n", "b\n", "c;\n"]),
+    ],
+)
+def test_a_step_ends_as_one_of_the_run_and_a_whole_solution_with_the_end_token(
+    tiny_model: Path, separators: list[str], texts: list[str]
+) -> None:
+    renderer = PromptRenderer(tiny_model, config_of(tiny_model).data)
+    tokenise = StepTokeniser(renderer, separators)
+    assert tokenise.texts(["a.", "b", "c;"], is_whole=False) == texts
+    assert tokenise.texts(["a.", "b", "c;"], is_whole=True) == [*texts[:2], "c;"]
+    words = [" Tom\n", " buys"]
+    first, last = tokenise.token_ids(words, is_whole=True)
+    assert tokenise.token_ids(words, is_whole=False) == [first, last[:-1]]
+    assert last[-1] == renderer.eos_token_ids[0]
 
 
 def state(

@@ -20,6 +20,8 @@ ONE_STEP = "one next step"
 """The name of the rule that drops states whose completions all begin alike: their only advantage is 0."""
 ADVANTAGE_ERROR = "advantage_error"
 """An extra column that rules may use: the largest standard error of a state's advantages."""
+ROUNDING = 1e-9
+"""By so much a gap may be below the smallest one: 0.6 − 0.5 is a little less than 0.1."""
 
 
 def gap_rule(min_gap: float) -> str:
@@ -27,11 +29,16 @@ def gap_rule(min_gap: float) -> str:
     return f"gap < {min_gap:.12g}"
 
 
+def is_below(min_gap: float) -> pl.Expr:
+    """Whether a state's advantages differ by less, but for rounding."""
+    return pl.col("gap") < min_gap - ROUNDING
+
+
 def dropped_by(min_gap: float) -> pl.Expr:
     """The name of the first rule that drops a state; missing if none does."""
     return pl.coalesce(
         pl.when(pl.col("values").list.len() < 2).then(pl.lit(ONE_STEP)),
-        pl.when(pl.col("gap") < min_gap).then(pl.lit(gap_rule(min_gap))),
+        pl.when(is_below(min_gap)).then(pl.lit(gap_rule(min_gap))),
     )
 
 

@@ -9,6 +9,7 @@ import polars as pl
 from rich.table import Table
 from rich.text import Text
 
+from common.provenance import ACCEPTED
 from common.segments.advantages import ADVANTAGE_ERROR, with_advantage_error
 from common.segments.files import ADVANTAGES_TABLE
 from common.terminal.console import Terminal
@@ -100,6 +101,7 @@ def show(figures: AdvantagesDescription, console: Terminal) -> None:
         "Monte-Carlo advantage",
         "model": f"{context.get('model_path', 'unknown')} (weights {identity['model']['weights'][:12]})",
         "prompt template": repr(identity["prompt"]["template"]),
+        "accepted mismatches": "; ".join(context.get(ACCEPTED, [])) or "none",
         "commit": context.get("commit") or "unknown",
     }
     for name, value in rows.items():

@@ -8,7 +8,7 @@ import polars as pl
 
 from common.contract import polars_schema
 from common.errors import UserError
-from common.segments.advantages import ADVANTAGE_ERROR, ONE_STEP, gap_rule, with_advantage_error
+from common.segments.advantages import ADVANTAGE_ERROR, ONE_STEP, gap_rule, is_below, with_advantage_error
 from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE
 from stage1_vstar.filter import FLAGS, Filtered, Rows, Rule, filter_rows, filtered_by, rules_where
 
@@ -28,7 +28,7 @@ def state_rules(*, min_gap: float, max_error: float | None = None, where: Sequen
         raise UserError(f"--max-error is {max_error:g}; give a number of 0 or more")
     rules = {
         ONE_STEP: (True, pl.col("values").list.len() < 2),
-        gap_rule(min_gap): (min_gap > 0, pl.col("gap") < min_gap),
+        gap_rule(min_gap): (min_gap > 0, is_below(min_gap)),
         f"standard error of an advantage above {max_error:.12g}": (
             max_error < math.inf,
             pl.col(ADVANTAGE_ERROR) > max_error,

@@ -16,13 +16,18 @@ CHANGED = ("values_from", "values", "standard_errors", "advantages", "gap", "kee
 
 
 def rescore_advantages(
-    source: Path, output: Path, values: str | None = None, min_gap: float | None = None
+    source: Path,
+    output: Path,
+    values: str | None = None,
+    min_gap: float | None = None,
+    *,
+    setting: str = "--min-gap",
 ) -> str:
     """Recompute the advantages into `output`, which may be `source`; returns one line on the change.
 
     `values` and `min_gap` are by default the table's. States are kept by their number of next steps and `min_gap`
-    alone: rules of `filter` no longer apply. Raises
-    UserError, and changes nothing, if the critic's values are missing or no state would be left.
+    alone: rules of `filter` no longer apply. Raises UserError, and changes nothing, if the critic's values are missing
+    or no state would be left; `setting` is the name under which the user gives `min_gap`.
     """
     provenance = ADVANTAGES_TABLE.provenance(source)
     context = {name: value for name, value in provenance.context.items() if name != "filters"}
@@ -48,7 +53,7 @@ def rescore_advantages(
         if not after:
             raise UserError(
                 f"no state of {source} would have two next steps and a gap of at least {min_gap:g}; nothing was "
-                "changed. Choose a smaller --min-gap"
+                f"changed. Choose a smaller {setting}"
             )
     line = f"{output}: {states:,} states, values {old_values} → {values_from}, smallest gap {old_gap:g} → {min_gap:g}"
     line += f", kept {before:,} → {after:,}"

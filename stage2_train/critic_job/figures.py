@@ -158,7 +158,7 @@ def labelled_solutions(states: pl.DataFrame) -> list[tuple[list[int], int]]:
     """The chosen solutions: the numbers of the states after each step, and the label that Monte-Carlo values give.
 
     It is the index of the first step after which the value is 0. A solution whose prompt has the value 0 is left out:
-    no step made it worse. `states` is of `States.states`.
+    no step made it worse. `states` is of `CriticData.states`.
     """
     solutions = (
         states.explode("solutions")

@@ -1,14 +1,12 @@
 """First wrong steps in a file in ProcessBench's format (arXiv:2412.06559), found by a trained critic.
 
 A row has `id`, `problem`, `steps` (texts), `final_answer_correct` and `label`, the index of the first wrong step or −1.
-The texts are tokenised step by step, so that a step ends at a token: each with the separator that ends it, as in
-training, and the last with the end token. The problem is rendered as a prompt of [data] is.
+The texts are tokenised as those of `import-segments` are, see `StepTokeniser`. The problem is rendered as a prompt of
+[data] is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, StrictInt, ValidationError, model_validator
 from scipy.special import expit
@@ -21,7 +19,8 @@ from common.errors import UserError
 from common.files import write_text
 from common.model.files import reference_model
 from common.runs import run_paths
-from common.segments.config import SegmentsConfig
+from common.segments.critic import refuse_missing_critic
+from common.segments.labelled import StepTokeniser
 from common.terminal.console import Terminal
 from stage2_train.config import Config
 from stage2_train.critic_job.figures import (
@@ -32,11 +31,11 @@ from stage2_train.critic_job.figures import (
 )
 from stage2_train.critic_job.results import FIGURES, CriticFigures, first_wrong_lines
 from stage2_train.critic_job.states import Trajectory
-from stage2_train.critic_job.values import TrainedCritic, refuse_missing_critic
+from stage2_train.critic_job.values import TrainedCritic
 from stage2_train.ranks import launched_processes
 
 
-class Labelled(BaseModel):
+class ProcessBenchSolution(BaseModel):
     """A solution whose first wrong step is known."""
 
     problem: str
@@ -44,7 +43,7 @@ class Labelled(BaseModel):
     label: StrictInt
 
     @model_validator(mode="after")
-    def _label_names_a_step(self) -> "Labelled":
+    def _label_names_a_step(self) -> "ProcessBenchSolution":
         if not NONE_WRONG <= self.label < len(self.steps) or not self.steps:
             raise ValueError(f"label is {self.label}, and there are {len(self.steps)} steps")
         return self
@@ -60,7 +59,7 @@ class ProcessBenchFigures(BaseModel, frozen=True):
     chosen: FirstWrongStep
 
 
-def read_labelled(file: Path) -> list[Labelled]:
+def read_process_bench(file: Path) -> list[ProcessBenchSolution]:
     """The solutions of a file. Raises UserError for one that is not in ProcessBench's format."""
     if not file.is_file() or data_suffix(file.name) not in LOCAL_FILES:
         raise UserError(
@@ -69,7 +68,7 @@ def read_labelled(file: Path) -> list[Labelled]:
     found = []
     for number, row in enumerate(rows_in(file), start=1):
         try:
-            found.append(Labelled.model_validate(row))
+            found.append(ProcessBenchSolution.model_validate(row))
         except ValidationError as error:
             raise UserError(
                 f"{file}, row {number} is not in ProcessBench's format (problem, steps, label): {_problem(error)}"
@@ -84,56 +83,38 @@ def _problem(error: ValidationError) -> str:
     return ": ".join([*map(str, first["loc"]), first["msg"]])
 
 
-@dataclass(frozen=True, slots=True)
-class StepTokeniser:
-    """Turns a problem with the texts of steps into a trajectory."""
-
-    renderer: PromptRenderer
-    segments: SegmentsConfig
-
-    @property
-    def separator(self) -> str:
-        """The text after a step: the first of the config's that is blank, else a line break."""
-        return next((each for each in self.segments.separators if each.isspace()), "\n")
-
-    def __call__(self, solutions: Sequence[Labelled]) -> list[Trajectory]:
-        """The trajectories of some solutions; a solution's states are those after each step, numbered over all."""
-        prompts = self.renderer.render_all(each.problem for each in solutions)
-        found: list[Trajectory] = []
-        states = 0
-        for solution, prompt in zip(solutions, prompts, strict=True):
-            assert prompt is not None, "there is no limit"
-            token_ids, ends = list(prompt), []
-            *before, last = solution.steps
-            for text in (*(step + self.separator for step in before), last):
-                token_ids += self._token_ids(text)
-                ends.append(len(token_ids))
-            token_ids.append(self.renderer.eos_token_ids[0])
-            ends[-1] += 1
-            found.append(
-                Trajectory(
-                    token_ids=token_ids, ends=tuple(ends), states=tuple(range(states, states + len(ends)))
-                )
-            )
-            states += len(ends)
-        return found
-
-    def _token_ids(self, text: str) -> list[int]:
-        tokenizer: Any = self.renderer.tokenizer
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+def trajectories_of(
+    solutions: Sequence[ProcessBenchSolution], renderer: PromptRenderer, separators: Sequence[str]
+) -> list[Trajectory]:
+    """The trajectories of some solutions; a solution's states are those after each step, numbered over all."""
+    tokenise = StepTokeniser(renderer, separators)
+    prompts = renderer.render_all(each.problem for each in solutions)
+    found: list[Trajectory] = []
+    states = 0
+    for solution, prompt in zip(solutions, prompts, strict=True):
+        assert prompt is not None, "there is no limit"
+        texts = tokenise.texts(solution.steps, is_whole=True)
+        token_ids, ends = list(prompt), []
+        for step in tokenise.token_ids(texts, is_whole=True):
+            token_ids += step
+            ends.append(len(token_ids))
+        numbers = tuple(range(states, states + len(ends)))
+        found.append(Trajectory(token_ids=token_ids, ends=tuple(ends), states=numbers))
+        states += len(ends)
+    return found
 
 
-def evaluate_labelled(
+def evaluate_solutions(
     critic: TrainedCritic,
-    solutions: Sequence[Labelled],
-    tokenise: StepTokeniser,
+    solutions: Sequence[ProcessBenchSolution],
+    trajectories: Sequence[Trajectory],
     *,
     file: Path,
     thresholds: tuple[float, float],
 ) -> ProcessBenchFigures:
     """The figures at the default and the chosen threshold. Raises UserError if every solution is too long."""
     limit = critic.context
-    everything = zip(tokenise(solutions), solutions, strict=True)
+    everything = zip(trajectories, solutions, strict=True)
     fitting = [(each, solution) for each, solution in everything if limit is None or len(each) <= limit]
     if not fitting:
         raise UserError(f"{file}: every solution is longer than the critic's context of {limit} tokens")
@@ -152,14 +133,13 @@ def run_process_bench(config: Config, console: Terminal, file: Path) -> None:
     if launched_processes() > 1:
         raise UserError("--process-bench evaluates in one process; start it without torchrun")
     refuse_missing_critic(folder)
-    solutions = read_labelled(file)
+    solutions = read_process_bench(file)
     known = read_document(folder / FIGURES, CriticFigures, f"remove {folder}, and train the critic again")
     renderer = PromptRenderer(reference_model(config), config.data)
-    tokenise = StepTokeniser(renderer, config.segments)
-    found = evaluate_labelled(
+    found = evaluate_solutions(
         TrainedCritic(folder, config),
         solutions,
-        tokenise,
+        trajectories_of(solutions, renderer, config.segments.separators),
         file=file,
         thresholds=(DEFAULT_THRESHOLD, known.threshold),
     )

@@ -10,15 +10,8 @@ from common.errors import UserError
 from common.files import file_digest
 from common.provenance import differences
 from common.runs import RunPaths
+from common.segments.config import CRITIC_TRAIN_KEYS
 from stage2_train.config import Config
-
-TRAIN = frozenset(
-    {
-        *("warmup_steps", "adam_betas", "weight_decay", "max_grad_norm"),
-        *("zero_stage", "lora", "offload_optimizer"),
-    }
-)
-"""The keys of [train] that shape a critic."""
 
 
 class Record(BaseModel):
@@ -33,7 +26,7 @@ def trained_with(config: Config, segments: Path, model: dict[str, Any]) -> dict[
     """Everything that a critic depends on; `model` is the identity of the model that it starts from."""
     return {
         "critic": config.critic.model_dump(mode="json", exclude={"model"}),
-        "train": config.train.model_dump(mode="json", include=set(TRAIN)),
+        "train": config.train.model_dump(mode="json", include=set(CRITIC_TRAIN_KEYS)),
         "dtype": config.model.dtype,
         "seed": config.seed,
         "model": model,

@@ -41,7 +41,7 @@ def critic_figures(
 ) -> CriticFigures:
     """The figures of states with these logits, by number; `training` chooses the threshold.
 
-    The tables are of `States.states`.
+    The tables are of `CriticData.states`.
     """
     threshold = best_threshold(*_solutions(training, logits))
     kinds = {

@@ -12,6 +12,7 @@ The folder appears whole at the end of the job. A job that is killed starts over
 
 import json
 import math
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,16 @@ from typing import Any
 from common.data.rendering import PromptRenderer, load_tokenizer
 from common.errors import UserError
 from common.files import new_folder, write_text
+from common.grading import fingerprint
 from common.model.files import model_identity, reference_model
 from common.model.pretrained import token_classifier
 from common.model.reading import read_model
-from common.provenance import commit, versions
+from common.provenance import ACCEPTED, Allowance, commit, sampling_identity, versions
 from common.report.reliability import draw_reliability
 from common.runs import RunPaths, exclusive_run, run_paths
+from common.segments.critic import refuse_longer
+from common.segments.files import SEGMENTS_TABLE
+from common.table_origin import refuse_other_steps
 from common.terminal.console import Terminal
 from common.terminal.progress import progress_bar
 from stage2_train.card import CARD, LIBRARIES, title_of
@@ -41,7 +46,7 @@ from stage2_train.critic_job.results import (
     critic_figures,
     first_wrong_lines,
 )
-from stage2_train.critic_job.states import States, read_states, refuse_longer
+from stage2_train.critic_job.states import CriticData, read_critic_data
 from stage2_train.critic_job.training import CriticTraining
 from stage2_train.export import loadable_model
 from stage2_train.metrics import Metrics
@@ -64,11 +69,16 @@ class _Inputs:
     tokenizer: Path
     """The reference's folder."""
     renderer: PromptRenderer
-    states: States
+    states: CriticData
     trained_with: dict[str, Any]
 
 
-def run_critic(config: Config, console: Terminal, segments: Path | None = None) -> None:
+def run_critic(
+    config: Config,
+    console: Terminal,
+    segments: Path | None = None,
+    allow_mismatch: Collection[str] = (),
+) -> None:
     """Train the critic of a run and test it on held-out prompts; a finished one is left as it is.
 
     All user mistakes are found before a model loads. Raises UserError.
@@ -77,7 +87,8 @@ def run_critic(config: Config, console: Terminal, segments: Path | None = None) 
     ranks = join_ranks(config.seed)
     if not ranks.is_main:
         console = Terminal(quiet=True)
-    inputs = _prepare(config, segments or paths.segments, paths, ranks)
+    allowance = Allowance(allow_mismatch)
+    inputs = _prepare(config, segments or paths.segments, paths, ranks, allowance)
     if is_finished(paths.critic, inputs.trained_with):
         console.print(f"nothing to do: {paths.critic} has been trained with this config and table")
         return
@@ -101,6 +112,7 @@ def run_critic(config: Config, console: Terminal, segments: Path | None = None) 
                     "processes": ranks.world_size,
                     "commit": commit(),
                     "versions": versions(("torch", "transformers", *LIBRARIES)),
+                    **({ACCEPTED: list(allowance.used)} if allowance.used else {}),
                 },
             )
             with new_folder(paths.critic) as temporary:
@@ -111,21 +123,25 @@ def run_critic(config: Config, console: Terminal, segments: Path | None = None) 
     console.print(f"{paths.critic}: the critic in Hugging Face format, its figures and its reliability plot")
 
 
-def _prepare(config: Config, segments: Path, paths: RunPaths, ranks: Ranks) -> _Inputs:
+def _prepare(config: Config, segments: Path, paths: RunPaths, ranks: Ranks, allowance: Allowance) -> _Inputs:
     """Read and check everything that needs no model. A collective operation."""
+    provenance = SEGMENTS_TABLE.provenance(segments)
     reference = reference_model(config)
     model = _start(config, reference)
-    states = read_states(
-        segments, (renderer := PromptRenderer(reference, config.data)), config.critic.held_out
+    renderer = PromptRenderer(reference, config.data)
+    ours, start = ranks.once_a_node(
+        lambda: [model_identity(folder, paths.known_weights) for folder in (reference, model)]
     )
-    refuse_longer([*states.training, *states.held_out], model)
-    identity = ranks.once_a_node(lambda: model_identity(model, paths.known_weights))
+    identity = sampling_identity(config, renderer, ours, fingerprint(config.grader))
+    refuse_other_steps(identity, provenance, segments, allowance)
+    states = read_critic_data(segments, config.data, renderer, config.critic.held_out, allowance)
+    refuse_longer(max(map(len, [*states.training, *states.held_out])), model)
     return _Inputs(
         model=model,
         tokenizer=reference,
         renderer=renderer,
         states=states,
-        trained_with=trained_with(config, segments, identity),
+        trained_with=trained_with(config, segments, start),
     )
 
 
@@ -148,7 +164,7 @@ def _start(config: Config, reference: Path) -> Path:
     return folder
 
 
-def _describe(states: States, ranks: Ranks, console: Terminal) -> None:
+def _describe(states: CriticData, ranks: Ranks, console: Terminal) -> None:
     for name, part in (("train on", states.training), ("held out", states.held_out)):
         count = sum(len(each.states) for each in part)
         console.print(
@@ -159,7 +175,7 @@ def _describe(states: States, ranks: Ranks, console: Terminal) -> None:
     console.print(f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}")
 
 
-def _train(training: CriticTraining, states: States, config: Config, console: Terminal) -> list[Metrics]:
+def _train(training: CriticTraining, states: CriticData, config: Config, console: Terminal) -> list[Metrics]:
     """All optimizer steps; returns the figures of each."""
     settings = config.critic
     steps = [
@@ -183,7 +199,7 @@ def _train(training: CriticTraining, states: States, config: Config, console: Te
     return metrics
 
 
-def _test(training: CriticTraining, states: States, seed: int) -> CriticFigures:
+def _test(training: CriticTraining, states: CriticData, seed: int) -> CriticFigures:
     held_out = states.states(states.held_out)
     prompts = max(PROMPTS_FOR_THRESHOLD, held_out["prompt_id"].n_unique())
     some = states.some_training(prompts, seed)

@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from common.data.prompts import token_hash
-from common.data.rendering import PromptRenderer, quoted
+from common.config import DataConfig
+from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.grading import UNJUDGED
-from common.model.files import model_numbers
+from common.provenance import STRICT, Allowance
 from common.seeds import derive_seed
 from common.segments.files import SEGMENTS_TABLE
+from common.table_origin import prompts_of
 
+PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
 COLUMNS = (
-    *("state_id", "prompt_id", "prompt", "prompt_token_hash", "prefix_token_ids", "step", "solutions"),
+    *("state_id", *PROMPT, "prefix_token_ids", "step", "solutions"),
     *("is_terminal", "num_completions", "rewards", "outcomes", "value"),
 )
 KEPT = ("prompt_id", "step", "solutions", "is_terminal", "value")
@@ -45,7 +47,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class States:
+class CriticData:
     """The states of a table, and the trajectories through them."""
 
     table: pl.DataFrame
@@ -75,24 +77,28 @@ def is_held_out(prompt_id: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def read_states(path: Path, renderer: PromptRenderer, held_out: float) -> States:
-    """Read segments.parquet and join its states to trajectories.
+def read_critic_data(
+    path: Path, data: DataConfig, renderer: PromptRenderer, held_out: float, allowance: Allowance = STRICT
+) -> CriticData:
+    """Read segments.parquet and join its states to trajectories; `data` is [data].
 
-    Raises UserError for a table that breaks its contract, if a prompt now has other tokens, or if no prompt is left to
+    Raises UserError for a table that breaks its contract, if prompts now have other tokens, or if no prompt is left to
     train on.
     """
-    table = pl.concat(SEGMENTS_TABLE.scan(path, COLUMNS)).with_row_index("state")
-    prompts = table.unique("prompt_id", maintain_order=True)
-    token_ids = _prompt_tokens(prompts, renderer, path)
+    table = pl.concat(SEGMENTS_TABLE.scan(path, COLUMNS))
+    known = table.select(PROMPT).unique("prompt_id", maintain_order=True)
+    token_ids = {prompt.id: prompt.token_ids for prompt in prompts_of(known, data, renderer, path, allowance)}
+    table = table.filter(pl.col("prompt_id").is_in(list(token_ids))).with_row_index("state")
     parts: dict[bool, list[Trajectory]] = {False: [], True: []}
     for (prompt_id,), rows in table.group_by("prompt_id", maintain_order=True):
         states = dict(zip(rows["state"], map(tuple, rows["prefix_token_ids"].to_list()), strict=True))
         parts[is_held_out(str(prompt_id), held_out)].extend(trajectories(token_ids[str(prompt_id)], states))
     if not parts[False]:
         raise UserError(
-            f"{path} has no prompt to train on: critic.held_out = {held_out:g} holds all {prompts.height} out; lower it"
+            f"{path} has no prompt to train on: critic.held_out = {held_out:g} holds all {len(token_ids)} out; lower it"
         )
-    return States(table=table.select(*KEPT, noise=_noise(table)), training=parts[False], held_out=parts[True])
+    kept = table.select(*KEPT, noise=_noise(table))
+    return CriticData(table=kept, training=parts[False], held_out=parts[True])
 
 
 def trajectories(
@@ -121,31 +127,6 @@ def _joined(prompt: "array[int]", longest_first: Sequence[tuple[tuple[int, ...],
         ends=tuple(len(prompt) + len(tokens) for tokens, _ in along),
         states=tuple(number for _, number in along),
     )
-
-
-def refuse_longer(trajectories: Iterable[Trajectory], folder: Path) -> None:
-    """Raise UserError if one has more tokens than the context of the model in `folder`."""
-    context, longest = model_numbers(folder).get("max_position_embeddings"), max(map(len, trajectories))
-    if context is not None and longest > context:
-        raise UserError(
-            f"the longest solution has {longest} tokens with its prompt, more than the context of {context} of the "
-            f"critic's model {folder}; choose another critic.model"
-        )
-
-
-def _prompt_tokens(prompts: pl.DataFrame, renderer: PromptRenderer, path: Path) -> dict[str, Sequence[int]]:
-    """The tokens of each prompt, by its id. Raises UserError if they are not those that the table was made with."""
-    found: dict[str, Sequence[int]] = {}
-    rendered = renderer.render_all(prompts["prompt"])
-    for row, ids in zip(prompts.iter_rows(named=True), rendered, strict=True):
-        assert ids is not None, "there is no limit"
-        if token_hash(ids) != row["prompt_token_hash"]:
-            raise UserError(
-                f"{path} was made with other tokens of the prompt {quoted(row['prompt'])}: the reference's tokenizer "
-                f"or [data]'s template has changed; bring them back, or make it again with `{SEGMENTS_TABLE.remedy}`"
-            )
-        found[row["prompt_id"]] = ids
-    return found
 
 
 def _noise(table: pl.DataFrame) -> pl.Series:

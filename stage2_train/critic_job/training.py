@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage2_train.critic import Critic
 from stage2_train.critic_job.batches import StateBatch, share_of, state_batches
-from stage2_train.critic_job.states import States, Trajectory
+from stage2_train.critic_job.states import CriticData, Trajectory
 from stage2_train.metrics import Metrics
 from stage2_train.ranks import Ranks
 
@@ -25,7 +25,7 @@ class CriticTraining:
     """The optimizer steps of the critic, each taken by all ranks together."""
 
     def __init__(
-        self, critic: Critic, states: States, tokens_per_batch: int, pad_token_id: int, ranks: Ranks
+        self, critic: Critic, states: CriticData, tokens_per_batch: int, pad_token_id: int, ranks: Ranks
     ) -> None:
         self._critic = critic
         self._budget = tokens_per_batch
