@@ -39,7 +39,7 @@ class Sheet:
     def on_terminal(self) -> Table:
         """For the terminal."""
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("", no_wrap=True)
+        table.add_column("")
         for title in self.header:
             table.add_column(title, justify="right", overflow="fold")
         for name, cells in self.rows:

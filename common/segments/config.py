@@ -79,6 +79,15 @@ class CriticConfig(Section):
     """The share of prompts whose states it is tested on, not trained on."""
 
 
+CRITIC_TRAIN_KEYS = frozenset(
+    {
+        *("warmup_steps", "adam_betas", "weight_decay", "max_grad_norm"),
+        *("zero_stage", "lora", "offload_optimizer"),
+    }
+)
+"""The keys of [train] that shape a critic too."""
+
+
 class AdvantagesConfig(Section):
     """Advantages of next steps. The defaults are the paper's."""
 
