@@ -914,12 +914,10 @@ def _libraries_logged(run: str) -> AbstractContextManager[None]:
 def main() -> None:
     """Run a command. A mistake that the user can fix ends it with one line and exit code 2."""
     prepare_output()
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # torchrun starts the ranks, and does not end them if it is killed
-        from common.processes import die_with
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from common.processes import die_with_launcher
 
-        die_with(os.getppid())
+        die_with_launcher()
     try:
         try:
             app()

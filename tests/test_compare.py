@@ -869,22 +869,53 @@ def test_a_command_has_its_environment_and_its_cost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_a_command_ends_with_the_study(tmp_path: Path, ending: signal.Signals) -> None:
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    ends_together([sys.executable, "-c", child], tmp_path / "log", 1, ending)
+
+
+RANKS = {
+    "at work": "cli.app = lambda: (print(os.getpid(), flush=True), time.sleep(60)); cli.main()",
+    "while they start": """
+launcher = os.getppid()
+print(os.getpid(), flush=True)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+cli.app = lambda: time.sleep(60)
+cli.main()
+""",
+}
+
+
+@pytest.mark.parametrize("state", RANKS)
+def test_all_ranks_end_with_a_study_that_is_killed(tmp_path: Path, state: str) -> None:
+    """Two processes under torchrun, which ends with the study."""
+    (tmp_path / "rank.py").write_text(f"import os, time, cli\n{RANKS[state]}")
+    launcher = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        str(tmp_path / "rank.py"),
+    ]
+    ends_together(launcher, tmp_path / "log", 2, signal.SIGKILL)
+
+
+def ends_together(command: Sequence[str], log: Path, processes: int, ending: signal.Signals) -> None:
+    """Executes a command that prints the ids of its processes, ends what executes it, and waits for their end."""
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from pathlib import Path; from common.processes import execute;"
-        f"execute([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), {{}})"
+        f"execute({list(command)!r}, Path({str(log)!r}), {{'PYTHONPATH': {str(ROOT)!r}}})"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text().strip():
+    deadline = time.monotonic() + 60
+    while len(ids := re.findall(r"^\d+$", log.read_text() if log.exists() else "", re.MULTILINE)) < processes:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    pid = int((tmp_path / "log").read_text())
     parent.send_signal(ending)
     parent.wait(30)
-    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    deadline = time.monotonic() + 20
+    for pid in ids:
+        stat = Path(f"/proc/{pid}/stat")
+        while stat.exists() and stat.read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline, f"process {pid} of {processes} is still there"
+            time.sleep(0.05)
 
 
 def test_several_processes_train_under_the_launcher() -> None:

@@ -174,31 +174,39 @@ def _tokens(paths: RunPaths, *, draws_states: bool) -> int:
 
 
 def table(found: Sequence[Reached], *, is_short: bool = False) -> Sheet:
-    """One column for each round, one row for each figure that any of them has; a short one has no intervals."""
+    """One column for each round, one row for each figure that any of them has.
+
+    A short one, for a terminal, has accuracy and KL alone, without intervals.
+    """
     benchmarks = list(dict.fromkeys(name for each in found for name in each.figures))
-    steps = list(dict.fromkeys(name for each in found for name in each.seconds))
     rows: dict[str, Callable[[Reached], str]] = {}
     for name in benchmarks:
         rows |= _of_benchmark(name)
     rows |= {
         "KL to the first reference": lambda each: _number(_kl(each.figures)),
         "KL to the round's own reference": lambda each: _number(each.own_kl),
+    }
+    if is_short:
+        rows = {name: of for name, of in rows.items() if not name.endswith(INTERVAL)}
+    else:
+        rows |= _of_work(list(dict.fromkeys(name for each in found for name in each.seconds)))
+    cells = {name: [Cell(text=of(each)) for each in found] for name, of in rows.items()}
+    return Sheet(
+        title="The rounds side by side",
+        header=[each.name for each in found],
+        rows=[(name, row) for name, row in cells.items() if {cell.text for cell in row} != {UNKNOWN}],
+    )
+
+
+def _of_work(steps: Sequence[str]) -> dict[str, Callable[[Reached], str]]:
+    """The rows about what a round trained on, and what it took."""
+    return {
         "pass rate in stage 1": lambda each: _number(each.stage1.pass_rate if each.stage1 else None),
         "mean V̂* in stage 1": lambda each: _number(each.stage1.vstar if each.stage1 else None),
         "prompts trained on": _prompts,
         "tokens drawn": lambda each: f"{each.tokens:,}" if each.tokens else UNKNOWN,
         **{f"time: {name}": _time(name) for name in steps},
     }
-    cells = {name: [Cell(text=of(each)) for each in found] for name, of in rows.items()}
-    return Sheet(
-        title="The rounds side by side",
-        header=[each.name for each in found],
-        rows=[
-            (name, row)
-            for name, row in cells.items()
-            if {cell.text for cell in row} != {UNKNOWN} and not (is_short and name.endswith(INTERVAL))
-        ],
-    )
 
 
 def title_of(benchmark: str) -> str:
