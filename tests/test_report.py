@@ -115,7 +115,10 @@ def test_a_run_that_has_nothing_to_report_is_refused(tmp_path: Path) -> None:
         write_report(RunPaths(tmp_path), Terminal(quiet=True))
 
 
-STEP_LEVEL_MESSAGE = "run `python cli.py segments`, `python cli.py critic`, `python cli.py advantages`, `python cli.py train` first"
+STEP_LEVEL_MESSAGE = (
+    "run `python cli.py segments`, `python cli.py critic`, `python cli.py advantages`, "
+    "`python cli.py train` first"
+)
 
 
 def test_before_training_the_commands_of_the_runs_objective_are_named(

@@ -868,7 +868,7 @@ def test_two_real_rounds(tiny_model: Path, data_file: Path, tmp_path: Path, arti
     # Round 1's own reference is the first one, and its completions were not drawn again.
     assert first.own_kl == pytest.approx(_kl(first.figures))
     assert "to draw" in said["mine-round1 evaluate"]
-    assert "to draw" not in said["mine evaluate-round2"]
+    assert "to draw" not in said["mine-round2 evaluate-all"]
     # Round 2's is round 1's model.
     assert second.own_kl is not None
     assert second.own_kl != pytest.approx(_kl(second.figures))
@@ -916,9 +916,11 @@ def test_real_rounds_that_are_killed_five_times_are_the_same(
         for folder in (killed.samples, *killed.evaluations.glob("samples/*")):
             found = addresses(sample_files(folder))
             assert found.n_unique() == found.height
-    ours, theirs = (read_results(RunPaths(artifacts / name / "mine")) for name in ("whole", "killed"))
-    assert ours is not None
-    assert theirs is not None
-    assert [each.model_copy(update={"model": "", "path": ""}) for each in ours.results] == [
-        each.model_copy(update={"model": "", "path": ""}) for each in theirs.results
+    whole_results, killed_results = (
+        read_results(RunPaths(artifacts / name / "mine")) for name in ("whole", "killed")
+    )
+    assert whole_results is not None
+    assert killed_results is not None
+    assert [each.model_copy(update={"model": "", "path": ""}) for each in whole_results.results] == [
+        each.model_copy(update={"model": "", "path": ""}) for each in killed_results.results
     ]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 REMARK = (
     "All models answer the same questions. Intervals are 95 %, by bootstrap over prompts; a gain is over the round "
-    "before. KL is in nats per completion, on the first benchmark. Tokens are those of stage 1 and of training, not "
+    "before. KL is in nats per completion, on the first benchmark. Tokens are those drawn before and in training, not "
     "those of evaluations. The time of a step is that of its process; of one that was stopped, at least what its files "
     "record."
 )

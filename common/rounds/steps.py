@@ -1,7 +1,7 @@
 """The steps of a run of rounds, each a command of the command line in a process of its own.
 
 A step is done if its record is there, which is written right after it. If that was prevented, the step is repeated:
-every command continues, or finds that nothing is left to do.
+a command continues, or finds that nothing is left to do, or begins anew if its files do not know its cost.
 """
 
 import json
