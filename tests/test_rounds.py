@@ -155,7 +155,10 @@ class Commands:
 
     def _train(self, paths: RunPaths, arguments: Sequence[str]) -> None:
         rate = "throughput/completion_tokens_per_second"
-        lines = [{key: line[key] for key in line if key != rate or paths.vstar.exists()} for line in METRICS]
+        lines = [
+            {key: line[key] for key in line if key != rate or not paths.advantages.exists()}
+            for line in METRICS
+        ]
         paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_model(paths.model, number_of(paths))
         paths.checkpoints.mkdir(exist_ok=True)

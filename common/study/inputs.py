@@ -171,10 +171,9 @@ def _advantages(
 
     def cost(cost_of: Callable[[InputStep], Cost]) -> Cost:
         costs = [cost_of(each) for each in charged]
-        cpu_seconds = [each.cpu_seconds for each in costs if each.cpu_seconds is not None]
         return Cost(
             seconds=sum(each.seconds for each in costs),
-            cpu_seconds=sum(cpu_seconds) if len(cpu_seconds) == len(costs) else None,
+            cpu_seconds=total([each.cpu_seconds for each in costs]),
             peak_gib=max(each.peak_gib for each in costs),
         )
 
@@ -188,6 +187,12 @@ def _advantages(
 
 def _kept(paths: RunPaths, name: str) -> Path:
     return (paths.root / "tables" / f"{name}.parquet").absolute()
+
+
+def total(seconds: Sequence[float | None]) -> float | None:
+    """The sum; None if one of them is not known."""
+    known = [each for each in seconds if each is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def cost_of_step(step: InputStep, last: Finished, *, is_continued: bool) -> Cost:

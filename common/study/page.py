@@ -20,10 +20,10 @@ REMARK = (
     "advantages. Of samples for V̂* that arms share, each is charged loading, and of sampling the part of its N in "
     "the largest N; of states, critic and advantages that arms share, each is charged the whole. Processor time is "
     "that of stage 1 and of the training process, here with its evaluations. Sampled tokens are those drawn in "
-    "stage 1 and in training. Memory is the peak of the training process: the GPU's, or without one the resident set. KL is in "
-    "nats per completion, from the evaluation's samples. Curves are of evaluations during training, of which "
-    "direct_advantage has none. The accuracy at a time, and the time to an accuracy, lie on lines between these "
-    "evaluations, which sample; all of set-up counts as before the first iteration."
+    "stage 1 and in training. Memory is the peak of the training process: the GPU's, or without one the resident "
+    "set. KL is in nats per completion, from the evaluation's samples. Curves are of evaluations during training, "
+    "of which direct_advantage has none. The accuracy at a time, and the time to an accuracy, lie on lines between "
+    "these evaluations, which sample; all of set-up counts as before the first iteration."
 )
 
 

@@ -18,7 +18,7 @@ from common.files import write_text
 from common.provenance import context
 from common.runs import RunPaths
 from common.settings import shown
-from common.study.inputs import Cost
+from common.study.inputs import Cost, total
 from common.study.plan import Plan, Run
 from common.training_cost import drawn_in_training, training_seconds
 
@@ -236,7 +236,7 @@ def make_record(
         seconds=Seconds(
             stage1=stage1.seconds if stage1 else 0.0, setup=setup, training=training, evaluating=evaluating
         ),
-        cpu_seconds=_sum(cpu_seconds, stage1.cpu_seconds if stage1 else 0.0),
+        cpu_seconds=total([cpu_seconds, stage1.cpu_seconds if stage1 else 0.0]),
         peak_gib=max(line.get("memory/peak_gib", 0.0) for line in lines),
         stage1_peak_gib=stage1.peak_gib if stage1 and conditions.gpu is None else None,
         sampled_tokens=stage1_tokens + drawn_in_training(lines),
@@ -260,12 +260,6 @@ def conditions(run: Run) -> Conditions:
         versions=made["versions"],
         commit=made["commit"],
     )
-
-
-def _sum(*values: float | None) -> float | None:
-    """None if one is not known."""
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
 
 
 def _mean(values: Sequence[float]) -> float | None:
