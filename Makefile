@@ -46,7 +46,7 @@ MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-		printf '  make %-14s %s\n' "$$name" "$$text"; done
+		printf '  make %-21s %s\n' "$$name" "$$text"; done
 	@echo; sed -n '3,4s/^# /  /p' Makefile
 
 demo: setup ## Set up, then base model → vstar → train → evaluate → report on the embedded default

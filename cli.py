@@ -21,6 +21,7 @@ from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
 
 if TYPE_CHECKING:
+    from common.runs import RunPaths
     from stage2_train.config import Config
 
 # torch reads these when it is imported. OpenMP threads that wait by spinning become slow as soon as other processes
@@ -471,21 +472,44 @@ def evaluate(
         show(results, console)
 
 
+def _load(
+    path: Path, overrides: Sequence[str] = (), run: str | None = None
+) -> "tuple[Config, Sequence[str]]":
+    """A run's config, and the commands that make what its training reads."""
+    from stage2_train.config import load_config
+
+    settings = load_config(path, overrides, run)
+    return settings, settings.before_training
+
+
+def _before_training(paths: "RunPaths") -> Sequence[str]:
+    """The commands that make what a run's training reads, by the config in its folder; without one, stage 1."""
+    from pydantic import ValidationError
+
+    from stage2_train.config import Config
+
+    try:
+        return Config.model_validate_json(paths.config.read_bytes()).before_training
+    except (OSError, ValidationError):
+        return ["vstar"]
+
+
 def _models(settings: "Config", names: Sequence[str] | None) -> dict[str, Path]:
     """The folders of the models to evaluate, by the names that results give them."""
+    from common.evaluations import REFERENCE, TRAINED
     from common.model.files import reference_model
     from common.runs import run_paths
     from stage2_train.export import loadable_model
 
     trained = run_paths(settings.run).model
-    if (names is None or "trained" in names) and not trained.is_dir():
+    if (names is None or TRAINED in names) and not trained.is_dir():
         raise UserError(f"there is no {trained}: run `python cli.py train` first, or give a --model")
     folders = {}
-    for name in dict.fromkeys(names or ("reference", "trained")):
-        if name == "reference":
+    for name in dict.fromkeys(names or (REFERENCE, TRAINED)):
+        if name == REFERENCE:
             folders[name] = reference_model(settings)
         else:
-            folders[name] = trained if name == "trained" else loadable_model(name)
+            folders[name] = trained if name == TRAINED else loadable_model(name)
     return folders
 
 
@@ -495,7 +519,8 @@ def report(run: RunName = "demo") -> None:
     from common.report import write_report
     from common.runs import run_paths
 
-    write_report(run_paths(run), console)
+    paths = run_paths(run)
+    write_report(paths, console, before_training=_before_training(paths))
 
 
 @app.command(short_help="Compare objectives or settings over several seeds.")
@@ -514,18 +539,10 @@ def compare(
 
     A re-run continues where the last one ended; see docs/compare.md.
     """
-    from common.config import RunConfig
     from common.study import compare as compare_arms
-    from stage2_train.config import load_config
-
-    def load(
-        path: Path, overrides: Sequence[str] = (), run: str | None = None
-    ) -> tuple[RunConfig, list[str]]:
-        settings = load_config(path, overrides, run)
-        return settings, settings.before_training
 
     with _ending_cleanly("what is done"):
-        compare_arms(study, load, console, results=results, dry_run=dry_run)
+        compare_arms(study, _load, console, results=results, dry_run=dry_run)
 
 
 @app.command(short_help="Train in rounds: each trained model is the next reference.")
@@ -549,23 +566,15 @@ def rounds(
     Round k is the run RUN-round<k>; artifacts/RUN/rounds.html shows them side by side. A re-run continues, and a higher
     K adds rounds; see docs/rounds.md.
     """
-    from common.config import RunConfig
     from common.rounds import run_rounds
     from stage1_vstar.filter import kept_where
-    from stage2_train.config import load_config
-
-    def load(
-        path: Path, overrides: Sequence[str] = (), run: str | None = None
-    ) -> tuple[RunConfig, list[str]]:
-        settings = load_config(path, overrides, run)
-        return settings, settings.before_training
 
     for condition in where or ():
         kept_where(condition)
     with _ending_cleanly("what is done"):
         run_rounds(
             config,
-            load,
+            _load,
             console,
             count=count,
             overrides=overrides or (),
@@ -911,6 +920,10 @@ def _libraries_logged(run: str) -> AbstractContextManager[None]:
 def main() -> None:
     """Run a command. A mistake that the user can fix ends it with one line and exit code 2."""
     prepare_output()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from common.processes import die_with_launcher
+
+        die_with_launcher()
     try:
         try:
             app()

@@ -16,6 +16,8 @@ from common.provenance import Provenance
 from common.runs import RunPaths
 
 EVALUATE_COMMAND = "python cli.py evaluate"
+REFERENCE, TRAINED = "reference", "trained"
+"""The names by which `evaluate` knows the models of a run."""
 
 PROMPTS = Contract(
     schema=pa.schema(

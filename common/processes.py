@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -61,7 +62,7 @@ def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
             start_new_session=True,  # the terminal's Ctrl-C is for this process, which passes it on once
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
         )
         try:
             # Not one long wait: polars' handler of SIGINT lets the kernel restart it, and Ctrl-C would do nothing.
@@ -98,6 +99,25 @@ def _last_lines(log: Path, place: int) -> list[str]:
     return errors[-1:] or [line for line in lines if line][-_LINES_SHOWN:]
 
 
-def _die_with_parent() -> None:
-    """The child must not go on writing to a run that the same command continues."""
+def die_with_launcher() -> None:
+    """Let a process that torchrun has started end with it: torchrun ends its processes, but not if it is killed.
+
+    Only Linux can do this.
+    """
+    if sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    # Init has adopted this process, unless it is the launcher, as in a container: then it runs the same Python.
+    if launcher == 1 and os.path.realpath("/proc/1/exe") != os.path.realpath("/proc/self/exe"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    _die_with(launcher)
+
+
+def _die_with(parent: int) -> None:
+    """Let this process end as soon as its parent does: it must not go on writing to a run that a new one continues.
+
+    `parent` is the id of the parent that it began with.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -18,6 +18,9 @@ from common.files import meaning, writing_to
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+OWN = "{run}"
+"""The run's own folder in the path of a model."""
+
 LONGEST_NAME = 120
 """Of a folder that a grader gives its name; longer ones are cut off."""
 

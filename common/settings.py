@@ -9,6 +9,13 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from common.config import RunConfig
+from common.runs import OWN
+
+
+def own_models(config: RunConfig) -> dict[str, str]:
+    """The paths of models that are in the run's own folder, by key."""
+    paths = {"model.path": config.model.path, "segments.completer": config.segments.completer}
+    return {key: path for key, path in paths.items() if path is not None and OWN in path}
 
 
 class Loader(Protocol):

@@ -325,6 +325,12 @@ def sample_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{SAMPLE_FILES}-*.parquet"))
 
 
+def stored_tokens(folder: Path) -> int:
+    """The completion tokens of all samples in a store's folder."""
+    columns = ["completion_tokens"]
+    return sum(int(pl.read_parquet(file, columns=columns).sum().item()) for file in sample_files(folder))
+
+
 def addresses(files: Sequence[Path]) -> pl.DataFrame:
     """The addresses of the samples in these files, in their order."""
     return _collect(_scan(files, SAMPLES).select(ADDRESS))

@@ -85,9 +85,12 @@ def segments(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(list(rows), schema=polars_schema(SEGMENTS))
 
 
-def write_segments(path: Path, rows: Sequence[dict[str, Any]], identity: dict[str, Any]) -> None:
+def write_segments(
+    path: Path, rows: Sequence[dict[str, Any]], identity: dict[str, Any], **context: Any
+) -> None:
     """Write segments.parquet."""
-    SEGMENTS_TABLE.write(segments(rows), Provenance(identity=identity, context={"model_path": "m"}), path)
+    provenance = Provenance(identity=identity, context={"model_path": "m", **context})
+    SEGMENTS_TABLE.write(segments(rows), provenance, path)
 
 
 def identity_of(config: Config) -> dict[str, Any]:

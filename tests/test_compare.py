@@ -24,7 +24,8 @@ from common.runs import RunPaths
 from common.settings import as_toml
 from common.store import addresses, sample_files
 from common.study import compare
-from common.study.plan import Plan, VstarTable, read_plan
+from common.study.figures import study_figures
+from common.study.plan import AdvantagesTable, Plan, VstarTable, read_plan
 from common.study.records import (
     Conditions,
     Point,
@@ -83,6 +84,8 @@ class Commands:
 
     def __init__(self, dies: Mapping[int, str] | None = None, fails: Sequence[str] = ()) -> None:
         self.done: list[str] = []
+        self.models: dict[str, str] = {}
+        self.seconds = 0.0
         self._dies = dies or {}
         self._fails = fails
 
@@ -98,15 +101,16 @@ class Commands:
         if self.done[-1] in self._fails:
             raise UserError("error: it diverged")
         paths = RunPaths(Path(environment["ASTAR_PO_ARTIFACTS"]) / run)
+        self.models = {key: json.loads(value) for key, value in values.items() if value.startswith('"/')}
+        self.seconds = 32.0
         paths.root.mkdir(parents=True, exist_ok=True)
         if name != "base-model":
-            assert Path(
-                json.loads(values["model.path"]) if '"' in values["model.path"] else values["model.path"]
-            ).is_dir()
+            assert all(Path(folder).is_dir() for folder in self.models.values())
+            assert "model.path" in self.models
         getattr(self, f"_{name.replace('-', '_')}")(paths, values, arguments)
         if self._dies.get(number) == "after":
             raise Killed
-        return Finished(seconds=32.0, cpu_seconds=40.0, peak_gib=1.5)
+        return Finished(seconds=self.seconds, cpu_seconds=1.25 * self.seconds, peak_gib=1.5)
 
     def _base_model(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
         paths.base_model.mkdir()
@@ -120,23 +124,32 @@ class Commands:
     def _segments(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
         rows = [state((), [((1,), 3, False, 0.5, 3)]), state((1,), [((2,), 4, True, 1.0, 4)])]
         identity = {"model": "m", "segments": {"completer": "m"}}
-        write_segments(paths.segments, rows, identity)
-        paths.samples.mkdir()
+        if paths.segments.exists():
+            self.seconds = 1.0  # nothing to do
+        write_segments(paths.segments, rows, identity, cost={"seconds": 32.0, "devices": 1})
+        paths.samples.mkdir(exist_ok=True)
         sample_rows({"p": ["correct"] * 3}).write_parquet(paths.samples / "part-1.parquet")
 
     def _critic(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
         assert Path(arguments[arguments.index("--segments") + 1]).is_file()
-        paths.critic.mkdir()
+        if paths.critic.exists():
+            self.seconds = 1.0  # nothing to do
+        paths.critic.mkdir(exist_ok=True)
 
     def _advantages(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
         assert Path(arguments[arguments.index("--segments") + 1]).is_file()
         assert paths.critic.exists() == ("advantages.values" not in values)
+        if paths.advantages.exists():
+            self.seconds = 2.0  # it computes them from the values that it has
         paths.advantages.write_text("")
 
     def _train(self, paths: RunPaths, values: Mapping[str, str], arguments: Sequence[str]) -> None:
         for option in {"--vstar", "--advantages"} & set(arguments):
             assert Path(arguments[arguments.index(option) + 1]).is_file()
-        paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in metrics(float(values["seed"]))))
+        lines = metrics(float(values["seed"]))
+        if "--advantages" in arguments:
+            lines = [{key: line[key] for key in OFFLINE if key in line} for line in lines[1:]]
+        paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         paths.model.mkdir()
         paths.checkpoints.mkdir()
         paths.trained_with.write_text("{}")
@@ -148,6 +161,10 @@ class Commands:
         figures = evaluated(0.4 if model == "reference" else 0.8 + float(values["seed"]) / 100)
         results = Results(results=[figures.model_copy(update={"model": model})])
         paths.results("json").write_text(results.model_dump_json())
+
+
+OFFLINE = ("iteration", "time/iteration", "memory/peak_gib", "completion/tokens_mean", "kl/sequence")
+"""What training on known advantages logs."""
 
 
 def metrics(seed: float = 0.0) -> list[dict[str, float]]:
@@ -343,6 +360,7 @@ def test_step_level_arms_share_states_and_critic(study: Callable[..., Path], art
     ]
     found = records(artifacts / "methods" / "results")
     costs = {name: each["seconds"]["stage1"] for name, each in found.items()}
+    # The larger gap's advantages took 2 s, since the critic's values were there: it is charged the whole step.
     assert costs == {
         "critic-seed0.json": 3 * 32.0,
         "larger-gap-seed0.json": 3 * 32.0,
@@ -353,15 +371,101 @@ def test_step_level_arms_share_states_and_critic(study: Callable[..., Path], art
     assert found["critic-seed0.json"]["sampled_tokens"] == 12 + 4
     of_stage1 = sum(3 + index for index in range(8))
     assert found["Astar-PO-seed0.json"]["sampled_tokens"] == of_stage1 + 4 * 2 * 100
-    killed = path.with_name("again.toml")
-    killed.write_text(path.read_text().replace("methods", "again"))
-    for _ in range(len(commands.done) - 1):
+
+
+def test_the_table_that_keeps_the_most_states_is_made_first(study: Callable[..., Path]) -> None:
+    smaller = STEP_LEVEL.replace('"advantages.min_gap" = 0.3', '"advantages.min_gap" = 0.01')
+    path, commands = study(HEAD.replace("[0, 1]", "[0]"), smaller), Commands()
+    lines = run(path, commands, dry_run=True).splitlines()
+    wide, narrow = (run.table for run in reversed(plan_of(path).runs[:2]))
+    assert isinstance(wide, AdvantagesTable)
+    assert isinstance(narrow, AdvantagesTable)
+    made = [step for step in lines[1].split(", ") if step.startswith("advantages")]
+    assert [step.split()[-1] for step in made] == [wide.name, narrow.name]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_step_level_arms_are_charged_whole_steps_wherever_the_study_is_killed(
+    study: Callable[..., Path], artifacts: Path, moment: str
+) -> None:
+    path, whole = study(HEAD.replace("[0, 1]", "[0]"), STEP_LEVEL), Commands()
+    run(path, whole)
+    expected = records(artifacts / "methods" / "results")
+    for number in range(len(whole.done)):
+        name = f"killed-{number}"
+        killed = path.with_name("killed.toml")
+        killed.write_text(path.read_text().replace("methods", name))
         with pytest.raises(Killed):
-            run(killed, Commands({1: "before"}))
-    run(killed, Commands())
-    again = records(artifacts / "again" / "results")
-    assert all(each.pop("study") for each in (*again.values(), *found.values()))
-    assert again == found
+            run(killed, Commands({number: moment}))
+        run(killed, Commands())
+        found = records(artifacts / name / "results")
+        assert {key: each["seconds"] for key, each in found.items()} == {
+            key: each["seconds"] for key, each in expected.items()
+        }
+        of_repeated = whole.done[number].split()[0] == "segments" and moment == "after"
+        assert (found["critic-seed0.json"]["cpu_seconds"] is None) is of_repeated, (
+            "no file knows the processor time of an earlier process"
+        )
+
+
+def test_the_processor_time_is_that_of_everything_that_time_counts(
+    study: Callable[..., Path], artifacts: Path
+) -> None:
+    run(study(HEAD.replace("[0, 1]", "[0]"), STEP_LEVEL, GRPO, A_STAR, BY_N), Commands())
+    found = records(artifacts / "methods" / "results")
+    cpu = {name: each["cpu_seconds"] for name, each in found.items()}
+    training = 1.25 * 32
+    assert cpu["GRPO-seed0.json"] == training
+    assert cpu["critic-seed0.json"] == cpu["larger-gap-seed0.json"] == 3 * 40 + training
+    assert cpu["Astar-PO-seed0.json"] == 40 + training
+    # Loading 12 s of 32, and of sampling the part of its N.
+    assert cpu["N-2-seed0.json"] == pytest.approx(40 * (12 + 20 * 2 / 8) / 32 + training)
+
+
+def critics_of(path: Path) -> set[str]:
+    tables = [run.table for run in plan_of(path).runs if run.seed == 0]
+    return {table.values for table in tables if isinstance(table, AdvantagesTable)}
+
+
+def test_arms_share_a_critic_unless_a_key_that_shapes_it_differs(study: Callable[..., Path]) -> None:
+    step_level = '{ "train.objective.name" = "direct_advantage", %s }'
+    keys = ["train.learning_rate = 1e-3", "train.tokens_per_micro_batch = 99", "train.objective.beta = 0.5"]
+
+    def of(setting: str) -> str:
+        key, value = setting.split(" = ")
+        arm = step_level % f'"{key}" = {value}'
+        return f'[[arms]]\nname = "{setting}"\nsettings = {arm}\n'
+
+    assert len(critics_of(study(HEAD, *map(of, keys)))) == 1
+    assert len(critics_of(study(HEAD, *map(of, keys), of("train.weight_decay = 0.5")))) == 2
+
+
+def test_a_completer_in_the_runs_own_folder_is_the_base_runs(
+    study: Callable[..., Path], artifacts: Path
+) -> None:
+    completer = '[settings]\n"segments.completer" = "{run}/base_model"\n'
+    commands = Commands()
+    run(study(HEAD.replace("[0, 1]", "[0]"), completer, STEP_LEVEL), commands)
+    base = artifacts / "methods" / "runs" / "base-seed0" / "base_model"
+    assert {name: Path(path) for name, path in commands.models.items()} == {
+        "model.path": base,
+        "segments.completer": base,
+    }
+
+
+def test_figures_without_a_point_are_left_out(study: Callable[..., Path], artifacts: Path) -> None:
+    grid = (
+        '[[arms]]\nname = "β"\nsettings = { "train.objective.name" = "direct_advantage" }\n'
+        'vary = { "train.objective.beta" = [0.01, 0.1] }\n'
+    )
+    path = study(HEAD.replace("[0, 1]", "[0]"), grid)
+    run(path, Commands())
+    plan = plan_of(path)
+    figures = study_figures(Summary.of(plan, finished(plan, artifacts / "methods" / "results")))
+    assert [(figure.title, len(figure.panels)) for figure in figures] == [
+        ("Accuracy against time, memory and KL", 3),
+        ("The effect of β", 2),
+    ]
 
 
 def test_other_data_or_sampling_is_another_stage_1(study: Callable[..., Path]) -> None:
@@ -765,22 +869,53 @@ def test_a_command_has_its_environment_and_its_cost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_a_command_ends_with_the_study(tmp_path: Path, ending: signal.Signals) -> None:
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    ends_together([sys.executable, "-c", child], tmp_path / "log", 1, ending)
+
+
+RANKS = {
+    "at work": "cli.app = lambda: (print(os.getpid(), flush=True), time.sleep(60)); cli.main()",
+    "while they start": """
+launcher = os.getppid()
+print(os.getpid(), flush=True)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+cli.app = lambda: time.sleep(60)
+cli.main()
+""",
+}
+
+
+@pytest.mark.parametrize("state", RANKS)
+def test_all_ranks_end_with_a_study_that_is_killed(tmp_path: Path, state: str) -> None:
+    """Two processes under torchrun, which ends with the study."""
+    (tmp_path / "rank.py").write_text(f"import os, time, cli\n{RANKS[state]}")
+    launcher = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        str(tmp_path / "rank.py"),
+    ]
+    ends_together(launcher, tmp_path / "log", 2, signal.SIGKILL)
+
+
+def ends_together(command: Sequence[str], log: Path, processes: int, ending: signal.Signals) -> None:
+    """Executes a command that prints the ids of its processes, ends what executes it, and waits for their end."""
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from pathlib import Path; from common.processes import execute;"
-        f"execute([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), {{}})"
+        f"execute({list(command)!r}, Path({str(log)!r}), {{'PYTHONPATH': {str(ROOT)!r}}})"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text().strip():
+    deadline = time.monotonic() + 60
+    while len(ids := re.findall(r"^\d+$", log.read_text() if log.exists() else "", re.MULTILINE)) < processes:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    pid = int((tmp_path / "log").read_text())
     parent.send_signal(ending)
     parent.wait(30)
-    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    deadline = time.monotonic() + 20
+    for pid in ids:
+        stat = Path(f"/proc/{pid}/stat")
+        while stat.exists() and stat.read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline, f"process {pid} of {processes} is still there"
+            time.sleep(0.05)
 
 
 def test_several_processes_train_under_the_launcher() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 
+from common.documents import read_metrics
 from common.errors import DamagedFile, UserError
 from common.report import write_report
-from common.runs import RunPaths
+from common.report.cost import stage2_cost, step_level_costs
+from common.runs import RunPaths, run_paths
 from common.terminal.console import Terminal
-from tests.conftest import ROOT
-from tests.fakes import change_json
+from stage2_train.config import load_config
+from tests.conftest import ROOT, RunCli
+from tests.fakes import change_json, sample_rows
+from tests.step_tables import state, write_segments
 
 PNG = b"\x89PNG"
 
@@ -108,6 +113,84 @@ def test_a_run_that_was_not_evaluated_has_curves_but_no_table(trained: RunPaths)
 def test_a_run_that_has_nothing_to_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has neither vstar.parquet nor metrics.jsonl: run"):
         write_report(RunPaths(tmp_path), Terminal(quiet=True))
+
+
+STEP_LEVEL_MESSAGE = (
+    "run `python cli.py segments`, `python cli.py critic`, `python cli.py advantages`, "
+    "`python cli.py train` first"
+)
+
+
+def test_before_training_the_commands_of_the_runs_objective_are_named(
+    run_cli: RunCli, tmp_path: Path, tiny_model: Path, artifacts: Path
+) -> None:
+    configs = {
+        "astar_po": "run `python cli.py vstar` first",
+        "grpo": "run `python cli.py train` first",
+        "direct_advantage": STEP_LEVEL_MESSAGE,
+    }
+    for objective, says in configs.items():
+        config = load_config(ROOT / "configs" / "demo.toml", [f"train.objective.name={objective}"], objective)
+        paths = run_paths(objective)
+        paths.root.mkdir(parents=True)
+        paths.config.write_text(config.to_json())
+        result = run_cli("report", "--run", objective)
+        assert result.returncode == 2
+        assert says in result.stderr
+
+
+@pytest.fixture
+def step_level(trained: RunPaths) -> RunPaths:
+    """A run of direct_advantage, which draws nothing in training, and whose critic and advantages record no cost."""
+    lines = [
+        {
+            "iteration": iteration,
+            "time/iteration": 2.0,
+            "kl/sequence": 0.2 * iteration,
+            "loss/regression": 0.25,
+            "completion/tokens_mean": 10.0,
+            "policy/entropy": 0.5,
+        }
+        for iteration in range(1, 4)
+    ]
+    trained.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [state((), [((1,), 3, False, 0.5, 3)]), state((1,), [((2,), 4, True, 1.0, 4)])]
+    identity = {"model": "m", "segments": {"completer": "m"}}
+    write_segments(trained.segments, rows, identity, cost={"seconds": 90.0, "devices": 2})
+    trained.samples.mkdir()
+    sample_rows({"p": ["correct"] * 3}).write_parquet(trained.samples / "part-1.parquet")
+    trained.critic.mkdir()
+    trained.advantages.touch()
+    return trained
+
+
+def test_a_step_level_run_has_the_costs_of_what_comes_before_training(step_level: RunPaths) -> None:
+    record = step_level.step("critic", "json")
+    record.parent.mkdir()
+    record.write_text('{"seconds": 61.0, "cpu_seconds": 9.0, "peak_gib": 1.0}')
+    costs = [
+        *step_level_costs(step_level),
+        stage2_cost([values for _, values in read_metrics(step_level.metrics)]),
+    ]
+    assert [(cost.stage, cost.seconds, cost.tokens, cost.devices) for cost in costs] == [
+        # 3 + 4 + 5 tokens of solutions, 4 completions of a token from the state after the first step.
+        ("segments", 90.0, 16, 2),
+        ("critic", 61.0, 0, None),
+        ("advantages", None, 0, None),
+        ("stage 2", 6.0, 0, None),
+    ]
+
+
+def test_figures_of_a_step_level_run_are_per_reasoning_step(step_level: RunPaths) -> None:
+    report(step_level)
+    page = (step_level.report / "report.html").read_text()
+    assert re.findall(r"Curve of the ([^:]*):", page) == [
+        *("KL to the reference in nats per reasoning step", "entropy in nats per token"),
+        *("regression loss", "tokens a reasoning step"),
+    ]
+    assert page.count("<img") == 4
+    assert "segments</th>" in page
+    assert "The run has no vstar.parquet but advantages.parquet" in page
 
 
 def test_a_line_that_is_still_being_written_is_left_out(trained: RunPaths) -> None:

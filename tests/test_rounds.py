@@ -41,6 +41,7 @@ from common.vstar_file import read_vstar
 from stage2_train.config import load_config
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.sampler import Draw, Sampler
+from tests import step_tables as steps
 from tests import warm
 from tests.chromium import Browser, needs_chromium
 from tests.conftest import ROOT, RunCli
@@ -86,6 +87,9 @@ class Commands:
     def __init__(self, dies: Mapping[int, str] | None = None, fails: Collection[str] = ()) -> None:
         self.done: list[str] = []
         self.given: list[Sequence[str]] = []
+        self.seconds = 0.0
+        self.evaluated: list[list[Any]] = []
+        """The run of each evaluation, and the weights of its models."""
         self._dies = dies or {}
         self._fails = fails
 
@@ -107,10 +111,11 @@ class Commands:
         if self.done[-1] in self._fails:
             raise UserError("error: it diverged")
         paths.root.mkdir(parents=True, exist_ok=True)
+        self.seconds = 32.0
         getattr(self, f"_{name.replace('-', '_')}")(paths, arguments)
         if self._dies.get(number) == "after":
             raise Killed
-        return Finished(seconds=32.0, cpu_seconds=40.0, peak_gib=1.5)
+        return Finished(seconds=self.seconds, cpu_seconds=40.0, peak_gib=1.5)
 
     def _base_model(self, paths: RunPaths, arguments: Sequence[str]) -> None:
         write_model(paths.base_model, 0)
@@ -125,22 +130,36 @@ class Commands:
         assert paths.vstar.exists()
 
     def _segments(self, paths: RunPaths, arguments: Sequence[str]) -> None:
-        paths.segments.touch()
+        if paths.segments.exists():
+            self.seconds = 1.0  # nothing to do
+        rows = [steps.state((), [((1,), 3, False, 0.5, 3)]), steps.state((1,), [((2,), 4, True, 1.0, 4)])]
+        identity = {"model": "m", "segments": {"completer": "m"}}
+        steps.write_segments(paths.segments, rows, identity, cost={"seconds": 32.0, "devices": 1})
+        for store, count in ((paths.samples, 3), (paths.continuations, 4)):
+            store.mkdir(exist_ok=True)
+            sample_rows({"p": ["wrong"] * count}).write_parquet(store / "part-0.parquet")
 
     def _critic(self, paths: RunPaths, arguments: Sequence[str]) -> None:
         assert paths.segments.exists()
+        if paths.critic.exists():
+            self.seconds = 1.0  # nothing to do
         paths.critic.mkdir(exist_ok=True)
 
     def _advantages(self, paths: RunPaths, arguments: Sequence[str]) -> None:
         assert paths.segments.exists()
+        if paths.advantages.exists():
+            self.seconds = 1.0  # nothing to do
         states = [state("p", 0, keep=True), state("p", 1, keep=True), state("q", 0, keep=False)]
         rows = pl.DataFrame(states, schema=polars_schema(ADVANTAGES))
         ADVANTAGES_TABLE.write(rows, Provenance(identity=IDENTITY, context=CONTEXT), paths.advantages)
-        paths.continuations.mkdir(exist_ok=True)
-        sample_rows({"p": ["wrong"]}).write_parquet(paths.continuations / "part-0.parquet")
 
     def _train(self, paths: RunPaths, arguments: Sequence[str]) -> None:
-        paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in METRICS))
+        rate = "throughput/completion_tokens_per_second"
+        lines = [
+            {key: line[key] for key in line if key != rate or not paths.advantages.exists()}
+            for line in METRICS
+        ]
+        paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_model(paths.model, number_of(paths))
         paths.checkpoints.mkdir(exist_ok=True)
         paths.config.write_text("{}")
@@ -155,6 +174,7 @@ class Commands:
         store.mkdir(parents=True, exist_ok=True)
         for name in names:
             (store / f"part-{Path(name).parent.name or name}-{paths.root.name}.parquet").write_text(name)
+        self.evaluated.append([paths.root.name, *(weight_of(paths, name) for name in names)])
         results = Results(results=found, comparisons=[compared(*pair) for pair in pairs])
         paths.results("json").write_text(results.model_dump_json())
 
@@ -199,6 +219,13 @@ def write_model(folder: Path, number: int) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
     save_file({"weight": np.array([float(number)], dtype=np.float32)}, folder / "model.safetensors")
+
+
+def weight_of(paths: RunPaths, model: str) -> float:
+    """What tells a model of these tests from others."""
+    folder = {"reference": run_paths("mine").base_model, "trained": paths.model}.get(model, Path(model))
+    file = folder / "model.safetensors"
+    return float(load_file(file)["weight"][0]) if file.exists() else -1.0
 
 
 def evaluated(model: str) -> Figures:
@@ -476,6 +503,71 @@ def test_another_reference_than_a_round_began_with_is_refused(config: Path, arti
     assert again.done[0] == "vstar mine-round2"
 
 
+def test_a_round_that_is_done_again_is_evaluated_again(config: Path, artifacts: Path) -> None:
+    """As docs/rounds.md says: its folder is removed; another model comes of it."""
+
+    class Another(Commands):
+        def _train(self, paths: RunPaths, arguments: Sequence[str]) -> None:
+            super()._train(paths, arguments)
+            write_model(paths.model, 7)
+
+    first, again = Commands(), Another()
+    run(config, first, 2)
+    assert first.evaluated[-1] == ["mine", 2.0]
+    shutil.rmtree(artifacts / "mine-round2")
+    run(config, again, 2)
+    assert again.done[-2:] == ["evaluate mine-round2", "evaluate mine"]
+    assert again.evaluated == [["mine-round2", 7.0], ["mine", 7.0]]
+
+
+def test_a_round_under_way_has_no_figures_of_one_that_was_removed(config: Path, artifacts: Path) -> None:
+    run(config, Commands(), 2)
+    shutil.rmtree(artifacts / "mine-round2")
+    with pytest.raises(UserError):
+        run(config, Commands(fails=["train mine-round2"]), 2)
+    assert cells(config)["held-out: pass@1"] == ["0.400", "0.410", "–"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_step_level_rounds_have_whole_times_wherever_they_are_killed(config: Path, moment: str) -> None:
+    whole = Commands()
+    run(config, whole, 1, run="whole", load=load_step_level)
+    settings, inputs = load_step_level(config, (), "whole")
+    expected = table(reached(Plan(config=settings, inputs=inputs)))
+    for number in range(len(whole.done)):
+        name = f"killed-{number}"
+        with pytest.raises(Killed):
+            run(config, Commands({number: moment}), 1, run=name, load=load_step_level)
+        run(config, Commands(), 1, run=name, load=load_step_level)
+        settings, inputs = load_step_level(config, (), name)
+        assert table(reached(Plan(config=settings, inputs=inputs))) == expected
+
+
+def test_a_table_of_another_model_in_the_first_runs_folder_is_refused_before_anything_trains(
+    config: Path, artifacts: Path
+) -> None:
+    """`evaluate` would refuse it, after the first round was trained."""
+    table = write_artifact(artifacts / "mine" / "vstar.parquet", {"p": ["wrong"]})
+    commands = Commands()
+    with pytest.raises(UserError, match=r"vstar.parquet is of another model than .*base_model.*weights is"):
+        run(config, commands, 1)
+    assert commands.done == ["base-model mine"]
+    table.unlink()
+    identity = {**IDENTITY, "model": model_identity(artifacts / "mine" / "base_model")}
+    write_artifact(table, {"p": ["wrong"]}, identity=identity)
+    run(config, commands, 1)
+
+
+def test_a_completer_in_the_runs_own_folder_is_the_first_runs_in_every_round(
+    config: Path, artifacts: Path
+) -> None:
+    completer = "segments.completer={run}/base_model"
+    run(config, Commands(), 2, load=load_step_level, overrides=[completer])
+    for number in (1, 2):
+        settings = load_config(run_paths(f"mine-round{number}").settings)
+        assert settings.segments.completer == str(artifacts / "mine" / "base_model")
+
+
 def test_a_run_of_that_name_that_is_no_round_is_left_alone(config: Path, artifacts: Path) -> None:
     (artifacts / "mine-round1").mkdir(parents=True)
     (artifacts / "mine-round1" / "config.json").write_text("{}")
@@ -596,6 +688,26 @@ def test_the_table_has_the_rounds_side_by_side(config: Path) -> None:
     ]
 
 
+def test_a_gain_has_its_sign_in_whichever_order_the_models_were_evaluated(config: Path) -> None:
+    run(config, Commands(), 2)
+    file = run_paths("mine").results("json")
+    results = Results.model_validate_json(file.read_bytes())
+    turned = [
+        each.model_copy(
+            update={
+                "first": each.second,
+                "second": each.first,
+                "difference": -each.difference,
+                "interval_95": (-0.125, -0.001),
+            }
+        )
+        for each in results.comparisons
+    ]
+    file.write_text(results.model_copy(update={"comparisons": turned}).model_dump_json())
+    assert cells(config)["held-out: gain"] == ["–", "+0.010", "+0.010"]
+    assert cells(config)["held-out: gain, 95 %"] == ["–", *["+0.001 to +0.125"] * 2]
+
+
 def test_the_step_level_method_counts_prompts_with_a_state_to_train_on_and_tokens_of_states(
     config: Path,
 ) -> None:
@@ -604,7 +716,8 @@ def test_the_step_level_method_counts_prompts_with_a_state_to_train_on_and_token
     sheet = table(reached(Plan(config=settings, inputs=inputs)))
     found = {row: line[1].text for row, line in sheet.rows}
     assert found["prompts trained on"] == "1"
-    assert found["tokens drawn"] == "3", "training draws none"
+    # 3 + 4 + 5 tokens of solutions, and 4 completions of a token each from the state that is not the prompt's.
+    assert found["tokens drawn"] == "16", "training draws none, and a prefix is not drawn"
     assert "mean V̂* in stage 1" not in found
 
 
@@ -641,12 +754,32 @@ def test_the_page_has_the_table_and_two_figures(page: Path) -> None:
     html = page.read_text()
     assert html.count('<img class="picture" src="data:image/svg+xml;base64,') == html.count("<img") == 2
     assert (
-        "Accuracy against KL to the first reference. held_out: 0.400 at 0, 0.410 at 0.1, 0.420 at 0.2."
+        "Accuracy against KL to the first reference. held-out: 0.400 at 0, 0.410 at 0.1, 0.420 at 0.2."
         in html
     )
     assert "0.320 to 0.520" in html
+    assert "<dt>accuracy, held-out, round 2</dt><dd>0.420</dd>" in html
+    assert "<dt>rounds, finished</dt><dd>2 of 2</dd>" in html
+    assert "vstar, train, evaluate, evaluate-all" in html
     assert "<script" not in html
     assert "| held-out: pass@1 | 0.400 | 0.410 | 0.420 |" in page.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("rounds", [3, 6])
+def test_the_table_fits_a_terminal_and_breaks_no_cell(config: Path, rounds: int) -> None:
+    run(config, Commands(), rounds)
+    printed = io.StringIO()
+    sheet = table(reached(plan_of(config)), is_short=True)
+    Terminal(file=printed, width=80).print(sheet.on_terminal())
+    lines = printed.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).split()
+    assert all(cell.text in words for _, row in sheet.rows for cell in row)
+    assert lines[0].split()[0] == "reference"
+    assert [name for name, _ in sheet.rows] == [
+        *("held-out: pass@1", "held-out: greedy", "held-out: gain"),
+        *("KL to the first reference", "KL to the round's own reference"),
+    ]
 
 
 @needs_chromium
@@ -654,6 +787,11 @@ def test_the_page_fits_a_phone_and_loads_nothing(page: Path, tmp_path: Path) -> 
     with Browser(tmp_path / "profile") as browser:
         browser.open(page, width=360)
         assert browser.content_width() == 360
+        first = "document.querySelector('tbody tr td').getBoundingClientRect()"
+        assert browser.evaluate(f"{first}.right") <= 360, "a figure is beside the names of the rows"
+        browser.evaluate("document.querySelector('.scroll').scrollTo(1000, 0)")
+        name = "document.querySelector('tbody th').getBoundingClientRect()"
+        assert browser.evaluate(f"{name}.left") >= 0, "the names stay"
         assert browser.requests() == []
         assert browser.complaints() == []
         assert browser.evaluate("[...document.images].every(each => each.complete && each.naturalWidth > 0)")
@@ -733,7 +871,7 @@ def test_two_real_rounds(tiny_model: Path, data_file: Path, tmp_path: Path, arti
     # Round 1's own reference is the first one, and its completions were not drawn again.
     assert first.own_kl == pytest.approx(_kl(first.figures))
     assert "to draw" in said["mine-round1 evaluate"]
-    assert "to draw" not in said["mine evaluate-round2"]
+    assert "to draw" not in said["mine-round2 evaluate-all"]
     # Round 2's is round 1's model.
     assert second.own_kl is not None
     assert second.own_kl != pytest.approx(_kl(second.figures))
@@ -781,9 +919,11 @@ def test_real_rounds_that_are_killed_five_times_are_the_same(
         for folder in (killed.samples, *killed.evaluations.glob("samples/*")):
             found = addresses(sample_files(folder))
             assert found.n_unique() == found.height
-    ours, theirs = (read_results(RunPaths(artifacts / name / "mine")) for name in ("whole", "killed"))
-    assert ours is not None
-    assert theirs is not None
-    assert [each.model_copy(update={"model": "", "path": ""}) for each in ours.results] == [
-        each.model_copy(update={"model": "", "path": ""}) for each in theirs.results
+    whole_results, killed_results = (
+        read_results(RunPaths(artifacts / name / "mine")) for name in ("whole", "killed")
+    )
+    assert whole_results is not None
+    assert killed_results is not None
+    assert [each.model_copy(update={"model": "", "path": ""}) for each in whole_results.results] == [
+        each.model_copy(update={"model": "", "path": ""}) for each in killed_results.results
     ]

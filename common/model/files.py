@@ -10,7 +10,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from common.files import hash_files
 from common.model.weights import read_weights, weights_hash
-from common.runs import run_paths
+from common.runs import OWN, run_paths
 
 ADAPTER = "adapter_config.json"
 
@@ -55,7 +55,7 @@ def resolve_model(path: str, revision: str | None) -> Path:
 
 def reference_model(config: RunConfig) -> Path:
     """The local folder of a run's reference model; {run} in its path stands for the run's own folder."""
-    path = config.model.path.replace("{run}", str(run_paths(config.run).root))
+    path = config.model.path.replace(OWN, str(run_paths(config.run).root))
     if config.model.revision is not None and Path(path).is_dir():
         raise UserError(
             f'model.revision = "{config.model.revision}" would have no effect: {path} is a folder on this machine, not '

@@ -3,6 +3,8 @@
 Reads the run's artifacts only; no model, no torch. It shows whatever a run has so far.
 """
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from common.documents import read_metrics
@@ -17,12 +19,18 @@ from common.runs import RunPaths
 from common.terminal.console import Terminal
 
 
-def write_report(paths: RunPaths, console: Terminal) -> None:
-    """Print the table, draw the curves, write the page. Raises UserError if there is nothing, or a damaged file."""
+def write_report(paths: RunPaths, console: Terminal, *, before_training: Sequence[str] = ("vstar",)) -> None:
+    """Print the table, draw the curves, write the page. Raises UserError if there is nothing, or a damaged file.
+
+    `before_training` are the commands that make what the run's training reads.
+    """
     metrics = [values for _, values in read_metrics(paths.metrics)]
     if not metrics and not paths.vstar.exists():
+        # A table of V̂* is enough for a page; other objectives have something to show once they train.
+        commands = before_training if "vstar" in before_training else [*before_training, "train"]
         raise UserError(
-            f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run `python cli.py vstar` first"
+            f"{paths.root} has neither vstar.parquet nor metrics.jsonl: run "
+            f"{', '.join(f'`python cli.py {command}`' for command in commands)} first"
         )
     results = read_results(paths)
     evaluations = evaluated(results) if results else []

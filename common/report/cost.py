@@ -3,8 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.documents import read_document
 from common.grading.judge import JudgeUsage
+from common.processes import Finished
 from common.report.stage1 import Stage1
+from common.runs import RunPaths
+from common.segments.cost import drawn_tokens, recorded_cost
+from common.steps import REMEDY
+from common.training_cost import drawn_in_training, training_seconds
 
 SECONDS_AN_HOUR = 3600
 _PARTS = {
@@ -53,23 +59,50 @@ def stage1_cost(stage1: Stage1) -> Cost:
     )
 
 
+def step_level_costs(paths: RunPaths) -> list[Cost]:
+    """The costs of states, critic and advantages, as far as the run has them.
+
+    Only the states record theirs. Those of the other two are known if they were steps of `rounds`.
+    """
+    costs = []
+    if paths.segments.exists():
+        recorded = recorded_cost(paths.segments)
+        costs.append(
+            Cost(
+                stage="segments",
+                what="solutions, and completions of their states, drawn and graded by all jobs, loading included",
+                seconds=recorded.get("seconds"),
+                tokens=drawn_tokens(paths),
+                devices=recorded.get("devices"),
+            )
+        )
+    others = (
+        ("critic", paths.critic, "its training and test"),
+        ("advantages", paths.advantages, "the values of next steps"),
+    )
+    for command, made, what in others:
+        if made.exists():
+            record = paths.step(command, "json")
+            seconds = read_document(record, Finished, REMEDY).seconds if record.exists() else None
+            costs.append(
+                Cost(stage=command, what=f"{what}, loading included", seconds=seconds, tokens=0, devices=None)
+            )
+    return costs
+
+
 def stage2_cost(metrics: Sequence[dict[str, float]]) -> Cost:
     """The cost of the iterations and the evaluations between them."""
 
     def total(name: str) -> float:
         return sum(point.get(name, 0.0) for point in metrics)
 
-    steps = [point for point in metrics if "time/iteration" in point]
-    tokens = (
-        point.get("throughput/completion_tokens_per_second", 0.0) * point["time/iteration"] for point in steps
-    )
-    processes = {point.get("train/processes") for point in steps}
+    processes = {point.get("train/processes") for point in metrics if "time/iteration" in point}
     known = processes.pop() if len(processes) == 1 else None
     return Cost(
         stage="stage 2",
         what="training iterations and the evaluations between them, without loading and checkpoints",
-        seconds=total("time/iteration") + total("time/evaluate"),
-        tokens=round(sum(tokens)),
+        seconds=sum(training_seconds(metrics)),
+        tokens=drawn_in_training(metrics),
         devices=None if known is None else int(known),
         parts=[(label, seconds) for name, label in _PARTS.items() if (seconds := total(name))],
     )

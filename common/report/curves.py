@@ -18,14 +18,17 @@ Metrics = Sequence[dict[str, float]]
 
 
 def draw_training(metrics: Metrics, path: Path, suffix: str) -> None:
-    """Reward and held-out accuracy, KL, loss and completion length over the iterations, on one sheet."""
+    """Accuracy or, without rewards, entropy; KL, loss and lengths over the iterations, on one sheet."""
     from matplotlib.figure import Figure
 
     with figure_style():
         figure = Figure(figsize=(8, 5), layout="constrained")
         panels = figure.subplots(2, 2, sharex=True)
-        for axes, draw in zip(panels.flat, _panels(metrics).values(), strict=True):
+        drawings = list(_panels(metrics).values())
+        for axes, draw in zip(panels.flat, drawings, strict=False):
             draw(axes, metrics)
+        for axes in panels.flat[len(drawings) :]:
+            axes.set_axis_off()
         for axes in panels[1]:
             axes.set_xlabel("iteration")
         save(figure, path, suffix)
@@ -64,7 +67,7 @@ def _accuracy(axes: "Axes", metrics: Metrics) -> None:
 
 def _divergence(axes: "Axes", metrics: Metrics) -> None:
     _curve(axes, metrics, "kl/sequence")
-    axes.set(title="KL(π‖π_ref), nats per completion")
+    axes.set(title=f"KL(π‖π_ref), nats per {_unit(metrics)}")
 
 
 def _entropy(axes: "Axes", metrics: Metrics) -> None:
@@ -86,17 +89,20 @@ def _length(axes: "Axes", metrics: Metrics) -> None:
     from matplotlib.ticker import MaxNLocator
 
     _curve(axes, metrics, "completion/tokens_mean")
-    axes.set(title="tokens a completion", ylim=(0, None))
+    axes.set(title=f"tokens a {_unit(metrics)}", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _panels(metrics: Metrics) -> dict[str, Callable[["Axes", Metrics], None]]:
-    """The main figure of each panel, and how it is drawn; not every objective measures KL."""
+    """The main figure of each panel, and how it is drawn; not every objective measures rewards and KL."""
     logged = {name for point in metrics for name in point}
-    has_kl = "kl/sequence" in logged or "policy/entropy" not in logged
+    has_accuracy = not logged.isdisjoint({"reward/solved", "evaluate/pass_at_1"})
+    has_entropy = "policy/entropy" in logged
+    has_kl = "kl/sequence" in logged or not has_entropy
     return {
-        "reward/solved": _accuracy,
-        **({"kl/sequence": _divergence} if has_kl else {"policy/entropy": _entropy}),
+        **({"reward/solved": _accuracy} if has_accuracy else {}),
+        **({"kl/sequence": _divergence} if has_kl else {}),
+        **({"policy/entropy": _entropy} if has_entropy and not (has_accuracy and has_kl) else {}),
         **(
             {"loss/surrogate": _surrogate} if "loss/surrogate" in logged else {"loss/regression": _regression}
         ),
@@ -104,23 +110,25 @@ def _panels(metrics: Metrics) -> dict[str, Callable[["Axes", Metrics], None]]:
     }
 
 
-_WORDS = {
-    "reward/solved": "share of correct training completions",
-    "kl/sequence": "KL to the reference in nats per completion",
-    "policy/entropy": "entropy in nats per token",
-    "loss/regression": "regression loss",
-    "loss/surrogate": "surrogate loss",
-    "completion/tokens_mean": "tokens a completion",
-}
+def _unit(metrics: Metrics) -> str:
+    """What the objective trains on: completions, or without rewards the steps of solutions."""
+    has_rewards = any(name.startswith("reward/") for point in metrics for name in point)
+    return "completion" if has_rewards else "reasoning step"
 
 
 def _in_words(metrics: Metrics, name: str) -> str:
+    words = {
+        "reward/solved": "share of correct training completions",
+        "kl/sequence": f"KL to the reference in nats per {_unit(metrics)}",
+        "policy/entropy": "entropy in nats per token",
+        "loss/regression": "regression loss",
+        "loss/surrogate": "surrogate loss",
+        "completion/tokens_mean": f"tokens a {_unit(metrics)}",
+    }
     if not (points := _points(metrics, name)):
-        return f"Curve of the {_WORDS[name]}: no values."
+        return f"Curve of the {words[name]}: no values."
     (first, start), (last, end) = points[0], points[-1]
-    return (
-        f"Curve of the {_WORDS[name]}: {start:.3g} at iteration {first:g}, {end:.3g} at iteration {last:g}."
-    )
+    return f"Curve of the {words[name]}: {start:.3g} at iteration {first:g}, {end:.3g} at iteration {last:g}."
 
 
 def _points(metrics: Metrics, name: str) -> list[tuple[float, float]]:

@@ -22,7 +22,7 @@ from common.files import file_digest, write_text
 from common.grading import Outcome
 from common.provenance import ACCEPTED
 from common.report.browser import SAMPLES_SHOWN, Group, browse
-from common.report.cost import stage1_cost, stage2_cost
+from common.report.cost import stage1_cost, stage2_cost, step_level_costs
 from common.report.curves import training_pictures
 from common.report.distributions import pass_rate_picture, vstar_picture
 from common.report.evaluations import Evaluated
@@ -64,15 +64,17 @@ def write_page(
     evaluations: Sequence[Evaluated],
 ) -> Path:
     """Write report/report.html from what a run has so far: the rows of vstar.parquet, metrics, evaluations."""
-    costs = [stage2_cost(metrics)] if metrics else []
-    sections: dict[str, Any] = {}
-    if stage1 is not None:
-        costs.insert(0, stage1_cost(stage1))
-        sections = _stage1(paths, stage1)
+    costs = [
+        *([stage1_cost(stage1)] if stage1 is not None else []),
+        *step_level_costs(paths),
+        *([stage2_cost(metrics)] if metrics else []),
+    ]
+    sections = _stage1(paths, stage1) if stage1 is not None else {}
     html = render_page(
         _HERE / "page.html.jinja",
         run=paths.root.name,
         has_vstar=stage1 is not None,
+        has_advantages=paths.advantages.exists(),
         sweep=_sweep(paths, stage1) if stage1 else None,
         regrades=_regrades(paths),
         curves=training_pictures(metrics) if metrics else [],

@@ -38,8 +38,8 @@ class Sheet:
 
     def on_terminal(self) -> Table:
         """For the terminal."""
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("", no_wrap=True)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table.add_column("")
         for title in self.header:
             table.add_column(title, justify="right", overflow="fold")
         for name, cells in self.rows:

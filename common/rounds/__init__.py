@@ -51,5 +51,6 @@ def run_rounds(
             if steps.complete(plan.round(number)) and number < count:
                 write_rounds(plan)
         sheet = write_rounds(plan)
-        console.print(sheet.on_terminal())
+        if sheet.rows:
+            console.print(sheet.on_terminal())
         console.print(f"{plan.paths.rounds('html')}: the rounds side by side; rounds.md has the table")

@@ -11,21 +11,21 @@ from common.report.panels import Figures, Panel
 from common.report.plots import GREYS, LINE_STYLES
 from common.report.sheet import Sheet
 from common.rounds.plan import Plan
-from common.rounds.summary import Reached, reached, table
+from common.rounds.summary import Reached, reached, table, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REMARK = (
     "All models answer the same questions. Intervals are 95 %, by bootstrap over prompts; a gain is over the round "
-    "before. KL is in nats per completion, on the first benchmark. Tokens are those of stage 1 and of training, not "
+    "before. KL is in nats per completion, on the first benchmark. Tokens are those drawn before and in training, not "
     "those of evaluations. The time of a step is that of its process; of one that was stopped, at least what its files "
     "record."
 )
 
 
 def write_rounds(plan: Plan) -> Sheet:
-    """Write rounds.html and rounds.md into the folder of the first run; returns the table."""
+    """Write rounds.html and rounds.md into the folder of the first run; returns a short table for the terminal."""
     found = reached(plan)
     sheet = table(found)
     figures = _figures(found)
@@ -46,16 +46,16 @@ def write_rounds(plan: Plan) -> Sheet:
         settings=plan.paths.settings.read_text(encoding="utf-8"),
     )
     write_text(plan.paths.rounds("html"), html)
-    return sheet
+    return table(found, is_short=True)
 
 
 def _key_figures(found: Sequence[Reached]) -> list[tuple[str, str]]:
     rounds = found[1:]
-    accuracies = [accuracy for each in rounds if (accuracy := _accuracy(each)) is not None]
+    finished = [each for each in rounds if each.is_finished]
     hours = sum(sum(each.seconds.values()) for each in rounds) / 3600
     return [
-        ("rounds", str(len(rounds))),
-        *([("accuracy, last round", f"{accuracies[-1]:.3f}")] if accuracies else []),
+        ("rounds, finished", f"{len(finished)} of {len(rounds)}"),
+        *(_accuracy(finished[-1]) if finished else []),
         ("tokens drawn", f"{sum(each.tokens for each in rounds):,}"),
         ("hours", f"{hours:.2f}"),
     ]
@@ -67,13 +67,16 @@ def _described(plan: Plan, number: int) -> list[tuple[str, str]]:
         ("run", round.config.run),
         ("reference", round.config.model.path),
         ("seed", str(round.config.seed)),
-        ("steps", ", ".join(step.arguments[0] for step in round.steps)),
+        ("steps", ", ".join(step.name for step in round.steps)),
     ]
 
 
-def _accuracy(each: Reached) -> float | None:
-    first = next(iter(each.figures.values()), None)
-    return None if first is None else first.accuracy
+def _accuracy(each: Reached) -> list[tuple[str, str]]:
+    """The accuracy on the first benchmark; [] if nothing is evaluated."""
+    return [
+        (f"accuracy, {title_of(name)}, {each.name}", f"{figures.accuracy:.3f}")
+        for name, figures in [*each.figures.items()][:1]
+    ]
 
 
 def _figures(found: Sequence[Reached]) -> Figures | None:
@@ -119,7 +122,7 @@ def _panel(
                     [y - low for y, (low, _) in zip(ys, ends, strict=True)],
                     [high - y for y, (_, high) in zip(ys, ends, strict=True)],
                 ],
-                label=name.replace("_", "-"),
+                label=title_of(name),
                 color=GREYS[place % len(GREYS)],
                 linestyle=LINE_STYLES[place % len(LINE_STYLES)],
                 marker="o",
@@ -132,7 +135,7 @@ def _panel(
         axes.set(xlabel=xlabel, title="accuracy")
 
     words = [
-        f"{name}: " + ", ".join(f"{figures.accuracy:.3f} at {x:.3g}" for x, figures in points)
+        f"{title_of(name)}: " + ", ".join(f"{figures.accuracy:.3f} at {x:.3g}" for x, figures in points)
         for name, points in lines.items()
     ]
     return Panel(draw=draw, alt=f"Accuracy against {xlabel}. {'; '.join(words)}.")

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import RunConfig
-from common.runs import RunPaths, run_paths
+from common.evaluations import REFERENCE, TRAINED
+from common.runs import OWN, RunPaths, run_paths
 from common.seeds import derive_seed
-
-TRAINING = ("critic", "train")
-"""The commands that several processes can share."""
-OWN = "{run}"
-"""The run's own folder in a model's path."""
+from common.settings import own_models
+from common.steps import BY_SEVERAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +23,7 @@ class Step:
     name: str
     """Of its log and its record."""
     paths: RunPaths
-    """The run's."""
+    """The run's that keeps these two."""
     arguments: Sequence[str]
     processes: int = 1
 
@@ -92,35 +90,36 @@ class Plan:
         return found
 
     def _config(self, number: int) -> RunConfig:
-        model = self.config.model
+        own = str(self.paths.root.absolute())
+        paths = {key: path.replace(OWN, own) for key, path in own_models(self.config).items()}
+        model, segments = self.config.model, self.config.segments
+        if "model.path" in paths:
+            model = model.model_copy(update={"path": paths["model.path"]})
+        if "segments.completer" in paths:
+            segments = segments.model_copy(update={"completer": paths["segments.completer"]})
         if number > 1:
             before = run_paths(_name(self.config.run, number - 1)).model.absolute()
             model = model.model_copy(update={"path": str(before), "revision": None})
-        elif OWN in model.path:
-            path = model.path.replace(OWN, str(self.paths.root.absolute()))
-            model = model.model_copy(update={"path": path})
-        own = {"run": _name(self.config.run, number), "seed": _seed(self.config.seed, number), "model": model}
-        return self.config.model_copy(update=own)
+        changed = {"run": _name(self.config.run, number), "seed": _seed(self.config.seed, number)}
+        return self.config.model_copy(update={**changed, "model": model, "segments": segments})
 
     def _steps(self, number: int, paths: RunPaths) -> list[Step]:
-        """The steps of a round, in their order; the last one is the first run's."""
+        """The steps of a round, in their order."""
 
-        def step(command: str, *options: str, processes: int = 1) -> Step:
+        def step(command: str, *options: str) -> Step:
             arguments = [*_with_config(command, paths.settings), *options]
+            processes = self.processes if command in BY_SEVERAL else 1
             return Step(name=command, paths=paths, arguments=arguments, processes=processes)
 
-        steps = [step(command, processes=self._processes(command)) for command in self.inputs]
+        steps = [step(command) for command in self.inputs]
         if self.where:
             steps.append(self._filter(paths))
-        steps.append(step("train", processes=self._processes("train")))
+        steps.append(step("train"))
         if self.is_evaluated:
             # With one seed, all rounds answer the same questions, and no completion is drawn a second time.
-            steps.append(step("evaluate", "--set", f"seed={self.config.seed}", "--model", "trained"))
+            steps.append(step("evaluate", "--set", f"seed={self.config.seed}", "--model", TRAINED))
             steps.append(self._evaluation_of_all(number, paths))
         return steps
-
-    def _processes(self, command: str) -> int:
-        return self.processes if command in TRAINING else 1
 
     def _filter(self, paths: RunPaths) -> Step:
         unsolved = "--drop-unsolved" if self.config.vstar.drop_unsolved else "--no-drop-unsolved"
@@ -130,11 +129,14 @@ class Plan:
         )
 
     def _evaluation_of_all(self, number: int, paths: RunPaths) -> Step:
-        """Adds a round's model, and before the first one's the reference, to the evaluations of the first run."""
-        models = [*(["reference"] if number == 1 else []), str(paths.model.absolute())]
+        """Adds a round's model, and before the first one's the reference, to the evaluations of the first run.
+
+        Its record is the round's: a round that is done again is evaluated again.
+        """
+        models = [*([REFERENCE] if number == 1 else []), str(paths.model.absolute())]
         return Step(
-            name=f"evaluate-round{number}",
-            paths=self.paths,
+            name="evaluate-all",
+            paths=paths,
             arguments=[
                 *_with_config("evaluate", self.paths.settings),
                 *(part for model in models for part in ("--model", model)),

@@ -1,7 +1,7 @@
 """The steps of a run of rounds, each a command of the command line in a process of its own.
 
 A step is done if its record is there, which is written right after it. If that was prevented, the step is repeated:
-every command continues, or finds that nothing is left to do.
+a command continues, or finds that nothing is left to do, or begins anew if its files do not know its cost.
 """
 
 import json
@@ -20,12 +20,14 @@ from common.errors import UserError
 from common.files import atomic_path, write_text
 from common.model.files import model_identity, reference_model
 from common.processes import Execute, Finished, program
-from common.provenance import read_provenance
+from common.provenance import differences, read_provenance
 from common.rounds.plan import Plan, Round, Step
+from common.segments.cost import recorded_cost
 from common.settings import Loader, as_document, flat, shown
+from common.steps import REMEDY, remove_checkpoints, remove_result
 from common.terminal.console import Terminal
+from common.training_cost import training_seconds
 
-REMEDY = "remove it: the step is then repeated"
 MAY_CHANGE = (
     *("engine.", "grader.workers", "grader.max_concurrent", "grader.timeout_seconds", "grader.memory_gib"),
     *("train.tokens_per_micro_batch", "train.gradient_checkpointing", "train.offload_reference"),
@@ -95,14 +97,15 @@ class Steps:
                     f"round {round.number}, {step.name}: {error}; mend the cause, and start the same command again: it "
                     "repeats nothing that is done"
                 ) from error
-        # They continue a training, and this one has ended; a large model's take most of the disk.
-        shutil.rmtree(round.paths.checkpoints, ignore_errors=True)
+        remove_checkpoints(round.paths)
         return bool(missing)
 
     def _begin(self, round: Round) -> None:
         """Write a round's config and pointer. Raises UserError if its reference is no longer the one it began with."""
         folder = reference_model(round.config)
         identity = model_identity(folder, self.plan.paths.known_weights)
+        if round.number == 1:
+            self._refuse_other_vstar(folder, identity)
         has_begun = round.paths.pointer.exists()
         if has_begun and self._pointer(round).reference.identity != identity:
             raise UserError(
@@ -118,6 +121,17 @@ class Steps:
         if not has_begun:
             reference = KnownModel(path=round.config.model.path, identity=identity)
             write_text(round.paths.pointer, self._placed(round, reference).model_dump_json(indent=2) + "\n")
+
+    def _refuse_other_vstar(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Raise UserError if the first run has a table of another model, beside which it could not evaluate."""
+        table = self.plan.paths.vstar
+        if not self.plan.is_evaluated or not table.is_file():
+            return
+        if lines := differences(identity, read_provenance(table).identity["model"]):
+            raise UserError(
+                f"{table} is of another model than {folder}, which the rounds are to start at: "
+                f"{'; '.join(lines.values())}; remove that file, or choose another --run"
+            )
 
     def _placed(self, round: Round, reference: KnownModel) -> Pointer:
         is_first = round.number == 1
@@ -136,6 +150,7 @@ class Steps:
         return read_document(round.paths.pointer, Pointer, remedy)
 
     def _do(self, step: Step) -> None:
+        remove_result(step.name, step.paths)
         arguments = [*program(step.processes), *step.arguments]
         cost = self.execute(arguments, step.paths.step(step.name, "log"), {})
         if step.name == "evaluate":
@@ -154,9 +169,10 @@ def _recorded_seconds(step: Step) -> float:
     """The seconds that a step's own files know of: of one that was stopped, its last process does not know them all."""
     if step.name == "vstar":
         return read_provenance(step.paths.vstar).context.get("cost", {}).get("seconds") or 0.0
+    if step.name == "segments":
+        return recorded_cost(step.paths.segments).get("seconds") or 0.0
     if step.name == "train":
-        lines = [values for _, values in read_metrics(step.paths.metrics)]
-        return sum(line.get(key, 0.0) for line in lines for key in ("time/iteration", "time/evaluate"))
+        return sum(training_seconds([values for _, values in read_metrics(step.paths.metrics)]))
     return 0.0
 
 

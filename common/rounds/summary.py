@@ -9,19 +9,21 @@ import polars as pl
 
 from common.config import HELD_OUT
 from common.documents import read_metrics
-from common.evaluations import Figures, Results, read_results
+from common.evaluations import REFERENCE, TRAINED, Figures, Results, read_results
 from common.report.page import duration
 from common.report.sheet import Cell, Sheet
 from common.rounds.plan import Plan, Round
 from common.rounds.steps import cost_of
 from common.runs import RunPaths
+from common.segments.cost import drawn_tokens
 from common.segments.files import ADVANTAGES_TABLE
-from common.store import sample_files
+from common.store import stored_tokens
+from common.training_cost import drawn_in_training
 from common.vstar_file import scan_vstar
 
-REFERENCE, TRAINED = "reference", "trained"
-"""The names by which `evaluate` knows the models of a run."""
 UNKNOWN = "–"
+INTERVAL = ", 95 %"
+"""The end of the names of rows with intervals."""
 Interval = tuple[float, float]
 
 
@@ -48,6 +50,8 @@ class Reached:
     """A round's figures; what it has not reached yet is missing."""
 
     name: str
+    is_finished: bool
+    """Whether all its steps are done."""
     figures: Mapping[str, Figures]
     """By benchmark, from the evaluation of all rounds: their KL is to the first reference."""
     gains: Mapping[str, Gain]
@@ -70,6 +74,7 @@ def reached(plan: Plan) -> list[Reached]:
     found = [
         Reached(
             name=REFERENCE,
+            is_finished=True,
             figures=_figures_of(results, lambda model: model == REFERENCE),
             gains={},
             own_kl=None,
@@ -85,16 +90,20 @@ def reached(plan: Plan) -> list[Reached]:
 
 
 def _reached(plan: Plan, round: Round, results: Results) -> Reached:
+    is_finished = all(cost_of(step) is not None for step in round.steps)
+    if not is_finished:  # what the evaluation of all has of this round is of one that was removed
+        results = Results(results=[])
     own = _figures_of(read_results(round.paths) or Results(results=[]), lambda model: model == TRAINED)
     stage1 = _stage1(round.paths) if "vstar" in plan.inputs else None
     return Reached(
         name=f"round {round.number}",
+        is_finished=is_finished,
         figures=_figures_of(results, lambda model: _is_of(model, round)),
         gains=_gains(plan, round, results),
         own_kl=_kl(own),
         stage1=stage1,
         prompts=stage1.kept if stage1 else _prompts_of_states(round.paths),
-        tokens=_tokens(round.paths, is_drawn_in_training="advantages" not in plan.inputs),
+        tokens=_tokens(round.paths, draws_states="segments" in plan.inputs),
         seconds=_seconds(round),
     )
 
@@ -119,17 +128,20 @@ def _figures_of(results: Results, is_meant: Callable[[str], bool]) -> dict[str, 
 
 
 def _gains(plan: Plan, round: Round, results: Results) -> dict[str, Gain]:
-    """The paired comparisons with the round before; `evaluate` lists a pair in the order in which they were drawn."""
+    """The paired comparisons with the round before; a pair is in the order in which its models were evaluated last."""
     before = None if round.number == 1 else plan.round(round.number - 1)
 
     def is_before(model: str) -> bool:
         return model == REFERENCE if before is None else _is_of(model, before)
 
-    return {
-        each.benchmark: Gain(value=each.difference, interval=each.interval_95)
-        for each in results.comparisons
-        if is_before(each.first) and _is_of(each.second, round)
-    }
+    found = {}
+    for each in results.comparisons:
+        low, high = each.interval_95
+        if is_before(each.first) and _is_of(each.second, round):
+            found[each.benchmark] = Gain(value=each.difference, interval=(low, high))
+        elif is_before(each.second) and _is_of(each.first, round):
+            found[each.benchmark] = Gain(value=-each.difference, interval=(-high, -low))
+    return found
 
 
 def _kl(figures: Mapping[str, Figures]) -> float | None:
@@ -156,32 +168,28 @@ def _prompts_of_states(paths: RunPaths) -> int | None:
     return rows.filter("keep")["prompt_id"].n_unique()
 
 
-def _tokens(paths: RunPaths, *, is_drawn_in_training: bool) -> int:
-    stored = [file for store in (paths.samples, paths.continuations) for file in sample_files(store)]
-    drawn = sum(int(pl.read_parquet(file, columns=["completion_tokens"]).sum().item()) for file in stored)
-    if not is_drawn_in_training:
-        return drawn
-    lines = [values for _, values in read_metrics(paths.metrics)]
-    rate, seconds = "throughput/completion_tokens_per_second", "time/iteration"
-    return drawn + int(sum(line.get(rate, 0.0) * line.get(seconds, 0.0) for line in lines) + 0.5)
+def _tokens(paths: RunPaths, *, draws_states: bool) -> int:
+    before = drawn_tokens(paths) if draws_states else stored_tokens(paths.samples)
+    return before + drawn_in_training([values for _, values in read_metrics(paths.metrics)])
 
 
-def table(found: Sequence[Reached]) -> Sheet:
-    """One column for each round, one row for each figure that any of them has."""
+def table(found: Sequence[Reached], *, is_short: bool = False) -> Sheet:
+    """One column for each round, one row for each figure that any of them has.
+
+    A short one, for a terminal, has accuracy and KL alone, without intervals.
+    """
     benchmarks = list(dict.fromkeys(name for each in found for name in each.figures))
-    steps = list(dict.fromkeys(name for each in found for name in each.seconds))
     rows: dict[str, Callable[[Reached], str]] = {}
     for name in benchmarks:
         rows |= _of_benchmark(name)
     rows |= {
         "KL to the first reference": lambda each: _number(_kl(each.figures)),
         "KL to the round's own reference": lambda each: _number(each.own_kl),
-        "pass rate in stage 1": lambda each: _number(each.stage1.pass_rate if each.stage1 else None),
-        "mean V̂* in stage 1": lambda each: _number(each.stage1.vstar if each.stage1 else None),
-        "prompts trained on": _prompts,
-        "tokens drawn": lambda each: f"{each.tokens:,}" if each.tokens else UNKNOWN,
-        **{f"time: {name}": _time(name) for name in steps},
     }
+    if is_short:
+        rows = {name: of for name, of in rows.items() if not name.endswith(INTERVAL)}
+    else:
+        rows |= _of_work(list(dict.fromkeys(name for each in found for name in each.seconds)))
     cells = {name: [Cell(text=of(each)) for each in found] for name, of in rows.items()}
     return Sheet(
         title="The rounds side by side",
@@ -190,8 +198,24 @@ def table(found: Sequence[Reached]) -> Sheet:
     )
 
 
+def _of_work(steps: Sequence[str]) -> dict[str, Callable[[Reached], str]]:
+    """The rows about what a round trained on, and what it took."""
+    return {
+        "pass rate in stage 1": lambda each: _number(each.stage1.pass_rate if each.stage1 else None),
+        "mean V̂* in stage 1": lambda each: _number(each.stage1.vstar if each.stage1 else None),
+        "prompts trained on": _prompts,
+        "tokens drawn": lambda each: f"{each.tokens:,}" if each.tokens else UNKNOWN,
+        **{f"time: {name}": _time(name) for name in steps},
+    }
+
+
+def title_of(benchmark: str) -> str:
+    """A benchmark's name for people."""
+    return "held-out" if benchmark == HELD_OUT else benchmark
+
+
 def _of_benchmark(name: str) -> dict[str, Callable[[Reached], str]]:
-    title = "held-out" if name == HELD_OUT else name
+    title = title_of(name)
 
     def of(figure: Callable[[Figures], str]) -> Callable[[Reached], str]:
         return lambda each: figure(each.figures[name]) if name in each.figures else UNKNOWN
@@ -201,11 +225,11 @@ def _of_benchmark(name: str) -> dict[str, Callable[[Reached], str]]:
 
     return {
         f"{title}: pass@1": of(lambda figures: _number(figures.pass_at_1)),
-        f"{title}: pass@1, 95 %": of(lambda figures: _interval(figures.pass_at_1_interval_95)),
+        f"{title}: pass@1{INTERVAL}": of(lambda figures: _interval(figures.pass_at_1_interval_95)),
         f"{title}: greedy": of(lambda figures: _number(figures.greedy_accuracy)),
-        f"{title}: greedy, 95 %": of(lambda figures: _interval(figures.greedy_accuracy_interval_95)),
+        f"{title}: greedy{INTERVAL}": of(lambda figures: _interval(figures.greedy_accuracy_interval_95)),
         f"{title}: gain": gained(lambda gain: f"{gain.value:+.3f}"),
-        f"{title}: gain, 95 %": gained(lambda gain: _interval(gain.interval, sign="+")),
+        f"{title}: gain{INTERVAL}": gained(lambda gain: _interval(gain.interval, sign="+")),
     }
 
 

@@ -20,6 +20,7 @@ SYMBOLS = {
     "vstar.num_samples": "N",
     "vstar.beta1": "β₁",
     "train.objective.beta2": "β₂",
+    "train.objective.beta": "β",
     "train.objective.group_size": "completions per prompt",
 }
 """How a key is written on an axis."""
@@ -28,17 +29,18 @@ OfPoint = Callable[[Record, Point], float | None]
 
 
 def study_figures(summary: Summary) -> list[Figures]:
-    """All figures that the records allow."""
+    """All figures that the records allow: panels without a value are left out, and figures without a panel."""
     if not summary.arms:
         return []
     loose = [arm for arm in summary.arms if arm.grid is None]
     methods = loose if len(loose) > 1 else summary.arms
     keys = dict.fromkeys(arm.key for arm in summary.arms if arm.key is not None)
-    return [
+    figures = [
         _trade_offs(summary, methods),
         _curves(summary, methods),
         *(_effect(summary, key) for key in keys),
     ]
+    return [figure for figure in figures if figure.panels]
 
 
 def _style(place: int) -> dict[str, Any]:
@@ -63,7 +65,11 @@ def _accuracy(summary: Summary) -> Column:
 
 def _trade_offs(summary: Summary, arms: Sequence[Arm]) -> Figures:
     """The paper's Figure 2: accuracy against time, memory and KL."""
-    panels = [_against(summary, arms, column) for column in (summary.time, MEMORY, KL)]
+    panels = [
+        panel
+        for column in (summary.time, MEMORY, KL)
+        if (panel := _against(summary, arms, column)) is not None
+    ]
     return Figures(
         name="trade-offs",
         title="Accuracy against time, memory and KL",
@@ -73,14 +79,19 @@ def _trade_offs(summary: Summary, arms: Sequence[Arm]) -> Figures:
     )
 
 
-def _against(summary: Summary, arms: Sequence[Arm], column: Column) -> Panel:
+def _against(summary: Summary, arms: Sequence[Arm], column: Column) -> Panel | None:
     accuracy = _accuracy(summary)
-    points = [(arm, summary.mean(arm, column.of), summary.mean(arm, accuracy.of)) for arm in arms]
+    points = [
+        (place, arm, across, up)
+        for place, arm in enumerate(arms)
+        if (across := summary.mean(arm, column.of)) is not None
+        and (up := summary.mean(arm, accuracy.of)) is not None
+    ]
+    if not points:
+        return None
 
     def draw(axes: "Axes") -> None:
-        for place, (arm, across, up) in enumerate(points):
-            if across is None or up is None:
-                continue
+        for place, arm, across, up in points:
             axes.errorbar(
                 across.value,
                 up.value,
@@ -91,11 +102,7 @@ def _against(summary: Summary, arms: Sequence[Arm], column: Column) -> Panel:
             )
         axes.set(xlabel=column.title, title=f"held-out {accuracy.title}")
 
-    words = [
-        f"{arm.name} {up.text(3)} at {across.text(column.digits)}"
-        for arm, across, up in points
-        if across is not None and up is not None
-    ]
+    words = [f"{arm.name} {up.text(3)} at {across.text(column.digits)}" for _, arm, across, up in points]
     return Panel(draw=draw, alt=f"{accuracy.title} against {column.title}: {'; '.join(words)}.")
 
 
@@ -110,18 +117,13 @@ def _curves(summary: Summary, arms: Sequence[Arm]) -> Figures:
         is_logged = any(each.kl is not None for each in record.curve)
         return 0.0 if is_logged and point.iteration == 0 else point.kl
 
+    def accuracy(record: Record, point: Point) -> float | None:
+        return point.accuracy
+
     panels = [
-        _course(
-            summary, arms, f"time, {unit}", time, lambda record, point: point.accuracy, "held-out pass@1"
-        ),
-        _course(
-            summary,
-            arms,
-            "KL(π‖π_ref) in training",
-            kl,
-            lambda record, point: point.accuracy,
-            "held-out pass@1",
-        ),
+        panel
+        for xlabel, across in ((f"time, {unit}", time), ("KL(π‖π_ref) in training", kl))
+        if (panel := _course(summary, arms, xlabel, across, accuracy, "held-out pass@1")) is not None
     ]
     return Figures(
         name="curves",
@@ -135,17 +137,18 @@ def _curves(summary: Summary, arms: Sequence[Arm]) -> Figures:
 
 def _course(
     summary: Summary, arms: Sequence[Arm], xlabel: str, across: OfPoint, up: OfPoint, title: str
-) -> Panel:
-    """One figure of training's evaluations against another."""
+) -> Panel | None:
+    """One figure of training's evaluations against another; None if no arm has both."""
     lines = [
-        (place, arm, _mean_course(list(summary.of_arm(arm).values()), across, up))
+        (place, arm, points)
         for place, arm in enumerate(arms)
+        if (points := _mean_course(list(summary.of_arm(arm).values()), across, up))
     ]
+    if not lines:
+        return None
 
     def draw(axes: "Axes") -> None:
         for place, arm, points in lines:
-            if not points:
-                continue
             xs = [x for x, _ in points]
             axes.plot(xs, [mean.value for _, mean in points], label=arm.name, **_style(place))
             if all(mean.half is not None for _, mean in points):
@@ -157,9 +160,8 @@ def _course(
     words = [
         f"{arm.name} {points[0][1].value:.3g} at {points[0][0]:.3g}, {points[-1][1].value:.3g} at {points[-1][0]:.3g}"
         for _, arm, points in lines
-        if points
     ]
-    return Panel(draw=draw, alt=f"{title} against {xlabel}: {'; '.join(words) or 'no values'}.")
+    return Panel(draw=draw, alt=f"{title} against {xlabel}: {'; '.join(words)}.")
 
 
 def _mean_course(records: Sequence[Record], across: OfPoint, up: OfPoint) -> list[tuple[float, Mean]]:
@@ -200,11 +202,11 @@ def _effect(summary: Summary, key: str) -> Figures:
         title=f"The effect of {symbol}",
         caption="In the form of the paper's Figures 3 to 5. Loss and reward: means since the evaluation before. Bars: "
         "95 % intervals over seeds. Dashed: arms without this key.",
-        panels=panels,
+        panels=[panel for panel in panels if panel is not None],
     )
 
 
-def _by_value(summary: Summary, arms: Sequence[Arm], column: Column, symbol: str) -> Panel:
+def _by_value(summary: Summary, arms: Sequence[Arm], column: Column, symbol: str) -> Panel | None:
     """A figure by the key's value, one line for each grid; other arms that are in no grid are level lines."""
     values = list(dict.fromkeys(shown(arm.value) for arm in arms))
     grids = dict.fromkeys(arm.grid for arm in arms)
@@ -217,6 +219,8 @@ def _by_value(summary: Summary, arms: Sequence[Arm], column: Column, symbol: str
         ]
         for grid in grids
     }
+    if not any(found.values()):
+        return None
 
     def draw(axes: "Axes") -> None:
         for place, (grid, points) in enumerate(found.items()):

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import polars as pl
 from pydantic import BaseModel
 
+from common.processes import Finished
 from common.provenance import read_provenance
 from common.runs import RunPaths
-from common.segments.files import SEGMENTS_TABLE
+from common.segments.cost import drawn_tokens, recorded_cost
 from common.settings import as_toml
-from common.store import sample_files
 from common.study.plan import AdvantagesTable, Plan, VstarTable
 from common.vstar_file import scan_vstar
 
@@ -22,11 +22,15 @@ class Cost(BaseModel):
     seconds: float
     sampling_seconds: float = 0.0
     """The part that grows with the number of samples, if runs share some of them: the rest is starting and loading."""
+    cpu_seconds: float | None = None
+    """Processor time; None if it is not known, since an earlier process did a part of the step."""
     peak_gib: float
 
-    def of(self, part: float) -> float:
-        """The seconds that a part of the samples would have taken."""
-        return self.seconds - self.sampling_seconds * (1 - part)
+    def of(self, part: float) -> "Cost":
+        """The cost that a part of the samples would have had; processor time is taken as spread evenly over time."""
+        seconds = self.seconds - self.sampling_seconds * (1 - part)
+        cpu_seconds = None if self.cpu_seconds is None else self.cpu_seconds * seconds / self.seconds
+        return Cost(seconds=seconds, cpu_seconds=cpu_seconds, peak_gib=self.peak_gib)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +47,8 @@ class InputStep:
     values: Sequence[str] = ()
     """Settings besides the arm's."""
     options: Sequence[str] = ()
-    may_share: bool = False
-    """Whether several processes can do it together."""
+    starts_over: bool = False
+    """Whether it begins anew if its cost is not recorded: its files do not know how long an earlier process took."""
 
     @property
     def name(self) -> str:
@@ -61,6 +65,20 @@ class InputStep:
         """What shows that it is done."""
         return self.kept or self.made
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws samples, of which it draws the missing ones alone."""
+        return self.command in ("vstar", "segments")
+
+    def recorded(self) -> dict[str, Any]:
+        """The cost of its samples, as what it made has it."""
+        if self.command == "segments":
+            return recorded_cost(self.made)
+        if self.command == "vstar":
+            cost: dict[str, Any] = read_provenance(self.result).context.get("cost", {})
+            return cost
+        return {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
@@ -75,7 +93,12 @@ class Inputs:
     """The tokens that were sampled for it."""
 
 
-NOTHING = Inputs(options=(), steps=(), cost=lambda cost_of: Cost(seconds=0.0, peak_gib=0.0), tokens=lambda: 0)
+NOTHING = Inputs(
+    options=(),
+    steps=(),
+    cost=lambda cost_of: Cost(seconds=0.0, cpu_seconds=0.0, peak_gib=0.0),
+    tokens=lambda: 0,
+)
 
 
 def inputs_of(
@@ -86,7 +109,7 @@ def inputs_of(
         case VstarTable():
             return _vstar(table, plan.largest(table), paths_of(table.samples))
         case AdvantagesTable():
-            return _advantages(table, paths_of(table.states), paths_of(table.values))
+            return _advantages(table, plan.widest(table), paths_of(table.states), paths_of(table.values))
         case None:
             return NOTHING
 
@@ -108,9 +131,7 @@ def _vstar(table: VstarTable, largest: VstarTable, paths: RunPaths) -> Inputs:
         )
 
     def cost(cost_of: Callable[[InputStep], Cost]) -> Cost:
-        drawn = cost_of(step(largest))
-        part = table.num_samples / largest.num_samples
-        return Cost(seconds=drawn.of(part), peak_gib=drawn.peak_gib)
+        return cost_of(step(largest)).of(table.num_samples / largest.num_samples)
 
     def tokens() -> int:
         parts = scan_vstar(_kept(paths, table.name), ["completion_tokens"])
@@ -124,40 +145,43 @@ def _vstar(table: VstarTable, largest: VstarTable, paths: RunPaths) -> Inputs:
     )
 
 
-def _advantages(table: AdvantagesTable, states: RunPaths, values: RunPaths) -> Inputs:
+def _advantages(
+    table: AdvantagesTable, widest: AdvantagesTable, states: RunPaths, values: RunPaths
+) -> Inputs:
+    """The widest table is made first, with the critic's values; the others are computed from it, next to free."""
     given = ["--segments", str(states.segments.absolute())]
-    steps = [InputStep(command="segments", paths=states, made=states.segments)]
-    if table.has_critic:
-        steps.append(
-            InputStep(command="critic", paths=values, made=values.critic, options=given, may_share=True)
-        )
-    steps.append(
-        InputStep(
+
+    def step(each: AdvantagesTable) -> InputStep:
+        return InputStep(
             command="advantages",
             paths=values,
             made=values.advantages,
-            kept=_kept(values, table.name),
+            kept=_kept(values, each.name),
+            values=[f"advantages.min_gap={as_toml(each.min_gap)}"],
             options=given,
+            starts_over=each == widest,
         )
-    )
+
+    charged = [InputStep(command="segments", paths=states, made=states.segments)]
+    if table.has_critic:
+        charged.append(
+            InputStep(command="critic", paths=values, made=values.critic, options=given, starts_over=True)
+        )
+    charged.append(step(widest))
 
     def cost(cost_of: Callable[[InputStep], Cost]) -> Cost:
-        costs = [cost_of(step) for step in steps]
+        costs = [cost_of(each) for each in charged]
         return Cost(
-            seconds=sum(each.seconds for each in costs), peak_gib=max(each.peak_gib for each in costs)
+            seconds=sum(each.seconds for each in costs),
+            cpu_seconds=total([each.cpu_seconds for each in costs]),
+            peak_gib=max(each.peak_gib for each in costs),
         )
 
-    def tokens() -> int:
-        solutions = pl.scan_parquet(sample_files(states.samples)).select(pl.col("completion_tokens").sum())
-        identity = SEGMENTS_TABLE.provenance(states.segments).identity
-        # If the completer is the reference, the completions of a prompt itself are solutions.
-        first = 1 if identity["segments"]["completer"] == identity["model"] else 0
-        parts = SEGMENTS_TABLE.scan(states.segments, ["step", "completion_tokens"])
-        drawn = (part.filter(pl.col("step") >= first)["completion_tokens"].list.sum().sum() for part in parts)
-        return int(solutions.collect().item()) + sum(map(int, drawn))
-
     return Inputs(
-        options=["--advantages", str(_kept(values, table.name))], steps=steps, cost=cost, tokens=tokens
+        options=["--advantages", str(_kept(values, table.name))],
+        steps=[*charged, *([step(table)] if table != widest else [])],
+        cost=cost,
+        tokens=lambda: drawn_tokens(states),
     )
 
 
@@ -165,13 +189,20 @@ def _kept(paths: RunPaths, name: str) -> Path:
     return (paths.root / "tables" / f"{name}.parquet").absolute()
 
 
-def drawn_cost(file: Path, seconds: float, peak_gib: float) -> Cost:
-    """The cost of a process that drew the samples of a vstar.parquet, which may know of earlier processes."""
-    recorded = read_provenance(file).context.get("cost", {})
+def total(seconds: Sequence[float | None]) -> float | None:
+    """The sum; None if one of them is not known."""
+    known = [each for each in seconds if each is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def cost_of_step(step: InputStep, last: Finished, *, is_continued: bool) -> Cost:
+    """The cost of a step from its last process; `is_continued`: there were samples before that."""
+    recorded = step.recorded()
     # Of a job that was stopped, only its samples know how long they took.
     drawn = recorded.get("seconds") or 0.0
     return Cost(
-        seconds=max(seconds, drawn),
+        seconds=max(last.seconds, drawn),
         sampling_seconds=drawn - recorded.get("loading_seconds", 0.0),
-        peak_gib=peak_gib,
+        cpu_seconds=None if is_continued else last.cpu_seconds,
+        peak_gib=last.peak_gib,
     )

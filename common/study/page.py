@@ -16,11 +16,14 @@ BUSY = 1.5
 REMARK = (
     "Means over seeds ± half the width of Student's 95 % interval; a single seed has none. Time is wall clock: "
     "stage 1 (if the arm needs it), loading, iterations, checkpoints and export, without evaluations and the base"
-    " model. Of a stage 1 that arms share, each is charged loading, and of sampling the part of its N in the "
-    "largest N. Memory is the peak of the training process: the GPU's, or without one the resident set. KL is in "
-    "nats per completion, from the evaluation's samples. The accuracy at a time, and the time to an accuracy, lie"
-    " on lines between the evaluations during training, which sample; all of set-up counts as before the first "
-    "iteration."
+    " model. Stage 1 makes the table that training reads: V̂*, or for direct_advantage states, critic and "
+    "advantages. Of samples for V̂* that arms share, each is charged loading, and of sampling the part of its N in "
+    "the largest N; of states, critic and advantages that arms share, each is charged the whole. Processor time is "
+    "that of stage 1 and of the training process, here with its evaluations. Sampled tokens are those drawn in "
+    "stage 1 and in training. Memory is the peak of the training process: the GPU's, or without one the resident "
+    "set. KL is in nats per completion, from the evaluation's samples. Curves are of evaluations during training, "
+    "of which direct_advantage has none. The accuracy at a time, and the time to an accuracy, lie on lines between "
+    "these evaluations, which sample; all of set-up counts as before the first iteration."
 )
 
 

@@ -14,7 +14,8 @@ from common.config import RunConfig, Seed, read_config
 from common.errors import UserError
 from common.runs import RUN_NAME, is_run_name
 from common.section import Section
-from common.settings import Loader, as_toml, flat, shown
+from common.segments.config import CRITIC_TRAIN_KEYS
+from common.settings import Loader, as_toml, flat, own_models, shown
 
 OF_THE_STUDY = {
     "run": "the study names its runs",
@@ -103,6 +104,7 @@ class AdvantagesTable:
     values: str
     """The run whose folder holds the critic; the same if there is none."""
     has_critic: bool
+    min_gap: float
     name: str
 
 
@@ -169,6 +171,15 @@ class Plan:
             if isinstance(run.table, VstarTable) and run.table.samples == table.samples
         ]
         return max(others, key=lambda other: other.num_samples)
+
+    def widest(self, table: AdvantagesTable) -> AdvantagesTable:
+        """The table with the most states to train on, of those with its values: it is made first."""
+        others = [
+            run.table
+            for run in self.runs
+            if isinstance(run.table, AdvantagesTable) and run.table.values == table.values
+        ]
+        return min(others, key=lambda other: other.min_gap)
 
 
 def read_plan(path: Path, load: Loader) -> Plan:
@@ -246,7 +257,7 @@ def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
         config=loaded,
         digest=_digest(document),
         reference=f"reference-seed{seed}-{_digest(evaluated)[:8]}",
-        base=f"base-seed{seed}" if "{run}" in loaded.model.path else None,
+        base=f"base-seed{seed}" if own_models(loaded) else None,
         table=_table(loaded, document, inputs),
     )
 
@@ -262,8 +273,6 @@ def _table(
 ) -> VstarTable | AdvantagesTable | None:
     """The table that training reads, which the commands `inputs` make."""
 
-    settings = {key: value for key, value in document["train"].items() if key != "objective"}
-
     def shared(name: str, **others: Any) -> str:
         return f"{name}-seed{config.seed}-{_digest({key: document[key] for key in _SAMPLES} | others)[:8]}"
 
@@ -278,11 +287,13 @@ def _table(
         own = {"segments": document["segments"]}
         states = shared("states", **own)
         has_critic = "critic" in inputs
-        critic = shared("critic", **own, critic=document["critic"], train=settings)
+        train = {key: document["train"].get(key) for key in sorted(CRITIC_TRAIN_KEYS)}
+        critic = shared("critic", **own, critic=document["critic"], train=train)
         return AdvantagesTable(
             states=states,
             values=critic if has_critic else states,
             has_critic=has_critic,
+            min_gap=config.advantages.min_gap,
             name=f"advantages-{_digest(document['advantages'])[:8]}",
         )
     return None

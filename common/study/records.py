@@ -13,16 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 from common.documents import read_document, read_metrics
 from common.errors import UserError
-from common.evaluations import Figures, read_results
+from common.evaluations import TRAINED, Figures, read_results
 from common.files import write_text
 from common.provenance import context
 from common.runs import RunPaths
 from common.settings import shown
-from common.study.inputs import Cost
-from common.study.plan import AdvantagesTable, Plan, Run
-
-TRAINED, REFERENCE = "trained", "reference"
-"""The names by which `evaluate` knows the models."""
+from common.study.inputs import Cost, total
+from common.study.plan import Plan, Run
+from common.training_cost import drawn_in_training, training_seconds
 
 
 class Document(BaseModel):
@@ -48,7 +46,7 @@ class Seconds(Document):
     """A run's time by phase, in wall-clock seconds; the base model is not in it."""
 
     stage1: float
-    """This run's share of drawing the shared samples; 0 if it needs none."""
+    """This run's share of making what its training reads; 0 if it needs nothing."""
     setup: float
     """The training process outside its iterations and evaluations: loading, checkpoints, export."""
     training: float
@@ -93,7 +91,10 @@ class Record(Document):
     iterations: int
     seconds: Seconds
     cpu_seconds: float | None
-    """Processor time of the training process, evaluations included; None if an earlier process did a part of it."""
+    """Processor time of this run's share of stage 1 and of the training process, evaluations included.
+
+    None if an earlier process did a part of it.
+    """
     peak_gib: float
     """Of the training process: of the GPU's memory, or without one of the resident set."""
     stage1_peak_gib: float | None
@@ -101,7 +102,7 @@ class Record(Document):
     completion_tokens: float
     """The mean length of training's completions."""
     sampled_tokens: float
-    """All completion tokens that stage 1 and training drew, evaluations left out."""
+    """All completion tokens that were drawn for what training reads and in training, evaluations left out."""
     conditions: Conditions
 
     def time(self, point: Point) -> float:
@@ -177,20 +178,6 @@ def read_figures(paths: RunPaths, model: str) -> dict[str, Figures]:
     }
 
 
-def training_seconds(lines: Sequence[Mapping[str, float]]) -> tuple[float, float]:
-    """The seconds of iterations and of evaluations in these lines of metrics.jsonl."""
-    return (
-        sum(line.get("time/iteration", 0.0) for line in lines),
-        sum(line.get("time/evaluate", 0.0) for line in lines),
-    )
-
-
-def sampled_tokens(lines: Sequence[Mapping[str, float]]) -> int:
-    """The completion tokens that were drawn in these lines of metrics.jsonl."""
-    rate = "throughput/completion_tokens_per_second"
-    return round(sum(line[rate] * line["time/iteration"] for line in lines if rate in line))
-
-
 def training_curve(lines: Sequence[Mapping[str, float]]) -> list[Point]:
     """A point for each evaluation in these lines of metrics.jsonl."""
     points = []
@@ -232,7 +219,8 @@ def make_record(
     """The record of a run whose steps are all done.
 
     `reference` is its reference model's figures, `stage1` the cost of what its training reads and `stage1_tokens` the
-    tokens sampled for that, `setup` the seconds of the training process outside iterations and evaluations.
+    tokens sampled for that; `setup` are the training process's seconds outside iterations and evaluations, and
+    `cpu_seconds` its processor time.
     """
     lines = [values for _, values in read_metrics(paths.metrics)]
     training, evaluating = training_seconds(lines)
@@ -248,11 +236,10 @@ def make_record(
         seconds=Seconds(
             stage1=stage1.seconds if stage1 else 0.0, setup=setup, training=training, evaluating=evaluating
         ),
-        cpu_seconds=cpu_seconds,
+        cpu_seconds=total([cpu_seconds, stage1.cpu_seconds if stage1 else 0.0]),
         peak_gib=max(line.get("memory/peak_gib", 0.0) for line in lines),
         stage1_peak_gib=stage1.peak_gib if stage1 and conditions.gpu is None else None,
-        sampled_tokens=stage1_tokens
-        + (0 if isinstance(run.table, AdvantagesTable) else sampled_tokens(lines)),
+        sampled_tokens=stage1_tokens + drawn_in_training(lines),
         completion_tokens=_mean(
             [line["completion/tokens_mean"] for line in lines if "completion/tokens_mean" in line]
         )

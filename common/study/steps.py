@@ -13,25 +13,18 @@ from pydantic import BaseModel
 
 from common.documents import read_document, read_metrics
 from common.errors import UserError
+from common.evaluations import REFERENCE, TRAINED
 from common.files import atomic_path, write_text
 from common.processes import Execute, Finished, program
-from common.runs import RunPaths
-from common.study.inputs import Cost, Inputs, InputStep, drawn_cost, inputs_of
+from common.runs import OWN, RunPaths
+from common.settings import as_toml, own_models
+from common.steps import BY_SEVERAL, REMEDY, remove_checkpoints, remove_result
+from common.store import sample_files
+from common.study.inputs import Cost, Inputs, InputStep, cost_of_step, inputs_of
 from common.study.plan import Plan, Run
-from common.study.records import (
-    REFERENCE,
-    TRAINED,
-    Conditions,
-    Record,
-    conditions,
-    make_record,
-    read_figures,
-    training_seconds,
-    write_record,
-)
+from common.study.records import Conditions, Record, conditions, make_record, read_figures, write_record
 from common.terminal.console import Terminal
-
-REMEDY = "remove it: the step is then repeated"
+from common.training_cost import training_seconds
 
 
 class StepFailed(UserError):
@@ -91,8 +84,7 @@ class Steps:
             conditions=trained.conditions,
         )
         write_record(self.results, run, record)
-        # They continue a training, and this one has ended; a large model's take most of the disk.
-        shutil.rmtree(paths.checkpoints, ignore_errors=True)
+        remove_checkpoints(paths)
         return record
 
     def missing(self, run: Run) -> list[str]:
@@ -125,16 +117,14 @@ class Steps:
 
     def _make(self, step: InputStep, run: Run) -> None:
         """Do a step, keep a copy of its result and its cost."""
-        processes = self.plan.processes if step.may_share else 1
-        finished = self._command(
-            step.command, step.paths.root.name, run, step.values, options=step.options, processes=processes
-        )
+        is_continued = step.draws and bool(sample_files(step.paths.samples))
+        if step.starts_over:
+            remove_result(step.command, step.paths)
+        last = self._command(step.command, step.paths.root.name, run, step.values, options=step.options)
         if step.kept is not None:
             with atomic_path(step.kept) as temporary:
                 shutil.copyfile(step.made, temporary)
-        cost = Cost(seconds=finished.seconds, peak_gib=finished.peak_gib)
-        if step.command == "vstar":
-            cost = drawn_cost(step.result, finished.seconds, finished.peak_gib)
+        cost = cost_of_step(step, last, is_continued=is_continued)
         write_text(self._cost(step.name), cost.model_dump_json())
 
     def _train(self, run: Run) -> None:
@@ -142,8 +132,7 @@ class Steps:
         if paths.trained_with.exists():
             shutil.rmtree(paths.root)  # it ended, and its cost was not written
         before = [line for line, _ in read_metrics(paths.metrics)]
-        options, processes = self._inputs(run).options, self.plan.processes
-        cost = self._command("train", run.name, run, options=options, processes=processes)
+        cost = self._command("train", run.name, run, options=self._inputs(run).options)
         after = read_metrics(paths.metrics)
         # The lines of iterations that an earlier process did are kept as they are.
         kept = next(
@@ -166,12 +155,11 @@ class Steps:
         values: Sequence[str] = (),
         *,
         options: Sequence[str] = (),
-        processes: int = 1,
     ) -> Finished:
-        model = [] if run.base is None else [f"model.path={self._paths(run.base).base_model.absolute()}"]
-        overrides = [*run.arm.overrides(run.seed), *(model if command != "base-model" else []), *values]
+        models = self._models(run) if command != "base-model" else []
+        overrides = [*run.arm.overrides(run.seed), *models, *values]
         arguments = [
-            *program(processes),
+            *program(self.plan.processes if command in BY_SEVERAL else 1),
             *(command, "--config", str(self.plan.config), "--run", name),
             *(part for override in overrides for part in ("--set", override)),
             *options,
@@ -182,6 +170,13 @@ class Steps:
             return self.execute(arguments, log, environment)
         except UserError as error:
             raise StepFailed(str(error)) from error
+
+    def _models(self, run: Run) -> list[str]:
+        """The settings by which models of a run's own folder are those of the base run."""
+        if run.base is None:
+            return []
+        base = str(self._paths(run.base).root.absolute())
+        return [f"{key}={as_toml(path.replace(OWN, base))}" for key, path in own_models(run.config).items()]
 
     def _cost_of(self, step: InputStep) -> Cost:
         return read_document(self._cost(step.name), Cost, REMEDY)
