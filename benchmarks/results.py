@@ -6,15 +6,16 @@ The records are those of `python cli.py compare configs/studies/S.toml --results
 results.md.jinja beside this file; all its tables, figures and numbers come from the records.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import RunConfig
 from common.files import atomic_path, write_text
-from common.study.figures import Figures, study_figures
+from common.report.panels import Figures
+from common.study.figures import study_figures
 from common.study.plan import Arm, read_plan
-from common.study.records import Record, finished
+from common.study.records import finished
 from common.study.summary import Column, Mean, Summary
 from stage2_train.config import load_config
 
@@ -70,15 +71,6 @@ class Study:
 
     def mean(self, arm: str, title: str) -> Mean | None:
         return self.summary.mean(self._arm(arm), self._column(title).of)
-
-    def ratio(self, arm: str, base: str, of: Callable[[Record], float]) -> float:
-        """The geometric mean over seeds of an arm's figure over another's."""
-        ours, theirs = (self.summary.values(self._arm(name), of) for name in (arm, base))
-        product = 1.0
-        seeds = [seed for seed in ours if seed in theirs]
-        for seed in seeds:
-            product *= ours[seed] / theirs[seed]
-        return product ** (1 / len(seeds))
 
     def figure(self, name: str) -> str:
         """A figure of the study, as an image."""

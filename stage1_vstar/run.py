@@ -39,8 +39,8 @@ from common.store import SampleStore, set_aside_damaged
 from common.terminal.console import Terminal
 from common.vstar_file import estimator_of, read_vstar, write_vstar
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Rule
-from stage1_vstar.engine_check import SMALL_MODEL, check_engine
 from stage1_vstar.adaptive_drawing import draw_adaptively, recorded_rule
+from stage1_vstar.engine_check import SMALL_MODEL, check_engine
 from stage1_vstar.table import UNSOLVED, vstar_rows
 
 EXCERPT = 300
