@@ -329,7 +329,9 @@ def tiny_gpt2(folder: Path, *, context: int) -> tuple[Any, list[SampleRequest]]:
     tokenizer.save_pretrained(folder / "gpt2")
     numbers = random.Random(0)
     prompts = [tuple(numbers.choices(range(20, 40), k=10)) for _ in range(4)]
-    engine = new_engine(tiny_config(folder, folder / "gpt2"), folder / "gpt2", "transformers", max_num_seqs=16)
+    engine = new_engine(
+        tiny_config(folder, folder / "gpt2"), folder / "gpt2", "transformers", max_num_seqs=16
+    )
     return engine, [SampleRequest(key=key, prompt_token_ids=ids, seed=key) for key, ids in enumerate(prompts)]
 
 
