@@ -1,5 +1,6 @@
 """`segments`: the choice of solutions, states, their completions and the table; restarts; bad input."""
 
+import gc
 import io
 import json
 import re
@@ -19,9 +20,11 @@ from common.segments.files import SEGMENTS_TABLE, standard_error
 from common.segments.split import StepCutter
 from common.store import SampleStore, sample_files
 from common.terminal.console import Terminal
+from stage1_vstar.merge import merge_runs
+from stage1_vstar.regrade import run_regrade
 from stage1_vstar.run import run_stage1
 from stage1_vstar.segments.rows import rows_of
-from stage1_vstar.segments.run import run_segments
+from stage1_vstar.segments.run import States, run_segments
 from stage1_vstar.segments.states import Sample, choose, states_of
 from stage2_train.config import Config
 from tests.conftest import RunCli, save_tiny_model
@@ -175,8 +178,8 @@ def run(config: Config, **options: Any) -> tuple[str, list[tuple[str, int, int]]
     return printed.getvalue(), [each for engine in engines.built for each in engine.drawn]
 
 
-def table() -> pl.DataFrame:
-    return SEGMENTS_TABLE.read(run_paths("test").segments)[0]
+def table(name: str = "test") -> pl.DataFrame:
+    return SEGMENTS_TABLE.read(run_paths(name).segments)[0]
 
 
 def test_the_table_is_made_of_solutions_and_completions_that_are_kept(
@@ -229,16 +232,29 @@ def test_other_choices_use_what_is_there(settings: Callable[..., Config]) -> Non
     assert {name for name, _, _ in drawn}.isdisjoint(before)
 
 
-def test_memory_holds_some_prompts_at_a_time(
+def test_memory_holds_some_prompts_at_a_time_in_four_bytes_per_token(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(settings())
     whole = table()
+    held: list[int] = []
+    read = States._of
+
+    def counted(states: States, prompts: Sequence[Prompt]) -> Any:
+        held.append(sum(type(each) is Sample for each in gc.get_objects()))
+        part = read(states, prompts)
+        assert len(part) == 2
+        assert all(each.token_ids.itemsize == 4 for of_prompt in part for each in of_prompt.solutions)
+        return part
+
     monkeypatch.setattr("stage1_vstar.segments.run.PROMPTS_AT_A_TIME", 2)
+    monkeypatch.setattr(States, "_of", counted)
     run_paths("test").segments.unlink()
     _, drawn = run(settings())
     assert drawn == []
     assert table().equals(whole)
+    assert len(held) == 2 * 3
+    assert set(held) == {0}, "a part is let go of before the next one is read"
 
 
 def test_another_model_completes_from_the_prompt_too(settings: Callable[..., Config], tmp_path: Path) -> None:
@@ -441,6 +457,62 @@ def test_rewards_outside_of_0_and_1_are_refused(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=r"rewards from 2.0 to 2.0, .*: scale the rewards to 0 to 1"):
         run(settings({"grader": {"name": "twice:reward"}}))
+
+
+def test_regrade_has_another_grader_judge_solutions_and_completions_of_states(
+    settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one reads the tokens, which `segments` keeps; those of a completion begin with the state's."""
+    (tmp_path / "by_length.py").write_text(
+        "def reward(completions, completion_ids):\n    return [len(ids) / 100 for ids in completion_ids]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run(settings())
+    config = settings({"grader": {"name": "by_length:reward"}})
+    with pytest.raises(UserError, match=r"grade them again with `python cli\.py regrade`"):
+        run(config)
+    printed = io.StringIO()
+    run_regrade(config, Terminal(file=printed, width=200))
+    assert "completions of states are graded by by_length:reward" in printed.getvalue()
+    _, drawn = run(config)
+    assert drawn == []
+    for row in table().iter_rows(named=True):
+        lengths = [len(row["prefix_token_ids"]) + after for after in row["completion_tokens"]]
+        assert row["rewards"] == [length / 100 for length in lengths]
+    printed = io.StringIO()
+    run_regrade(config, Terminal(file=printed, width=200))
+    assert "completions to grade" not in printed.getvalue()
+
+
+def test_merge_joins_solutions_and_completions_of_states(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    run(settings())
+    write_questions(tmp_path / "data.jsonl", 3)
+    run(settings({"run": "some"}))
+    write_questions(tmp_path / "data.jsonl")
+    printed = io.StringIO()
+    for _ in range(2):
+        merge_runs(["some", "test"], "joined", Terminal(file=printed, width=200))
+    _, drawn = run(settings({"run": "joined"}))
+    assert drawn == []
+    assert table("joined").equals(table())
+    states = table().filter(~pl.col("is_terminal") & (pl.col("step") > 0)).height
+    assert f"{4 * states} completions of {states} states; `python cli.py segments" in printed.getvalue()
+
+
+def test_completions_of_states_that_do_not_belong_together_are_refused_before_anything_is_written(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    save_tiny_model(other, seed=1)
+    run(settings())
+    run(settings({"run": "by-another"}, completer=str(other)))
+    with pytest.raises(
+        UserError, match=r"continuations/part-.* does not belong to this run: model\.weights is"
+    ):
+        merge_runs(["test", "by-another"], "joined", Terminal(file=io.StringIO()))
+    assert not run_paths("joined").samples.exists()
 
 
 @pytest.mark.parametrize(
