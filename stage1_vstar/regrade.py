@@ -13,9 +13,9 @@ from common.config import RunConfig
 from common.contract import Contract, Unique
 from common.errors import UserError
 from common.files import write_text
-from common.grading import fingerprint
+from common.grading import GraderConfig, fingerprint
 from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
-from common.runs import RunPaths, exclusive_run, run_paths
+from common.runs import exclusive_run, run_paths
 from common.sampling.regrading import grade_missing
 from common.store import SampleStore, sample_files, set_aside_damaged
 from common.terminal.console import Terminal
@@ -80,8 +80,9 @@ class Summary:
 def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) -> None:
     """Grade every cached completion with the config's grader, and compare with the grades of vstar.parquet.
 
-    Text is never rewritten and nothing is generated. The new table, the changed prompts and a summary appear in
-    artifacts/<run>/regraded/<grader>/; the old table stays. A re-run continues. Raises UserError.
+    Completions of states are graded too, for `segments`. Text is never rewritten and nothing is generated. The new
+    table, the changed prompts and a summary appear in artifacts/<run>/regraded/<grader>/; the old table stays. A re-run
+    continues. Raises UserError.
     """
     notices = Terminal(stderr=True) if as_json else console
     paths = run_paths(config.run)
@@ -89,12 +90,13 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
     if not sample_files(paths.samples):
         raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
     with exclusive_run(paths, "vstar"):
-        for line in set_aside_damaged(paths.samples):
-            notices.print(f"{line}; `vstar` draws its samples again")
-        store = open_store(paths, grader)
-        if ungraded := store.ungraded_count():
-            notices.print(f"{ungraded:,} completions to grade by {grader}")
-            grade_missing(store, config.grader, notices)
+        store = graded_store(paths.samples, "vstar", config.grader, notices)
+        if sample_files(paths.continuations):
+            graded_store(paths.continuations, "segments", config.grader, notices)
+            notices.print(
+                f"completions of states are graded by {grader} too; `python cli.py segments` with this grader makes "
+                f"{paths.segments} of them"
+            )
         if not paths.vstar.exists():
             notices.print(
                 f"graded by {grader}; there is no {paths.vstar} to compare with: run `python cli.py vstar`"
@@ -124,15 +126,24 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         show(summary, changes, regraded.root, console)
 
 
-def open_store(paths: RunPaths, grader: str) -> SampleStore:
-    """The run's store as this grader sees it. The rest of its samples' identity does not affect their text."""
-    if not (files := sample_files(paths.samples)):
-        raise UserError(
-            f"no whole file is left in {paths.samples}; draw the samples again: `python cli.py vstar`"
-        )
+def graded_store(folder: Path, job: str, grader: GraderConfig, notices: Terminal) -> SampleStore:
+    """The samples of a folder, all graded by this grader; `job` is the command that draws them."""
+    for line in set_aside_damaged(folder):
+        notices.print(f"{line}; `{job}` draws its samples again")
+    store = open_store(folder, job, fingerprint(grader))
+    if ungraded := store.ungraded_count():
+        notices.print(f"{ungraded:,} completions to grade by {fingerprint(grader)}")
+        grade_missing(store, grader, notices)
+    return store
+
+
+def open_store(folder: Path, job: str, grader: str) -> SampleStore:
+    """The store as this grader sees it. The rest of its samples' identity does not affect their text."""
+    if not (files := sample_files(folder)):
+        raise UserError(f"no whole file is left in {folder}; draw the samples again: `python cli.py {job}`")
     found = read_provenance(files[0])
     ours = replace(found, identity={**found.identity, "grader": grader})
-    return SampleStore(paths.samples, ours, Allowance([name for name in ours.identity if name != "grader"]))
+    return SampleStore(folder, ours, Allowance([name for name in ours.identity if name != "grader"]))
 
 
 def regraded_provenance(provenance: Provenance, grader: str) -> Provenance:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from common.config import SamplingParams
 from common.data.rendering import PromptRenderer
+from common.demo.base_model import build_tokenizer
 from common.engines import RolloutEngine, build_engine
 from common.errors import UserError
 from common.rollout import Completion, SampleRequest
@@ -268,6 +269,70 @@ def test_a_completion_goes_on_from_its_prefix_to_the_same_limit(
     for key, completion in sample(engine, given, greedy).items():
         assert completion.token_ids == whole[key].token_ids
         assert (completion.text, completion.truncated) == (whole[key].text, whole[key].truncated)
+
+
+def test_prefixes_of_any_length_fit_into_a_context_for_prompt_and_limit(tmp_path: Path) -> None:
+    """GPT-2 has no position beyond its context, where a long prefix beside a short one would lead."""
+    engine, batch = tiny_gpt2(tmp_path, context=40)
+    greedy = GREEDY.model_copy(update={"max_completion_tokens": 30})
+    whole = tokens(sample(engine, batch, greedy))
+    assert {len(token_ids) for token_ids in whole.values()} == {30}, "it never ends by itself"
+    given = [
+        replace(request, key=(request.key, length), prefix=whole[request.key][:length])
+        for request in batch
+        for length in (0, 25, 1, 29, 14)
+    ]
+    found = sample(engine, given, greedy)
+    assert {request.key: found[request.key].token_ids for request in given} == {
+        (request.key, length): whole[request.key] for request in batch for length in (0, 25, 1, 29, 14)
+    }
+
+
+def test_a_batch_ends_once_each_row_is_at_its_own_limit(tmp_path: Path) -> None:
+    engine, batch = tiny_gpt2(tmp_path, context=128)
+    greedy = GREEDY.model_copy(update={"max_completion_tokens": 30})
+    first, last = sample(engine, batch[:1], greedy)[0].token_ids, batch[1]
+    engine._renderer.eos_token_ids = first[:1]
+    at_limit = replace(last, prefix=tuple(token for token in range(30, 60) if token != first[0])[:29])
+    steps = 0
+
+    def counted(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        nonlocal steps
+        steps += 1
+
+    with engine._model.register_forward_pre_hook(counted):
+        found = sample(engine, [batch[0], at_limit], greedy)
+    assert [len(found[request.key].token_ids) for request in batch[:2]] == [1, 30]
+    assert steps == 1
+
+
+def tiny_gpt2(folder: Path, *, context: int) -> tuple[Any, list[SampleRequest]]:
+    """An engine with a GPT-2, and requests of 10 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = build_tokenizer()
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer),
+                n_positions=context,
+                n_embd=16,
+                n_layer=1,
+                n_head=2,
+                bos_token_id=None,
+                **ids,
+            )
+        )
+    model.save_pretrained(folder / "gpt2")
+    tokenizer.save_pretrained(folder / "gpt2")
+    numbers = random.Random(0)
+    prompts = [tuple(numbers.choices(range(20, 40), k=10)) for _ in range(4)]
+    engine = new_engine(
+        tiny_config(folder, folder / "gpt2"), folder / "gpt2", "transformers", max_num_seqs=16
+    )
+    return engine, [SampleRequest(key=key, prompt_token_ids=ids, seed=key) for key, ids in enumerate(prompts)]
 
 
 def test_a_stop_string_may_begin_in_the_prefix(engine: RolloutEngine, folder: Path, config: Config) -> None:

@@ -1,7 +1,10 @@
 """`segments`: the choice of solutions, states, their completions and the table; restarts; bad input."""
 
+import gc
 import io
 import json
+import re
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,18 @@ import polars as pl
 import pytest
 
 from common.errors import UserError
+from common.provenance import ACCEPTED, Provenance, read_provenance
 from common.rollout import Prompt
 from common.runs import run_paths
 from common.segments.files import SEGMENTS_TABLE, standard_error
 from common.segments.split import StepCutter
+from common.store import SampleStore, sample_files
 from common.terminal.console import Terminal
+from stage1_vstar.merge import merge_runs
+from stage1_vstar.regrade import run_regrade
 from stage1_vstar.run import run_stage1
 from stage1_vstar.segments.rows import rows_of
-from stage1_vstar.segments.run import run_segments
+from stage1_vstar.segments.run import States, run_segments
 from stage1_vstar.segments.states import Sample, choose, states_of
 from stage2_train.config import Config
 from tests.conftest import RunCli, save_tiny_model
@@ -33,14 +40,14 @@ def decode(token_ids: Sequence[int]) -> str:
 
 
 CUTTER = StepCutter([";"], decode)
-PROMPT = Prompt(id="p", text="q", answer="1", token_ids=[5, 6], token_hash="h")  # type: ignore[arg-type]
+PROMPT = Prompt(id="p", text="q", answer="1", token_ids=array("i", [5, 6]), token_hash="h")
 
 
 def sample(text: str, index: int = 0, *, reward: float = 0.0, outcome: str | None = None) -> Sample:
     """A completion that ends with END; correct if its reward is 1."""
     outcome = outcome or ("correct" if reward == 1 else "wrong")
     ends = () if outcome == "truncated" else (END,)
-    return Sample(index=index, token_ids=(*map(ord, text), *ends), outcome=outcome, reward=reward)
+    return Sample(index=index, token_ids=array("i", [*map(ord, text), *ends]), outcome=outcome, reward=reward)
 
 
 def chosen(samples: Sequence[Sample], count: int) -> list[int]:
@@ -90,7 +97,7 @@ def test_a_state_that_solutions_share_is_there_once() -> None:
         ("a;b;d", 3, [1], True),
     ]
     assert len({state.id for state in states}) == 6
-    assert states[1].as_prompt().prefix == (ord("a"), ord(";"))
+    assert states[1].as_prompt().prefix == array("i", map(ord, "a;"))
 
 
 def test_a_solution_that_ends_with_a_separator_has_a_state_from_which_it_only_ends() -> None:
@@ -171,8 +178,8 @@ def run(config: Config, **options: Any) -> tuple[str, list[tuple[str, int, int]]
     return printed.getvalue(), [each for engine in engines.built for each in engine.drawn]
 
 
-def table() -> pl.DataFrame:
-    return SEGMENTS_TABLE.read(run_paths("test").segments)[0]
+def table(name: str = "test") -> pl.DataFrame:
+    return SEGMENTS_TABLE.read(run_paths(name).segments)[0]
 
 
 def test_the_table_is_made_of_solutions_and_completions_that_are_kept(
@@ -225,16 +232,29 @@ def test_other_choices_use_what_is_there(settings: Callable[..., Config]) -> Non
     assert {name for name, _, _ in drawn}.isdisjoint(before)
 
 
-def test_memory_holds_some_prompts_at_a_time(
+def test_memory_holds_some_prompts_at_a_time_in_four_bytes_per_token(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(settings())
     whole = table()
+    held: list[int] = []
+    read = States._of
+
+    def counted(states: States, prompts: Sequence[Prompt]) -> Any:
+        held.append(sum(type(each) is Sample for each in gc.get_objects()))
+        part = read(states, prompts)
+        assert len(part) == 2
+        assert all(each.token_ids.itemsize == 4 for of_prompt in part for each in of_prompt.solutions)
+        return part
+
     monkeypatch.setattr("stage1_vstar.segments.run.PROMPTS_AT_A_TIME", 2)
+    monkeypatch.setattr(States, "_of", counted)
     run_paths("test").segments.unlink()
     _, drawn = run(settings())
     assert drawn == []
     assert table().equals(whole)
+    assert len(held) == 2 * 3
+    assert set(held) == {0}, "a part is let go of before the next one is read"
 
 
 def test_another_model_completes_from_the_prompt_too(settings: Callable[..., Config], tmp_path: Path) -> None:
@@ -264,6 +284,130 @@ def test_a_completer_with_another_tokenizer_is_refused(
     assert not run_paths("test").samples.exists()
 
 
+def test_a_completer_is_checked_like_the_reference_before_anything_is_drawn(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    short, damaged = tmp_path / "short", tmp_path / "damaged"
+    save_tiny_model(short, seed=1, context=16)
+    save_tiny_model(damaged, seed=1)
+    (damaged / "model.safetensors").write_bytes(b"cut off")
+    for folder, message in (
+        (short, r"the longest prompt of \[data\].*context of 16"),
+        (damaged, "safetensors"),
+    ):
+        with pytest.raises(UserError, match=rf"^segments\.completer: .*{message}"):
+            run(settings(completer=str(folder)))
+    assert not run_paths("test").samples.exists()
+
+
+def test_a_completer_may_be_in_the_folder_of_the_run(settings: Callable[..., Config]) -> None:
+    save_tiny_model(run_paths("test").root / "other", seed=1)
+    run(settings(completer="{run}/other"))
+    assert table().filter(pl.col("step") == 0)["num_completions"].to_list() == [4] * 6
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_table_of_other_prompts_is_written_again_though_nothing_is_missing(
+    settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Fewer prompts; or more, after a kill between their last sample and the write."""
+    config = settings()
+    run(config)
+    write_questions(tmp_path / "data.jsonl", rows)
+    with monkeypatch.context() as killed:
+        killed.setattr("stage1_vstar.segments.run._write", lambda *_: None)
+        run(config)
+    output, drawn = run(config)
+    assert drawn == []
+    assert "nothing to do" not in output
+    assert table()["prompt_id"].n_unique() == rows
+    assert "nothing to do" in run(config)[0]
+
+
+def test_a_damaged_table_is_written_again(settings: Callable[..., Config]) -> None:
+    run(settings())
+    whole = table()
+    run_paths("test").segments.write_bytes(b"PAR1 and then")
+    output, drawn = run(settings())
+    assert drawn == []
+    assert "is not a readable Parquet file" in output
+    assert table().equals(whole)
+
+
+def test_an_imported_table_is_not_replaced(settings: Callable[..., Config]) -> None:
+    path = run_paths("test").segments
+    run(settings())
+    rows, provenance = SEGMENTS_TABLE.read(path)
+    origin = {"imported": "labels.jsonl", "sha256": "0" * 64, "separators": ["\n"]}
+    imported = Provenance(identity={**provenance.identity, "segments": origin}, context={})
+    SEGMENTS_TABLE.write(rows, imported, path)
+    before = path.read_bytes()
+    with pytest.raises(
+        UserError, match=r"was imported \(from labels\.jsonl\); choose another --run, or remove"
+    ):
+        run(settings(completions=6))
+    assert path.read_bytes() == before
+
+
+def rewrite_samples(folder: Path, **values: Any) -> None:
+    """Put these values into every stored sample."""
+    for file in sample_files(folder):
+        provenance, rows = read_provenance(file), pl.read_parquet(file).to_dicts()
+        file.unlink()
+        SampleStore(folder, provenance).append([{**row, **values} for row in rows])
+
+
+def test_an_accepted_difference_of_prompts_is_recorded_in_new_samples_and_in_the_table(
+    settings: Callable[..., Config],
+) -> None:
+    run(settings())
+    paths = run_paths("test")
+    stores = (paths.samples, paths.continuations)
+    for folder in stores:
+        rewrite_samples(folder, prompt_token_hash="other")
+    with pytest.raises(UserError, match=r"prompt\.tokens differ for 6 prompts"):
+        run(settings(solutions=9, completions=5))
+    old = {file for folder in stores for file in sample_files(folder)}
+    run(settings(solutions=9, completions=5), allow_mismatch=["prompt.tokens"])
+    new = {file for folder in stores for file in sample_files(folder)} - old
+    assert {file.parent for file in new} == set(stores)
+    for file in (*new, paths.segments):
+        of_prompts, *of_states = read_provenance(file).context[ACCEPTED]
+        assert of_prompts.startswith("prompt.tokens differ for 6 prompts"), file
+        assert len(of_states) == (file.parent != paths.samples)
+
+
+def test_an_accepted_difference_stays_accepted(settings: Callable[..., Config]) -> None:
+    run(settings())
+    with pytest.raises(UserError, match="seed is 0 there and 1 here"):
+        run(settings({"seed": 1}))
+    run(settings({"seed": 1}), allow_mismatch=["seed"])
+    assert "nothing to do" in run(settings({"seed": 1}))[0]
+
+
+def test_what_is_drawn_and_counted_are_states_in_parts(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, _ = run(settings())
+    states = table().filter(~pl.col("is_terminal") & (pl.col("step") > 0)).height
+    assert "6/6 prompts, 48/48 samples" in output
+    assert f"{states}/{states} states, {4 * states}/{4 * states} samples" in output
+    monkeypatch.setattr("stage1_vstar.segments.run.PROMPTS_AT_A_TIME", 4)
+    output, _ = run(settings(completions=5))
+    found = [int(each) for each in re.findall(r"(\d+)/\1 states \(part [12] of 2\), \1/\1 samples", output)]
+    assert len(found) == 2
+    assert sum(found) == states
+    assert f"{found[0]} states (part 1 of 2): {found[0]} samples to draw; loading the model" in output
+
+
+def test_one_sided_prompts_are_counted_over_all_drawn_solutions(settings: Callable[..., Config]) -> None:
+    output, _ = run(settings(chosen=1))
+    drawn = pl.concat(map(pl.read_parquet, sample_files(run_paths("test").samples)))
+    one_sided = drawn.group_by("prompt_id").agg(pl.col("outcome").n_unique() == 1)["outcome"].sum()
+    said = re.search(r"(\d) of 6 prompts have only correct or only wrong solutions", output)
+    assert (int(said[1]) if said else 0) == one_sided < 6
+
+
 def test_a_split_that_cuts_nothing_is_said(settings: Callable[..., Config]) -> None:
     output, _ = run(settings(split="line"))
     solutions = table()["is_terminal"].sum()
@@ -272,12 +416,29 @@ def test_a_split_that_cuts_nothing_is_said(settings: Callable[..., Config]) -> N
     )
 
 
-def test_samples_without_tokens_are_refused(settings: Callable[..., Config]) -> None:
+def test_samples_without_tokens_are_refused(settings: Callable[..., Config], tmp_path: Path) -> None:
     config = settings({"vstar": {"num_samples": 8}})
     run_stage1(config, Terminal(file=io.StringIO()), check=False, build_engine=SteppingEngines().build)
+    before = sample_files(run_paths("test").samples)
     with pytest.raises(UserError, match=r"samples without their tokens, which `vstar` does not keep"):
-        run(config)
+        run(settings(solutions=9))
+    assert sample_files(run_paths("test").samples) == before, "it is found before anything is drawn"
     assert not run_paths("test").segments.exists()
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Another question?", "answer": "1"}))
+    run(settings(solutions=9))
+    assert table()["prompt"].unique().to_list() == ["Another question?"]
+
+
+def test_stored_rewards_outside_of_0_and_1_are_found_before_anything_is_drawn(
+    settings: Callable[..., Config],
+) -> None:
+    run(settings())
+    samples = run_paths("test").samples
+    rewrite_samples(samples, reward=-1.0)
+    before = sample_files(samples)
+    with pytest.raises(UserError, match=r"rewards from -1.0 to -1.0, .*: scale the rewards to 0 to 1"):
+        run(settings(solutions=9))
+    assert sample_files(samples) == before
 
 
 def test_vstar_uses_the_solutions(settings: Callable[..., Config]) -> None:
@@ -298,6 +459,62 @@ def test_rewards_outside_of_0_and_1_are_refused(
         run(settings({"grader": {"name": "twice:reward"}}))
 
 
+def test_regrade_has_another_grader_judge_solutions_and_completions_of_states(
+    settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one reads the tokens, which `segments` keeps; those of a completion begin with the state's."""
+    (tmp_path / "by_length.py").write_text(
+        "def reward(completions, completion_ids):\n    return [len(ids) / 100 for ids in completion_ids]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run(settings())
+    config = settings({"grader": {"name": "by_length:reward"}})
+    with pytest.raises(UserError, match=r"grade them again with `python cli\.py regrade`"):
+        run(config)
+    printed = io.StringIO()
+    run_regrade(config, Terminal(file=printed, width=200))
+    assert "completions of states are graded by by_length:reward" in printed.getvalue()
+    _, drawn = run(config)
+    assert drawn == []
+    for row in table().iter_rows(named=True):
+        lengths = [len(row["prefix_token_ids"]) + after for after in row["completion_tokens"]]
+        assert row["rewards"] == [length / 100 for length in lengths]
+    printed = io.StringIO()
+    run_regrade(config, Terminal(file=printed, width=200))
+    assert "completions to grade" not in printed.getvalue()
+
+
+def test_merge_joins_solutions_and_completions_of_states(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    run(settings())
+    write_questions(tmp_path / "data.jsonl", 3)
+    run(settings({"run": "some"}))
+    write_questions(tmp_path / "data.jsonl")
+    printed = io.StringIO()
+    for _ in range(2):
+        merge_runs(["some", "test"], "joined", Terminal(file=printed, width=200))
+    _, drawn = run(settings({"run": "joined"}))
+    assert drawn == []
+    assert table("joined").equals(table())
+    states = table().filter(~pl.col("is_terminal") & (pl.col("step") > 0)).height
+    assert f"{4 * states} completions of {states} states; `python cli.py segments" in printed.getvalue()
+
+
+def test_completions_of_states_that_do_not_belong_together_are_refused_before_anything_is_written(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    save_tiny_model(other, seed=1)
+    run(settings())
+    run(settings({"run": "by-another"}, completer=str(other)))
+    with pytest.raises(
+        UserError, match=r"continuations/part-.* does not belong to this run: model\.weights is"
+    ):
+        merge_runs(["test", "by-another"], "joined", Terminal(file=io.StringIO()))
+    assert not run_paths("joined").samples.exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -305,7 +522,7 @@ def test_rewards_outside_of_0_and_1_are_refused(
         ("segments.split=words", "should be one of line, paragraph, sentence"),
         ("segments.split=[]", "split should have a text that ends a step"),
         ("segments.completions=1", "segments.completions"),
-        ("segments.completer=nowhere/at/all", "there is no model at nowhere/at/all"),
+        ("segments.completer=nowhere/at/all", "segments.completer: there is no model at nowhere/at/all"),
     ],
 )
 def test_a_wrong_setting_is_one_line(
@@ -320,6 +537,7 @@ def test_a_wrong_setting_is_one_line(
     config.write_text(
         f'run = "test"\nmodel = {{ path = "{tiny_model}", dtype = "float32" }}\ngrader = {{ name = "gsm8k" }}\n'
         f'data = {{ path = "{tmp_path / "data.jsonl"}", template = "line" }}\n'
+        "sampling = { max_completion_tokens = 12 }\n"
     )
     settings()
     result = run_cli("segments", "--config", str(config), "--set", setting, warm=True)

@@ -149,6 +149,17 @@ def test_a_step_ends_with_the_first_token_after_which_the_text_holds_a_separator
     assert cut(tokens, rule) == steps
 
 
+@pytest.mark.parametrize("name", ["the demo's", "with byte fallback"])
+@pytest.mark.parametrize("separator", ["。", "🙂", "é\n"])
+def test_a_separator_of_several_tokens_each_a_part_of_a_character_is_found(name: str, separator: str) -> None:
+    encode, decode = TOKENISERS[name]()
+    assert len(encode(separator)) > 1
+    token_ids = encode(f"x = 1{separator}数 = 2{separator}{separator}end")
+    ends = [0, *StepCutter([separator], decode).ends(token_ids), len(token_ids)]
+    steps = [decode(token_ids[:end])[len(decode(token_ids[:start])) :] for start, end in pairwise(ends)]
+    assert steps == [f"x = 1{separator}", f"数 = 2{separator}", separator, "end"]
+
+
 PIECES = [
     *(
         "x",

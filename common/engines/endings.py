@@ -6,10 +6,10 @@ from common.config import SamplingParams
 from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.rollout import Completion, SampleRequest
+from common.token_texts import TokenTexts
 
 SPARE = 4
 """Tokens to decode besides those of a stop string: its first character may begin in an earlier token."""
-PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class StopStrings:
@@ -18,23 +18,15 @@ class StopStrings:
     def __init__(self, texts: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
         self._texts = texts
         self._decode = decode
-        self._last_characters = {text[-1] for text in texts} | {PART_OF_A_CHARACTER}
+        self._tokens = TokenTexts(texts, decode)
         self._window = max((len(text.encode()) for text in texts), default=0) + SPARE
-        self._shown: dict[int, str] = {}
 
     def __bool__(self) -> bool:
         return bool(self._texts)
 
     def may_complete(self, token: int) -> bool:
         """Whether the token can be the last of a stop string: only after such a token is the text searched."""
-        return not self._last_characters.isdisjoint(self._text_of(token))
-
-    def _text_of(self, token: int) -> str:
-        """Twice that of a token: at the beginning of a text some lose a space."""
-        known = self._shown.get(token)
-        if known is None:
-            known = self._shown[token] = self._decode([token, token])
-        return known
+        return self._tokens.may_complete(token)
 
     def end(self, token_ids: Sequence[int]) -> bool:
         """Whether the last token of a completion has completed a stop string."""
@@ -50,7 +42,7 @@ class StopStrings:
         start, rest = len(token_ids), self._window
         while start and rest:
             start -= 1
-            rest -= bool(self._text_of(token_ids[start]))
+            rest -= bool(self._tokens.of(token_ids[start]))
         return token_ids[start:]
 
     def before(self, text: str) -> str | None:

@@ -1,7 +1,6 @@
 """A rollout engine that calls transformers' `generate`: slower than vLLM, for machines and models without it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +16,9 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from common.config import RunConfig, SamplingParams
 from common.data.rendering import PromptRenderer
-from common.engines.endings import Endings, StopStrings
+from common.engines.endings import Endings
 from common.model.checkpoint_names import CheckpointNames
+from common.model.files import model_numbers
 from common.model.pretrained import load_causal_lm
 from common.rollout import Completion, SampleRequest
 
@@ -31,6 +31,7 @@ class TransformersEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._renderer = renderer
         self._batch_size = config.engine.max_num_seqs
+        self._context = model_numbers(folder).get("max_position_embeddings")
         model: Any = load_causal_lm(folder, config.model.dtype)
         self._names = CheckpointNames(model)
         self._model = model.to(self._device).eval()
@@ -39,9 +40,25 @@ class TransformersEngine:
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
         """Sample a batch at a time; yields its completions once the longest has ended."""
-        waiting = iter(requests)
-        while batch := list(islice(waiting, self._batch_size)):
+        for batch in self._batches(requests, sampling.max_completion_tokens):
             yield from self._generate_batch(batch, sampling)
+
+    def _batches(self, requests: Iterable[SampleRequest], limit: int) -> Iterator[list[SampleRequest]]:
+        """Requests that follow each other, as many as may run together."""
+        batch: list[SampleRequest] = []
+        for request in requests:
+            if len(batch) == self._batch_size or (batch and not self._fits([*batch, request], limit)):
+                yield batch
+                batch = []
+            batch.append(request)
+        if batch:
+            yield batch
+
+    def _fits(self, batch: Sequence[SampleRequest], limit: int) -> bool:
+        """Whether the model's context is long enough for a batch: every row runs as far as the shortest prefix asks."""
+        given = max(len(request.prompt_token_ids) + len(request.prefix) for request in batch)
+        steps = limit - min(len(request.prefix) for request in batch)
+        return self._context is None or given + steps <= self._context
 
     @torch.inference_mode()
     def _generate_batch(self, batch: list[SampleRequest], sampling: SamplingParams) -> list[Completion]:
@@ -54,21 +71,21 @@ class TransformersEngine:
             attention_mask_BT[row, longest - len(token_ids) :] = 1
         endings = Endings(self._renderer, sampling)
         sampler = _SeededSampler([request.seed for request in batch], sampling, self._device)
-        stopped = _AtStopString(endings.stop, longest, [request.prefix for request in batch])
+        at_end = _AtEnd(endings, longest, [request.prefix for request in batch])
         output_BT = self._model.generate(
             input_ids=input_ids_BT.to(self._device),
             attention_mask=attention_mask_BT.to(self._device),
             max_new_tokens=sampling.max_completion_tokens - min(len(request.prefix) for request in batch),
             do_sample=False,
             logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([stopped] if endings.stop else []),
+            stopping_criteria=StoppingCriteriaList([at_end]),
             eos_token_id=list(self._renderer.eos_token_ids),
             pad_token_id=self._renderer.pad_token_id,
         )
         logprobs_BT = torch.stack(sampler.logprobs, dim=1).tolist()
         return [
             self._completion(
-                request, output_BT[row, longest:].tolist(), logprobs_BT[row], endings, stopped.ends[row]
+                request, output_BT[row, longest:].tolist(), logprobs_BT[row], endings, at_end.stopped[row]
             )
             for row, request in enumerate(batch)
         ]
@@ -105,24 +122,32 @@ class TransformersEngine:
         del self._model, self._names
 
 
-class _AtStopString(StoppingCriteria):
-    """Ends a row at the token that completes a stop string, and records the completion's length."""
+class _AtEnd(StoppingCriteria):
+    """Ends a row at the token that completes a stop string, or at its own limit; records where a stop string ends."""
 
-    def __init__(self, stop: StopStrings, start: int, prefixes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, endings: Endings, start: int, prefixes: Sequence[Sequence[int]]) -> None:
         """New tokens begin at `start`; the prefixes are those of the rows' completions."""
-        self._stop = stop
+        self._stop = endings.stop
         self._start = start
         self._prefixes = prefixes
-        self.ends: list[int | None] = [None] * len(prefixes)
+        self._limits = [endings.limit - len(prefix) for prefix in prefixes]
+        self.stopped: list[int | None] = [None] * len(prefixes)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if self.ends[row] is None and self._stop.may_complete(token):
-                token_ids = input_ids[row, self._start :].tolist()
+        if self._stop:
+            self._look_for_stop_strings(input_ids)
+        length = input_ids.shape[1] - self._start
+        is_done = [
+            end is not None or length >= limit for end, limit in zip(self.stopped, self._limits, strict=True)
+        ]
+        return cast(torch.BoolTensor, torch.tensor(is_done, device=input_ids.device))
+
+    def _look_for_stop_strings(self, input_ids_BT: torch.LongTensor) -> None:
+        for row, token in enumerate(input_ids_BT[:, -1].tolist()):
+            if self.stopped[row] is None and self._stop.may_complete(token):
+                token_ids = input_ids_BT[row, self._start :].tolist()
                 is_end = self._stop.end([*self._prefixes[row], *token_ids])
-                self.ends[row] = len(token_ids) if is_end else None
-        is_done_B = torch.tensor([end is not None for end in self.ends], device=input_ids.device)
-        return cast(torch.BoolTensor, is_done_B)
+                self.stopped[row] = len(token_ids) if is_end else None
 
 
 class _SeededSampler(LogitsProcessor):

@@ -76,15 +76,25 @@ class LocalExecutor:
             raise UserError("no prompt is left: the grader can use none of the reference answers")
         self.sample(missing, self._store, grader_proven=grader_proven)
 
-    def sample(self, missing: Missing, store: SampleStore, *, grader_proven: bool = False) -> None:
-        """Draw these samples, whose reference answers the grader is known to use, into a store."""
+    def sample(
+        self,
+        missing: Missing,
+        store: SampleStore,
+        *,
+        grader_proven: bool = False,
+        prompts: str = "prompts",
+    ) -> None:
+        """Draw these samples, whose reference answers the grader is known to use, into a store.
+
+        `prompts` is what messages call the prompts.
+        """
         if not missing:
             return
         config, console = self._config, self._console
         pool = self._graders()
         if self._engine is None:
             console.print(
-                f"{len(missing.prompts):,} prompts: {len(missing):,} samples to draw; loading the model"
+                f"{len(missing.prompts):,} {prompts}: {len(missing):,} samples to draw; loading the model"
             )
             self._engine = self._build_engine(config, self._folder, self._renderer, beside_trainer=False)
             self._loaded.callback(self._engine.close)
@@ -101,6 +111,7 @@ class LocalExecutor:
             console,
             grader_proven=grader_proven,
             keep_token_ids=self._keep_token_ids,
+            prompts=prompts,
         )
 
     def _graders(self) -> GraderPool:

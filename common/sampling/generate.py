@@ -30,18 +30,19 @@ def generate_samples(
     *,
     grader_proven: bool = False,
     keep_token_ids: bool = False,
+    prompts: str = "prompts",
 ) -> None:
     """Draw the missing samples from the reference policy, grade them and append them to the store.
 
     A grader that can judge none of the first completions is refused, unless it is `grader_proven`: then only prompts
-    that it cannot judge may be left.
+    that it cannot judge may be left. `prompts` is what messages call the prompts.
     """
     places = {prompt.id: place for place, prompt in enumerate(missing.prompts)}
     running: dict[Address, dict[str, Any]] = {}
     check = GraderCheck(nothing_judged_before=not store.fragments(), proven=grader_proven)
     with (
         FragmentWriter(appending(store, pool)) as writer,
-        SamplingProgress(missing.samples_PN, console) as progress,
+        SamplingProgress(missing.samples_PN, console, prompts) as progress,
     ):
         collect = partial(write_graded, running.pop, writer, check)
         try:

@@ -17,8 +17,9 @@ LOG_SECONDS = 30.0
 class SamplingProgress:
     """Counts samples, prompts and tokens, and shows them with the rate and the remaining time."""
 
-    def __init__(self, missing_PN: NDArray[np.bool_], console: Terminal) -> None:
-        """`missing_PN` marks the samples to draw of each prompt."""
+    def __init__(self, missing_PN: NDArray[np.bool_], console: Terminal, prompts: str = "prompts") -> None:
+        """`missing_PN` marks the samples to draw of each prompt; `prompts` says what these are."""
+        self._name = prompts
         self._left_P: list[int] = missing_PN.sum(axis=1).tolist()
         self._all_prompts = sum(left > 0 for left in self._left_P)
         self._samples = sum(self._left_P)
@@ -59,6 +60,6 @@ class SamplingProgress:
     def _state(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
         return (
-            f"{self._prompts:,}/{self._all_prompts:,} prompts, {self._done:,}/{self._samples:,} samples, "
-            f"{self._tokens / seconds:,.0f} tokens/s"
+            f"{self._prompts:,}/{self._all_prompts:,} {self._name}, "
+            f"{self._done:,}/{self._samples:,} samples, {self._tokens / seconds:,.0f} tokens/s"
         )

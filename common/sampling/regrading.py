@@ -21,9 +21,9 @@ def grade_missing(store: SampleStore, grader: GraderConfig, notices: Terminal) -
         collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
         try:
             for number, frame in enumerate(store.ungraded()):
+                reference = reference_of(frame["answer"][0])
+                refuse_unstored(needs, reference, grader, with_tokens=not frame["completion_ids"].has_nulls())
                 if number == 0:
-                    reference = reference_of(frame["answer"][0])
-                    refuse_unstored(needs, reference, grader)
                     if line := columns_warning(needs, reference, grader):
                         notices.print(line)
                     pool.try_out(frame["prompt"][0], frame["answer"][0])
@@ -34,6 +34,7 @@ def grade_missing(store: SampleStore, grader: GraderConfig, notices: Terminal) -
                         completion=original_text(row["completion"], row["completion_raw"]),
                         answer=row["answer"],
                         truncated=row["outcome"] == Outcome.TRUNCATED,
+                        token_ids=row["completion_ids"],
                     )
                     collect(pool.ready())
             check.all_there = True
@@ -44,10 +45,10 @@ def grade_missing(store: SampleStore, grader: GraderConfig, notices: Terminal) -
             notices.print(line)
 
 
-def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig) -> None:
-    """Raise UserError if a reward function reads something that the run's samples do not hold."""
+def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig, *, with_tokens: bool) -> None:
+    """Raise UserError if a reward function reads something that samples do not hold."""
     missing = [f"the column {name}" for name in needs.columns if name not in reference.columns]
-    if needs.token_ids:
+    if needs.token_ids and not with_tokens:
         missing.insert(0, "completion_ids")
     if missing:
         raise UserError(

@@ -8,6 +8,8 @@ blank: separators that follow each other belong to one end, or to the beginning 
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from common.token_texts import PART_OF_A_CHARACTER, TokenTexts
+
 _BLOCKS = re.compile(
     r"\\[\\$]|```|\$\$|\\\[|\\\]|\\begin\{(?P<begin>[^{}]+)\}|\\end\{(?P<end>[^{}]+)\}",
 )
@@ -41,14 +43,13 @@ class StepCutter:
         """`separators` are texts that end a step."""
         self._separators = separators
         self._decode = decode
-        self._last_characters = {separator[-1] for separator in separators}
-        self._texts: dict[int, str] = {}
+        self._tokens = TokenTexts(separators, decode)
 
     def ends(self, token_ids: Sequence[int]) -> Iterator[int]:
         """The number of tokens up to the end of each step; what follows the last is a step that goes on."""
         start = 0
         for place, token in enumerate(token_ids, start=1):
-            if self._may_end(token) and self._is_end(token_ids[start:place]):
+            if self._tokens.may_complete(token) and self._is_end(token_ids[start:place]):
                 yield place
                 start = place
 
@@ -56,17 +57,9 @@ class StepCutter:
         """The number of tokens of the first step; all of them if it does not end before."""
         return next(self.ends(token_ids), len(token_ids))
 
-    def _may_end(self, token: int) -> bool:
-        """Whether a separator can end in this token: only then the text is looked at."""
-        text = self._texts.get(token)
-        if text is None:
-            # Twice: at the beginning of a text some tokens lose a space.
-            text = self._texts[token] = self._decode([token, token])
-        return not self._last_characters.isdisjoint(text)
-
     def _is_end(self, step: Sequence[int]) -> bool:
         """Whether a separator becomes complete in the last token, outside of blocks and after something not blank."""
-        text, before = self._decode(step), self._decode(step[:-1])
+        text, before = self._decode(step), self._decode(step[:-1]).rstrip(PART_OF_A_CHARACTER)
         begun = len(text) - len(text.lstrip())
         ends = (
             end

@@ -46,17 +46,17 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """The rows of a prompt's states; `completions` by state id. States without a judged completion are left out."""
     judged = {
-        state.prefix: [sample for sample in completions.get(state.id, ()) if sample.is_judged]
+        state.prefix.tobytes(): [sample for sample in completions.get(state.id, ()) if sample.is_judged]
         for state in states
         if not state.is_terminal
     }
     rows = []
     for state in states:
         own = [state.solutions[0]] if state.is_terminal else list(completions.get(state.id, ()))
-        tally = Tally.of(own if state.is_terminal else judged[state.prefix])
+        tally = Tally.of(own if state.is_terminal else judged[state.prefix.tobytes()])
         if not tally.count:
             continue
-        actions = [] if state.is_terminal else actions_of(state, judged[state.prefix], cutter)
+        actions = [] if state.is_terminal else actions_of(state, judged[state.prefix.tobytes()], cutter)
         rows.append(
             {
                 **_described(state, decode),
@@ -74,11 +74,12 @@ def rows_of(
 
 def actions_of(state: State, samples: Sequence[Sample], cutter: StepCutter) -> list[Action]:
     """The different next steps of a state's completions, in the order in which they were first drawn."""
-    actions: dict[TokenIds, Action] = {}
+    actions: dict[bytes, Action] = {}
     for sample in samples:
         rest = sample.token_ids[len(state.prefix) :]
         step = rest[: cutter.first_end(rest)]
-        actions.setdefault(step, Action(token_ids=step, ends=len(step) == len(rest))).samples.append(sample)
+        action = actions.setdefault(step.tobytes(), Action(token_ids=step, ends=len(step) == len(rest)))
+        action.samples.append(sample)
     return list(actions.values())
 
 
@@ -98,14 +99,14 @@ def _described(state: State, decode: Decode) -> dict[str, Any]:
 
 
 def _columns(
-    state: State, actions: Sequence[Action], judged: Mapping[TokenIds, Sequence[Sample]], decode: Decode
+    state: State, actions: Sequence[Action], judged: Mapping[bytes, Sequence[Sample]], decode: Decode
 ) -> dict[str, Any]:
     """The columns of a state's actions. An action that leads to a state of the table has that state's rewards too."""
     before = decode(state.prefix)
     tallies = []
     for action in actions:
         tally = Tally.of(action.samples)
-        tally.add(Tally.of(judged.get(state.prefix + action.token_ids, ())))
+        tally.add(Tally.of(judged.get((state.prefix + action.token_ids).tobytes(), ())))
         tallies.append(tally)
     return {
         "action_texts": [_text(state.prefix + action.token_ids, before, decode) for action in actions],

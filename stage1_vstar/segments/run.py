@@ -8,6 +8,7 @@ All that is drawn is kept in two stores: solutions with stage 1's samples, and t
 what is missing, and writes the table from what is stored.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,11 +20,11 @@ from common.config import RunConfig
 from common.contract import polars_schema
 from common.data.rendering import PromptRenderer
 from common.engines import EngineBuilder, build_engine
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.files import write_text
-from common.model.files import model_identity, reference_model, resolve_model
+from common.model.files import model_identity, reference_model
 from common.model.trainable import read_trainable
-from common.provenance import Allowance, Provenance, differences
+from common.provenance import ACCEPTED, Allowance, Provenance, differences
 from common.rollout import Prompt
 from common.runs import WHOLE, exclusive_run, run_paths
 from common.sampling.executor import LocalExecutor
@@ -33,11 +34,13 @@ from common.segments.split import StepCutter
 from common.store import SampleStore, set_aside_damaged
 from common.terminal.console import Terminal
 from stage1_vstar.run import checked_store, introduction, read_prompts, stage1_provenance
+from stage1_vstar.segments.completer import completer_model
 from stage1_vstar.segments.rows import rows_of
 from stage1_vstar.segments.states import Sample, State, choose, states_of
+from stage1_vstar.segments.stored import read_samples, refuse_unusable
 from stage1_vstar.segments.summary import Summary
 
-PROMPTS_AT_A_TIME = 1024
+PROMPTS_AT_A_TIME = 64
 """The prompts whose states are in memory together."""
 
 
@@ -54,20 +57,19 @@ def run_segments(
     """
     paths, folder = run_paths(config.run), reference_model(config)
     model = read_trainable(folder, config)
-    completer = _completer(config, folder)
     prompts, renderer = read_prompts(config, folder, WHOLE, console)
     assert renderer is not None, "a whole data set has prompts"
-    if completer != folder:
-        refuse_other_tokenizer(renderer, PromptRenderer(completer, config.data), config)
+    completer = completer_model(config, folder, renderer, prompts)
     console.print(introduction(model, renderer))
     with exclusive_run(paths, "vstar"):  # which writes to the same store
+        before = _table_that_is_there(paths.segments, console)
         known = paths.known_weights
         provenance = stage1_provenance(config, renderer, model_identity(folder, known))
         of_completer = provenance
         if completer != folder:
             identity = {**provenance.identity, "model": model_identity(completer, known)}
             of_completer = replace(provenance, identity=identity)
-        allowance = Allowance(allow_mismatch)
+        allowance = Allowance(allow_mismatch, before.context.get(ACCEPTED, []) if before else [])
         allowance.refuse_unknown([*provenance.fields(), "prompt.tokens"])
         states = States(
             config,
@@ -75,8 +77,10 @@ def run_segments(
             renderer,
             solutions=_opened(paths.samples, provenance, allowance, console),
             continuations=_opened(paths.continuations, of_completer, allowance, console),
+            allowance=allowance,
             is_own=completer == folder,
         )
+        missing = states.missing_solutions()
         write_text(paths.config, config.to_json())
         executor = partial(
             LocalExecutor,
@@ -88,7 +92,7 @@ def run_segments(
             keep_token_ids=True,
         )
         with executor(folder=folder, renderer=renderer, store=states.solutions) as generator:
-            generator.draw(states.missing_solutions())
+            generator.draw(missing)
             if completer == folder:
                 states.complete(generator)
             has_drawn = generator.has_drawn
@@ -96,40 +100,37 @@ def run_segments(
             with executor(folder=completer, renderer=renderer, store=states.continuations) as other:
                 states.complete(other)
                 has_drawn |= other.has_drawn
-        made = _provenance(config, states, provenance, of_completer)
-        if not has_drawn and _is_there(paths.segments, made):
+        made = _provenance(config, states, provenance.accepting(allowance), of_completer)
+        if before and not has_drawn and _is_same(before, made):
             console.print(f"nothing to do: {paths.segments} is complete")
             return
         _write(states, paths.segments, made, console)
 
 
-def _completer(config: RunConfig, folder: Path) -> Path:
-    if config.segments.completer is None:
-        return folder
-    return resolve_model(config.segments.completer.replace("{run}", str(run_paths(config.run).root)), None)
+def _table_that_is_there(path: Path, console: Terminal) -> Provenance | None:
+    """The provenance of an earlier run's table; None for none, or a damaged one, which is written again.
 
-
-def refuse_other_tokenizer(ours: PromptRenderer, theirs: PromptRenderer, config: RunConfig) -> None:
-    """Raise UserError unless a completer reads the same token ids, and ends with the same ones."""
-    if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
+    Raises UserError if the table was imported.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = SEGMENTS_TABLE.provenance(path)
+    except DamagedFile as error:
+        console.print(f"{error}; it is written again")
+        return None
+    if "imported" in found.identity["segments"]:
         raise UserError(
-            f"segments.completer {config.segments.completer} has another tokenizer than {config.model.path}, so it "
-            "would read another text than the solution's; choose a completer with the same tokenizer"
+            f"{path} was imported (from {found.identity['segments']['imported']}); choose another --run, or remove "
+            "it to have states of drawn solutions in its place"
         )
-    if ours.eos_token_ids != theirs.eos_token_ids:
-        raise UserError(
-            f"segments.completer {config.segments.completer} ends completions with the tokens "
-            f"{list(theirs.eos_token_ids)}, {config.model.path} with {list(ours.eos_token_ids)}; correct eos_token_id "
-            "in generation_config.json of one of them"
-        )
+    return found
 
 
 def _opened(folder: Path, provenance: Provenance, allowance: Allowance, console: Terminal) -> SampleStore:
     for line in set_aside_damaged(folder):
         console.print(f"{line}; its samples will be drawn again")
-    store = checked_store(folder, provenance, allowance, console)
-    store.provenance = provenance.accepting(allowance)
-    return store
+    return checked_store(folder, provenance, allowance, console)
 
 
 class States:
@@ -143,69 +144,91 @@ class States:
         *,
         solutions: SampleStore,
         continuations: SampleStore,
+        allowance: Allowance,
         is_own: bool,
     ) -> None:
         """`is_own`: the completer is the reference, so that its solutions complete the prompt itself."""
+        self.prompts = prompts
         self.solutions = solutions
         self.continuations = continuations
         self._settings = config.segments
-        self._prompts = prompts
         self._decode = renderer.decode
         self._cutter = StepCutter(config.segments.separators, renderer.decode)
+        self._allowance = allowance
         self._is_own = is_own
 
     def missing_solutions(self) -> Missing:
-        """The solutions that are still to be drawn."""
-        present = self.solutions.present(prompt_table(self._prompts), self._settings.solutions)
-        return Missing(self._prompts, ~present)
+        """The solutions that are still to be drawn. Raises UserError if stored ones cannot be used."""
+        count = self._settings.solutions
+        missing = self._missing(self.prompts, self.solutions, count)
+        for prompts in self._parts():
+            refuse_unusable(self.solutions, [prompt.id for prompt in prompts], count)
+        return missing
 
     def complete(self, executor: LocalExecutor) -> None:
-        """Draw the missing completions of all states."""
-        for part in self._parts():
-            prompts = [
+        """Draw the missing completions of all states, a part of the prompts at a time."""
+        parts = self._parts()
+        for number, prompts in enumerate(parts, start=1):
+            states = [
                 state.as_prompt()
-                for of_prompt in part
+                for of_prompt in self._of(prompts)
                 for state in of_prompt.states
                 if self._is_completed(state)
             ]
-            present = self.continuations.present(prompt_table(prompts), self._settings.completions)
-            executor.sample(Missing(prompts, ~present), self.continuations, grader_proven=True)
+            executor.sample(
+                self._missing(states, self.continuations, self._settings.completions).incomplete(),
+                self.continuations,
+                grader_proven=True,
+                prompts="states" if len(parts) == 1 else f"states (part {number:,} of {len(parts):,})",
+            )
 
     def rows(self, summary: Summary) -> Iterator[pl.DataFrame]:
         """The rows of segments.parquet, in parts, which are counted."""
-        limit = self._settings.completions
-        for part in self._parts():
-            drawn_from = [
-                state.id for of_prompt in part for state in of_prompt.states if self._is_completed(state)
-            ]
-            completions = _samples(self.continuations, drawn_from, limit)
-            rows = []
-            for of_prompt in part:
-                if self._is_own and of_prompt.states:
-                    completions[of_prompt.states[0].id] = of_prompt.solutions[:limit]
-                found = rows_of(of_prompt.states, completions, self._cutter, self._decode)
-                summary.count(of_prompt.solutions, of_prompt.states, found)
-                rows += found
-            if rows:
-                yield pl.DataFrame(rows, schema=polars_schema(SEGMENTS))
+        for prompts in self._parts():
+            rows = self._rows_of(prompts, summary)
+            if rows.height:
+                yield rows
+
+    def _missing(self, prompts: Sequence[Prompt], store: SampleStore, count: int) -> Missing:
+        """The missing ones of the first `count` samples; new ones will say what was accepted of the stored ones."""
+        missing = Missing(prompts, ~store.present(prompt_table(prompts), count))
+        store.provenance = store.provenance.accepting(self._allowance)
+        return missing
+
+    def _rows_of(self, prompts: Sequence[Prompt], summary: Summary) -> pl.DataFrame:
+        part, limit = self._of(prompts), self._settings.completions
+        drawn_from = [
+            state.id for of_prompt in part for state in of_prompt.states if self._is_completed(state)
+        ]
+        completions = read_samples(self.continuations, drawn_from, limit)
+        rows = []
+        for of_prompt in part:
+            if self._is_own and of_prompt.states:
+                completions[of_prompt.states[0].id] = of_prompt.solutions[:limit]
+            found = rows_of(of_prompt.states, completions, self._cutter, self._decode)
+            summary.count(of_prompt.solutions, of_prompt.states, found)
+            rows += found
+        return pl.DataFrame(rows, schema=polars_schema(SEGMENTS))
 
     def _is_completed(self, state: State) -> bool:
         """Whether completions are drawn from it: not from a whole solution, nor where the solutions are completions."""
         return not state.is_terminal and (state.step > 0 or not self._is_own)
 
-    def _parts(self) -> "Iterator[list[OfPrompt]]":
-        for start in range(0, len(self._prompts), PROMPTS_AT_A_TIME):
-            prompts = self._prompts[start : start + PROMPTS_AT_A_TIME]
-            drawn = _samples(self.solutions, [prompt.id for prompt in prompts], self._settings.solutions)
-            yield [
-                OfPrompt(
-                    solutions=drawn.get(prompt.id, []),
-                    states=states_of(
-                        prompt, choose(drawn.get(prompt.id, []), self._settings.chosen), self._cutter
-                    ),
-                )
-                for prompt in prompts
-            ]
+    def _parts(self) -> list[Sequence[Prompt]]:
+        return [
+            self.prompts[start : start + PROMPTS_AT_A_TIME]
+            for start in range(0, len(self.prompts), PROMPTS_AT_A_TIME)
+        ]
+
+    def _of(self, prompts: Sequence[Prompt]) -> "list[OfPrompt]":
+        drawn = read_samples(self.solutions, [prompt.id for prompt in prompts], self._settings.solutions)
+        return [
+            OfPrompt(
+                solutions=(solutions := drawn.get(prompt.id, [])),
+                states=states_of(prompt, choose(solutions, self._settings.chosen), self._cutter),
+            )
+            for prompt in prompts
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,39 +239,10 @@ class OfPrompt:
     states: list[State]
 
 
-_COLUMNS = ("prompt_id", "sample_index", "completion_ids", "outcome", "reward")
-
-
-def _samples(store: SampleStore, ids: Collection[str], count: int) -> dict[str, list[Sample]]:
-    """The first `count` samples of each of these prompts or states, in order. Raises UserError without token ids."""
-    frame = (
-        store.samples_of(ids, [pl.col(name) for name in _COLUMNS])
-        .filter(pl.col("sample_index") < count)
-        .unique(["prompt_id", "sample_index"], keep="first")
-        .sort("prompt_id", "sample_index")
-    )
-    if frame["completion_ids"].null_count():
-        raise UserError(
-            f"{store.folder} holds samples without their tokens, which `vstar` does not keep; run `segments` under "
-            "another --run, or before `vstar`"
-        )
-    if not frame["reward"].is_between(0, 1).all():
-        low, high = frame.select(low=pl.col("reward").min(), high=pl.col("reward").max()).row(0)
-        raise UserError(
-            f"{store.folder} holds rewards from {low} to {high}, but values of states are shares of the best reward: "
-            "scale the rewards to 0 to 1"
-        )
-    found: dict[str, list[Sample]] = {}
-    for name, index, token_ids, outcome, reward in frame.iter_rows():
-        sample = Sample(index=index, token_ids=tuple(token_ids), outcome=outcome, reward=reward)
-        found.setdefault(name, []).append(sample)
-    return found
-
-
 def _provenance(
     config: RunConfig, states: States, provenance: Provenance, of_completer: Provenance
 ) -> Provenance:
-    """That of segments.parquet: the samples', and how states were made of them."""
+    """That of segments.parquet: the samples', and of which prompts' solutions states were made, and how."""
     settings = config.segments
     identity = {
         **provenance.identity,
@@ -256,22 +250,25 @@ def _provenance(
             **settings.model_dump(include={"solutions", "chosen", "completions"}),
             "separators": list(settings.separators),
             "completer": of_completer.identity["model"],
+            "prompts": _digest(states.prompts),
         },
     }
     seconds = [store.seconds() or 0.0 for store in (states.solutions, states.continuations)]
     cost = {"seconds": sum(seconds), "devices": config.engine.tensor_parallel_size}
-    return Provenance(identity=identity, context={**states.solutions.provenance.context, "cost": cost})
+    return Provenance(identity=identity, context={**provenance.context, "cost": cost})
 
 
-def _is_there(path: Path, provenance: Provenance) -> bool:
-    """Whether the file of an earlier run is there, whole and with this identity."""
-    if not path.exists():
-        return False
-    try:
-        _, found = SEGMENTS_TABLE.read(path)
-    except UserError:  # of any kind: it can be written again
-        return False
-    return not differences(found.identity, provenance.identity)
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """A hash of the prompts and their tokens."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.id} {prompt.token_hash}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _is_same(before: Provenance, made: Provenance) -> bool:
+    accepted = [each.context.get(ACCEPTED) for each in (before, made)]
+    return not differences(before.identity, made.identity) and accepted[0] == accepted[1]
 
 
 def _write(states: States, path: Path, provenance: Provenance, console: Terminal) -> None:

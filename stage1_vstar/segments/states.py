@@ -1,17 +1,19 @@
 """Choose solutions of a prompt and cut them into states."""
 
-import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
+from common.data.prompts import token_hash
 from common.grading import Outcome
 from common.grading.outcome import UNJUDGED
 from common.rollout import Prompt
 from common.segments.files import state_id
 from common.segments.split import StepCutter
 
-TokenIds = tuple[int, ...]
+TokenIds: TypeAlias = "array[int]"
+"""Four bytes per token; as keys they are `tobytes()`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +47,8 @@ class State:
 
     def as_prompt(self) -> Prompt:
         """What a completer goes on from."""
-        token_ids = array("i", [*self.prompt.token_ids, *self.prefix])
-        token_hash = hashlib.sha256(token_ids.tobytes()).hexdigest()[:16]
-        return replace(self.prompt, id=self.id, prefix=self.prefix, token_hash=token_hash)
+        tokens = token_hash(self.prompt.token_ids + self.prefix)
+        return replace(self.prompt, id=self.id, prefix=self.prefix, token_hash=tokens)
 
 
 def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -56,7 +57,7 @@ def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
     If one kind has too few, the other fills up. Solutions that were cut off count as wrong, and come last. Those that
     could not be judged are not chosen.
     """
-    different = {sample.token_ids: sample for sample in reversed(samples) if sample.is_judged}
+    different = {sample.token_ids.tobytes(): sample for sample in reversed(samples) if sample.is_judged}
     ordered = sorted(
         different.values(), key=lambda sample: (sample.outcome == Outcome.TRUNCATED.value, sample.index)
     )
@@ -69,24 +70,19 @@ def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 def states_of(prompt: Prompt, solutions: Sequence[Sample], cutter: StepCutter) -> list[State]:
     """The states that these solutions go through, each once: the prompt first, whole solutions among the others."""
-    through: dict[TokenIds, list[Sample]] = {}
-    steps: dict[TokenIds, int] = {}
+    through: dict[bytes, list[Sample]] = {}
+    found: dict[bytes, tuple[TokenIds, int]] = {}
     for solution in solutions:
         ends = list(cutter.ends(solution.token_ids))
         if not ends or ends[-1] < len(solution.token_ids):
             ends.append(len(solution.token_ids))
         for step, end in enumerate([0, *ends]):
             prefix = solution.token_ids[:end]
-            steps[prefix] = step
-            through.setdefault(prefix, []).append(solution)
-    whole = {solution.token_ids for solution in solutions}
-    return [
-        State(
-            prompt=prompt,
-            prefix=prefix,
-            step=steps[prefix],
-            solutions=through[prefix],
-            is_terminal=prefix in whole,
-        )
-        for prefix in sorted(through, key=lambda prefix: (steps[prefix], through[prefix][0].index))
+            found[prefix.tobytes()] = prefix, step
+            through.setdefault(prefix.tobytes(), []).append(solution)
+    whole = {solution.token_ids.tobytes() for solution in solutions}
+    states = [
+        State(prompt=prompt, prefix=prefix, step=step, solutions=through[key], is_terminal=key in whole)
+        for key, (prefix, step) in found.items()
     ]
+    return sorted(states, key=lambda state: (state.step, state.solutions[0].index))

@@ -31,7 +31,7 @@ class Summary:
         self.without_solution += not states
         chosen = [state.solutions[0] for state in states if state.is_terminal]
         self.solutions += len(chosen)
-        self.one_sided += bool(chosen) and len({sample.outcome == "correct" for sample in chosen}) == 1
+        self.one_sided += len({sample.outcome == "correct" for sample in drawn if sample.is_judged}) == 1
         self.uncut += sum(state.is_terminal and state.step == 1 for state in states)
         self.states += len(rows)
         self.unjudged += len(states) - len(rows)
