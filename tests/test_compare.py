@@ -298,6 +298,20 @@ def test_settings_are_dotted_keys_or_tables(study: Callable[..., Path]) -> None:
     assert dotted.runs[0].config.vstar.beta1 == float("inf")
 
 
+def test_a_table_under_a_dotted_key_replaces_the_configs_own(
+    study: Callable[..., Path], tmp_path: Path
+) -> None:
+    arm = '[[arms]]\nname = "a"\nsettings = { "train.objective" = { name = "astar_po" } }\n'
+    for arms, valid in ((arm, True), (A_STAR, False)):
+        path = study(HEAD, arms)
+        (tmp_path / "run.toml").write_text(CONFIG + '[train.objective]\nname = "grpo"\nkl = 0.5\n')
+        if valid:
+            assert plan_of(path).runs[0].settings["train.objective.name"] == "astar_po"
+        else:
+            with pytest.raises(UserError, match=r"unknown key train.objective.kl"):
+                plan_of(path)
+
+
 @pytest.mark.parametrize(
     "value", [True, 3, 0.5, float("inf"), "astar_po", "3", [1, "a"], [{"prompt": "a b"}]]
 )

@@ -212,16 +212,25 @@ def _repeated(names: Sequence[str]) -> str | None:
     return next((name for place, name in enumerate(names) if name in names[:place]), None)
 
 
+def _by_key(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key, from tables or dotted keys. A table under a dotted key replaces the config's whole table."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        is_part = isinstance(value, dict) and "." not in key
+        found |= _by_key(value, f"{prefix}{key}.") if is_part else {f"{prefix}{key}": value}
+    return found
+
+
 def _arms(file: StudyFile, path: Path) -> Iterator[Arm]:
-    common = flat(file.settings)
+    common = _by_key(file.settings)
     for section in file.arms:
-        settings = {**common, **flat(section.settings)}
-        if refused := next((key for key in (*settings, *flat(section.vary)) if key in OF_THE_STUDY), None):
+        varied = _by_key(section.vary)
+        settings = {**common, **_by_key(section.settings)}
+        if refused := next((key for key in (*settings, *varied) if key in OF_THE_STUDY), None):
             raise UserError(f'{path}: the arm "{section.name}" cannot set {refused}; {OF_THE_STUDY[refused]}')
         if not section.vary:
             yield Arm(name=section.name, settings=settings)
             continue
-        varied = flat(section.vary)
         key, values = next(iter(varied.items()))
         if len(varied) != 1 or not isinstance(values, list) or not values:
             raise UserError(
