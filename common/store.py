@@ -240,12 +240,12 @@ class SampleStore:
         )
         now = pl.coalesce("later", pl.struct(verdict))
         others = (
-            _hashed(_collect(_scan(self._graded_otherwise, SAMPLES).filter(chosen)))
+            _hashed(_collect(_scan(_holding(self._graded_otherwise, chosen), SAMPLES).filter(chosen)))
             .lazy()
             .join(later, on=JUDGED, how="left")
             .with_columns(now.struct.field(name).alias(name) for name in verdict)
         )
-        ours = _scan(self._graded, SAMPLES).filter(chosen)
+        ours = _scan(_holding(self._graded, chosen), SAMPLES).filter(chosen)
         return _collect(pl.concat([part.select(columns) for part in (ours, others)]))
 
     def ungraded(self) -> Iterator[pl.DataFrame]:
@@ -429,6 +429,11 @@ def _scan(paths: Sequence[Path], contract: Contract) -> pl.LazyFrame:
     return pl.scan_parquet(
         list(paths), schema=columns, missing_columns="insert", extra_columns="ignore", glob=False
     )
+
+
+def _holding(paths: Sequence[Path], rows: pl.Expr) -> list[Path]:
+    """The files of samples that hold such rows: the texts and tokens of all others need not be read."""
+    return [path for path in paths if _collect(_scan([path], SAMPLES).select(rows.any())).item()]
 
 
 def _collect(frame: pl.LazyFrame) -> pl.DataFrame:

@@ -150,12 +150,14 @@ def serve(job: Callable[[dict[str, Any]], None]) -> None:
 
 if __name__ == "__main__":
     import polars  # noqa: F401
+    import pyarrow
     from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: F401
 
     import common.model.output_layer
-    import common.model.pretrained
+    import common.model.pretrained  # noqa: F401
     import stage1_vstar.run
     import stage1_vstar.segments.run  # noqa: F401
     import tests.fakes  # noqa: F401
 
+    pyarrow.array([])  # imports pandas, if it is there
     serve(job)

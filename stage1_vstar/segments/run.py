@@ -119,10 +119,10 @@ def _table_that_is_there(path: Path, console: Terminal) -> Provenance | None:
     except DamagedFile as error:
         console.print(f"{error}; it is written again")
         return None
-    if "imported" in found.identity["segments"]:
+    if imported := found.identity.get("segments", {}).get("imported"):
         raise UserError(
-            f"{path} was imported (from {found.identity['segments']['imported']}); choose another --run, or remove "
-            "it to have states of drawn solutions in its place"
+            f"{path} was imported (from {imported}); choose another --run, or remove it to have states of drawn "
+            "solutions in its place"
         )
     return found
 
