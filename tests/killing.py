@@ -153,7 +153,7 @@ if __name__ == "__main__":
     import pyarrow
     from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: F401
 
-    import common.model.output_layer  # noqa: F401
+    import common.model.output_layer
     import common.model.pretrained  # noqa: F401
     import stage1_vstar.run
     import stage1_vstar.segments.run  # noqa: F401

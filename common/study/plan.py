@@ -213,7 +213,7 @@ def _repeated(names: Sequence[str]) -> str | None:
 
 
 def _by_key(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key, from tables or dotted keys. A table under a dotted key replaces the config's whole table."""
+    """Settings by dotted key, from tables or dotted keys. A table under a dotted key replaces the config's own."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         is_part = isinstance(value, dict) and "." not in key
