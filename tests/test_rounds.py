@@ -596,7 +596,7 @@ def test_a_hub_models_revision_is_that_of_round_1_only(config: Path) -> None:
 
 
 HOSTILE = [
-    "train.objective.name=grpo",
+    'train.objective={name="grpo"}',
     "vstar.beta1=inf",
     r'data.few_shot=[{prompt="a\nb\u007f é \"q\"", completion="c"}]',
     r'sampling.stop=["\n\n", "x"]',
