@@ -14,9 +14,10 @@ from common.config import RunConfig
 from common.files import atomic_path, write_text
 from common.report.panels import Figures
 from common.study.figures import study_figures
-from common.study.plan import Arm, read_plan
+from common.study.page import REMARK
+from common.study.plan import read_plan
 from common.study.records import finished
-from common.study.summary import Column, Mean, Summary
+from common.study.summary import Summary
 from stage2_train.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,11 @@ class Study:
         """The time of all runs."""
         return sum(record.seconds.total for record in self.summary.records.values()) / 60
 
+    @property
+    def machines(self) -> str:
+        """The machines of its runs."""
+        return "; ".join(dict.fromkeys(record.conditions.machine for record in self.summary.records.values()))
+
     def main(self) -> str:
         return self.summary.main_table().markdown()
 
@@ -64,13 +70,9 @@ class Study:
     def costs(self) -> str:
         return self.summary.cost_table().markdown()
 
-    def value(self, arm: str, title: str, digits: int = 3) -> str:
-        """The mean of a figure of the main table or of the table of speed."""
-        mean = self.mean(arm, title)
-        return "–" if mean is None else f"{mean.value:.{digits}f}"
-
-    def mean(self, arm: str, title: str) -> Mean | None:
-        return self.summary.mean(self._arm(arm), self._column(title).of)
+    def has(self, name: str) -> bool:
+        """Whether the records allow this figure."""
+        return any(figure.name == name for figure in self.figures())
 
     def figure(self, name: str) -> str:
         """A figure of the study, as an image."""
@@ -84,12 +86,6 @@ class Study:
     def file(self, figure: Figures) -> str:
         return f"{self.name}-{figure.name}.svg"
 
-    def _arm(self, name: str) -> Arm:
-        return next(arm for arm in self.summary.arms if arm.name == name)
-
-    def _column(self, title: str) -> Column:
-        return next(column for column in self.summary.columns() if column.title.startswith(title))
-
 
 def _load(
     path: Path, overrides: Sequence[str] = (), run: str | None = None
@@ -100,7 +96,8 @@ def _load(
 
 def studies() -> dict[str, Study]:
     """The studies that have records, by name."""
-    return {folder.name: Study.read(folder.name) for folder in sorted(RECORDS.iterdir())}
+    folders = sorted(RECORDS.iterdir()) if RECORDS.is_dir() else []
+    return {folder.name: Study.read(folder.name) for folder in folders}
 
 
 def render(found: dict[str, Study]) -> str:
@@ -111,7 +108,7 @@ def render(found: dict[str, Study]) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(studies=found, **{name.replace("-", "_"): study for name, study in found.items()})
+    return template.render(studies=found, remark=REMARK)
 
 
 def main() -> None:
