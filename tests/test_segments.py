@@ -450,6 +450,15 @@ def test_vstar_uses_the_solutions(settings: Callable[..., Config]) -> None:
     assert "6 prompts, pass rate" in printed.getvalue()
 
 
+def test_a_table_without_a_state_is_not_written(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stage1_vstar.segments.run.States.rows", lambda self, summary: iter(()))
+    with pytest.raises(UserError, match=r"would be empty: the grader could judge no solution"):
+        run(settings())
+    assert not run_paths("test").segments.exists()
+
+
 def test_rewards_outside_of_0_and_1_are_refused(
     settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,7 +276,7 @@ def _write(states: States, path: Path, provenance: Provenance, console: Terminal
     with SEGMENTS_TABLE.writer(path, provenance) as write:
         for rows in states.rows(summary):
             write(rows)
-    if not summary.states:
-        raise UserError(f"{path} would be empty: the grader could judge no solution of any prompt")
+        if not summary.states:
+            raise UserError(f"{path} would be empty: the grader could judge no solution of any prompt")
     for line in summary.lines(path):
         console.print(line)
