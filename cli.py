@@ -74,6 +74,12 @@ Overrides = Annotated[
 VstarFile = Annotated[
     Path | None, typer.Option("--vstar", help="The V̂* table to read; by default artifacts/RUN/vstar.parquet.")
 ]
+SegmentsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--segments", help="The table of states to read; by default artifacts/RUN/segments.parquet."
+    ),
+]
 AdvantagesFile = Annotated[
     Path | None,
     typer.Option(
@@ -247,12 +253,7 @@ def critic(
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
-    segments_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--segments", help="The table of states to read; by default artifacts/RUN/segments.parquet."
-        ),
-    ] = None,
+    segments_file: SegmentsFile = None,
     process_bench: Annotated[
         Path | None,
         typer.Option(
@@ -324,12 +325,7 @@ def advantages(
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
-    segments_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--segments", help="The table of states to read; by default artifacts/RUN/segments.parquet."
-        ),
-    ] = None,
+    segments_file: SegmentsFile = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Compute the advantages of the next steps of states, which the objective direct_advantage trains on.
@@ -472,16 +468,6 @@ def evaluate(
         show(results, console)
 
 
-def _load(
-    path: Path, overrides: Sequence[str] = (), run: str | None = None
-) -> "tuple[Config, Sequence[str]]":
-    """A run's config, and the commands that make what its training reads."""
-    from stage2_train.config import load_config
-
-    settings = load_config(path, overrides, run)
-    return settings, settings.before_training
-
-
 def _before_training(paths: "RunPaths") -> Sequence[str]:
     """The commands that make what a run's training reads, by the config in its folder; without one, stage 1."""
     from pydantic import ValidationError
@@ -540,9 +526,10 @@ def compare(
     A re-run continues where the last one ended; see docs/compare.md.
     """
     from common.study import compare as compare_arms
+    from stage2_train.config import load_with_inputs
 
     with _ending_cleanly("what is done"):
-        compare_arms(study, _load, console, results=results, dry_run=dry_run)
+        compare_arms(study, load_with_inputs, console, results=results, dry_run=dry_run)
 
 
 @app.command(short_help="Train in rounds: each trained model is the next reference.")
@@ -568,13 +555,14 @@ def rounds(
     """
     from common.rounds import run_rounds
     from stage1_vstar.filter import kept_where
+    from stage2_train.config import load_with_inputs
 
     for condition in where or ():
         kept_where(condition)
     with _ending_cleanly("what is done"):
         run_rounds(
             config,
-            _load,
+            load_with_inputs,
             console,
             count=count,
             overrides=overrides or (),

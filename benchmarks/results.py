@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import RunConfig
 from common.files import atomic_path, write_text
 from common.report.panels import Figures
 from common.study.figures import study_figures
@@ -18,7 +17,7 @@ from common.study.page import REMARK
 from common.study.plan import read_plan
 from common.study.records import finished
 from common.study.summary import Summary
-from stage2_train.config import load_config
+from stage2_train.config import load_with_inputs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "configs" / "studies"
@@ -37,7 +36,7 @@ class Study:
 
     @classmethod
     def read(cls, name: str) -> "Study":
-        plan = read_plan(STUDIES / f"{name}.toml", _load)
+        plan = read_plan(STUDIES / f"{name}.toml", load_with_inputs)
         return cls(name, Summary.of(plan, finished(plan, RECORDS / name)))
 
     @property
@@ -85,13 +84,6 @@ class Study:
 
     def file(self, figure: Figures) -> str:
         return f"{self.name}-{figure.name}.svg"
-
-
-def _load(
-    path: Path, overrides: Sequence[str] = (), run: str | None = None
-) -> tuple[RunConfig, Sequence[str]]:
-    settings = load_config(path, overrides, run)
-    return settings, settings.before_training
 
 
 def studies() -> dict[str, Study]:

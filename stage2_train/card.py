@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 
 from common.config import HELD_OUT, LOCAL_FILES, DataConfig
 from common.documents import read_metrics
-from common.evaluations import Figures, Results, markdown, read_results
+from common.evaluations import REFERENCE, TRAINED, Figures, Results, markdown, read_results
 from common.provenance import context, versions
 from common.runs import RunPaths
 from stage2_train.config import Config
@@ -217,13 +217,13 @@ def evaluations_of(paths: RunPaths, iteration: int) -> list[Figures]:
         return []
     names = {os.path.realpath(paths.exported(iteration)): f"iteration {iteration}"}
     if _trained_iterations(paths) == iteration:
-        names[os.path.realpath(paths.model)] = "trained"
+        names[os.path.realpath(paths.model)] = TRAINED
     theirs = [
         each.model_copy(update={"model": names[os.path.realpath(each.path)]})
         for each in results.results
         if os.path.realpath(each.path) in names
     ]
-    return [*(each for each in results.results if each.model == "reference"), *theirs] if theirs else []
+    return [*(each for each in results.results if each.model == REFERENCE), *theirs] if theirs else []
 
 
 def _trained_iterations(paths: RunPaths) -> int | None:

@@ -175,3 +175,11 @@ class Config(RunConfig):
 def load_config(path: Path, overrides: Sequence[str] = (), run: str | None = None) -> Config:
     """The run that a TOML file describes, with `--set` overrides and `--run`. Raises UserError, see `read_config`."""
     return read_config(Config, path, overrides, run)
+
+
+def load_with_inputs(
+    path: Path, overrides: Sequence[str] = (), run: str | None = None
+) -> tuple[Config, Sequence[str]]:
+    """A run's config, and the commands that make what its training reads; see `load_config`."""
+    settings = load_config(path, overrides, run)
+    return settings, settings.before_training

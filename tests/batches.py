@@ -1,6 +1,6 @@
 """Batches written out by hand, for the tests of objectives: no tokens, no model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,3 +57,20 @@ def loss_and_gradient_in_slices(
         total = total + objective.loss(policy(leaf_K[places_K]), credited.at(rows, batch.totals)).share
     (gradient_K,) = torch.autograd.grad(total, leaf_K)
     return float(total.detach()), gradient_K
+
+
+def minimising_logits(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The logits that minimise a loss of them, of the same shape as `start`."""
+    logits = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=2000, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(logits)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return logits.detach()

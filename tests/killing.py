@@ -8,12 +8,13 @@ import gc
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from typing import Any, Self
 
 from tests import warm
 
+ROOT = Path(__file__).parents[1]
 FRAGMENT_SAMPLES = 10
 
 
@@ -31,7 +33,7 @@ class JobServer:
         environment = {**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "HF_HUB_OFFLINE": "1"}
         self._process = warm.popen(
             ["-m", module],
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -77,6 +79,53 @@ class JobServer:
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()
+
+
+def kill_five_times(command: Callable[[Path], Sequence[str | Path]], artifacts: Path) -> None:
+    """Run a command of cli.py in artifacts/whole, and in artifacts/killed with five SIGKILLs at random instants.
+
+    `command` makes its arguments for a folder of artifacts.
+    """
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        folder = artifacts / name
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ASTAR_PO_ARTIFACTS": str(folder)}
+        return subprocess.Popen(
+            [sys.executable, ROOT / "cli.py", *command(folder)], env=environment, stdout=subprocess.DEVNULL
+        )
+
+    began = time.monotonic()
+    assert start("whole").wait(600) == 0
+    longest = time.monotonic() - began
+    instants = random.Random(0)
+    for _ in range(5):
+        process = start("killed")
+        try:
+            process.wait(instants.uniform(0.05, 0.25) * longest)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was still at work"
+    assert start("killed").wait(600) == 0
+
+
+def kill_at_each_write(
+    run: Callable[[str, int | None], int],
+    check: Callable[[str], object],
+    assert_same: Callable[[str, str], None],
+) -> int:
+    """Kill jobs at their first write, second, …, until one has fewer writes; returns how many there are.
+
+    `run` does a job of that name, killed at a write or not at all; `check` looks at what a killed one has left. Each
+    job is completed and must then have the results of "whole".
+    """
+    write = 1
+    while run(f"killed-{write}", write) == signal.SIGKILL:
+        check(f"killed-{write}")
+        assert run(f"killed-{write}", None) == 0
+        assert_same(f"killed-{write}", "whole")
+        write += 1
+    assert_same(f"killed-{write}", "whole")
+    return write - 1
 
 
 def killed_at(write: int) -> None:

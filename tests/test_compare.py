@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import re
 import resource
 import signal
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from common.config import RunConfig
 from common.errors import DamagedFile, UserError
 from common.evaluations import Figures, Results
 from common.processes import Finished, execute, program
@@ -37,11 +35,12 @@ from common.study.records import (
 )
 from common.study.summary import Mean, Summary
 from common.terminal.console import Terminal
-from stage2_train.config import load_config
+from stage2_train.config import load_with_inputs
 from tests import warm
 from tests.chromium import Browser, needs_chromium
 from tests.conftest import ROOT, RunCli
 from tests.fakes import sample_rows, write_artifact
+from tests.killing import kill_five_times
 from tests.step_tables import state, write_segments
 
 CONFIG = """
@@ -229,13 +228,6 @@ def record(arm: str, seed: int, accuracy: float, *, seconds: float = 60.0) -> Re
     )
 
 
-def load(
-    path: Path, overrides: Sequence[str] = (), run: str | None = None
-) -> tuple[RunConfig, Sequence[str]]:
-    settings = load_config(path, overrides, run)
-    return settings, settings.before_training
-
-
 @pytest.fixture
 def study(tmp_path: Path, artifacts: Path) -> Callable[..., Path]:
     """Writes a study of these parts."""
@@ -264,7 +256,7 @@ def with_report() -> None:
 def run(path: Path, commands: Commands, **options: Any) -> str:
     """The output of `compare`."""
     output = io.StringIO()
-    compare(path, load, Terminal(file=output, width=200), execute=commands, **options)
+    compare(path, load_with_inputs, Terminal(file=output, width=200), execute=commands, **options)
     return output.getvalue()
 
 
@@ -277,7 +269,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def plan_of(path: Path) -> Plan:
-    return read_plan(path, load)
+    return read_plan(path, load_with_inputs)
 
 
 def test_each_arm_and_seed_is_a_run_and_a_grid_is_an_arm_for_each_value(study: Callable[..., Path]) -> None:
@@ -985,7 +977,7 @@ def test_a_real_study_of_two_arms(tiny_model: Path, data_file: Path, tmp_path: P
         assert result.returncode == 0, result.stderr
         return Finished(seconds=time.monotonic() - began, cpu_seconds=1.0, peak_gib=1.0)
 
-    compare(path, load, Terminal(file=io.StringIO(), width=200), execute=started_warm)
+    compare(path, load_with_inputs, Terminal(file=io.StringIO(), width=200), execute=started_warm)
     found = finished(plan_of(path), artifacts / "methods" / "results")
     assert len(found) == 2
     for name, each in found.items():
@@ -1001,26 +993,11 @@ def test_a_real_study_that_is_killed_five_times_has_the_same_results(
     tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path
 ) -> None:
     path = real_study(tiny_model, data_file, tmp_path)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
-    def start(name: str) -> subprocess.Popen[bytes]:
-        environment["ASTAR_PO_ARTIFACTS"] = str(artifacts / name)
-        records = artifacts / name / "records"
-        command: list[str | Path] = [sys.executable, ROOT / "cli.py", "compare", path, "--results", records]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    def command(artifacts: Path) -> list[str | Path]:
+        return ["compare", path, "--results", artifacts / "records"]
 
-    began = time.monotonic()
-    assert start("whole").wait(600) == 0
-    longest = time.monotonic() - began
-    instants = random.Random(0)
-    for _ in range(5):
-        process = start("killed")
-        try:
-            process.wait(instants.uniform(0.05, 0.25) * longest)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        assert process.wait() == -signal.SIGKILL, "it was still at work"
-    assert start("killed").wait(600) == 0
+    kill_five_times(command, artifacts)
     whole, killed = (results_of(artifacts / name / "records") for name in ("whole", "killed"))
     assert len(whole) == 2
     assert killed == whole

@@ -25,7 +25,7 @@ from stage2_train.objectives.direct_advantage import DirectAdvantage
 from stage2_train.ranks import ALONE, Ranks
 from stage2_train.run import run_stage2
 from stage2_train.sources.offline import OfflineSource
-from tests.batches import batch_of, loss_of, tensor
+from tests.batches import batch_of, loss_of, minimising_logits, tensor
 from tests.conftest import RunCli
 from tests.objective_steps import ITERATIONS
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
@@ -137,19 +137,7 @@ BETA = 0.5
 
 
 def minimised(loss: Callable[[Tensor], Tensor]) -> Tensor:
-    logits = REFERENCE_SA.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=2000, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(logits)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return logits.detach().log_softmax(-1)
+    return minimising_logits(loss, REFERENCE_SA).log_softmax(-1)
 
 
 def test_the_objective_reaches_the_minimiser_of_its_formula_which_is_a_better_policy() -> None:

@@ -19,10 +19,9 @@ from common.vstar_file import read_vstar
 from tests import warm
 from tests.conftest import ROOT
 from tests.fakes import tiny_config
-from tests.killing import JobServer
+from tests.killing import JobServer, kill_at_each_write
 from tests.test_stage1 import TOML, write_questions
 
-KILLED = signal.SIGKILL
 SAMPLES = 4
 WATCHED = """
 from pathlib import Path
@@ -95,16 +94,14 @@ def test_killed_at_each_write_nothing_is_lost_and_nothing_there_twice(
     jobs: JobServer, tiny_model: Path, tmp_path: Path
 ) -> None:
     data = write_questions(tmp_path / "data.jsonl", 6)
-    assert jobs.run(document(tiny_model, data, "whole")) == 0
-    write = 1
-    while jobs.run(document(tiny_model, data, f"killed-{write}"), at_write=write) == KILLED:
-        samples_there(f"killed-{write}")
-        assert jobs.run(document(tiny_model, data, f"killed-{write}")) == 0
-        assert_same(f"killed-{write}", "whole")
-        write += 1
+
+    def run(name: str, at_write: int | None) -> int:
+        return jobs.run(document(tiny_model, data, name), at_write=at_write)
+
+    assert run("whole", None) == 0
+    writes = kill_at_each_write(run, samples_there, assert_same)
     fragments = 3
-    assert write - 1 >= 4 * fragments + 3 + 4  # content, sync, rename, sync of the folder; config; table
-    assert_same(f"killed-{write}", "whole")
+    assert writes >= 4 * fragments + 3 + 4  # content, sync, rename, sync of the folder; config; table
 
 
 def kill_with_vllm(kills: int, model: Path, tmp_path: Path, artifacts: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from stage2_train.batch import Batch
 from stage2_train.objectives import ObjectiveConfig
 from stage2_train.objectives.protocol import Objective
-from tests.batches import batch_of, loss_of
+from tests.batches import batch_of, loss_of, minimising_logits
 from tests.test_theory import (
     BETA,
     COMPLETIONS,
@@ -115,19 +115,7 @@ def batch_of_all(problem: Problem, objective: Objective) -> Batch:
 
 def minimised(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """The log-probs, shape (P, Y), of the policy that minimises a loss of its logits."""
-    logits = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=2000, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(logits)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return sequence_logprobs(logits.detach())
+    return sequence_logprobs(minimising_logits(loss, start))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,12 +3,8 @@
 import io
 import json
 import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +34,7 @@ from common.settings import as_document
 from common.store import addresses, sample_files
 from common.terminal.console import Terminal
 from common.vstar_file import read_vstar
-from stage2_train.config import load_config
+from stage2_train.config import load_config, load_with_inputs
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.sampler import Draw, Sampler
 from tests import step_tables as steps
@@ -46,6 +42,7 @@ from tests import warm
 from tests.chromium import Browser, needs_chromium
 from tests.conftest import ROOT, RunCli
 from tests.fakes import CONTEXT, IDENTITY, sample_rows, write_artifact
+from tests.killing import kill_five_times
 
 CONFIG = """
 run = "any"
@@ -263,17 +260,10 @@ def compared(first: str, second: str) -> Comparison:
     )
 
 
-def load(
-    path: Path, overrides: Sequence[str] = (), run: str | None = None
-) -> tuple[RunConfig, Sequence[str]]:
-    settings = load_config(path, overrides, run)
-    return settings, settings.before_training
-
-
 def load_step_level(
     path: Path, overrides: Sequence[str] = (), run: str | None = None
 ) -> tuple[RunConfig, Sequence[str]]:
-    return load(path, [*overrides, "train.objective.name=direct_advantage"], run)
+    return load_with_inputs(path, [*overrides, "train.objective.name=direct_advantage"], run)
 
 
 @pytest.fixture
@@ -299,13 +289,13 @@ def with_page() -> None:
 def run(path: Path, commands: Commands, count: int, **options: Any) -> str:
     """The output of `rounds`."""
     output = io.StringIO()
-    arguments = {"load": load, "run": "mine", **options}
+    arguments = {"load": load_with_inputs, "run": "mine", **options}
     run_rounds(path, console=Terminal(file=output, width=200), count=count, execute=commands, **arguments)
     return output.getvalue()
 
 
 def plan_of(path: Path, name: str = "mine", **options: Any) -> Plan:
-    config, inputs = load(path, (), name)
+    config, inputs = load_with_inputs(path, (), name)
     return Plan(config=config, inputs=inputs, **options)
 
 
@@ -587,7 +577,7 @@ def test_conditions_need_stage_1(config: Path) -> None:
 
 def test_a_hub_models_revision_is_that_of_round_1_only(config: Path) -> None:
     options = ["model.path=some/model", "model.revision=abc"]
-    settings, inputs = load(config, options, "mine")
+    settings, inputs = load_with_inputs(config, options, "mine")
     plan = Plan(config=settings, inputs=inputs)
     assert plan.base_model is None
     assert plan.round(1).config.model == settings.model
@@ -865,7 +855,7 @@ def test_two_real_rounds(tiny_model: Path, data_file: Path, tmp_path: Path, arti
 
     output = io.StringIO()
     console = Terminal(file=output, width=200)
-    run_rounds(path, load, console, count=2, where=["pass_rate < 1"], execute=started_warm)
+    run_rounds(path, load_with_inputs, console, count=2, where=["pass_rate < 1"], execute=started_warm)
     first, second = reached(plan_of(path))[1:]
     assert first.figures["held_out"].prompts == 6
     # Round 1's own reference is the first one, and its completions were not drawn again.
@@ -892,25 +882,7 @@ def test_real_rounds_that_are_killed_five_times_are_the_same(
     tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path
 ) -> None:
     path = real_config(tiny_model, data_file, tmp_path)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        environment["ASTAR_PO_ARTIFACTS"] = str(artifacts / name)
-        command: list[str | Path] = [sys.executable, ROOT / "cli.py", "rounds", "-c", path, "--rounds", "2"]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-
-    began = time.monotonic()
-    assert start("whole").wait(600) == 0
-    longest = time.monotonic() - began
-    instants = random.Random(0)
-    for _ in range(5):
-        process = start("killed")
-        try:
-            process.wait(instants.uniform(0.05, 0.25) * longest)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        assert process.wait() == -signal.SIGKILL, "it was still at work"
-    assert start("killed").wait(600) == 0
+    kill_five_times(lambda _: ["rounds", "-c", path, "--rounds", "2"], artifacts)
     for number in (1, 2):
         whole, killed = (RunPaths(artifacts / name / f"mine-round{number}") for name in ("whole", "killed"))
         ours, theirs = (load_file(paths.model / "model.safetensors") for paths in (whole, killed))

@@ -1,7 +1,6 @@
 """`segments` is killed at any instant and at any write: a re-run completes it to the result of an undisturbed run."""
 
 import random
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from common.runs import RunPaths, run_paths
 from common.segments.files import SEGMENTS_TABLE
 from common.store import addresses, damage, sample_files
 from tests.fakes import tiny_config
-from tests.killing import JobServer
+from tests.killing import JobServer, kill_at_each_write
 from tests.stage1_runs import write_questions
 
 SETTINGS = {"solutions": 6, "chosen": 4, "completions": 3, "split": [" "]}
@@ -93,18 +92,12 @@ def test_killed_at_each_write_nothing_is_lost_and_nothing_there_twice(
 ) -> None:
     data = write_questions(tmp_path / "data.jsonl", 1)
 
-    def run(name: str, at_write: int | None = None) -> int:
+    def run(name: str, at_write: int | None) -> int:
         return jobs.run(document(tiny_model, data, name, FEW), at_write=at_write, job="segments")
 
-    assert run("whole") == 0
-    write = 1
-    while run(f"killed-{write}", write) == signal.SIGKILL:
-        there(f"killed-{write}")
-        assert run(f"killed-{write}") == 0
-        assert_same(f"killed-{write}", "whole")
-        write += 1
+    assert run("whole", None) == 0
+    writes = kill_at_each_write(run, there, assert_same)
     fragments = sum(
         len(sample_files(run_paths("whole").root / name)) for name in ("samples", "continuations")
     )
-    assert write - 1 >= 4 * fragments + 3  # content, sync, rename, sync of the folder; config
-    assert_same(f"killed-{write}", "whole")
+    assert writes >= 4 * fragments + 3  # content, sync, rename, sync of the folder; config

@@ -12,7 +12,7 @@ from common.config import HELD_OUT
 from common.data.held_out import remarks_beside_data
 from common.doubts import ALL_TRUNCATED
 from common.errors import UserError
-from common.evaluations import PROMPTS, Comparison, Figures, Results, read_results, write_results
+from common.evaluations import PROMPTS, REFERENCE, Comparison, Figures, Results, read_results, write_results
 from common.grading import UNJUDGED, Outcome, fingerprint
 from common.model.files import model_identity, reference_model
 from common.provenance import STRICT, Provenance, context, read_provenance
@@ -48,7 +48,7 @@ def evaluate(
     folder = reference_model(config)
     _refuse_other_reference(folder, config)
     models = models_of(config, folders, chosen)
-    reference = read_model(config, "reference", folder, chosen)
+    reference = read_model(config, REFERENCE, folder, chosen)
     for benchmark in chosen:
         if benchmark.name == HELD_OUT:
             prompts = models[0].prompts[HELD_OUT]
