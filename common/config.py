@@ -266,6 +266,8 @@ class VstarConfig(Section):
     beta1: Beta1 = 0.5
     drop_unsolved: bool = False
     """Exclude prompts with pass@N = 0 from training (the paper's optional line 6)."""
+    keep_token_ids: bool = False
+    """Store the token ids of samples too, which `train.rollouts = "stage1"` trains on."""
 
 
 HELD_OUT = "held_out"

@@ -58,7 +58,8 @@ _SAMPLES = pa.schema(
 )
 """`completion_raw` holds the completion, lone surrogates included, where `completion` (UTF-8) has no place for them.
 
-`completion_ids` holds the token ids if log-probs are computed later: in evaluations that measure KL.
+`completion_ids` holds the token ids if log-probs are computed later: in evaluations that measure KL, and of samples
+that training reads (vstar.keep_token_ids).
 """
 
 _GRADES = pa.schema(
@@ -224,6 +225,20 @@ class SampleStore:
             without_text = replace(SAMPLES, schema=pa.schema([_SAMPLES.field(name) for name in columns]))
             without_text.validate(frame, self.folder)
         return frame
+
+    def token_ids(self, prompts: pl.DataFrame) -> pl.DataFrame:
+        """The completion_ids of each prompt's first `num_samples` samples, in order; null if they were not kept.
+
+        `prompts` has the columns prompt_id and num_samples.
+        """
+        found = _collect(
+            _scan(self.fragments(), SAMPLES)
+            .select(*ADDRESS, "completion_ids")
+            .join(prompts.lazy().select("prompt_id", "num_samples"), on="prompt_id", maintain_order="left")
+            .filter(pl.col("sample_index") < pl.col("num_samples"))
+            .unique(ADDRESS, keep="first", maintain_order=True)
+        )
+        return found.sort(ADDRESS).select(*ADDRESS, "completion_ids")
 
     def samples_of(self, prompt_ids: Collection[str], columns: Sequence[pl.Expr]) -> pl.DataFrame:
         """These prompts' samples with this grader's verdict, as expressions over SAMPLES; other rows are not kept.

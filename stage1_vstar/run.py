@@ -138,6 +138,7 @@ def run_stage1(
             console,
             build_engine,
             engine_check if is_checked else None,
+            keep_token_ids=config.vstar.keep_token_ids,
         ) as executor:
             executor.draw(work.missing)
             drawn = draw_the_rest(work, executor, config, console) if shard == WHOLE else None

@@ -63,8 +63,11 @@ class Advantages:
         """The (state, action) pairs, each as often as it is trained on."""
         return int(self.ends_S[-1])
 
-    def group(self, unit: int) -> Group:
-        """The pairs of a unit. A pair's prompt is the state, its completion the action, without its text."""
+    def group(self, unit: int, visit: int = 0) -> Group:
+        """The pairs of a unit, the same at each visit.
+
+        A pair's prompt is the state, its completion the action, without its text.
+        """
         if self.state_wise:
             return self._pairs_of(unit)
         state = int(np.searchsorted(self.ends_S, unit, side="right"))

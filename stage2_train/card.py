@@ -155,6 +155,8 @@ class Trained:
         yield from ((f"its {key}", _plain(value)) for key, value in objective.items())
         for key in ("learning_rate", "batch_size", "mini_batch_size", "warmup_steps", "adam_betas"):
             yield key, _plain(train[key])
+        if self.config.train.rollouts == "stage1":
+            yield "completions", "stage 1's samples, which the original model drew"
         for key in ("weight_decay", "max_grad_norm", "staleness", "zero_stage"):
             yield key, _plain(train[key])
         yield "processes", self.made_with.get("processes", UNKNOWN)

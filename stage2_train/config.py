@@ -34,6 +34,9 @@ class TrainConfig(Section):
     """Prompts per iteration, each with `objective.group_size` completions; for direct_advantage states."""
     mini_batch_size: Annotated[int, Field(ge=1)] = 128
     """Prompts per optimizer step, with all of their completions, which are never split; for direct_advantage states."""
+    rollouts: Literal["policy", "stage1"] = "policy"
+    """Where completions come from: the current policy draws them, or they are the samples behind V̂*, and no engine is
+    loaded."""
     staleness: Annotated[int, Field(ge=0)] = 0
     """By how many iterations the weights that draw completions may lag; above 0, drawing overlaps training."""
     epochs: Annotated[int, Field(ge=1)] = 25
@@ -76,6 +79,13 @@ class TrainConfig(Section):
                 f"staleness {self.staleness} draws completions from older weights, which the objective "
                 f"{self.objective.name} is not for; set it to 0"
             )
+        if self.rollouts == "stage1" and not self.objective.allows_staleness:
+            raise ValueError(
+                'rollouts = "stage1" trains on completions of the reference, which the objective '
+                f"{self.objective.name} is not for; leave it out"
+            )
+        if self.rollouts == "stage1":
+            self.refuse_unused("staleness", because='rollouts = "stage1" draws nothing; leave it out')
         return self
 
     @property
@@ -94,13 +104,18 @@ class TrainConfig(Section):
 
     @property
     def reads_stage1(self) -> bool:
-        """Whether the objective needs stage 1's file."""
-        return not self.columns.isdisjoint(STAGE1_COLUMNS)
+        """Whether training needs stage 1's file."""
+        return self.rollouts == "stage1" or not self.columns.isdisjoint(STAGE1_COLUMNS)
 
     @property
     def reads_advantages(self) -> bool:
         """Whether the objective learns from the table of advantages, and draws nothing."""
         return "advantage" in self.columns
+
+    @property
+    def draws(self) -> bool:
+        """Whether the policy draws what it is trained on; if not, files have it, and there is no engine."""
+        return self.rollouts == "policy" and not self.reads_advantages
 
     @model_validator(mode="after")
     def _there_is_something_to_offload(self) -> "TrainConfig":
@@ -133,6 +148,15 @@ class Config(RunConfig):
             critic = ["critic"] if self.advantages.values == "critic" else []
             return ["segments", *critic, "advantages"]
         return ["vstar"] if self.train.reads_stage1 else []
+
+    @model_validator(mode="after")
+    def _stage1_keeps_what_training_reads(self) -> Self:
+        if self.train.rollouts == "stage1" and not self.vstar.keep_token_ids:
+            raise ValueError(
+                'train.rollouts = "stage1" reads the token ids of stage 1\'s samples, which it keeps only with '
+                "vstar.keep_token_ids = true; set it before `vstar` draws them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> Self:

@@ -1,7 +1,8 @@
 """Training's inputs, read and checked before any model loads: prompts, held-out prompts, and stage 1's results.
 
 Prompts are those that stage 1's file keeps. An objective that needs nothing from stage 1 may take them from [data]. An
-objective with known advantages reads the states of advantages.parquet.
+objective with known advantages reads the states of advantages.parquet. With `train.rollouts = "stage1"` stage 1's
+samples are read too.
 """
 
 import hashlib
@@ -41,6 +42,8 @@ from stage2_train.evaluation.plan import benchmarks_of, roomy
 from stage2_train.first_batch import FirstBatch, expected_first_batch
 from stage2_train.preflight import refuse_first
 from stage2_train.ranks import ALONE, Ranks
+from stage2_train.samples import Samples, read_samples
+from stage2_train.sources.batches import Units
 
 EQUAL_REWARDS = "rewards.equal"
 """The name by which --allow-mismatch accepts a result of stage 1 whose rewards are all equal."""
@@ -85,12 +88,19 @@ class TrainingData:
     stage1: Stage1 | None
     advantages: Advantages | None = None
     """The states to train on; their prompts are `prompts`, and nothing is drawn."""
+    samples: Samples | None = None
+    """Stage 1's samples, if they are what is trained on."""
     identity: Mapping[str, Any]
     """The identity of model, prompt template, sampling and grader."""
 
     def iterations(self, config: Config) -> int:
         """The number of iterations of this run."""
-        return config.train.iterations_over(len(self.prompts if self.advantages is None else self.advantages))
+        return config.train.iterations_over(len(self.prompts if self.units is None else self.units))
+
+    @property
+    def units(self) -> Units | None:
+        """What is trained on, if it is read and not drawn."""
+        return self.samples if self.advantages is None else self.advantages
 
     @property
     def accepted_mismatches(self) -> list[str]:
@@ -117,7 +127,8 @@ class TrainingData:
             return {"advantages": self.advantages.digest()}
         if self.stage1 is None:
             return {"prompts": _digest([prompt.id for prompt in self.prompts]), "identity": self.identity}
-        return {"vstar": _digest(sorted(self.stage1.vstar.items()))}
+        samples = {} if self.samples is None else {"samples": self.samples.digest()}
+        return {"vstar": _digest(sorted(self.stage1.vstar.items())), **samples}
 
 
 def usable(prompts: list[Prompt], data: DataConfig, pool: GraderPool, ranks: Ranks) -> list[Prompt]:
@@ -166,6 +177,7 @@ def prepare(
             advantages=states,
             identity=identity,
         )
+    samples = None
     if table is None:
         if others := [name for name in allow_mismatch if name != PARITY]:
             raise UserError(
@@ -174,6 +186,8 @@ def prepare(
         prompts, stage1 = load_prompts(config.data, config, renderer), None
     else:
         prompts, stage1 = _from_stage1(config, renderer, identity, *table, Allowance(allow_mismatch))
+        if config.train.rollouts == "stage1":
+            samples = read_samples(_samples_of(stage1.file, config), *table[1:], prompts, config.train)
     check_fit(prompts, config, folder)
     benchmarks = {}
     for benchmark in (each for each in benchmarks_of(config, must_exist=False) if each.every):
@@ -193,8 +207,16 @@ def prepare(
         held_out=held_out,
         benchmarks=benchmarks,
         stage1=stage1,
+        samples=samples,
         identity=identity,
     )
+
+
+def _samples_of(table: Path, config: Config) -> Path:
+    """The samples behind a table: beside it, in the folder above, or in the run's."""
+    run = run_paths(config.run).samples
+    near = [folder / run.name for folder in table.absolute().parents[:2]]
+    return next((folder for folder in near if folder.is_dir()), run)
 
 
 def _from_stage1(

@@ -42,6 +42,11 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
             f"forecast is for runs that draw completions; {config.train.objective.name} reads its steps from a table, "
             "whose size `python cli.py inspect --advantages` shows"
         )
+    if not config.train.draws:
+        raise UserError(
+            'forecast is for runs that draw completions; train.rollouts = "stage1" reads those of stage 1, whose '
+            "number and lengths `python cli.py inspect` shows"
+        )
     if config.train.mini_batch_size % gpus:
         raise UserError(
             f"--gpus {gpus}: train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "

@@ -81,12 +81,12 @@ class Records:
             self.all[self._rows[row]].trained |= math.isfinite(gradient_norm)
 
 
-def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
+def summarise(records: Sequence[SequenceRecord], seconds: float, *, drawn: bool) -> Metrics:
     """Rewards of the judged completions, figures of those trained on, lengths of all; NaN if there are none.
 
-    Steps of solutions, which are read and have no rewards, give no figures of rewards, truncation, KL and throughput.
+    What was not `drawn` by the policy but read gives no figures of rewards, truncation, KL and throughput, which would
+    not be the policy's.
     """
-    has_rewards = any(record.reward is not None for record in records)
     judged = [record for record in records if not record.unjudged]
     trained = [record for record in records if record.trained]
     tokens = sum(record.completion_tokens for record in records)
@@ -108,28 +108,24 @@ def summarise(records: Sequence[SequenceRecord], seconds: float) -> Metrics:
                 "reward/unjudged": mean("unjudged", records),
                 **_means_of_parts(judged),
             }
-            if has_rewards
+            if drawn
             else {}
         ),
         **({"advantage/mean": _ratio(sum(advantages), len(advantages))} if advantages else {}),
         **{name: _ratio(total(name), len(trained)) for name in names if name.startswith("loss/")},
-        **(
-            _log_ratios(total(LOG_RATIO), len(trained), trained_tokens, has_rewards)
-            if LOG_RATIO in names
-            else {}
-        ),
+        **(_log_ratios(total(LOG_RATIO), len(trained), trained_tokens, drawn) if LOG_RATIO in names else {}),
         "completion/tokens_mean": tokens / len(records),
         "completion/tokens_max": max(record.completion_tokens for record in records),
-        **({"completion/truncated": mean("truncated", records)} if has_rewards else {}),
+        **({"completion/truncated": mean("truncated", records)} if drawn else {}),
         **({"policy/entropy": _ratio(total(ENTROPY), trained_tokens)} if ENTROPY in names else {}),
         **_largest_gap(records),
-        **({"throughput/completion_tokens_per_second": tokens / seconds} if has_rewards else {}),
+        **({"throughput/completion_tokens_per_second": tokens / seconds} if drawn else {}),
     }
 
 
-def _log_ratios(total: float, sequences: int, tokens: int, is_drawn: bool) -> Metrics:
-    """Means of ln π/π_ref: they estimate KL(π‖π_ref) of completions that π has drawn, not of steps from a file."""
-    if not is_drawn:
+def _log_ratios(total: float, sequences: int, tokens: int, drawn: bool) -> Metrics:
+    """Means of ln π/π_ref: they estimate KL(π‖π_ref) if π has drawn the completions, and not if a file has them."""
+    if not drawn:
         return {"policy/log_ratio": _ratio(total, sequences)}
     return {"kl/sequence": _ratio(total, sequences), "kl/token": _ratio(total, tokens)}
 

@@ -22,6 +22,7 @@ from stage2_train.evaluation.plan import GREEDY, SAMPLED, Benchmark, benchmarks_
 from stage2_train.parity import ParityGate, parity_draw
 from stage2_train.ranks import Ranks
 from stage2_train.scorers import PolicyScorer, Scorer
+from stage2_train.sources.batches import Units
 from stage2_train.sources.offline import OfflineSource
 from stage2_train.sources.pipeline import RolloutPipeline, drawing
 from stage2_train.sources.sampler import Sampler
@@ -152,15 +153,7 @@ class Online:
 
 def describe_online(config: Config, data: TrainingData) -> list[str]:
     """Lines on the data and the length of a run that draws completions."""
-    train, stage1 = config.train, data.stage1
-    lines = [f"{len(data.prompts):,} prompts of [data]"]
-    if stage1 is not None:
-        rescored = "" if stage1.beta1 == config.vstar.beta1 else f" (the config says {config.vstar.beta1:g})"
-        lines = [
-            f"V̂* of {len(data.prompts):,} prompts from N = {stage1.num_samples} samples under "
-            f"β1 = {stage1.beta1:g}{rescored}"
-        ]
-        lines += stage1.remarks
+    train, lines = config.train, list(_prompt_lines(config, data))
     if data.held_out:
         training = [prompt.text for prompt in data.prompts]
         lines += remarks(config, [prompt.text for prompt in data.held_out], training)
@@ -168,19 +161,32 @@ def describe_online(config: Config, data: TrainingData) -> list[str]:
     return [*lines, f"{data.iterations(config)} iterations of {completions} completions"]
 
 
-class Offline:
-    """Steps of solutions are read with their advantages: no engine, no grader, no evaluation."""
+def _prompt_lines(config: Config, data: TrainingData) -> Iterator[str]:
+    """Lines on the prompts, and on what stage 1 says of them."""
+    stage1 = data.stage1
+    if stage1 is None:
+        yield f"{len(data.prompts):,} prompts of [data]"
+        return
+    rescored = "" if stage1.beta1 == config.vstar.beta1 else f" (the config says {config.vstar.beta1:g})"
+    yield (
+        f"V̂* of {len(data.prompts):,} prompts from N = {stage1.num_samples} samples under "
+        f"β1 = {stage1.beta1:g}{rescored}"
+    )
+    yield from stage1.remarks
 
-    def __init__(self, config: Config, data: TrainingData, ranks: Ranks) -> None:
-        assert data.advantages is not None, "the objective reads advantages"
+
+class Offline:
+    """What is trained on is read: steps with their advantages, or stage 1's samples. Nothing is drawn or evaluated."""
+
+    def __init__(self, config: Config, data: TrainingData, units: Units, ranks: Ranks) -> None:
         self.data = data
-        self._advantages = data.advantages
+        self._units = units
         self._config = config
         self._ranks = ranks
 
     def trainer(self) -> Trainer[OfflineSource]:
         """The networks alone."""
-        source = OfflineSource(self._config, self._advantages, self._ranks)
+        source = OfflineSource(self._config, self._units, self._ranks)
         return Trainer(self._config, self.data, lambda weights: source, self._ranks)
 
     def checks(self, allowance: Allowance, console: Terminal) -> list[Watcher]:
@@ -196,7 +202,9 @@ class Offline:
         return list(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield from self._advantages.lines()
+        if self.data.stage1 is not None:
+            yield from _prompt_lines(self._config, self.data)
+        yield from self._units.lines()
         waiting = [] if self._config.held_out is None else ["[evaluate.data]"]
         waiting += [f"[evaluate.benchmarks.{name}]" for name in self._config.during_training]
         train = self._config.train
@@ -207,7 +215,7 @@ class Offline:
             yield (
                 f"nothing is evaluated during training{unused}; `python cli.py evaluate` does it: {', '.join(waiting)}"
             )
-        yield f"{self.data.iterations(self._config)} iterations of {train.batch_size} {self._advantages.unit}"
+        yield f"{self.data.iterations(self._config)} iterations of {train.batch_size} {self._units.unit}"
 
     def close(self) -> list[str]:
         """There is nothing to end."""

@@ -57,10 +57,10 @@ def run_stage2(
     data = prepare(config, table, allow_mismatch, ranks)
     with ExitStack() as job:
         regime: Regime
-        if data.advantages is None:
+        if data.units is None:
             regime = Online(config, data, ranks, build_engine, job)
         else:
-            regime = Offline(config, data, ranks)
+            regime = Offline(config, data, data.units, ranks)
         trained_with = record(config, regime.data)
         total = regime.data.iterations(config)
         if is_finished(paths, trained_with):
@@ -143,7 +143,8 @@ def _table(config: Config, vstar_file: Path | None, advantages_file: Path | None
         file = paths.vstar
         remedy = "`python cli.py vstar`, or choose an objective that does without stage 1, such as grpo"
     if not file.exists():
-        raise UserError(f"there is no {file}, which the objective {name} needs; make it with {remedy}")
+        who = f"the objective {name}" if train.rollouts == "policy" else 'train.rollouts = "stage1"'
+        raise UserError(f"there is no {file}, which {who} needs; make it with {remedy}")
     return file
 
 

@@ -105,7 +105,9 @@ class Trainer(Generic[Source]):
             if self.parts.history:
                 with timed("history", metrics):
                     self.parts.history.visit(rollouts)
-        metrics |= summarise(self.ranks.gather(records.all), metrics["time/iteration"])
+        metrics |= summarise(
+            self.ranks.gather(records.all), metrics["time/iteration"], drawn=self.config.train.draws
+        )
         metrics |= step_figures(norms)
         metrics["train/processes"] = float(self.ranks.world_size)
         metrics["memory/peak_gib"] = peak_memory_bytes() / 2**30

@@ -87,8 +87,8 @@ class Run:
         self.engine = ScriptedEngine(data.renderer)
         sampler = Sampler(lambda: self.engine, pool, config.sampling, ranks)
         build_source: Any = drawing(config, data, sampler, ranks)
-        if data.advantages is not None:
-            source = OfflineSource(config, data.advantages, ranks)
+        if data.units is not None:
+            source = OfflineSource(config, data.units, ranks)
             build_source = lambda weights: source  # noqa: E731
         self.trainer: Trainer[Any] = Trainer(config, data, build_source, ranks)
         self.metrics: list[dict[str, float]] = []

@@ -592,7 +592,7 @@ def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
         completion_tokens=8,
         figures={"loss/regression": math.nan, LOG_RATIO: math.nan, ENTROPY: math.nan},
     )
-    assert summarise_records([long, short, unjudged, skipped], seconds=2.0) == pytest.approx(
+    assert summarise_records([long, short, unjudged, skipped], seconds=2.0, drawn=True) == pytest.approx(
         {
             "reward/mean": 1.25 / 3,
             "reward/solved": 1 / 3,
@@ -609,9 +609,9 @@ def test_the_figures_of_a_step_are_those_computed_by_hand() -> None:
             "throughput/completion_tokens_per_second": 10.0,
         }
     )
-    nothing = summarise_records([unjudged, skipped], seconds=1.0)
+    nothing = summarise_records([unjudged, skipped], seconds=1.0, drawn=True)
     assert all(math.isnan(nothing[name]) for name in ("loss/regression", "kl/token"))
-    assert math.isnan(summarise_records([unjudged], seconds=1.0)["reward/mean"])
+    assert math.isnan(summarise_records([unjudged], seconds=1.0, drawn=True)["reward/mean"])
 
 
 def test_a_log_file_gets_lines_and_a_terminal_a_bar_with_the_time_left(

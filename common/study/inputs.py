@@ -127,6 +127,7 @@ def _vstar(table: VstarTable, largest: VstarTable, paths: RunPaths) -> Inputs:
                 f"vstar.num_samples={each.num_samples}",
                 f"vstar.beta1={as_toml(each.beta1)}",
                 f"vstar.drop_unsolved={as_toml(each.drop_unsolved)}",
+                f"vstar.keep_token_ids={as_toml(each.keep_token_ids)}",
             ],
         )
 

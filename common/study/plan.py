@@ -89,6 +89,7 @@ class VstarTable:
     num_samples: int
     beta1: float
     drop_unsolved: bool
+    keep_token_ids: bool
 
     @property
     def name(self) -> str:
@@ -287,10 +288,11 @@ def _table(
 
     if "vstar" in inputs:
         return VstarTable(
-            samples=shared("stage1"),
+            samples=shared("stage1", **({"keep_token_ids": True} if config.vstar.keep_token_ids else {})),
             num_samples=config.vstar.num_samples,
             beta1=config.vstar.beta1,
             drop_unsolved=config.vstar.drop_unsolved,
+            keep_token_ids=config.vstar.keep_token_ids,
         )
     if "advantages" in inputs:
         own = {"segments": document["segments"]}

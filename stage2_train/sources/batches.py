@@ -12,6 +12,29 @@ Group = list[Rollout]
 """The completions of one prompt, which stay together on one rank and in one optimizer step."""
 
 
+class Units(Protocol):
+    """Training data that is there before training begins, in the units that batches count."""
+
+    @property
+    def unit(self) -> str:
+        """What a unit is, in the plural."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def group(self, unit: int, visit: int) -> Group:
+        """What is trained on at a visit of a unit; visits are counted from 0."""
+        ...
+
+    def digest(self) -> str:
+        """A hash of everything that training reads."""
+        ...
+
+    def lines(self) -> list[str]:
+        """The data, for people."""
+        ...
+
+
 class BatchSource(Protocol):
     """Gives a rank its share of each iteration's batch: one group for each of its places, in their order."""
 
