@@ -235,6 +235,8 @@ class EngineConfig(Section):
     """The rollout engine of both stages."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
+    engines: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Engines outside training, each a process with its own GPUs, or its share of the cores."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 256
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     training_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
@@ -242,7 +244,7 @@ class EngineConfig(Section):
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """Size of the key-value cache on a CPU, allocated at the start."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
-    """GPUs per engine in stage 1."""
+    """GPUs per engine outside training."""
     training_tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """Processes per engine in stage 2; 1 unless the model does not fit one GPU."""
     sleep_while_training: bool = False
@@ -253,7 +255,11 @@ class EngineConfig(Section):
     def _every_key_has_an_effect(self) -> Self:
         if self.backend != "vllm":
             self.refuse_unused(
-                *(key for key in type(self).model_fields if key not in ("backend", "max_num_seqs")),
+                *(
+                    key
+                    for key in type(self).model_fields
+                    if key not in ("backend", "engines", "max_num_seqs")
+                ),
                 because=f"such settings need backend vllm, found {self.backend}; leave them out",
             )
         return self

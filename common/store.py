@@ -100,6 +100,9 @@ SECONDS = "seconds"
 LOADING = "loading"
 """Key in a file's context: the part of these seconds in which models were loaded."""
 
+DEVICES = "devices"
+"""Key in a file's context: the GPUs that drew its samples at the same time, or 1 for a machine without."""
+
 JUDGE = "judge"
 """Key in a file's context: the number of a judge model's replies for its grades, and their tokens."""
 
@@ -123,6 +126,7 @@ class SampleStore:
         self._other_grades_count = False
         self._since = time.monotonic()
         self._loading = 0.0
+        self._devices = 1
         accepted: dict[str, None] = {}
         for fragment in self.fragments():
             found = self.check(fragment)
@@ -299,6 +303,7 @@ class SampleStore:
             **self.provenance.context,
             SECONDS: seconds,
             LOADING: loading,
+            DEVICES: self._devices,
             **({JUDGE: dict(judge)} if judge else {}),
         }
         path = add_fragment(
@@ -313,9 +318,15 @@ class SampleStore:
         known = [float(seconds) for seconds in recorded if seconds is not None]
         return sum(known) if len(known) == len(recorded) else None
 
-    def loaded(self) -> None:
+    def loaded(self, devices: int) -> None:
         """Note that the models have been loaded: the time since the opening of the store was not for sampling."""
         self._loading = time.monotonic() - self._since
+        self._devices = devices
+
+    def devices(self) -> int:
+        """The most devices that drew samples at the same time, as far as the files say."""
+        known = [read_provenance(fragment).context.get(DEVICES, 1) for fragment in self.fragments()]
+        return max(known, default=1)
 
     def loading_seconds(self) -> float:
         """The part of `seconds` in which models were loaded, as far as the files say."""

@@ -256,7 +256,7 @@ def estimate(work: Work, drawn: Drawn, config: RunConfig) -> tuple[pl.DataFrame,
     context["cost"] = {
         "seconds": work.store.seconds(),
         "loading_seconds": work.store.loading_seconds(),
-        "devices": config.engine.tensor_parallel_size,
+        "devices": work.store.devices(),
         **({"judge": judge} if judge else {}),
     }
     provenance = replace(work.provenance, context=context)

@@ -76,13 +76,14 @@ def test_each_file_says_how_long_its_samples_took(tmp_path: Path, monkeypatch: p
     rows = sample_rows(OUTCOMES).to_dicts()
     store = SampleStore(tmp_path, PROVENANCE)
     assert store.seconds() == 0
-    store.loaded()
+    store.loaded(devices=4)
     store.append(rows[:2])
     store.append(rows[2:5])
     later = SampleStore(tmp_path, PROVENANCE)
     later.append(rows[5:])
     assert later.seconds() == 7.5 + 2.25 + 4.0
     assert later.loading_seconds() == 3.0
+    assert later.devices() == 4
     add_fragment(tmp_path, SAMPLE_FILES, sample_rows({"p9": ["wrong"]}).to_dicts(), SAMPLES, PROVENANCE)
     assert later.seconds() is None
 

@@ -212,9 +212,9 @@ def run_ranks(processes: int, program: Program, *, timeout: float, env: Mapping[
 
 def import_libraries() -> None:
     """All that is not of this project, with what it would import itself when it is first used."""
-    from common.engines.vllm_engine import _set_environment
+    from common.engines.vllm_engine import set_environment
 
-    _set_environment("float32")
+    set_environment("float32")
     import deepspeed  # noqa: F401
     import pandas  # noqa: F401  by pyarrow, where it is installed
     import peft  # noqa: F401

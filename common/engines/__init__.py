@@ -1,55 +1,26 @@
-"""The interface of the engines that sample completions, and the function that builds the configured one."""
+"""The engines that sample completions, and the function that builds the configured one."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
-from common.config import RunConfig, SamplingParams
+from common.config import RunConfig
 from common.data.rendering import PromptRenderer
+from common.engines.protocol import EngineBuilder, RolloutEngine
 from common.packages import refuse_missing
-from common.rollout import Completion, SampleRequest
 
-if TYPE_CHECKING:
-    import torch
-
-
-class RolloutEngine(Protocol):
-    """Samples completions from a model whose weights can be replaced in place."""
-
-    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
-        """Sample one completion per request; yields them in the order in which they end."""
-        ...
-
-    def load_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
-        """Replace the weights; the names are those of the Hugging Face checkpoint."""
-        ...
-
-    def sleep(self) -> None:
-        """Free memory until the next `load_weights`; the engine cannot sample before that."""
-        ...
-
-    def close(self) -> None:
-        """Free the model's memory."""
-        ...
-
-
-class EngineBuilder(Protocol):
-    """The type of `build_engine`. Jobs take it as an argument, so that a test can pass another engine."""
-
-    def __call__(
-        self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
-    ) -> RolloutEngine:
-        """Load the model in `folder`."""
-        ...
+__all__ = ["EngineBuilder", "RolloutEngine", "build_engine"]
 
 
 def build_engine(
     config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
 ) -> RolloutEngine:
-    """Load the model in `folder` into the configured engine.
+    """Load the model in `folder` into the configured engine, or into several in processes of their own.
 
     `beside_trainer` means that a training job uses the same process and device.
     """
+    if not beside_trainer and config.engine.engines not in ("auto", 1):
+        from common.engines.local_workers import local_fleet
+
+        return local_fleet(config, folder, renderer, build_engine)
     if config.engine.backend == "vllm":
         refuse_missing("vllm", 'engine.backend is "vllm"', 'make setup, or set it to "transformers"')
         from common.engines.vllm_engine import VllmEngine

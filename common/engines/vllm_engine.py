@@ -58,7 +58,7 @@ class VllmEngine:
         if ranks_per_engine > 1:
             refuse_wrong_size(ranks_per_engine, processes, folder)
             self._group = SharedEngine(ranks_per_engine)
-        _set_environment(config.model.dtype)
+        set_environment(config.model.dtype)
         import vllm
         from vllm.platforms import current_platform
 
@@ -339,7 +339,7 @@ def context_length(config: RunConfig, folder: Path) -> int:
     return min(needed, model_numbers(folder).get("max_position_embeddings") or needed)
 
 
-def _set_environment(dtype: str) -> None:
+def set_environment(dtype: str) -> None:
     """Set variables that vLLM and Triton read from the environment, unless the user has set them."""
     settings = {
         # Otherwise Triton's kernels round the factors of float32 products to 10 bits (TF32); torch does not.

@@ -10,6 +10,7 @@ from common.config import RunConfig
 from common.data.prompts import usable_prompts
 from common.data.rendering import PromptRenderer
 from common.engines import EngineBuilder, RolloutEngine
+from common.engines.count import devices_of, with_engines
 from common.errors import UserError
 from common.grading import GraderPool
 from common.rollout import Prompt
@@ -96,11 +97,12 @@ class LocalExecutor:
             console.print(
                 f"{len(missing.prompts):,} {prompts}: {len(missing):,} samples to draw; loading the model"
             )
+            config = with_engines(config, self._folder, len(missing))
             self._engine = self._build_engine(config, self._folder, self._renderer, beside_trainer=False)
             self._loaded.callback(self._engine.close)
             if self._check is not None:
                 self._check(self._engine, missing.prompts)
-            self._store.loaded()
+            self._store.loaded(devices_of(config.engine))
         generate_samples(
             missing,
             self._engine,

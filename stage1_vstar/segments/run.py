@@ -253,8 +253,11 @@ def _provenance(
             "prompts": _digest(states.prompts),
         },
     }
-    seconds = [store.seconds() or 0.0 for store in (states.solutions, states.continuations)]
-    cost = {"seconds": sum(seconds), "devices": config.engine.tensor_parallel_size}
+    stores = (states.solutions, states.continuations)
+    cost = {
+        "seconds": sum(store.seconds() or 0.0 for store in stores),
+        "devices": max(store.devices() for store in stores),
+    }
     return Provenance(identity=identity, context={**provenance.context, "cost": cost})
 
 

@@ -11,6 +11,7 @@ from typing import Self
 import polars as pl
 
 from common.engines import RolloutEngine, build_engine
+from common.engines.count import with_engines
 from common.grading import GraderPool, fingerprint
 from common.grading.spec import GraderSpec
 from common.model.files import network_hash
@@ -34,6 +35,7 @@ class Drawing:
 
     def __init__(self, config: Config, benchmarks: Sequence[Benchmark], console: Terminal) -> None:
         self._config = config
+        self._benchmarks = benchmarks
         self._roomy = roomy(config, benchmarks)
         self._console = console
         self._open = ExitStack()
@@ -129,7 +131,13 @@ class Drawing:
             self._engine = None
         if self._engine is None:
             renderer = next(iter(model.renderers.values()))
-            self._engine = build_engine(self._roomy, model.folder, renderer, beside_trainer=False)
+            sizes = (
+                len(model.prompts[each.name]) * draw.num_samples
+                for each in self._benchmarks
+                for draw in each.draws.values()
+            )
+            config = with_engines(self._roomy, model.folder, max(sizes))
+            self._engine = build_engine(config, model.folder, renderer, beside_trainer=False)
         else:
             self._engine.load_weights(stored_weights(model.folder))
         self._loaded = model.folder

@@ -1,0 +1,55 @@
+"""How many engines a job starts on this machine."""
+
+import math
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from common.config import EngineConfig, RunConfig
+from common.model.reading import read_model
+
+Config = TypeVar("Config", bound=RunConfig)
+
+SMALL = 50_000_000
+"""Up to this many parameters an engine on a CPU is busier with Python than with the model, so that one a core pays."""
+
+
+def with_engines(config: Config, folder: Path, samples: int) -> Config:
+    """The config with the number of engines for so many samples of the model in `folder`.
+
+    That is the configured number, or what pays: all GPUs; on a CPU one engine per core if the model is small. Each
+    engine fills at least one batch.
+    """
+    engine = config.engine
+    count = engine.engines
+    if count == "auto":
+        devices = visible_devices()
+        most = len(devices) // engine.tensor_parallel_size if devices else _on_cpu(folder)
+        count = max(1, min(most, math.ceil(samples / engine.max_num_seqs)))
+    return config.model_copy(update={"engine": engine.model_copy(update={"engines": count})})
+
+
+def _on_cpu(folder: Path) -> int:
+    return cores() if read_model(folder).parameters <= SMALL else 1
+
+
+def devices_of(engine: EngineConfig) -> int:
+    """The GPUs that the configured engines use together; 1 for a machine without."""
+    assert engine.engines != "auto", "a number has been chosen"
+    return engine.engines * engine.tensor_parallel_size if visible_devices() else 1
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_devices() -> list[str]:
+    """The GPUs that this process may use, as values of CUDA_VISIBLE_DEVICES. Does not initialise them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(torch.cuda.device_count())]
+    return names if chosen is None else [name.strip() for name in chosen.split(",")][: len(names)]

@@ -1,0 +1,177 @@
+"""Workers of a fleet on this machine: child processes with GPUs, or a share of the cores, of their own.
+
+`python -m common.engines.local_workers` is such a process: a fresh interpreter, which holds nothing of its parent's
+memory and devices.
+"""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+
+from common.config import RunConfig
+from common.data.rendering import PromptRenderer
+from common.engines.count import cores, visible_devices
+from common.engines.fleet import EngineFleet
+from common.engines.orders import Order, Reply
+from common.engines.protocol import EngineBuilder, RolloutEngine
+from common.engines.worker import serve
+from common.errors import UserError
+from common.runs import REPOSITORY, run_paths
+from common.terminal.library_log import libraries_logged
+
+ENDING_SECONDS = 10.0
+LAUNCHED_BY = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+)
+"""Variables of a launcher of several ranks: an engine is no rank of the job that has started it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a process may use of the machine."""
+
+    threads: int | None = None
+    """Of torch, on a CPU."""
+    devices: Sequence[str] = ()
+    """Values for CUDA_VISIBLE_DEVICES."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that limit a process to it."""
+        return {
+            **({"CUDA_VISIBLE_DEVICES": ",".join(self.devices)} if self.devices else {}),
+            **({"OMP_NUM_THREADS": str(self.threads)} if self.threads is not None else {}),
+        }
+
+
+class LocalWorker:
+    """A worker in a child process, which ends with this one."""
+
+    def __init__(self, build: Callable[[], RolloutEngine], share: Share, log: Path) -> None:
+        """Start it; `build` builds its engine there, and libraries' output goes to the log."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "common.engines.local_workers", str(theirs.fileno())],
+                env=_environment() | share.environment,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # the terminal's Ctrl-C is for the job, which ends this process
+            )
+        self._connection = Connection(ours.detach())
+        self._tell((build, log))
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def send(self, order: Order) -> None:
+        """Like Worker.send. It does not wait for the engine: a thread of the process is always reading."""
+        self._tell(order)
+
+    def _tell(self, message: object) -> None:
+        with suppress(OSError):  # its death is heard by who receives
+            self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    def receive(self) -> list[Reply]:
+        """Like Worker.receive."""
+        try:
+            return [pickle.loads(self._connection.recv_bytes())]
+        except OSError as error:
+            raise EOFError from error
+
+    def cause_of_death(self) -> str:
+        """Like Worker.cause_of_death."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_SECONDS)
+        status = self._process.returncode
+        if status is not None and status < 0:
+            name = signal.Signals(-status).name
+            return f"died of {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+        return f"ended with exit status {status}"
+
+    def close(self) -> None:
+        """Like Worker.close."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with what the engine has started
+        self._process.wait()
+
+
+def local_fleet(
+    config: RunConfig, folder: Path, renderer: PromptRenderer, build: EngineBuilder
+) -> EngineFleet:
+    """As many engines on this machine as the config says. Raises UserError, see EngineFleet."""
+    count = config.engine.engines
+    assert isinstance(count, int), "a number has been chosen"
+    alone = config.model_copy(update={"engine": config.engine.model_copy(update={"engines": 1})})
+    one = partial(build, alone, folder, renderer, beside_trainer=False)
+    shares = shares_of(count, visible_devices(), config.engine.tensor_parallel_size, cores())
+    log = run_paths(config.run).libraries_log
+    return EngineFleet(
+        lambda number: LocalWorker(one, shares[number], log), count, max_num_seqs=config.engine.max_num_seqs
+    )
+
+
+def shares_of(count: int, devices: Sequence[str], devices_each: int, cores: int) -> list[Share]:
+    """Each engine's GPUs, or without any its share of the cores. Raises UserError if there are too few GPUs."""
+    if not devices:
+        return [Share(threads=max(1, cores // count))] * count
+    needed = count * devices_each
+    if needed > len(devices):
+        of_each = "" if devices_each == 1 else f" × tensor_parallel_size {devices_each}"
+        raise UserError(
+            f"engine.engines {count}{of_each} needs {needed} GPUs, found {len(devices)}; choose at most "
+            f"{max(1, len(devices) // devices_each)} engines, or leave it out"
+        )
+    return [Share(devices=devices[start : start + devices_each]) for start in range(0, needed, devices_each)]
+
+
+def _environment() -> dict[str, str]:
+    path = [str(REPOSITORY), *(os.path.abspath(entry) for entry in sys.path)]
+    others = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
+    return {**others, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def main() -> None:
+    """The process of a worker."""
+    connection = Connection(int(sys.argv[1]))
+    os.set_inheritable(connection.fileno(), False)
+    build, log = pickle.loads(connection.recv_bytes())
+    orders: SimpleQueue[Order] = SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                orders.put(pickle.loads(connection.recv_bytes()))
+        except (EOFError, OSError):  # the job is gone
+            os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    def reply(message: Reply) -> None:
+        connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    with libraries_logged(log):
+        serve(build, orders, reply)
+
+
+if __name__ == "__main__":
+    main()

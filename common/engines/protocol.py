@@ -1,0 +1,42 @@
+"""The interface of the engines that sample completions, and of the functions that build them."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from common.config import RunConfig, SamplingParams
+from common.data.rendering import PromptRenderer
+from common.rollout import Completion, SampleRequest
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from a model whose weights can be replaced in place."""
+
+    def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
+        """Sample one completion per request; yields them in the order in which they end."""
+        ...
+
+    def load_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
+        """Replace the weights; the names are those of the Hugging Face checkpoint."""
+        ...
+
+    def sleep(self) -> None:
+        """Free memory until the next `load_weights`; the engine cannot sample before that."""
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        ...
+
+
+class EngineBuilder(Protocol):
+    """The type of `build_engine`. Jobs take it as an argument, so that a test can pass another engine."""
+
+    def __call__(
+        self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+    ) -> RolloutEngine:
+        """Load the model in `folder`."""
+        ...

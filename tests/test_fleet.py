@@ -1,0 +1,290 @@
+"""Several engines in processes of their own: the same completions as one, whatever happens to the processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from common.config import SamplingParams
+from common.engines.count import with_engines
+from common.engines.fleet import EngineFleet
+from common.engines.local_workers import LocalWorker, Share, shares_of
+from common.errors import EngineFailed, UserError
+from common.rollout import SampleRequest
+from common.runs import REPOSITORY, run_paths
+from common.vstar_file import read_vstar
+from stage2_train.config import Config
+from tests.fakes import tiny_config
+from tests.fleet_engines import number_engine
+from tests.stage1_runs import run, stored, write_questions
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
+
+SAMPLING = SamplingParams(max_completion_tokens=8)
+BATCH = 8
+Start = Callable[..., EngineFleet]
+
+
+def requests(count: int, *, first: int = 0) -> list[SampleRequest]:
+    return [
+        SampleRequest(key=("prompt", number), prompt_token_ids=(1, 2), seed=number)
+        for number in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts fleets of engines that sample numbers; closes them at the end."""
+    started: list[EngineFleet] = []
+
+    def fleet(count: int, *, seconds: float = 0.002) -> EngineFleet:
+        build = partial(number_engine, tmp_path, seconds)
+        launch = lambda _: LocalWorker(build, Share(threads=1), tmp_path / "libraries.log")  # noqa: E731
+        fleet = EngineFleet(launch, count, max_num_seqs=BATCH)
+        started.append(fleet)
+        deadline = time.monotonic() + 60
+        while len(drawn(fleet, 100)) < count:  # until all of them are ready
+            assert time.monotonic() < deadline
+        return fleet
+
+    yield fleet
+    for each in started:
+        each.close()
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in pids(tmp_path) if is_alive(pid)]:
+        assert time.monotonic() < deadline, alive
+
+
+def pids(folder: Path, what: str = "built") -> list[int]:
+    return [int(path.name.rpartition("-")[2]) for path in folder.glob(f"{what}-*")]
+
+
+def is_alive(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def drawn(fleet: EngineFleet, count: int, weight: int = 0) -> set[str]:
+    """Draw completions of so many requests, check them, and return the processes that drew them."""
+    found = list(fleet.generate(requests(count), SAMPLING))
+    assert sorted(each.token_ids for each in found) == [(number, weight, 8) for number in range(count)]
+    assert {each.key for each in found} == {("prompt", number) for number in range(count)}
+    assert len(found) == count
+    return {each.text for each in found}
+
+
+def test_engines_share_the_requests_and_each_is_drawn_once(start: Start, tmp_path: Path) -> None:
+    fleet = start(3)
+    assert drawn(fleet, 300) == {str(pid) for pid in pids(tmp_path)}
+    assert drawn(fleet, 0) == set()
+    assert len(drawn(fleet, 1)) == 1
+
+
+def test_the_first_completions_come_while_others_are_still_to_be_requested(start: Start) -> None:
+    fleet, asked = start(2), 0
+
+    def counted() -> Iterator[SampleRequest]:
+        nonlocal asked
+        for request in requests(1000):
+            asked += 1
+            yield request
+
+    completions = fleet.generate(counted(), SAMPLING)
+    next(completions)
+    assert asked <= 2 * (3 * BATCH + 1)
+    assert len(list(completions)) == 999
+
+
+def test_completions_that_nobody_waits_for_do_not_come_later(start: Start) -> None:
+    fleet = start(2)
+    for number in range(5):
+        with closing(cast(Any, fleet.generate(requests(100, first=1000 * number), SAMPLING))) as early:
+            next(early)
+    drawn(fleet, 50)
+
+
+def test_each_engine_gets_new_weights_and_sleeps(start: Start, tmp_path: Path) -> None:
+    fleet = start(2)
+    drawn(fleet, 100)
+    for weight in (3, 5):
+        shared = torch.full((4,), weight / 8)
+        fleet.load_weights(iter([("a", shared), ("tied", shared), ("column", torch.ones(2, 3)[:, 1] * 0)]))
+        drawn(fleet, 100, weight)
+    fleet.sleep()
+    assert sorted(pids(tmp_path, "asleep")) == sorted(pids(tmp_path))
+
+
+@pytest.mark.parametrize("how", ["die", "fail"])
+def test_an_engine_that_is_lost_is_started_again_and_its_requests_are_drawn(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    fleet = start(2)
+    for seed in (0, 40, 199):
+        (tmp_path / f"{how}-{seed}").touch()
+    drawn(fleet, 200)
+    assert len(pids(tmp_path)) >= 4
+    said = capsys.readouterr().err
+    reason = "died of SIGKILL, perhaps for want of memory" if how == "die" else "out of luck"
+    assert reason in said
+    found = re.findall(
+        r"warning: engine (\d) of 2 .*; it is started again, and (\d+) unfinished requests", said
+    )
+    assert len(found) == 3
+    assert all(0 < int(lost) <= 3 * BATCH for _, lost in found)
+
+
+def test_an_engine_that_is_started_again_has_the_newest_weights(start: Start, tmp_path: Path) -> None:
+    fleet = start(2)
+    fleet.load_weights(iter([("a", torch.tensor([7.0]))]))
+    first = set(pids(tmp_path))
+    (tmp_path / "die-0").touch()
+    (tmp_path / "die-1").touch()
+    drawn(fleet, 400, 7)
+    # It draws as soon as it is there: the other one alone would not have been given all of these.
+    assert set(pids(tmp_path, "loaded-7")) - first
+
+
+def test_engines_that_die_at_the_same_request_end_the_job_with_its_name(start: Start, tmp_path: Path) -> None:
+    fleet = start(2)
+    (tmp_path / "always-17").touch()
+    with pytest.raises(
+        EngineFailed, match=r"engines have died 3 times, each time with the request \('prompt', \d+\)"
+    ):
+        drawn(fleet, 100)
+
+
+def test_engines_that_cannot_be_built_are_one_error(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "refuse").touch()
+    with pytest.raises(UserError, match=r"^the model cannot be loaded; take another$"):
+        start(2)
+
+
+def test_a_killed_process_is_replaced_while_nobody_draws(start: Start, tmp_path: Path) -> None:
+    fleet = start(2)
+    for pid in pids(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    drawn(fleet, 100)
+
+
+JOB = """
+import sys
+from functools import partial
+from pathlib import Path
+from common.engines.fleet import EngineFleet
+from common.engines.local_workers import LocalWorker, Share
+from tests.fleet_engines import number_engine
+from tests.test_fleet import SAMPLING, requests
+folder = Path(sys.argv[1])
+build = partial(number_engine, folder, 0.01)
+fleet = EngineFleet(lambda _: LocalWorker(build, Share(), folder / "log"), 2, max_num_seqs=8)
+for number, completion in enumerate(fleet.generate(requests(10**6), SAMPLING)):
+    if number == 100:
+        print("drawing", flush=True)
+"""
+
+
+def test_the_processes_end_with_a_job_that_is_killed(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", JOB, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "drawing\n"
+        assert all(map(is_alive, pids(tmp_path)))
+        job.kill()
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, pids(tmp_path))):
+        assert time.monotonic() < deadline
+
+
+# How many, and with what.
+
+
+def configured(folder: Path, model: Path, **engine: Any) -> Config:
+    return tiny_config(model, write_questions(folder / "questions.jsonl"), engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "samples", "expected"),
+    [
+        ({}, 8, 10**6, 8),
+        ({"tensor_parallel_size": 2}, 8, 10**6, 4),
+        ({"tensor_parallel_size": 8}, 4, 10**6, 1),
+        ({}, 8, 600, 3),
+        ({}, 0, 10**6, 2),
+        ({}, 0, 256, 1),
+        ({"engines": 3}, 0, 1, 3),
+        ({"engines": 1}, 8, 10**6, 1),
+    ],
+)
+def test_all_devices_are_used_as_far_as_there_is_work(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: dict[str, Any],
+    gpus: int,
+    samples: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr("common.engines.count.visible_devices", lambda: [str(gpu) for gpu in range(gpus)])
+    monkeypatch.setattr("common.engines.count.cores", lambda: 2)
+    config = with_engines(configured(tmp_path, tiny_model, **engine), tiny_model, samples)
+    assert config.engine.engines == expected
+
+
+def test_a_larger_model_has_all_cores_of_a_machine_without_gpus(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.engines.count.SMALL", 1000)
+    assert with_engines(configured(tmp_path, tiny_model), tiny_model, 10**6).engine.engines == 1
+
+
+def test_engines_share_gpus_or_cores() -> None:
+    four = ["2", "3", "5", "GPU-7"]
+    assert [share.environment for share in shares_of(2, four, 2, cores=16)] == [
+        {"CUDA_VISIBLE_DEVICES": "2,3"},
+        {"CUDA_VISIBLE_DEVICES": "5,GPU-7"},
+    ]
+    assert [share.environment for share in shares_of(3, [], 1, cores=8)] == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert [share.environment for share in shares_of(3, [], 1, cores=2)] == [{"OMP_NUM_THREADS": "1"}] * 3
+    with pytest.raises(UserError, match=r"engine.engines 5 needs 5 GPUs, found 4; choose at most 4 engines"):
+        shares_of(5, four, 1, cores=16)
+    with pytest.raises(
+        UserError, match=r"engines 3 × tensor_parallel_size 2 needs 6 GPUs, found 4; choose at most 2"
+    ):
+        shares_of(3, four, 2, cores=16)
+
+
+# Real engines.
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_two_engines_give_the_store_of_one(
+    tiny_model: Path, tmp_path: Path, artifacts: Path, backend: str
+) -> None:
+    data = write_questions(tmp_path / "questions.jsonl", rows=24)
+    found = {}
+    for engines in (1, 2):
+        name = f"engines{engines}"
+        config = tiny_config(
+            tiny_model,
+            data,
+            run=name,
+            engine={"backend": backend, "engines": engines, "max_num_seqs": 8},
+            vstar={"num_samples": 4},
+        )
+        run(config, check=True)
+        found[engines] = stored(name).drop("completion_raw"), read_vstar(run_paths(name).vstar)[0]
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one.equals(two)
