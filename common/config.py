@@ -236,7 +236,9 @@ class EngineConfig(Section):
 
     backend: Literal["vllm", "transformers"] = "vllm"
     engines: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Engines outside training, each a process with its own GPUs, or its share of the cores."""
+    """Engines on this machine, each a process with GPUs of its own, or a share of the cores."""
+    placement: Literal["inside", "own processes"] = "inside"
+    """Where the engines of training are: one in each of its processes, or beside them, on the GPUs that they leave."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 256
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     training_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
@@ -244,7 +246,7 @@ class EngineConfig(Section):
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """Size of the key-value cache on a CPU, allocated at the start."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
-    """GPUs per engine outside training."""
+    """GPUs per engine that is a process of its own."""
     training_tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """Processes per engine in stage 2; 1 unless the model does not fit one GPU."""
     sleep_while_training: bool = False
@@ -258,9 +260,15 @@ class EngineConfig(Section):
                 *(
                     key
                     for key in type(self).model_fields
-                    if key not in ("backend", "engines", "max_num_seqs")
+                    if key not in ("backend", "engines", "placement", "max_num_seqs")
                 ),
                 because=f"such settings need backend vllm, found {self.backend}; leave them out",
+            )
+        if self.placement == "own processes":
+            self.refuse_unused(
+                *("training_gpu_memory_utilization", "training_tensor_parallel_size", "sleep_while_training"),
+                because='such settings are for engines inside training, found placement "own processes"; leave them '
+                "out",
             )
         return self
 

@@ -136,6 +136,7 @@ class Finished:
     resumed_output: str
     iterations_before_kill: int
     transformers_output: str
+    beside_output: str
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,10 @@ def finished(workspace: Workspace) -> Finished:
     whole_output = output_of(whole)
     resumed = workspace.start("resumed")
     transformers = workspace.start("transformers", "--set", "engine.backend=transformers")
-    return Finished(workspace, whole_output, output_of(resumed), lines - 1, output_of(transformers))
+    beside = workspace.start("beside", "--set", "engine.placement=own processes")
+    return Finished(
+        workspace, whole_output, output_of(resumed), lines - 1, output_of(transformers), output_of(beside)
+    )
 
 
 def test_every_iteration_logs_every_figure(finished: Finished) -> None:
@@ -189,7 +193,7 @@ def test_figures_are_of_a_run_that_samples_grades_and_learns(finished: Finished)
         assert 0.1 < row["memory/peak_gib"] < 16
 
 
-@pytest.mark.parametrize("name", ["whole", "resumed", "transformers"])
+@pytest.mark.parametrize("name", ["whole", "resumed", "transformers", "beside"])
 def test_the_engine_has_the_trainers_weights_at_every_iteration(finished: Finished, name: str) -> None:
     gaps = [row["engine/logprob_gap"] for row in finished.workspace.metrics(name)[1:]]
     assert len(gaps) == ITERATIONS
@@ -206,6 +210,19 @@ def test_the_same_config_and_seed_give_the_same_figures_even_after_a_kill(finish
     assert "continuing after iteration" not in finished.whole_output
     assert any(f"continuing after iteration {n}\n" in finished.resumed_output for n in range(1, ITERATIONS))
     assert repeatable("resumed") == repeatable("whole")
+
+
+def test_an_engine_in_a_process_of_its_own_draws_what_one_inside_draws(finished: Finished) -> None:
+    rows, beside = (finished.workspace.metrics(name) for name in ("whole", "beside"))
+    for ours, theirs in zip(rows, beside, strict=True):
+        for name in (
+            "reward/mean",
+            "kl/sequence",
+            "loss/regression",
+            "evaluate/pass_at_1",
+            "train/gradient_norm",
+        ):
+            assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-3, abs=1e-5), name
 
 
 def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(finished: Finished) -> None:

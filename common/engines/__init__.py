@@ -17,10 +17,14 @@ def build_engine(
 
     `beside_trainer` means that a training job uses the same process and device.
     """
-    if not beside_trainer and config.engine.engines not in ("auto", 1):
-        from common.engines.local_workers import local_fleet
+    if beside_trainer and config.engine.placement == "own processes":
+        from common.engines.local_workers import fleet_beside_trainer
 
-        return local_fleet(config, folder, renderer, build_engine)
+        return fleet_beside_trainer(config, folder, renderer, build_engine)
+    if not beside_trainer and config.engine.engines not in ("auto", 1):
+        from common.engines.local_workers import fleet_of_machine
+
+        return fleet_of_machine(config, folder, renderer, build_engine)
     if config.engine.backend == "vllm":
         refuse_missing("vllm", 'engine.backend is "vllm"', 'make setup, or set it to "transformers"')
         from common.engines.vllm_engine import VllmEngine

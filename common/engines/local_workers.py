@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
-from common.config import RunConfig
+from common.config import EngineConfig, RunConfig
 from common.data.rendering import PromptRenderer
 from common.engines.count import cores, visible_devices
 from common.engines.fleet import EngineFleet
@@ -115,19 +115,62 @@ class LocalWorker:
         self._process.wait()
 
 
-def local_fleet(
+def fleet_of_machine(
     config: RunConfig, folder: Path, renderer: PromptRenderer, build: EngineBuilder
 ) -> EngineFleet:
     """As many engines on this machine as the config says. Raises UserError, see EngineFleet."""
     count = config.engine.engines
     assert isinstance(count, int), "a number has been chosen"
-    alone = config.model_copy(update={"engine": config.engine.model_copy(update={"engines": 1})})
-    one = partial(build, alone, folder, renderer, beside_trainer=False)
     shares = shares_of(count, visible_devices(), config.engine.tensor_parallel_size, cores())
+    return _fleet(config, folder, renderer, build, shares)
+
+
+def fleet_beside_trainer(
+    config: RunConfig, folder: Path, renderer: PromptRenderer, build: EngineBuilder
+) -> EngineFleet:
+    """This rank's engines, on GPUs that no rank trains on, or on a share of the cores. Raises UserError."""
+    rank, ranks = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    shares = shares_beside(config.engine, visible_devices(), rank, ranks, cores())
+    return _fleet(config, folder, renderer, build, shares)
+
+
+def _fleet(
+    config: RunConfig, folder: Path, renderer: PromptRenderer, build: EngineBuilder, shares: Sequence[Share]
+) -> EngineFleet:
+    engine = config.engine.model_copy(update={"engines": 1, "placement": "inside"})
+    alone = config.model_copy(update={"engine": engine})
+    one = partial(build, alone, folder, renderer, beside_trainer=False)
     log = run_paths(config.run).libraries_log
     return EngineFleet(
-        lambda number: LocalWorker(one, shares[number], log), count, max_num_seqs=config.engine.max_num_seqs
+        lambda number: LocalWorker(one, shares[number], log), len(shares), max_num_seqs=engine.max_num_seqs
     )
+
+
+def shares_beside(
+    engine: EngineConfig, devices: Sequence[str], rank: int, ranks: int, cores: int
+) -> list[Share]:
+    """The shares of a rank's engines, one rank of `ranks` on this machine. Raises UserError if there is none.
+
+    Ranks train on the first GPUs, one each. Without GPUs the engines of all ranks have half of the cores.
+    """
+    spare, each = devices[ranks:], engine.tensor_parallel_size
+    count = engine.engines
+    if count == "auto":
+        count = ranks * max(1, len(spare) // (ranks * each))
+    if count % ranks:
+        raise UserError(
+            f"engine.engines {count} cannot be divided among the {ranks} processes of training on this machine; choose "
+            "a multiple"
+        )
+    if devices and count * each > len(spare):
+        raise UserError(
+            f'engine.placement "own processes" needs GPUs that training leaves free: {count} engines of {each} need '
+            f"{count * each}, found {len(devices)} of which {ranks} train; train with fewer processes"
+        )
+    mine = spare[rank * each * (count // ranks) :]
+    return shares_of(count // ranks, mine, each, max(1, cores // (2 * ranks)))
 
 
 def shares_of(count: int, devices: Sequence[str], devices_each: int, cores: int) -> list[Share]:
