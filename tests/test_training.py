@@ -136,7 +136,6 @@ class Finished:
     resumed_output: str
     iterations_before_kill: int
     transformers_output: str
-    beside_output: str
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +154,9 @@ def finished(workspace: Workspace) -> Finished:
     whole_output = output_of(whole)
     resumed = workspace.start("resumed")
     transformers = workspace.start("transformers", "--set", "engine.backend=transformers")
-    beside = workspace.start("beside", "--set", "engine.placement=own processes")
+    output_of(workspace.start("beside", "--set", "engine.placement=own processes"))
     return Finished(
-        workspace, whole_output, output_of(resumed), lines - 1, output_of(transformers), output_of(beside)
+        workspace, whole_output, output_of(resumed), lines - 1, output_of(transformers)
     )
 
 
