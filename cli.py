@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +21,7 @@ from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
 
 if TYPE_CHECKING:
+    from common.engines import EngineSource
     from common.runs import RunPaths
     from stage2_train.config import Config
 
@@ -91,6 +92,16 @@ Where = Annotated[
     typer.Option(
         metavar="EXPR",
         help='Keep only rows that fulfil an SQL condition, such as "vstar_se < 0.1"; repeatable.',
+    ),
+]
+ExecutorName = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--executor", help="Where engines run: on this machine, or on a Ray cluster."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the Ray cluster, such as ray-head:6379, or auto; by default one is started on this machine."
     ),
 ]
 MinGap = Annotated[
@@ -168,6 +179,8 @@ def vstar(
             "models of up to a billion parameters.",
         ),
     ] = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Stage 1: sample completions, grade them and estimate V̂* for each prompt.
@@ -181,7 +194,7 @@ def vstar(
     if (adaptive is None) != (budget is None):
         raise UserError("--adaptive and --budget go together, for example --adaptive 0.05 --budget 100000")
     settings = load_config(config, overrides or (), run)
-    with _ending_cleanly(), _libraries_logged(settings.run):
+    with _ending_cleanly(), _libraries_logged(settings.run), _engines(executor, address) as engines:
         from stage1_vstar.adaptive import Rule
         from stage1_vstar.run import run_stage1
         from stage2_train.preflight import foresight
@@ -195,6 +208,7 @@ def vstar(
             allow_mismatch=allow_mismatch or (),
             check=check,
             foresee=partial(foresight, settings),
+            engines=engines,
         )
 
 
@@ -233,6 +247,8 @@ def segments(
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
     allow_mismatch: AllowMismatch = None,
 ) -> None:
     """Draw solutions, cut some of them into steps, and estimate the value of each state by completions from it.
@@ -242,10 +258,10 @@ def segments(
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    with _ending_cleanly(), _libraries_logged(settings.run):
+    with _ending_cleanly(), _libraries_logged(settings.run), _engines(executor, address) as engines:
         from stage1_vstar.segments.run import run_segments
 
-        run_segments(settings, console, allow_mismatch=allow_mismatch or ())
+        run_segments(settings, console, allow_mismatch=allow_mismatch or (), engines=engines)
 
 
 @app.command(short_help="Train a critic on the values of states (after `segments`).")
@@ -436,6 +452,8 @@ def evaluate(
     config: ConfigFile = DEMO,
     run: Run = None,
     overrides: Overrides = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     lm_eval: Annotated[
         Path | None,
@@ -452,14 +470,20 @@ def evaluate(
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    with _ending_cleanly("finished work"), _libraries_logged(settings.run):
+    with (
+        _ending_cleanly("finished work"),
+        _libraries_logged(settings.run),
+        _engines(executor, address) as engines,
+    ):
         folders = _models(settings, model)
         from common.report.lm_eval import write_lm_eval
         from stage2_train.evaluation.plan import shots_of
         from stage2_train.evaluation.run import evaluate as evaluate_models
         from stage2_train.evaluation.run import show
 
-        results = evaluate_models(settings, folders, Terminal(stderr=True), benchmarks=benchmark or ())
+        results = evaluate_models(
+            settings, folders, Terminal(stderr=True), benchmarks=benchmark or (), engines=engines
+        )
     if lm_eval is not None:
         write_lm_eval(results.results, lm_eval, datetime.now(), shots_of(settings))
     if as_json:
@@ -895,6 +919,25 @@ def _ending_cleanly(kept: str = "what was graded", then: str = "continues") -> I
         leave(130, f"interrupted: {kept} is kept; the same command {then}", unless_said=True)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _engines(executor: str, address: str | None) -> "Iterator[EngineSource]":
+    """Where the engines of a job run, as --executor and --address say. Raises UserError."""
+    if executor == "local":
+        if address is not None:
+            raise UserError(f"--address {address} is that of a Ray cluster; give --executor ray with it")
+        from common.engines import LOCAL
+
+        yield LOCAL
+        return
+    from common.packages import refuse_missing
+
+    refuse_missing("ray", "--executor ray was given", "make setup-ray")
+    from common.engines.ray_workers import ray_engines
+
+    with ray_engines(address) as engines:
+        yield engines
 
 
 def _libraries_logged(run: str) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from benchmarks import real_model
 from benchmarks.architectures import ARCHITECTURES, named, write_model
 from benchmarks.processes import alone
 from benchmarks.tables import markdown
+from common.engines import LOCAL
 
 BACKENDS = ("vllm", "transformers")
 DTYPES = ("float32", "bfloat16")
@@ -155,7 +156,7 @@ def gaps(folder: Path, config: Any) -> dict[str, Any]:
     from stage2_train.run import run_stage2
 
     quiet, paths, engine = Terminal(file=io.StringIO()), run_paths(config.run), Kept()
-    run_stage1(config, quiet, build_engine=engine.build)
+    run_stage1(config, quiet, engines=LOCAL.built_by(engine.build))
     found: dict[str, Any] = {"reference": engine.gap(folder / "model", config)}
     # A random model may never write its end: what counts here are the gaps.
     run_stage2(config, quiet, allow_mismatch=[EQUAL_REWARDS])

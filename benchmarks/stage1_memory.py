@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.processes import peak_mib, resident_mib
 from benchmarks.training import ScriptedEngine
+from common.engines import LOCAL
 from common.rollout import Completion, SampleRequest
 from common.runs import run_paths
 from common.terminal.console import Terminal
@@ -70,7 +71,9 @@ def stream(model: Path, samples: int, num_samples: int, folder: Path) -> float:
     )
     os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
     console = Terminal(file=io.StringIO())
-    run_stage1(config, console, check=False, build_engine=lambda *_, **__: ScriptedEngine(writer(samples)))
+    run_stage1(
+        config, console, check=False, engines=LOCAL.built_by(lambda *_, **__: ScriptedEngine(writer(samples)))
+    )
     rows = read_vstar(run_paths("memory").vstar)[0]
     assert rows["num_samples"].sum() == samples // num_samples * num_samples
     return peak_mib()

@@ -13,7 +13,7 @@ from common.data.datasets import read_data_set, recognised_as
 from common.data.prompts import check_fit, prompt_id, prompts_from_pairs
 from common.data.rendering import END_OF_THINKING, PromptRenderer
 from common.doubts import doubts, equal_reward
-from common.engines import EngineBuilder, build_engine
+from common.engines import LOCAL, EngineSource
 from common.errors import DamagedFile, UserError
 from common.files import write_text
 from common.grading import fingerprint, negative_rewards_warning
@@ -33,7 +33,7 @@ from common.provenance import (
 )
 from common.rollout import Prompt
 from common.runs import WHOLE, Shard, exclusive_run, run_paths
-from common.sampling.executor import LocalExecutor
+from common.sampling.executor import Executor
 from common.sampling.missing import Missing, prompt_table
 from common.store import SampleStore, set_aside_damaged
 from common.terminal.console import Terminal
@@ -99,7 +99,7 @@ def run_stage1(
     allow_mismatch: Collection[str] = (),
     check: bool | None = None,
     foresee: Foresight = nothing_foreseen,
-    build_engine: EngineBuilder = build_engine,
+    engines: EngineSource = LOCAL,
 ) -> None:
     """Draw the samples that are missing, estimate V̂* and write vstar.parquet.
 
@@ -129,14 +129,14 @@ def run_stage1(
         work = open_work(config, prompts, provenance, shard, adaptive, allow_mismatch, console)
         is_checked = model.parameters <= SMALL_MODEL if check is None else check
         engine_check = partial(check_engine, config, folder, work.store, work.allowance, console)
-        with LocalExecutor(
+        with Executor(
             config,
             folder,
             renderer,
             work.store,
             shard,
             console,
-            build_engine,
+            engines,
             engine_check if is_checked else None,
             keep_token_ids=config.vstar.keep_token_ids,
         ) as executor:
@@ -230,7 +230,7 @@ def checked_store(
     return store
 
 
-def draw_the_rest(work: Work, executor: LocalExecutor, config: RunConfig, console: Terminal) -> Drawn:
+def draw_the_rest(work: Work, executor: Executor, config: RunConfig, console: Terminal) -> Drawn:
     """The grades of all samples, after further ones have been drawn if there is a rule."""
     num_samples = config.vstar.num_samples
     if work.rule is None:

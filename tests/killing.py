@@ -162,6 +162,7 @@ def killed_at(write: int) -> None:
 
 
 def job(order: dict[str, Any]) -> None:
+    from common.engines import LOCAL
     from common.sampling import writer as writer
     from common.terminal.console import Terminal
     from stage1_vstar.run import run_stage1
@@ -175,10 +176,10 @@ def job(order: dict[str, Any]) -> None:
     if order["at_write"] is not None:
         killed_at(order["at_write"])
     if order.get("job") == "segments":
-        run_segments(config, console, build_engine=SteppingEngines(sample_seconds=seconds).build)
+        run_segments(config, console, engines=LOCAL.built_by(SteppingEngines(sample_seconds=seconds).build))
         return
     engine = ScriptedEngine(sample_seconds=seconds)
-    run_stage1(config, console, check=False, build_engine=lambda *_, **__: engine)
+    run_stage1(config, console, check=False, engines=LOCAL.built_by(lambda *_, **__: engine))
 
 
 def serve(job: Callable[[dict[str, Any]], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import polars as pl
 import pytest
 
-from common.engines import EngineBuilder, build_engine
+from common.engines import LOCAL, EngineBuilder, build_engine
 from common.provenance import read_provenance
 from common.rollout import SampleRequest
 from common.runs import WHOLE, Shard, run_paths
@@ -80,7 +80,7 @@ def run(
         adaptive=adaptive,
         allow_mismatch=allow_mismatch,
         check=check,
-        build_engine=engine_builder,
+        engines=LOCAL.built_by(engine_builder),
     )
     return printed.getvalue()
 

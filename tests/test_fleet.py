@@ -19,6 +19,7 @@ from common.config import SamplingParams
 from common.engines.count import with_engines
 from common.engines.fleet import EngineFleet
 from common.engines.local_workers import LocalWorker, Share, shares_of
+from common.engines.weight_files import WeightFiles
 from common.errors import EngineFailed, UserError
 from common.rollout import SampleRequest
 from common.runs import REPOSITORY, run_paths
@@ -50,7 +51,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def fleet(count: int, *, seconds: float = 0.002) -> EngineFleet:
         build = partial(number_engine, tmp_path, seconds)
         launch = lambda _: LocalWorker(build, Share(threads=1), tmp_path / "libraries.log")  # noqa: E731
-        fleet = EngineFleet(launch, count, max_num_seqs=BATCH)
+        fleet = EngineFleet(launch, count, max_num_seqs=BATCH, share=WeightFiles.write)
         started.append(fleet)
         deadline = time.monotonic() + 60
         while len(drawn(fleet, 100)) < count:  # until all of them are ready
@@ -184,11 +185,12 @@ from functools import partial
 from pathlib import Path
 from common.engines.fleet import EngineFleet
 from common.engines.local_workers import LocalWorker, Share
+from common.engines.weight_files import WeightFiles
 from tests.fleet_engines import number_engine
 from tests.test_fleet import SAMPLING, requests
 folder = Path(sys.argv[1])
 build = partial(number_engine, folder, 0.01)
-fleet = EngineFleet(lambda _: LocalWorker(build, Share(), folder / "log"), 2, max_num_seqs=8)
+fleet = EngineFleet(lambda _: LocalWorker(build, Share(), folder / "log"), 2, max_num_seqs=8, share=WeightFiles.write)
 for number, completion in enumerate(fleet.generate(requests(10**6), SAMPLING)):
     if number == 100:
         print("drawing", flush=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.architectures import named
 from benchmarks.architectures import write_model as write_tiny
 from common.data.rendering import PromptRenderer
-from common.engines import build_engine
+from common.engines import LOCAL, build_engine
 from common.engines.loadable import loadable_folder
 from common.errors import UserError
 from common.model.checkpoint_names import CheckpointNames
@@ -305,7 +305,13 @@ def test_forecast_says_what_training_refuses_of_the_config_as_it_is_now(
     def draw(config: Config) -> str:
         printed = io.StringIO()
         foresee = partial(foresight, config)
-        run_stage1(config, Terminal(file=printed), foresee=foresee, check=False, build_engine=engines.build)
+        run_stage1(
+            config,
+            Terminal(file=printed),
+            foresee=foresee,
+            check=False,
+            engines=LOCAL.built_by(engines.build),
+        )
         return printed.getvalue()
 
     config = config_of(folder, train={"lora": {"target_modules": ["c_attn"]}})

@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from common.engines import LOCAL
 from common.errors import UserError
 from common.provenance import ACCEPTED, Provenance, read_provenance
 from common.rollout import Prompt
@@ -174,7 +175,7 @@ def settings(tiny_model: Path, tmp_path: Path, artifacts: Path) -> Callable[...,
 def run(config: Config, **options: Any) -> tuple[str, list[tuple[str, int, int]]]:
     """The job's output, and what was drawn."""
     printed, engines = io.StringIO(), SteppingEngines()
-    run_segments(config, Terminal(file=printed, width=200), build_engine=engines.build, **options)
+    run_segments(config, Terminal(file=printed, width=200), engines=LOCAL.built_by(engines.build), **options)
     return printed.getvalue(), [each for engine in engines.built for each in engine.drawn]
 
 
@@ -418,7 +419,9 @@ def test_a_split_that_cuts_nothing_is_said(settings: Callable[..., Config]) -> N
 
 def test_samples_without_tokens_are_refused(settings: Callable[..., Config], tmp_path: Path) -> None:
     config = settings({"vstar": {"num_samples": 8}})
-    run_stage1(config, Terminal(file=io.StringIO()), check=False, build_engine=SteppingEngines().build)
+    run_stage1(
+        config, Terminal(file=io.StringIO()), check=False, engines=LOCAL.built_by(SteppingEngines().build)
+    )
     before = sample_files(run_paths("test").samples)
     with pytest.raises(UserError, match=r"samples without their tokens, which `vstar` does not keep"):
         run(settings(solutions=9))
@@ -445,7 +448,7 @@ def test_vstar_uses_the_solutions(settings: Callable[..., Config]) -> None:
     run(settings())
     printed, engines = io.StringIO(), SteppingEngines()
     config = settings({"vstar": {"num_samples": 8}})
-    run_stage1(config, Terminal(file=printed, width=200), check=False, build_engine=engines.build)
+    run_stage1(config, Terminal(file=printed, width=200), check=False, engines=LOCAL.built_by(engines.build))
     assert not engines.built
     assert "6 prompts, pass rate" in printed.getvalue()
 

@@ -155,9 +155,7 @@ def finished(workspace: Workspace) -> Finished:
     resumed = workspace.start("resumed")
     transformers = workspace.start("transformers", "--set", "engine.backend=transformers")
     output_of(workspace.start("beside", "--set", "engine.placement=own processes"))
-    return Finished(
-        workspace, whole_output, output_of(resumed), lines - 1, output_of(transformers)
-    )
+    return Finished(workspace, whole_output, output_of(resumed), lines - 1, output_of(transformers))
 
 
 def test_every_iteration_logs_every_figure(finished: Finished) -> None:

@@ -27,6 +27,7 @@ from benchmarks.processes import Finished, rotations
 from benchmarks.tables import Column, comparison
 from benchmarks.training import ScriptedEngine, save_random_model
 from common.demo.word_problems import stream
+from common.engines import LOCAL
 from common.rollout import Completion, SampleRequest
 from common.terminal.console import Terminal
 from stage2_train.config import Config
@@ -162,7 +163,10 @@ def write_vstar(config: Config, folder: Path) -> float:
 
     os.environ["ASTAR_PO_ARTIFACTS"] = str(folder)
     run_stage1(
-        config, Terminal(file=StringIO()), check=False, build_engine=lambda *_, **__: ScriptedEngine(write)
+        config,
+        Terminal(file=StringIO()),
+        check=False,
+        engines=LOCAL.built_by(lambda *_, **__: ScriptedEngine(write)),
     )
     (vstar,) = set(read_vstar(run_paths(config.run).vstar)[0]["vstar"])
     return float(vstar)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from common.config import RunConfig
 from common.data.rendering import PromptRenderer
-from common.engines.protocol import EngineBuilder, RolloutEngine
+from common.engines.count import with_engines
+from common.engines.protocol import EngineBuilder, EngineSource, RolloutEngine
 from common.packages import refuse_missing
 
-__all__ = ["EngineBuilder", "RolloutEngine", "build_engine"]
+__all__ = ["LOCAL", "EngineBuilder", "EngineSource", "RolloutEngine", "build_engine"]
 
 
 def build_engine(
@@ -33,3 +34,7 @@ def build_engine(
     from common.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(config, folder, renderer)
+
+
+LOCAL = EngineSource(build=build_engine, sized=with_engines)
+"""Engines on this machine."""

@@ -11,32 +11,37 @@ from common.model.reading import read_model
 Config = TypeVar("Config", bound=RunConfig)
 
 SMALL = 50_000_000
-"""Up to this many parameters an engine on a CPU is busier with Python than with the model, so that one a core pays."""
+"""Parameters of a model."""
 
 
 def with_engines(config: Config, folder: Path, samples: int) -> Config:
     """The config with the number of engines for so many samples of the model in `folder`.
 
-    That is the configured number, or what pays: all GPUs; on a CPU one engine per core if the model is small. Each
-    engine fills at least one batch.
+    That is the configured number, or what pays: all GPUs; on a CPU one engine per core if the model is small.
     """
+    if config.engine.engines != "auto":
+        return config
+    if devices := visible_devices():
+        return fitting(config, len(devices) // config.engine.tensor_parallel_size, samples)
+    return fitting(config, cores() if small(folder) else 1, samples)
+
+
+def fitting(config: Config, most: int, samples: int) -> Config:
+    """The config with at most so many engines, of which each fills at least one batch with its part of the samples."""
     engine = config.engine
-    count = engine.engines
-    if count == "auto":
-        devices = visible_devices()
-        most = len(devices) // engine.tensor_parallel_size if devices else _on_cpu(folder)
-        count = max(1, min(most, math.ceil(samples / engine.max_num_seqs)))
+    count = max(1, min(most, math.ceil(samples / engine.max_num_seqs)))
     return config.model_copy(update={"engine": engine.model_copy(update={"engines": count})})
 
 
-def _on_cpu(folder: Path) -> int:
-    return cores() if read_model(folder).parameters <= SMALL else 1
+def small(folder: Path) -> bool:
+    """Whether an engine on a CPU is busier with Python than with the model in `folder`, so that one a core pays."""
+    return read_model(folder).parameters <= SMALL
 
 
 def devices_of(engine: EngineConfig) -> int:
-    """The GPUs that the configured engines use together; 1 for a machine without."""
+    """The devices that the configured engines use together: GPUs, or shares of a machine without."""
     assert engine.engines != "auto", "a number has been chosen"
-    return engine.engines * engine.tensor_parallel_size if visible_devices() else 1
+    return engine.engines * engine.tensor_parallel_size
 
 
 def cores() -> int:

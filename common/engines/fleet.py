@@ -5,14 +5,11 @@ An engine that dies is started again, and its unfinished requests are drawn by a
 so the completions are the same. Where processes run, and how messages reach them, is the business of a `Worker`.
 """
 
-import shutil
 import sys
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Protocol
@@ -29,8 +26,8 @@ from common.engines.orders import (
     Order,
     Ready,
     Reply,
+    SharedWeights,
     Sleep,
-    write_weights,
 )
 from common.errors import EngineFailed, UserError
 from common.rollout import Completion, SampleRequest
@@ -40,7 +37,6 @@ if TYPE_CHECKING:
 
 MOST_DEATHS = 3
 """Deaths of engines, without a completion between them or with the same request unfinished, that end the job."""
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class Worker(Protocol):
@@ -95,16 +91,25 @@ class Event:
 class EngineFleet:
     """A RolloutEngine over several workers."""
 
-    def __init__(self, launch: Launch, count: int, *, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        count: int,
+        *,
+        max_num_seqs: int,
+        share: "Callable[[Iterable[tuple[str, torch.Tensor]]], SharedWeights]",
+    ) -> None:
         """Start the workers and wait for the first. Raises UserError if its engine cannot be built.
 
-        `max_num_seqs` is the number of requests that an engine runs at a time.
+        `max_num_seqs` is the number of requests that an engine runs at a time; `share` puts weights where all workers
+        can read them.
         """
         self._launch = launch
+        self._share = share
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._in_flight = 3 * max_num_seqs  # an engine takes twice that number before it waits for more
         self._at_a_time = max(1, max_num_seqs // 8)
-        self._weights: Path | None = None
+        self._weights: SharedWeights | None = None
         self._stream = 0
         self._fruitless = 0
         self._deaths: Counter[Hashable] = Counter()
@@ -176,16 +181,11 @@ class EngineFleet:
             place.is_drawing = False
 
     def load_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
-        """Replace the weights of all engines, through files in memory that later starts read too."""
-        root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        folder = Path(tempfile.mkdtemp(prefix="astar-po-weights-", dir=root))
-        before, self._weights = self._weights, folder
-        try:
-            write_weights(folder, named_tensors)
-            self._order_all(LoadWeights(folder))
-        finally:
-            if before is not None:
-                shutil.rmtree(before, ignore_errors=True)
+        """Replace the weights of all engines. An engine that is started again later gets them too."""
+        before, self._weights = self._weights, self._share(named_tensors)
+        self._order_all(LoadWeights(self._weights))
+        if before is not None:
+            before.discard()
 
     def sleep(self) -> None:
         """Free the engines' memory until the next `load_weights`."""
@@ -206,7 +206,7 @@ class EngineFleet:
             place.life = -1  # what it still says is ignored
             place.worker.close()
         if self._weights is not None:
-            shutil.rmtree(self._weights, ignore_errors=True)
+            self._weights.discard()
 
     def _handle(self, event: Event) -> list[SampleRequest]:
         """Take note of an event; returns the requests that have to be drawn again, since their engine has died."""

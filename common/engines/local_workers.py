@@ -25,6 +25,7 @@ from common.engines.count import cores, visible_devices
 from common.engines.fleet import EngineFleet
 from common.engines.orders import Order, Reply
 from common.engines.protocol import EngineBuilder, RolloutEngine
+from common.engines.weight_files import WeightFiles
 from common.engines.worker import serve
 from common.errors import UserError
 from common.runs import REPOSITORY, run_paths
@@ -144,7 +145,10 @@ def _fleet(
     one = partial(build, alone, folder, renderer, beside_trainer=False)
     log = run_paths(config.run).libraries_log
     return EngineFleet(
-        lambda number: LocalWorker(one, shares[number], log), len(shares), max_num_seqs=engine.max_num_seqs
+        lambda number: LocalWorker(one, shares[number], log),
+        len(shares),
+        max_num_seqs=engine.max_num_seqs,
+        share=WeightFiles.write,
     )
 
 

@@ -1,17 +1,14 @@
-"""What a fleet of engines tells a worker, what a worker replies, and the weights between them as files."""
+"""What a fleet of engines tells a worker, and what a worker replies."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from common.config import SamplingParams
 from common.rollout import Completion, SampleRequest
 
 if TYPE_CHECKING:
     import torch
-
-BYTES_A_FILE = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +31,23 @@ class End:
     """No further request of the call that has begun."""
 
 
+class SharedWeights(Protocol):
+    """Weights that processes elsewhere can read."""
+
+    def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        """The tensors with their names, one at a time, a layer's after each other."""
+        ...
+
+    def discard(self) -> None:
+        """Free the memory; nobody reads them any more."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoadWeights:
-    """Replace the weights by those in the folder, as `write_weights` left them."""
+    """Replace the weights."""
 
-    folder: Path
+    weights: SharedWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +85,3 @@ class Failed:
 
 
 Reply = Ready | Drawn | Done | Failed
-
-
-def write_weights(folder: Path, named_tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
-    """Write tensors to files of about a GiB, so that little more than that is in memory twice."""
-    import torch
-    from safetensors.torch import save_file
-
-    part: dict[str, torch.Tensor] = {}
-    size = number = 0
-    for name, tensor in named_tensors:
-        # A copy, since safetensors refuses tensors that share memory, as tied ones do.
-        part[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-        if size >= BYTES_A_FILE:
-            save_file(part, folder / f"{number:05d}.safetensors")
-            part, size, number = {}, 0, number + 1
-    save_file(part, folder / f"{number:05d}.safetensors")
-
-
-def read_weights(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    """The tensors, one at a time; those of a file in the order of their names, which keeps a layer's together."""
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for name in sorted(weights.keys()):
-                yield name, weights.get_tensor(name)

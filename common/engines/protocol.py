@@ -1,6 +1,7 @@
 """The interface of the engines that sample completions, and of the functions that build them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,3 +41,16 @@ class EngineBuilder(Protocol):
     ) -> RolloutEngine:
         """Load the model in `folder`."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSource:
+    """Where the engines of a job run."""
+
+    build: EngineBuilder
+    sized: Callable[[RunConfig, Path, int], RunConfig]
+    """The config with a number of engines, for a model's folder and the number of samples to draw."""
+
+    def built_by(self, build: EngineBuilder) -> "EngineSource":
+        """The same with other engines."""
+        return replace(self, build=build)

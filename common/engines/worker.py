@@ -15,7 +15,6 @@ from common.engines.orders import (
     Ready,
     Reply,
     Sleep,
-    read_weights,
 )
 from common.engines.protocol import RolloutEngine
 from common.errors import EngineFailed, UserError, cause
@@ -40,8 +39,8 @@ def serve(
                 case Begin(stream=stream, sampling=sampling):
                     for completion in engine.generate(_requests(orders), sampling):
                         reply(Drawn(stream, (completion,)))
-                case LoadWeights(folder=folder):
-                    engine.load_weights(read_weights(folder))
+                case LoadWeights(weights=weights):
+                    engine.load_weights(weights)
                     reply(Done())
                 case Sleep():
                     engine.sleep()

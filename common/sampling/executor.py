@@ -1,4 +1,4 @@
-"""Draws missing samples, with one engine in this process."""
+"""Draws missing samples."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -9,8 +9,8 @@ from typing import Self
 from common.config import RunConfig
 from common.data.prompts import usable_prompts
 from common.data.rendering import PromptRenderer
-from common.engines import EngineBuilder, RolloutEngine
-from common.engines.count import devices_of, with_engines
+from common.engines import EngineSource, RolloutEngine
+from common.engines.count import devices_of
 from common.errors import UserError
 from common.grading import GraderPool
 from common.rollout import Prompt
@@ -23,7 +23,7 @@ from common.terminal.console import Terminal
 EngineCheck = Callable[[RolloutEngine, Sequence[Prompt]], None]
 
 
-class LocalExecutor:
+class Executor:
     """Draws missing samples. Graders and model are loaded for the first one and serve all later rounds."""
 
     def __init__(
@@ -34,7 +34,7 @@ class LocalExecutor:
         store: SampleStore,
         shard: Shard,
         console: Terminal,
-        build_engine: EngineBuilder,
+        engines: EngineSource,
         check: EngineCheck | None,
         *,
         keep_token_ids: bool = False,
@@ -46,7 +46,7 @@ class LocalExecutor:
         self._store = store
         self._shard = shard
         self._console = console
-        self._build_engine = build_engine
+        self._engines = engines
         self._check = check
         self._keep_token_ids = keep_token_ids
         self._loaded = ExitStack()
@@ -97,8 +97,8 @@ class LocalExecutor:
             console.print(
                 f"{len(missing.prompts):,} {prompts}: {len(missing):,} samples to draw; loading the model"
             )
-            config = with_engines(config, self._folder, len(missing))
-            self._engine = self._build_engine(config, self._folder, self._renderer, beside_trainer=False)
+            config = self._engines.sized(config, self._folder, len(missing))
+            self._engine = self._engines.build(config, self._folder, self._renderer, beside_trainer=False)
             self._loaded.callback(self._engine.close)
             if self._check is not None:
                 self._check(self._engine, missing.prompts)

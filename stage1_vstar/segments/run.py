@@ -19,7 +19,7 @@ import polars as pl
 from common.config import RunConfig
 from common.contract import polars_schema
 from common.data.rendering import PromptRenderer
-from common.engines import EngineBuilder, build_engine
+from common.engines import LOCAL, EngineSource
 from common.errors import DamagedFile, UserError
 from common.files import write_text
 from common.model.files import model_identity, reference_model
@@ -27,7 +27,7 @@ from common.model.trainable import read_trainable
 from common.provenance import ACCEPTED, Allowance, Provenance, differences
 from common.rollout import Prompt
 from common.runs import WHOLE, exclusive_run, run_paths
-from common.sampling.executor import LocalExecutor
+from common.sampling.executor import Executor
 from common.sampling.missing import Missing, prompt_table
 from common.segments.files import SEGMENTS, SEGMENTS_TABLE
 from common.segments.split import StepCutter
@@ -49,7 +49,7 @@ def run_segments(
     console: Terminal,
     *,
     allow_mismatch: Collection[str] = (),
-    build_engine: EngineBuilder = build_engine,
+    engines: EngineSource = LOCAL,
 ) -> None:
     """Draw the missing solutions and completions, and write segments.parquet.
 
@@ -83,11 +83,11 @@ def run_segments(
         missing = states.missing_solutions()
         write_text(paths.config, config.to_json())
         executor = partial(
-            LocalExecutor,
+            Executor,
             config,
             shard=WHOLE,
             console=console,
-            build_engine=build_engine,
+            engines=engines,
             check=None,
             keep_token_ids=True,
         )
@@ -165,7 +165,7 @@ class States:
             refuse_unusable(self.solutions, [prompt.id for prompt in prompts], count)
         return missing
 
-    def complete(self, executor: LocalExecutor) -> None:
+    def complete(self, executor: Executor) -> None:
         """Draw the missing completions of all states, a part of the prompts at a time."""
         parts = self._parts()
         for number, prompts in enumerate(parts, start=1):

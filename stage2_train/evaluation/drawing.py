@@ -10,8 +10,7 @@ from typing import Self
 
 import polars as pl
 
-from common.engines import RolloutEngine, build_engine
-from common.engines.count import with_engines
+from common.engines import EngineSource, RolloutEngine
 from common.grading import GraderPool, fingerprint
 from common.grading.spec import GraderSpec
 from common.model.files import network_hash
@@ -33,8 +32,11 @@ from stage2_train.evaluation.plan import GREEDY, Benchmark, Draw, Model, roomy
 class Drawing:
     """Draws missing completions. Models of one network share an engine, benchmarks of one grader its processes."""
 
-    def __init__(self, config: Config, benchmarks: Sequence[Benchmark], console: Terminal) -> None:
+    def __init__(
+        self, config: Config, benchmarks: Sequence[Benchmark], engines: EngineSource, console: Terminal
+    ) -> None:
         self._config = config
+        self._engines = engines
         self._benchmarks = benchmarks
         self._roomy = roomy(config, benchmarks)
         self._console = console
@@ -136,8 +138,8 @@ class Drawing:
                 for each in self._benchmarks
                 for draw in each.draws.values()
             )
-            config = with_engines(self._roomy, model.folder, max(sizes))
-            self._engine = build_engine(config, model.folder, renderer, beside_trainer=False)
+            config = self._engines.sized(self._roomy, model.folder, max(sizes))
+            self._engine = self._engines.build(config, model.folder, renderer, beside_trainer=False)
         else:
             self._engine.load_weights(stored_weights(model.folder))
         self._loaded = model.folder

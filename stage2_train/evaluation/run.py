@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from common.config import HELD_OUT
 from common.data.held_out import remarks_beside_data
 from common.doubts import ALL_TRUNCATED
+from common.engines import LOCAL, EngineSource
 from common.errors import UserError
 from common.evaluations import PROMPTS, REFERENCE, Comparison, Figures, Results, read_results, write_results
 from common.grading import UNJUDGED, Outcome, fingerprint
@@ -37,7 +38,12 @@ Place = tuple[str, str]
 
 
 def evaluate(
-    config: Config, folders: Mapping[str, Path], console: Terminal, *, benchmarks: Collection[str] = ()
+    config: Config,
+    folders: Mapping[str, Path],
+    console: Terminal,
+    *,
+    benchmarks: Collection[str] = (),
+    engines: EngineSource = LOCAL,
 ) -> Results:
     """Evaluate models, by name, on the config's benchmarks or on those of these names, and write the results.
 
@@ -57,7 +63,7 @@ def evaluate(
     with exclusive_run(run_paths(config.run), "evaluate"):
         near = _near_reference(reference, models, chosen, console)
         others = [model for model in near if not _is_same(model, reference)]
-        rows, drawing = _draw(config, models, chosen, others, console)
+        rows, drawing = _draw(config, models, chosen, others, engines, console)
         divergences = _divergences(config, reference, others, chosen, drawing, console)
         found: dict[Place, tuple[Figures, pl.DataFrame]] = {}
         for model in models:
@@ -91,6 +97,7 @@ def _draw(
     models: Sequence[Model],
     benchmarks: Sequence[Benchmark],
     with_kl: Sequence[Model],
+    engines: EngineSource,
     console: Terminal,
 ) -> tuple[dict[Place, pl.DataFrame], Drawing]:
     """One row per prompt for each model and benchmark, after the missing completions have been drawn.
@@ -98,7 +105,7 @@ def _draw(
     Completions for KL alone are drawn for the models `with_kl`.
     """
     rows: dict[Place, pl.DataFrame] = {}
-    with Drawing(config, benchmarks, console) as drawing:
+    with Drawing(config, benchmarks, engines, console) as drawing:
         for model in models:
             for benchmark in benchmarks:
                 kinds = [kind for kind in benchmark.draws if kind != POLICY or model in with_kl]

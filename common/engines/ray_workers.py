@@ -1,0 +1,191 @@
+"""Workers of a fleet on a Ray cluster, an actor each. Only this file imports ray.
+
+Ray places the actors and says when one is lost. All else is the fleet's, which gives a lost actor's requests to others
+and starts an actor in its place: only what it was sampling is lost. Prompts, grades and the store stay with the job, so
+a run can be continued with other engines, or without Ray.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Self
+
+import ray
+import torch
+
+from common.config import RunConfig
+from common.data.rendering import PromptRenderer
+from common.engines.count import fitting, small
+from common.engines.fleet import EngineFleet
+from common.engines.orders import Order, Reply
+from common.engines.protocol import EngineBuilder, EngineSource, RolloutEngine
+from common.engines.weight_files import NamedTensors, in_parts
+from common.engines.worker import serve
+from common.errors import UserError, first_line
+from common.runs import REPOSITORY
+
+
+class EngineActor:
+    """The process of an engine. Orders and replies each keep their order, and neither waits for the other."""
+
+    def __init__(self, build: Callable[[], RolloutEngine]) -> None:
+        self._orders: SimpleQueue[Order] = SimpleQueue()
+        self._replies: SimpleQueue[Reply | None] = SimpleQueue()
+        threading.Thread(target=self._serve, args=(build,), daemon=True).start()
+
+    def _serve(self, build: Callable[[], RolloutEngine]) -> None:
+        try:
+            serve(build, self._orders, self._replies.put)
+        finally:
+            self._replies.put(None)
+
+    def take(self, order: Order) -> None:
+        """Carry out an order after those before it."""
+        self._orders.put(order)
+
+    def replies(self) -> list[Reply]:
+        """All replies since the last call, at least one. Raises EOFError if there will be none."""
+        found = [self._replies.get()]
+        while not self._replies.empty():
+            found.append(self._replies.get())
+        if found[0] is None:
+            raise EOFError("its engine has ended")
+        if found[-1] is None:
+            self._replies.put(None)
+        return [reply for reply in found if reply is not None]
+
+
+ORDERS, REPLIES = "orders", "replies"
+_Actor: Any = ray.remote(concurrency_groups={ORDERS: 1, REPLIES: 1})(EngineActor)
+
+
+class RayWorker:
+    """A worker that is an actor."""
+
+    def __init__(self, build: Callable[[], RolloutEngine], **resources: Any) -> None:
+        """Ask Ray for an actor, which begins once there are resources for it."""
+        self._actor: Any = _Actor.options(**resources).remote(build)
+        self._cause = ""
+
+    def send(self, order: Order) -> None:
+        """Like Worker.send."""
+        self._actor.take.options(concurrency_group=ORDERS).remote(order)
+
+    def receive(self) -> list[Reply]:
+        """Like Worker.receive."""
+        try:
+            found: list[Reply] = ray.get(self._actor.replies.options(concurrency_group=REPLIES).remote())
+        except ray.exceptions.RayError as error:
+            self._cause = first_line(error)
+            raise EOFError from error
+        return found
+
+    def cause_of_death(self) -> str:
+        """Like Worker.cause_of_death."""
+        return f"is lost ({self._cause})"
+
+    def close(self) -> None:
+        """Like Worker.close."""
+        ray.kill(self._actor)
+
+
+@dataclass(frozen=True, slots=True)
+class RayWeights:
+    """SharedWeights in Ray's store of objects."""
+
+    parts: list[Any]
+
+    @classmethod
+    def put(cls, named_tensors: NamedTensors) -> Self:
+        """Put weights there; each node fetches them once."""
+        return cls([ray.put(part) for part in in_parts(named_tensors)])
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Like SharedWeights."""
+        for part in self.parts:
+            yield from ray.get(part).items()
+
+    def discard(self) -> None:
+        """Let go of them."""
+        self.parts.clear()
+
+
+@contextmanager
+def ray_engines(address: str | None) -> Iterator[EngineSource]:
+    """Engines on a Ray cluster: the one at the address, or without one a new one on this machine.
+
+    It is connected to when the first engine is needed. Raises UserError then if there is none at the address.
+    """
+
+    def sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
+        if not ray.is_initialized():
+            _connect(address)
+        return _sized(config, folder, samples)
+
+    try:
+        yield EngineSource(build=_fleet, sized=sized)
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": path}},
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--address {address}: there is no Ray cluster to connect to ({first_line(error)}); start one with "
+            "`ray start --head`, or leave the option out to start one on this machine"
+        ) from error
+
+
+def _sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
+    """Like with_engines, for the GPUs or cores of the cluster."""
+    engine, cluster = config.engine, ray.cluster_resources()
+    gpus = int(cluster.get("GPU", 0))
+    if engine.engines == "auto":
+        on_cpus = int(cluster["CPU"]) if small(folder) else len(ray.nodes())
+        most = gpus // engine.tensor_parallel_size if gpus else on_cpus
+        return fitting(config, most, samples)
+    return config
+
+
+def _fleet(config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool) -> EngineFleet:
+    from common.engines import build_engine
+
+    assert not beside_trainer, "training has its own engines"
+    engine = config.engine
+    count = engine.engines
+    assert isinstance(count, int), "a number has been chosen"
+    cluster = ray.cluster_resources()
+    resources = {"num_gpus": engine.tensor_parallel_size, "num_cpus": 1}
+    if not cluster.get("GPU"):
+        resources = {"num_cpus": max(1, int(cluster["CPU"]) // count)}
+    alone = config.model_copy(update={"engine": engine.model_copy(update={"engines": 1})})
+    one = partial(_build_on_node, build_engine, alone, folder.absolute(), renderer)
+    return EngineFleet(
+        lambda _: RayWorker(one, **resources), count, max_num_seqs=engine.max_num_seqs, share=RayWeights.put
+    )
+
+
+def _build_on_node(
+    build: EngineBuilder, config: RunConfig, folder: Path, renderer: PromptRenderer
+) -> RolloutEngine:
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no {folder} on the node {ray.util.get_node_ip_address()}; put the model on storage that all "
+            "nodes see under the same path"
+        )
+    return build(config, folder, renderer, beside_trainer=False)
