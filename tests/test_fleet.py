@@ -179,6 +179,30 @@ def test_a_killed_process_is_replaced_while_nobody_draws(start: Start, tmp_path:
     drawn(fleet, 100)
 
 
+class NeverReady:
+    """A worker that has been asked for, and does not come."""
+
+    def receive(self) -> list[Any]:
+        time.sleep(60)
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def test_workers_that_will_never_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.engines.fleet.WATCH_SECONDS", 0.01)
+    reasons = iter([None, None, "the cluster is gone"])
+    with pytest.raises(EngineFailed, match=r"^the cluster is gone; start the job again"):
+        EngineFleet(
+            lambda _: cast(Any, NeverReady()),
+            2,
+            max_num_seqs=BATCH,
+            share=WeightFiles.write,
+            hopeless=lambda: next(reasons),
+        )
+
+
 JOB = """
 import sys
 from functools import partial

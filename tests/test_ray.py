@@ -1,16 +1,23 @@
 """Engines on a Ray cluster: what is drawn, and what is lost with an actor, or with the whole cluster."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
 from common.engines.fleet import EngineFleet
 from common.runs import REPOSITORY
+from tests.conftest import RunCli
+from tests.fakes import tiny_config
 from tests.fleet_engines import number_engine
+from tests.stage1_runs import write_questions
+from tests.stage2_runs import as_toml
 from tests.test_fleet import BATCH, drawn, pids
 
 ray = pytest.importorskip("ray", reason="ray is not installed: make setup-ray")
@@ -68,3 +75,64 @@ def test_an_actor_that_is_lost_is_replaced_and_its_requests_are_drawn(
         assert time.monotonic() < deadline
     said = capfd.readouterr().err
     assert "of 2 is lost (" in said if how == "die" else "out of luck" in said
+
+
+JOB = """
+import sys
+from functools import partial
+from pathlib import Path
+import ray
+from common.config import EngineConfig
+from common.engines import fleet as fleets
+from common.engines.ray_workers import RayWeights, RayWorker, _own_node_is_lost
+from common.errors import UserError
+from tests.conftest import RunCli
+from tests.fakes import tiny_config
+from tests.fleet_engines import number_engine
+from tests.stage1_runs import write_questions
+from tests.stage2_runs import as_toml
+from tests.test_fleet import SAMPLING, requests
+fleets.WATCH_SECONDS = 1.0
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,
+         runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2]}})
+build = partial(number_engine, Path(sys.argv[1]), 0.01)
+fleet = fleets.EngineFleet(lambda _: RayWorker(build, num_cpus=1), 2, max_num_seqs=8, share=RayWeights.put,
+                           hopeless=_own_node_is_lost)
+try:
+    for number, completion in enumerate(fleet.generate(requests(10**6), SAMPLING)):
+        if number == 50:
+            print("drawing", flush=True)
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_job_whose_node_is_lost_ends_with_a_line(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", JOB, str(tmp_path), str(REPOSITORY)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as job:
+        try:
+            assert job.stdout is not None
+            assert job.stdout.readline() == "drawing\n"
+            for process in psutil.Process(job.pid).children(recursive=True):
+                if process.name() == "raylet":
+                    process.kill()
+            said, _ = job.communicate(timeout=120)
+        finally:
+            job.kill()
+    assert "the Ray node that this job belongs to is lost; start the job again" in said
+
+
+def test_an_address_without_a_cluster_is_refused(run_cli: RunCli, tmp_path: Path, tiny_model: Path) -> None:
+    data = write_questions(tmp_path / "questions.jsonl")
+    (tmp_path / "run.toml").write_text(as_toml(tiny_config(tiny_model, data)))
+    finished = run_cli("vstar", "--config", "run.toml", "--executor", "ray", "--address", "127.0.0.1:1")
+    assert finished.returncode == 2
+    assert "--address 127.0.0.1:1: there is no Ray cluster to connect to" in finished.stderr
+    finished = run_cli("vstar", "--config", "run.toml", "--address", "127.0.0.1:1")
+    assert finished.returncode == 2
+    assert "--address 127.0.0.1:1 is that of a Ray cluster; give --executor ray with it" in finished.stderr

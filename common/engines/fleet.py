@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +35,7 @@ from common.rollout import Completion, SampleRequest
 if TYPE_CHECKING:
     import torch
 
+WATCH_SECONDS = 10.0
 MOST_DEATHS = 3
 """Deaths of engines, without a completion between them or with the same request unfinished, that end the job."""
 
@@ -98,14 +99,16 @@ class EngineFleet:
         *,
         max_num_seqs: int,
         share: "Callable[[Iterable[tuple[str, torch.Tensor]]], SharedWeights]",
+        hopeless: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Start the workers and wait for the first. Raises UserError if its engine cannot be built.
 
         `max_num_seqs` is the number of requests that an engine runs at a time; `share` puts weights where all workers
-        can read them.
+        can read them; `hopeless` is asked now and then why waiting for the workers makes no sense.
         """
         self._launch = launch
         self._share = share
+        self._hopeless = hopeless
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._in_flight = 3 * max_num_seqs  # an engine takes twice that number before it waits for more
         self._at_a_time = max(1, max_num_seqs // 8)
@@ -119,7 +122,7 @@ class EngineFleet:
                 self._places.append(Place(number, launch(number)))
                 self._listen(self._places[-1])
             while not any(place.is_ready for place in self._places):
-                self._handle(self._events.get())
+                self._handle(self._next_event())
         except BaseException:
             self.close()
             raise
@@ -138,7 +141,7 @@ class EngineFleet:
                 is_exhausted = self._deal_out(source, waiting, sampling)
                 if is_exhausted and not waiting and not any(place.unfinished for place in self._places):
                     return
-                event = self._events.get()
+                event = self._next_event()
                 if isinstance(event.reply, Drawn) and event.reply.stream == self._stream:
                     for completion in event.reply.completions:
                         if event.place.unfinished.pop(completion.key, None) is not None:
@@ -198,7 +201,7 @@ class EngineFleet:
                 place.worker.send(order)
                 place.unanswered += 1
         while any(place.unanswered for place in self._places):
-            self._handle(self._events.get())
+            self._handle(self._next_event())
 
     def close(self) -> None:
         """End all processes."""
@@ -207,6 +210,17 @@ class EngineFleet:
             place.worker.close()
         if self._weights is not None:
             self._weights.discard()
+
+    def _next_event(self) -> Event:
+        """Wait for an event. Raises EngineFailed if there will be none."""
+        while True:
+            try:
+                return self._events.get(timeout=WATCH_SECONDS)
+            except Empty:
+                if (reason := self._hopeless()) is not None:
+                    raise EngineFailed(
+                        f"{reason}; start the job again: it goes on from what is kept"
+                    ) from None
 
     def _handle(self, event: Event) -> list[SampleRequest]:
         """Take note of an event; returns the requests that have to be drawn again, since their engine has died."""

@@ -7,6 +7,7 @@ a run can be continued with other engines, or without Ray.
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
 
-import ray
 import torch
 
 from common.config import RunConfig
@@ -29,6 +29,9 @@ from common.engines.weight_files import NamedTensors, in_parts
 from common.engines.worker import serve
 from common.errors import UserError, first_line
 from common.runs import REPOSITORY
+
+os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")  # ray would put its own function in the place of print
+import ray
 
 
 class EngineActor:
@@ -137,6 +140,7 @@ def ray_engines(address: str | None) -> Iterator[EngineSource]:
 def _connect(address: str | None) -> None:
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     try:
+        _refuse_closed_port(address)  # in a second, for which Ray takes minutes
         ray.init(
             address=address,
             log_to_driver=False,
@@ -144,11 +148,18 @@ def _connect(address: str | None) -> None:
             include_dashboard=False,
             runtime_env={"env_vars": {"PYTHONPATH": path}},
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--address {address}: there is no Ray cluster to connect to ({first_line(error)}); start one with "
             "`ray start --head`, or leave the option out to start one on this machine"
         ) from error
+
+
+def _refuse_closed_port(address: str | None) -> None:
+    """Raise OSError if the address is a host's port on which nobody listens."""
+    host, _, port = (address or "").rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
@@ -176,8 +187,19 @@ def _fleet(config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_
     alone = config.model_copy(update={"engine": engine.model_copy(update={"engines": 1})})
     one = partial(_build_on_node, build_engine, alone, folder.absolute(), renderer)
     return EngineFleet(
-        lambda _: RayWorker(one, **resources), count, max_num_seqs=engine.max_num_seqs, share=RayWeights.put
+        lambda _: RayWorker(one, **resources),
+        count,
+        max_num_seqs=engine.max_num_seqs,
+        share=RayWeights.put,
+        hopeless=_own_node_is_lost,
     )
+
+
+def _own_node_is_lost() -> str | None:
+    """Without its node a job can start no actor, and Ray would let it wait for ever."""
+    own = ray.get_runtime_context().get_node_id()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return None if own in alive else "the Ray node that this job belongs to is lost"
 
 
 def _build_on_node(
