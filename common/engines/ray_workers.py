@@ -33,6 +33,8 @@ from common.runs import REPOSITORY
 os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")  # ray would put its own function in the place of print
 import ray
 
+CONNECT_SECONDS = 10.0
+
 
 class EngineActor:
     """The process of an engine. Orders and replies each keep their order, and neither waits for the other."""
