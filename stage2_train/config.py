@@ -23,6 +23,9 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """The last part of the layers' names, such as ["q_proj", "v_proj"]; by default all but the output layer."""
+    in_engine: Literal["adapter", "merged"] | None = None
+    """How vLLM gets it: by itself, which leaves the weights as they are (the default), or merged into them, which loses
+    small updates in bfloat16."""
 
 
 class TrainConfig(Section):
@@ -140,6 +143,21 @@ class Config(RunConfig):
     """One run whole: artifacts/<run>."""
 
     train: TrainConfig = TrainConfig()
+
+    @property
+    def engine_takes_adapter(self) -> bool:
+        """Whether training gives its engine an adapter, and not whole weights."""
+        lora = self.train.lora
+        return lora is not None and self.engine.backend == "vllm" and lora.in_engine != "merged"
+
+    @model_validator(mode="after")
+    def _only_vllm_takes_an_adapter(self) -> Self:
+        lora = self.train.lora
+        if lora is not None and lora.in_engine == "adapter" and self.engine.backend != "vllm":
+            raise ValueError(
+                f'train.lora.in_engine = "adapter" needs engine.backend vllm, found {self.engine.backend}; leave it out'
+            )
+        return self
 
     @property
     def before_training(self) -> list[str]:

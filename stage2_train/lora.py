@@ -94,14 +94,19 @@ class Adapter:
             if ".lora_" not in name
         }
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the adapter's weights, named as in the model, for PeftModel.from_pretrained."""
-        folder.mkdir()
-        state = get_peft_model_state_dict(
+    def state(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's weights, named as in the model, by the names that peft gives them."""
+        state: dict[str, Tensor] = get_peft_model_state_dict(
             self._model,
             {f"base_model.model.{name}": weight for name, weight in weights.items()},
             save_embedding_layers=False,
         )
+        return state
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the adapter's weights, named as in the model, for PeftModel.from_pretrained."""
+        folder.mkdir()
+        state = self.state(weights)
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         self._settings.save_pretrained(str(folder))
 

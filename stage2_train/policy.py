@@ -1,6 +1,6 @@
 """The policy under training: a learner whose weights have the names of a Hugging Face checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class Policy:
     def __init__(self, folder: Path, config: Config, ranks: Ranks) -> None:
         """Start from the reference model in `folder`."""
         self._ranks = ranks
+        self._engine_takes_adapter = config.engine_takes_adapter
         self._network = Network(folder, config)
         module = self._network.module
         if config.train.gradient_checkpointing:
@@ -52,6 +53,13 @@ class Policy:
         Under ZeRO-3 they are gathered one bucket at a time, so every rank must iterate over all of them.
         """
         return self._network.named_weights(self._gather)
+
+    def weights_for_engine(self) -> Iterable[tuple[str, Tensor]]:
+        """What the engine takes: all weights, or those of the adapter by the names of peft. A collective operation."""
+        if not self._engine_takes_adapter:
+            return self.named_weights()
+        assert self._network.adapter is not None, "there is an adapter to take"
+        return self._network.adapter.state(dict(self._network.adapter_weights(self._gather))).items()
 
     @property
     def _gather(self) -> Gather | None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from common.data.held_out import remarks
-from common.engines import EngineBuilder
+from common.engines import EngineBuilder, LowRank
 from common.grading import GraderPool
 from common.provenance import Allowance
 from common.runs import RunPaths
@@ -84,6 +84,8 @@ class Online:
         """The engine comes first: it needs its share of the memory."""
         config, data = self._config, self.data
         engine = partial(self._build_engine, config, data.folder, data.renderer, beside_trainer=True)
+        if config.engine_takes_adapter and (lora := config.train.lora) is not None:
+            engine = partial(engine, adapter=LowRank(rank=lora.rank, alpha=lora.alpha))
         self._sampler = Sampler(engine, self._pool, config.sampling, self._ranks)
         self._trainer = Trainer(config, data, drawing(config, data, self._sampler, self._ranks), self._ranks)
         return self._trainer

@@ -27,8 +27,12 @@ MAY_DIFFER: Mapping[str, Any] = {
         "judge": {"url", "request_timeout_seconds", "retries", "requests_per_minute", "api_key_env"},
     },
     "train": {
-        *("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "wandb_project"),
-        *("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"),
+        **dict.fromkeys(
+            ("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every"), True
+        ),
+        **dict.fromkeys(("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"), True),
+        "wandb_project": True,
+        "lora": {"in_engine"},
     },
 }
 """Settings that may differ between a run and its continuation: length, observation and resources."""
@@ -43,7 +47,7 @@ def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
     """The record of an older version, completed by the settings of [train] and [sampling] that it did not have."""
     config = origin["config"]
     sampling = SamplingParams().model_dump(mode="json") | config["sampling"]
-    train = TrainConfig().model_dump(mode="json", exclude=set(MAY_DIFFER["train"])) | config["train"]
+    train = TrainConfig().model_dump(mode="json", exclude=MAY_DIFFER["train"]) | config["train"]
     with suppress(ValidationError):  # an objective unknown to this version is refused as a different one
         objective = TypeAdapter(ObjectiveConfig).validate_python(train["objective"])
         train["objective"] = objective.model_dump(mode="json")

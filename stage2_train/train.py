@@ -76,7 +76,7 @@ class Trainer(Generic[Source]):
         self.objective = config.train.objective
         self.made_with = made_with(config, data, ranks.world_size)
         self.parts = build_parts(config, data, ranks)
-        self.source = build_source(self.parts.policy.named_weights)
+        self.source = build_source(self.parts.policy.weights_for_engine)
 
     def iteration(self, number: int, last: int) -> Turn:
         """Algorithm 1, lines 9 and 10: a batch of rollouts from π_t, then SGD on the objective's loss.

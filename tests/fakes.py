@@ -11,6 +11,7 @@ import polars as pl
 
 from common.config import RunConfig, SamplingParams
 from common.data.rendering import PromptRenderer
+from common.engines import LowRank
 from common.provenance import Provenance
 from common.rollout import Completion, SampleRequest
 from common.vstar_file import write_vstar
@@ -127,7 +128,13 @@ class SteppingEngines:
         self._sample_seconds = sample_seconds
 
     def build(
-        self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+        self,
+        config: RunConfig,
+        folder: Path,
+        renderer: PromptRenderer,
+        *,
+        beside_trainer: bool,
+        adapter: LowRank | None = None,
     ) -> SteppingEngine:
         self.built.append(SteppingEngine(renderer, sample_seconds=self._sample_seconds))
         return self.built[-1]

@@ -15,7 +15,7 @@ from benchmarks.peers.job import JsonFile, Report
 from benchmarks.processes import resident_mib
 from common.config import RunConfig, SamplingParams
 from common.data.rendering import PromptRenderer
-from common.engines import EngineBuilder, build_engine
+from common.engines import EngineBuilder, LowRank, build_engine
 from common.engines.endings import Endings
 from common.engines.vllm_engine import VllmEngine
 from common.parity import PARITY
@@ -92,7 +92,12 @@ def main() -> None:
     config, lengths, clock = Config.model_validate(job.config), job.completion_lengths, Clock()
 
     def build_forced(
-        config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+        config: RunConfig,
+        folder: Path,
+        renderer: PromptRenderer,
+        *,
+        beside_trainer: bool,
+        adapter: LowRank | None = None,
     ) -> VllmEngine:
         assert lengths is not None
         assert beside_trainer

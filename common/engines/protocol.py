@@ -33,13 +33,31 @@ class RolloutEngine(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """The shape of an adapter, W + (alpha / rank) B A in each adapted layer."""
+
+    rank: int
+    alpha: int
+
+
 class EngineBuilder(Protocol):
     """The type of `build_engine`. Jobs take it as an argument, so that a test can pass another engine."""
 
     def __call__(
-        self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+        self,
+        config: RunConfig,
+        folder: Path,
+        renderer: PromptRenderer,
+        *,
+        beside_trainer: bool,
+        adapter: LowRank | None = None,
     ) -> RolloutEngine:
-        """Load the model in `folder`."""
+        """Load the model in `folder`.
+
+        With an adapter, `load_weights` takes the tensors of one of this shape, named as peft does, and leaves the
+        model's weights as they are.
+        """
         ...
 
 

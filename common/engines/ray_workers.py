@@ -24,7 +24,7 @@ from common.data.rendering import PromptRenderer
 from common.engines.count import fitting, small
 from common.engines.fleet import EngineFleet
 from common.engines.orders import Order, Reply
-from common.engines.protocol import EngineBuilder, EngineSource, RolloutEngine
+from common.engines.protocol import EngineBuilder, EngineSource, LowRank, RolloutEngine
 from common.engines.weight_files import NamedTensors, in_parts
 from common.engines.worker import serve
 from common.errors import UserError, first_line
@@ -175,10 +175,18 @@ def _sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
     return config
 
 
-def _fleet(config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool) -> EngineFleet:
+def _fleet(
+    config: RunConfig,
+    folder: Path,
+    renderer: PromptRenderer,
+    *,
+    beside_trainer: bool,
+    adapter: LowRank | None = None,
+) -> EngineFleet:
     from common.engines import build_engine
 
     assert not beside_trainer, "training has its own engines"
+    assert adapter is None, "only training has adapters"
     engine = config.engine
     count = engine.engines
     assert isinstance(count, int), "a number has been chosen"

@@ -1,4 +1,4 @@
-"""A rollout engine that runs vLLM in this process. Only this file and vllm_repairs.py import vllm."""
+"""A rollout engine that runs vLLM in this process. Only the files here that begin with vllm_ import it."""
 
 import gc
 import logging
@@ -18,7 +18,9 @@ from common.data.prompts import longest_allowed_completion, longest_allowed_prom
 from common.data.rendering import PromptRenderer
 from common.engines.endings import Endings, StopStrings
 from common.engines.loadable import loadable_folder
+from common.engines.protocol import LowRank
 from common.engines.shared_engine import SharedEngine, refuse_wrong_size
+from common.engines.vllm_adapter import VllmAdapter, lora_options
 from common.engines.vllm_repairs import (
     RenewedLayers,
     forget_packed_experts,
@@ -45,10 +47,17 @@ class VllmEngine:
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, renderer: PromptRenderer, *, beside_trainer: bool
+        self,
+        config: RunConfig,
+        folder: Path,
+        renderer: PromptRenderer,
+        *,
+        beside_trainer: bool,
+        adapter: LowRank | None = None,
     ) -> None:
         """Load the model. With `beside_trainer` it takes engine.training_gpu_memory_utilization of the GPU.
 
+        With an adapter it keeps the model's weights and takes adapters of that shape, see EngineBuilder.
         Raises UserError before loading if the ranks or the model cannot be divided into the configured groups.
         """
         self._is_guest = beside_trainer and dist.is_initialized()
@@ -90,6 +99,9 @@ class VllmEngine:
         if processes > 1:
             # Each rank runs its engine, or its shard of one, in its own process and on its own GPU.
             options["distributed_executor_backend"] = _executor(self._group.name if self._group else "")
+        self._adapter = None if adapter is None else VllmAdapter(adapter)
+        if adapter is not None:
+            options |= lora_options(adapter)
         # vLLM collects garbage several times while it loads; frozen objects are not walked each time.
         gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
@@ -98,7 +110,12 @@ class VllmEngine:
             unpatched_classes() as classes,
             _in_one_line(
                 f"{folder}: vLLM cannot load the model",
-                'correct what it says, or set engine.backend = "transformers"',
+                'correct what it says, or set engine.backend = "transformers"'
+                + (
+                    '; if it has no LoRA for the model, set train.lora.in_engine = "merged"'
+                    if adapter
+                    else ""
+                ),
             ),
         ):
             self.llm: vllm.LLM | None = vllm.LLM(
@@ -170,6 +187,7 @@ class VllmEngine:
                             name,
                             {"prompt_token_ids": [*request.prompt_token_ids, *request.prefix]},
                             self._sampling_params(request, sampling),
+                            lora_request=self._adapter.request if self._adapter else None,
                         )
                     running[name] = item
                 if not running:
@@ -224,13 +242,23 @@ class VllmEngine:
         return endings.completion(request, token_ids, output.finish_reason, logprobs)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights in place and clear the key-value cache; wakes the engine.
+        """Replace the weights in place, or the adapter, and clear the key-value cache; wakes the engine.
 
         Each rank of a group receives the full tensors and keeps its shard. If the tensors of a layer follow each other,
         vLLM holds those of one layer at a time. If the vocabulary is not a multiple of 64, vLLM pads the embedding and
         the output layer, and holds their tensors to the end.
         """
         assert self.llm is not None, "the engine is closed"
+        if self._adapter is not None:
+            if self._is_asleep:
+                self.llm.wake_up()
+                self._is_asleep = False
+            with _in_one_line(
+                "vLLM cannot take the adapter", 'set train.lora.in_engine = "merged", or adapt other layers'
+            ):
+                self._adapter.replace(self.llm.llm_engine, named_tensors)
+            self.llm.reset_prefix_cache()
+            return
         if self._is_asleep:
             self.llm.wake_up(tags=["weights"])  # its content is undefined until it is written below
         on_gpu = torch.cuda.is_available()
@@ -250,12 +278,13 @@ class VllmEngine:
     def sleep(self) -> None:
         """With engine.sleep_while_training, free weights and key-value cache until the next `load_weights`.
 
-        This is level 2 of vLLM's sleep mode, which keeps no copy of the weights: training replaces them anyway. On a
-        CPU it does nothing. It has not been run on a GPU; only the order of calls has been tested.
+        This is level 2 of vLLM's sleep mode, which keeps no copy of the weights: training replaces them anyway. With an
+        adapter, which leaves them as they are, it is level 1, which keeps a copy in main memory. On a CPU it does
+        nothing. It has not been run on a GPU; only the order of calls has been tested.
         """
         assert self.llm is not None, "the engine is closed"
         if self._can_sleep and not self._is_asleep:
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=2 if self._adapter is None else 1)
             self._is_asleep = True
 
     def close(self) -> None:

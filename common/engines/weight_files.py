@@ -17,6 +17,12 @@ BYTES_A_PART = 2**30
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
+def new_folder_in_memory(kind: str) -> Path:
+    """A new folder: in shared memory, where there is one."""
+    root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    return Path(tempfile.mkdtemp(prefix=f"astar-po-{kind}-", dir=root))
+
+
 def in_parts(named_tensors: NamedTensors) -> Iterator[dict[str, torch.Tensor]]:
     """Copies in main memory, about a GiB at a time, so that little more than that is there twice.
 
@@ -42,9 +48,8 @@ class WeightFiles:
 
     @classmethod
     def write(cls, named_tensors: NamedTensors) -> Self:
-        """Write weights to a new folder: in shared memory, where there is one."""
-        root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        found = cls(Path(tempfile.mkdtemp(prefix="astar-po-weights-", dir=root)))
+        """Write weights to a new folder."""
+        found = cls(new_folder_in_memory("weights"))
         try:
             for number, part in enumerate(in_parts(named_tensors)):
                 save_file(part, found.folder / f"{number:05d}.safetensors")
