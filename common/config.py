@@ -249,6 +249,8 @@ class EngineConfig(Section):
     """GPUs per engine that is a process of its own."""
     training_tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """Processes per engine in stage 2; 1 unless the model does not fit one GPU."""
+    hang_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """An engine in a process of its own that finishes nothing for so long is taken to hang, and started again."""
     sleep_while_training: bool = False
     """Free the engine's GPU memory while the trainer works; has no effect on a CPU."""
     enforce_eager: bool = False
@@ -260,7 +262,7 @@ class EngineConfig(Section):
                 *(
                     key
                     for key in type(self).model_fields
-                    if key not in ("backend", "engines", "placement", "max_num_seqs")
+                    if key not in ("backend", "engines", "placement", "max_num_seqs", "hang_minutes")
                 ),
                 because=f"such settings need backend vllm, found {self.backend}; leave them out",
             )

@@ -60,6 +60,8 @@ class TrainConfig(Section):
     """Keep the optimizer's states in the host's memory and step there."""
     offload_reference: bool = False
     """Keep the reference model in the host's memory, except while it computes log-probs."""
+    hang_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """A job in which a rank takes longer for one phase of an iteration is taken to hang, and ended."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Iterations between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2

@@ -21,6 +21,7 @@ from common.terminal.console import Terminal
 from common.terminal.progress import progress_bar
 from stage2_train.config import Config
 from stage2_train.wandb_log import WandbLog
+from stage2_train.watchdog import in_phase
 
 Metrics = dict[str, float]
 """Values under group/name keys, such as reward/mean or time/rollout (seconds)."""
@@ -32,7 +33,8 @@ def timed(name: str, metrics: Metrics) -> Iterator[None]:
     _wait_for_device()
     started = time.perf_counter()
     try:
-        yield
+        with in_phase(name):
+            yield
     finally:
         _wait_for_device()
         metrics[f"time/{name}"] = metrics.get(f"time/{name}", 0.0) + time.perf_counter() - started

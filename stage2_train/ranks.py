@@ -12,8 +12,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
-PATIENCE = timedelta(minutes=30)
-"""How long to wait for a slower rank, such as the main one with a large checkpoint, before the job fails."""
+PATIENCE = timedelta(hours=24)
+"""How long a collective operation waits before it fails. Long before, the watchdog ends a job that hangs."""
 
 T = TypeVar("T")
 

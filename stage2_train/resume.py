@@ -31,7 +31,7 @@ MAY_DIFFER: Mapping[str, Any] = {
             ("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every"), True
         ),
         **dict.fromkeys(("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"), True),
-        "wandb_project": True,
+        **dict.fromkeys(("wandb_project", "hang_minutes"), True),
         "lora": {"in_engine"},
     },
 }

@@ -6,6 +6,7 @@ A re-run continues or does nothing.
 import json
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from stage2_train.ranks import Ranks, join_ranks, launched_processes
 from stage2_train.regime import Offline, Online, Regime
 from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
 from stage2_train.train import Trainer, train
+from stage2_train.watchdog import Watchdog, in_phase
 from stage2_train.watchers import Checkpoints, Divergence, Log, Watcher
 
 
@@ -76,10 +78,13 @@ def run_stage2(
             newest_intact(paths.checkpoints, console.print) if ranks.is_main else None
         )
         refuse_other_world(paths, ranks, read_state(checkpoint) if checkpoint else {})
-        trainer = regime.trainer()
+        job.enter_context(Watchdog(ranks, timedelta(minutes=config.train.hang_minutes)))
+        with in_phase("loading the models"):
+            trainer = regime.trainer()
         allowance = Allowance([name for name in allow_mismatch if name == PARITY])
         _train(trainer, regime, paths, checkpoint, console, observers, allowance)
-        trainer.parts.policy.export(paths.model)
+        with in_phase("writing the model"):
+            trainer.parts.policy.export(paths.model)
         for line in regime.close():
             console.print(line)
         trained_with[ACCEPTED] += allowance.used

@@ -30,6 +30,7 @@ from stage2_train.safeguards import StopRequest, refuse_unjudged
 from stage2_train.sources.batches import BatchSource, flat, own_places
 from stage2_train.sources.rollouts import as_json, from_json
 from stage2_train.sources.sampler import Draw
+from stage2_train.watchdog import in_phase
 from stage2_train.watchers import Turn, Watcher
 
 if TYPE_CHECKING:
@@ -45,16 +46,19 @@ def train(
 
     Raises KeyboardInterrupt if a StopRequest asked for it, after the watchers' turn.
     """
+
+    def look(turn: Turn) -> None:
+        with in_phase("watching"):
+            for watcher in watchers:
+                watcher.after(turn)
+
     with StopRequest(console, is_main=trainer.ranks.is_main) as stop:
         if first == 1:
-            start = Turn(number=0, metrics={}, rollouts=[], is_last=False)
-            for watcher in watchers:
-                watcher.after(start)
+            look(Turn(number=0, metrics={}, rollouts=[], is_last=False))
         for number in range(first, last + 1):
             turn = trainer.iteration(number, last)
             turn.is_stopping = bool(trainer.ranks.largest(stop.is_made)) and not turn.is_last
-            for watcher in watchers:
-                watcher.after(turn)
+            look(turn)
             if turn.is_stopping:
                 raise KeyboardInterrupt
 

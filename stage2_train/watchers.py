@@ -19,6 +19,7 @@ from stage2_train.ranks import Ranks
 from stage2_train.safeguards import refuse_divergence
 from stage2_train.sources.pipeline import RolloutPipeline
 from stage2_train.sources.sampler import Draw
+from stage2_train.watchdog import in_phase
 
 ACCURACY = "evaluate/pass_at_1"
 FORECAST_LOSS = "loss/regression"
@@ -179,4 +180,5 @@ class Checkpoints:
     def after(self, turn: Turn) -> None:
         """A collective operation when a checkpoint is due."""
         if turn.number and (turn.number % self._every == 0 or turn.is_last or turn.is_stopping):
-            self._save(turn.number, turn.metrics.get(ACCURACY))
+            with in_phase("checkpoint"):
+                self._save(turn.number, turn.metrics.get(ACCURACY))

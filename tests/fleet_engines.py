@@ -1,7 +1,7 @@
 """An engine for the processes of tests/test_fleet.py: it samples a number, from its seed and its weights.
 
-Files in its folder make it fail: `die-SEED` and `fail-SEED` at that request, once, and `always-SEED` each time;
-`refuse` while it is built.
+Files in its folder make it fail: `die-SEED`, `fail-SEED` and `hang-SEED` at that request, once, `always-SEED` each
+time, and `refuse` while it is built.
 """
 
 import os
@@ -45,10 +45,12 @@ class NumberEngine:
     def _fail_at(self, seed: int) -> None:
         if (self._folder / f"always-{seed}").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        for name in ("die", "fail"):
+        for name in ("die", "fail", "hang"):
             file = self._folder / f"{name}-{seed}"
             if file.exists():
                 file.unlink()
+                if name == "hang":
+                    time.sleep(1000)
                 if name == "fail":
                     raise EngineFailed(
                         "vLLM failed while it sampled (RuntimeError: out of luck); start again"

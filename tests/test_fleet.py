@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from common.config import SamplingParams
+from common.config import EngineConfig, SamplingParams
 from common.engines.count import with_engines
 from common.engines.fleet import EngineFleet
 from common.engines.local_workers import LocalWorker, Share, shares_of
@@ -32,7 +32,8 @@ from tests.stage1_runs import run, stored, write_questions
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
 
 SAMPLING = SamplingParams(max_completion_tokens=8)
-BATCH = 8
+ENGINE = EngineConfig(max_num_seqs=8)
+BATCH = ENGINE.max_num_seqs
 Start = Callable[..., EngineFleet]
 
 
@@ -51,7 +52,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def fleet(count: int, *, seconds: float = 0.002) -> EngineFleet:
         build = partial(number_engine, tmp_path, seconds)
         launch = lambda _: LocalWorker(build, Share(threads=1), tmp_path / "libraries.log")  # noqa: E731
-        fleet = EngineFleet(launch, count, max_num_seqs=BATCH, share=WeightFiles.write)
+        fleet = EngineFleet(launch, count, engine=ENGINE, share=WeightFiles.write)
         started.append(fleet)
         deadline = time.monotonic() + 60
         while len(drawn(fleet, 100)) < count:  # until all of them are ready
@@ -179,6 +180,19 @@ def test_a_killed_process_is_replaced_while_nobody_draws(start: Start, tmp_path:
     drawn(fleet, 100)
 
 
+def test_an_engine_that_hangs_is_started_again(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("common.engines.fleet.WATCH_SECONDS", 0.1)
+    fleet = start(2)
+    monkeypatch.setattr(fleet, "_hang_seconds", 1.0)
+    (tmp_path / "hang-100").touch()
+    drawn(fleet, 200)
+    assert re.search(
+        r"engine \d of 2 has been silent for 0.01\d* minutes \(engine.hang_minutes\)", capsys.readouterr().err
+    )
+
+
 class NeverReady:
     """A worker that has been asked for, and does not come."""
 
@@ -197,7 +211,7 @@ def test_workers_that_will_never_come_are_not_waited_for(monkeypatch: pytest.Mon
         EngineFleet(
             lambda _: cast(Any, NeverReady()),
             2,
-            max_num_seqs=BATCH,
+            engine=ENGINE,
             share=WeightFiles.write,
             hopeless=lambda: next(reasons),
         )
@@ -211,10 +225,10 @@ from common.engines.fleet import EngineFleet
 from common.engines.local_workers import LocalWorker, Share
 from common.engines.weight_files import WeightFiles
 from tests.fleet_engines import number_engine
-from tests.test_fleet import SAMPLING, requests
+from tests.test_fleet import ENGINE, SAMPLING, requests
 folder = Path(sys.argv[1])
 build = partial(number_engine, folder, 0.01)
-fleet = EngineFleet(lambda _: LocalWorker(build, Share(), folder / "log"), 2, max_num_seqs=8, share=WeightFiles.write)
+fleet = EngineFleet(lambda _: LocalWorker(build, Share(), folder / "log"), 2, engine=ENGINE, share=WeightFiles.write)
 for number, completion in enumerate(fleet.generate(requests(10**6), SAMPLING)):
     if number == 100:
         print("drawing", flush=True)

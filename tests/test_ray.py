@@ -18,7 +18,7 @@ from tests.fakes import tiny_config
 from tests.fleet_engines import number_engine
 from tests.stage1_runs import write_questions
 from tests.stage2_runs import as_toml
-from tests.test_fleet import BATCH, drawn, pids
+from tests.test_fleet import ENGINE, drawn, pids
 
 ray = pytest.importorskip("ray", reason="ray is not installed: make setup-ray")
 
@@ -47,7 +47,12 @@ def fleet(cluster: None, tmp_path: Path) -> Iterator[EngineFleet]:
     from common.engines.ray_workers import RayWeights, RayWorker
 
     build = partial(number_engine, tmp_path, 0.002)
-    fleet = EngineFleet(lambda _: RayWorker(build, num_cpus=1), 2, max_num_seqs=BATCH, share=RayWeights.put)
+    fleet = EngineFleet(
+        lambda _: RayWorker(build, num_cpus=1),
+        2,
+        engine=ENGINE,
+        share=RayWeights.put,
+    )
     deadline = time.monotonic() + 120
     while len(drawn(fleet, 100)) < 2:
         assert time.monotonic() < deadline
@@ -82,7 +87,6 @@ import sys
 from functools import partial
 from pathlib import Path
 import ray
-from common.config import EngineConfig
 from common.engines import fleet as fleets
 from common.engines.ray_workers import RayWeights, RayWorker, _own_node_is_lost
 from common.errors import UserError
@@ -91,12 +95,12 @@ from tests.fakes import tiny_config
 from tests.fleet_engines import number_engine
 from tests.stage1_runs import write_questions
 from tests.stage2_runs import as_toml
-from tests.test_fleet import SAMPLING, requests
+from tests.test_fleet import ENGINE, SAMPLING, requests
 fleets.WATCH_SECONDS = 1.0
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,
          runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2]}})
 build = partial(number_engine, Path(sys.argv[1]), 0.01)
-fleet = fleets.EngineFleet(lambda _: RayWorker(build, num_cpus=1), 2, max_num_seqs=8, share=RayWeights.put,
+fleet = fleets.EngineFleet(lambda _: RayWorker(build, num_cpus=1), 2, engine=ENGINE, share=RayWeights.put,
                            hopeless=_own_node_is_lost)
 try:
     for number, completion in enumerate(fleet.generate(requests(10**6), SAMPLING)):

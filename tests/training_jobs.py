@@ -24,6 +24,7 @@ from common.terminal.console import Terminal
 from stage2_train.config import Config
 from stage2_train.metrics import Metrics, MetricsLog
 from stage2_train.run import run_stage2
+from stage2_train.watchers import Turn
 from tests import critic_steps, objective_steps, policy_steps, train_steps
 from tests.killing import JobServer, serve
 
@@ -49,8 +50,26 @@ def train(order: dict[str, Any]) -> None:
     run_stage2(Config.model_validate(order["config"]), Terminal(file=io.StringIO()), Path(order["vstar"]))
 
 
+class Hanging:
+    """Makes rank 1 hang after the first iteration."""
+
+    def after(self, turn: Turn) -> None:
+        if turn.number == 1 and os.environ["RANK"] == "1":
+            time.sleep(HANGS_AFTER_SECONDS)
+
+
+def hang(order: dict[str, Any]) -> None:
+    """Train until a rank hangs; what the job says goes to a file."""
+    os.environ["ASTAR_PO_ARTIFACTS"] = order["artifacts"]
+    with open(order["said"], "a") as said:
+        os.dup2(said.fileno(), 2)
+    config = Config.model_validate(order["config"])
+    run_stage2(config, Terminal(file=io.StringIO()), Path(order["vstar"]), observers=[Hanging()])
+
+
 PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "train": train,
+    "hang": hang,
     "train_steps": train_steps.main,
     "policy_steps": policy_steps.main,
     "objective_steps": objective_steps.main,

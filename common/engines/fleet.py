@@ -6,15 +6,17 @@ so the completions are the same. Where processes run, and how messages reach the
 """
 
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Protocol
 
-from common.config import SamplingParams
+from common.config import EngineConfig, SamplingParams
 from common.engines.orders import (
     Begin,
     Done,
@@ -78,6 +80,13 @@ class Place:
     unfinished: dict[Hashable, SampleRequest] = field(default_factory=dict)
     unanswered: int = 0
     """Orders besides those to draw, and the one to start, that it has not replied to."""
+    heard: float = 0.0
+    """When it last replied, or began to have something to do."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a reply is due."""
+        return self.is_ready and bool(self.unfinished or self.unanswered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +106,24 @@ class EngineFleet:
         launch: Launch,
         count: int,
         *,
-        max_num_seqs: int,
+        engine: EngineConfig,
         share: "Callable[[Iterable[tuple[str, torch.Tensor]]], SharedWeights]",
         hopeless: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Start the workers and wait for the first. Raises UserError if its engine cannot be built.
 
-        `max_num_seqs` is the number of requests that an engine runs at a time; `share` puts weights where all workers
-        can read them; `hopeless` is asked now and then why waiting for the workers makes no sense.
+        `share` puts weights where all workers can read them; `hopeless` is asked now and then why waiting for workers
+        makes no sense.
         """
         self._launch = launch
         self._share = share
         self._hopeless = hopeless
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self._in_flight = 3 * max_num_seqs  # an engine takes twice that number before it waits for more
-        self._at_a_time = max(1, max_num_seqs // 8)
+        self._in_flight = (
+            3 * engine.max_num_seqs
+        )  # an engine takes twice that number before it waits for more
+        self._at_a_time = max(1, engine.max_num_seqs // 8)
+        self._hang_seconds = 60 * engine.hang_minutes
         self._weights: SharedWeights | None = None
         self._stream = 0
         self._fruitless = 0
@@ -176,6 +188,8 @@ class EngineFleet:
                 place.worker.send(Begin(self._stream, sampling))
                 place.is_drawing = True
             place.worker.send(Draw(tuple(some)))
+            if not place.is_busy:
+                place.heard = time.monotonic()
             place.unfinished |= {request.key: request for request in some}
 
     def _end(self, place: Place) -> None:
@@ -199,6 +213,7 @@ class EngineFleet:
         for place in self._places:
             if place.is_ready:
                 place.worker.send(order)
+                place.heard = time.monotonic()
                 place.unanswered += 1
         while any(place.unanswered for place in self._places):
             self._handle(self._next_event())
@@ -214,13 +229,16 @@ class EngineFleet:
     def _next_event(self) -> Event:
         """Wait for an event. Raises EngineFailed if there will be none."""
         while True:
-            try:
-                return self._events.get(timeout=WATCH_SECONDS)
-            except Empty:
-                if (reason := self._hopeless()) is not None:
-                    raise EngineFailed(
-                        f"{reason}; start the job again: it goes on from what is kept"
-                    ) from None
+            with suppress(Empty):
+                event = self._events.get(timeout=WATCH_SECONDS)
+                event.place.heard = time.monotonic()
+                return event
+            if (reason := self._hopeless()) is not None:
+                raise EngineFailed(f"{reason}; start the job again: it goes on from what is kept")
+            for place in self._places:
+                if place.is_busy and time.monotonic() - place.heard > self._hang_seconds:
+                    message = f"has been silent for {self._hang_seconds / 60:g} minutes (engine.hang_minutes)"
+                    return Event(place, place.life, Failed(message, is_final=False))
 
     def _handle(self, event: Event) -> list[SampleRequest]:
         """Take note of an event; returns the requests that have to be drawn again, since their engine has died."""

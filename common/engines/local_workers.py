@@ -147,7 +147,7 @@ def _fleet(
     return EngineFleet(
         lambda number: LocalWorker(one, shares[number], log),
         len(shares),
-        max_num_seqs=engine.max_num_seqs,
+        engine=engine,
         share=WeightFiles.write,
     )
 

@@ -199,7 +199,7 @@ def _fleet(
     return EngineFleet(
         lambda _: RayWorker(one, **resources),
         count,
-        max_num_seqs=engine.max_num_seqs,
+        engine=engine,
         share=RayWeights.put,
         hopeless=_own_node_is_lost,
     )
