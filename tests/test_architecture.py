@@ -67,7 +67,11 @@ def test_imports_go_from_the_command_line_over_the_stages_to_common(file: Path) 
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("vllm", ["common/engines/vllm_engine.py", "common/engines/vllm_repairs.py"]),
+        (
+            "vllm",
+            [f"common/engines/vllm_{name}.py" for name in ("adapter", "engine", "repairs")],
+        ),
+        ("ray", ["common/engines/ray_workers.py"]),
         ("deepspeed", ["stage2_train/learner.py"]),
     ],
 )
