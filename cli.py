@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from common.errors import UserError, first_line
+from common.errors import RankLost, UserError, first_line
 from common.files import UNWRITABLE, meaning
 from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
@@ -962,6 +962,8 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()
             raise
+    except RankLost as error:
+        leave(1, f"error: {error}", unless_said=True)
     except UserError as error:
         leave(2, f"error: {' '.join(str(error).split())}")
     except BrokenPipeError:  # the reader of the output has closed the pipe

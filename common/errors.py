@@ -20,5 +20,9 @@ class DamagedFile(UserError):
     """A file without the expected content: truncated, overwritten, or not ours."""
 
 
+class RankLost(UserError):
+    """Another process of a training job is gone; the message is for when that one could not say why."""
+
+
 class EngineFailed(UserError):
     """A rollout engine failed while it sampled; another one may be built in its place."""

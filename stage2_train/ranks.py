@@ -1,7 +1,9 @@
 """The processes of a training job: their ranks, and the communication between them."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -10,10 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import RankLost, UserError, first_line
 
 PATIENCE = timedelta(hours=24)
 """How long a collective operation waits before it fails. Long before, the watchdog ends a job that hangs."""
+
+LOST = ("Connection closed", "Connection reset", "Broken pipe", "Socket closed", "Timed out waiting")
+"""What gloo says when a peer is gone."""
+_SOURCE = re.compile(r"^\[[^\]]*\]\s*")
+"""The line of gloo's source with which its messages begin."""
 
 T = TypeVar("T")
 
@@ -102,6 +109,23 @@ class Ranks:
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 """A process without others, for work that needs no device."""
+
+
+@contextmanager
+def noticing_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Raises RankLost in place of the errors of torch's collective operations when another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises no other type
+        message = first_line(error)
+        is_lost = isinstance(error, dist.DistError) or any(sign in message for sign in LOST)
+        if ranks.world_size == 1 or not is_lost:
+            raise
+        cause = _SOURCE.sub("", message).split(". ")[0]
+        raise RankLost(
+            f"rank {ranks.rank} has lost the connection to another rank ({cause}): look at the output of the other "
+            "nodes. The same command continues from the last checkpoint, on any number of nodes"
+        ) from error
 
 
 def launched_processes() -> int:

@@ -27,7 +27,7 @@ from stage2_train.completions import forget_completions
 from stage2_train.config import Config
 from stage2_train.data import prepare
 from stage2_train.metrics import MetricsLog
-from stage2_train.ranks import Ranks, join_ranks, launched_processes
+from stage2_train.ranks import Ranks, join_ranks, launched_processes, noticing_lost_ranks
 from stage2_train.regime import Offline, Online, Regime
 from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
 from stage2_train.train import Trainer, train
@@ -57,7 +57,7 @@ def run_stage2(
     if not ranks.is_main:
         console = Terminal(quiet=True)
     data = prepare(config, table, allow_mismatch, ranks)
-    with ExitStack() as job:
+    with noticing_lost_ranks(ranks), ExitStack() as job:
         regime: Regime
         if data.units is None:
             regime = Online(config, data, ranks, build_engine, job)
