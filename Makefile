@@ -42,7 +42,7 @@ MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-direct-advantage test check browser setup setup-stage1 base-model vstar segments critic advantages train rounds evaluate report compare lock clean
+.PHONY: help demo demo-direct-advantage test check browser setup setup-stage1 setup-ray setup-s3 base-model vstar segments critic advantages train rounds evaluate report compare lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -81,6 +81,12 @@ browser: ## Install Chromium for the tests of the report's page, where that take
 setup: $(INSTALLED)-train ## Install everything that both stages need into .venv
 
 setup-stage1: $(INSTALLED)-stage1 ## Install what stage 1 and the offline commands need (no deepspeed)
+
+setup-ray: $(INSTALLED)-stage1 ## Install Ray besides, for --executor ray
+	@$(BIN)/pip install -q --no-deps -r requirements/ray.txt
+
+setup-s3: $(INSTALLED)-stage1 ## Install s3fs besides, for artifacts at s3://
+	@$(BIN)/pip install -q --no-deps -r requirements/s3.txt
 
 base-model: $(INSTALLED)-stage1 ## Pre-train the demo's reference model
 	@$(call IF_MISSING,base_model) $(BIN)/python cli.py base-model $(OPTIONS)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Pin everything anew: resolves the *.in files for CPU and CUDA machines and writes <variant>-{stage1,train,dev}.txt.
+# Pin everything anew: resolves the *.in files for CPU and CUDA machines and writes <variant>-{stage1,train,dev}.txt, and
+# what an extra needs besides stage 1, which is the same for both: ray.txt and s3.txt.
 # Needs uv. For the CPU build of torch set UV_TORCH_BACKEND=cpu, or UV_FIND_LINKS to a folder that holds it.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -23,10 +24,14 @@ resolve() { # resolve OUTPUT VARIANT INPUT…
 }
 
 for variant in cpu cuda; do
-    resolve "$scratch/all" $variant stage1.in train.in dev.in
+    resolve "$scratch/all" $variant stage1.in train.in ray.in s3.in dev.in
     resolve "$scratch/stage1" $variant stage1.in -c "$scratch/all"
     resolve "$scratch/train" $variant stage1.in train.in -c "$scratch/all"
     sort "$scratch/stage1" > $variant-stage1.txt
     comm -13 <(sort "$scratch/stage1") <(sort "$scratch/train") > $variant-train.txt
     comm -13 <(sort "$scratch/train") <(sort "$scratch/all") > $variant-dev.txt
+    for extra in ray s3; do
+        resolve "$scratch/$extra" $variant stage1.in $extra.in -c "$scratch/all"
+        comm -13 <(sort "$scratch/stage1") <(sort "$scratch/$extra") > $extra.txt
+    done
 done
