@@ -640,12 +640,13 @@ def test_a_lag_of_a_whole_round_draws_every_batch_from_the_reference() -> None:
     assert weights_loaded(iterations - 2) == 1
 
 
-def test_the_settings_for_oapl_in_the_docs_are_valid_and_lag_a_whole_round(tmp_path: Path) -> None:
+def test_the_settings_for_oapl_in_the_docs_train_on_the_samples_of_v_star(tmp_path: Path) -> None:
     (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "rounds.md").read_text(), re.DOTALL)
     (tmp_path / "base.toml").write_text((ROOT / "configs" / "math-qwen2.5-1.5b.toml").read_text())
     (tmp_path / "oapl.toml").write_text(f'include = ["base.toml"]\n{block}')
     settings = load_config(tmp_path / "oapl.toml")
-    assert settings.train.staleness >= settings.train.iterations_over(1000) - 1
+    assert not settings.train.draws
+    assert settings.vstar.keep_token_ids
     assert settings.train.iterations_over(1000) * settings.train.steps_per_iteration == 50
     assert settings.train.objective.group_size == settings.vstar.num_samples == 8
     assert settings.vstar.beta1 == 1.0
