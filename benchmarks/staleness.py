@@ -1,6 +1,7 @@
-"""The costs and gains of drawing ahead: stage 2 with staleness 0, 1, 2 … on the same V̂*.
+"""The costs and gains of drawing ahead: stage 2 with staleness 0, 1, 2 … on the same V̂*, and with engines elsewhere.
 
     make base-model vstar && .venv/bin/python -m benchmarks.staleness
+    .venv/bin/python -m benchmarks.staleness --placement inside "own processes" --staleness 0 1
 
 Each training is a process of its own, as `make train` starts it; repetitions have seeds of their own and change the
 order. Times are the iterations' own, without start-up; accuracy is measured on the held-out prompts afterwards.
@@ -29,26 +30,32 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/demo.toml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--placement", nargs="+", default=["inside"], help="values of engine.placement")
     parser.add_argument("--repetitions", type=int, default=3)
     chosen = parser.parse_args()
     source = run_paths(load_config(chosen.config, chosen.set).run)
-    found: dict[str, list[dict[str, Any]]] = {str(staleness): [] for staleness in chosen.staleness}
+    ways = {
+        f"{staleness}, {placement}": {"train.staleness": staleness, "engine.placement": placement}
+        for placement in chosen.placement
+        for staleness in chosen.staleness
+    }
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
-        for seed, staleness in rotations(list(found), chosen.repetitions):
-            name = f"staleness-{staleness}-{seed}"
+        for seed, way in rotations(list(found), chosen.repetitions):
+            name = f"way-{list(ways).index(way)}-{seed}"
             values = {
                 "model.path": source.base_model.absolute(),
                 **dict(override.split("=", 1) for override in chosen.set),
                 "seed": seed,
-                "train.staleness": staleness,
+                **ways[way],
             }
             train = cli("train", chosen.config, name, values, "--vstar", source.vstar.absolute())
             for command in (train, cli("evaluate", chosen.config, name, values)):
                 run(command, Path(folder, "log"), {"ASTAR_PO_ARTIFACTS": folder})
-            found[staleness].append(figures(RunPaths(Path(folder, name))))
+            found[way].append(figures(RunPaths(Path(folder, name))))
 
     def column(name: str, figure: str, digits: int) -> Column:
-        values = {staleness: [one[figure] for one in runs] for staleness, runs in found.items()}
+        values = {way: [one[figure] for one in runs] for way, runs in found.items()}
         return Column(name=name, digits=digits, values=values)
 
     columns = [
@@ -57,7 +64,7 @@ def main() -> None:
         column("held-out pass@1", "pass_at_1", 3),
         column("KL", "kl_sequence", 2),
     ]
-    print(comparison("staleness", columns))
+    print(comparison("staleness, engine", columns))
 
 
 def figures(paths: RunPaths) -> dict[str, Any]:
