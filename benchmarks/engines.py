@@ -2,8 +2,8 @@
 
     make base-model && .venv/bin/python -m benchmarks.engines
 
-Each `vstar` is a process of its own, as `make vstar` starts it. "drawing" is from the first engine's loading to the last
-completion, "whole" the process from start to end. The samples have to be equal, and are compared.
+Each `vstar` is a process of its own, as `make vstar` starts it. "drawing" begins when the first engine is loaded,
+"whole" is the process from start to end. The samples have to be equal, and are compared.
 """
 
 import argparse

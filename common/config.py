@@ -244,7 +244,7 @@ class EngineConfig(Section):
     training_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     """The engine's share of a GPU if the trainer uses the GPU too."""
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
-    """Size of the key-value cache on a CPU, allocated at the start."""
+    """Size of the key-value cache on a CPU, allocated at the start; engines of one process share it."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs per engine that is a process of its own."""
     training_tensor_parallel_size: Annotated[int, Field(ge=1)] = 1

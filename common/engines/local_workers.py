@@ -140,7 +140,8 @@ def fleet_beside_trainer(
 def _fleet(
     config: RunConfig, folder: Path, renderer: PromptRenderer, build: EngineBuilder, shares: Sequence[Share]
 ) -> EngineFleet:
-    engine = config.engine.model_copy(update={"engines": 1, "placement": "inside"})
+    share = config.engine.cpu_kv_cache_gib / len(shares)
+    engine = config.engine.model_copy(update={"engines": 1, "placement": "inside", "cpu_kv_cache_gib": share})
     alone = config.model_copy(update={"engine": engine})
     one = partial(build, alone, folder, renderer, beside_trainer=False)
     log = run_paths(config.run).libraries_log
