@@ -14,6 +14,7 @@ from common.rollout import Rollout
 
 SHOWN = 8
 """Completions of each kind per file."""
+MOST_FILES = 256
 
 COLUMNS: Mapping[str, pl.DataType] = {
     "iteration": pl.Int32(),
@@ -58,10 +59,23 @@ def write_completions(
     ]
     with atomic_path(folder / f"iteration-{iteration:06d}.parquet") as temporary:
         pl.DataFrame(rows, schema=dict(COLUMNS), orient="row").write_parquet(temporary)
+    _thin_out(folder)
+
+
+def _thin_out(folder: Path) -> None:
+    """Of too many files, remove every second of the older ones, but not the first."""
+    files = sorted(folder.glob("iteration-*.parquet"), key=_iteration)
+    if len(files) > MOST_FILES:
+        for file in files[1 : -MOST_FILES // 2 : 2]:
+            file.unlink()
 
 
 def forget_completions(folder: Path, first_iteration: int) -> None:
     """Remove the files of `first_iteration` and later: those iterations were lost."""
     for file in folder.glob("iteration-*.parquet"):
-        if int(file.stem.removeprefix("iteration-")) >= first_iteration:
+        if _iteration(file) >= first_iteration:
             file.unlink()
+
+
+def _iteration(file: Path) -> int:
+    return int(file.stem.removeprefix("iteration-"))
