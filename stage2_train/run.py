@@ -28,7 +28,8 @@ from stage2_train.data import prepare
 from stage2_train.metrics import MetricsLog
 from stage2_train.ranks import Ranks, join_ranks, launched_processes
 from stage2_train.regime import Offline, Online, Regime
-from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
+from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_zero
+from stage2_train.split import Split
 from stage2_train.train import Trainer, train
 from stage2_train.watchers import Checkpoints, Divergence, Log, Watcher
 
@@ -75,7 +76,12 @@ def run_stage2(
         checkpoint = ranks.from_main(
             newest_intact(paths.checkpoints, console.print) if ranks.is_main else None
         )
-        refuse_other_world(paths, ranks, read_state(checkpoint) if checkpoint else {})
+        if checkpoint:
+            ours = Split(processes=ranks.world_size, zero_stage=config.train.zero_stage)
+            saved = Split.of(read_state(checkpoint))
+            refuse_other_zero(checkpoint, ours, saved)
+            if not ours.reads(saved):
+                console.print(f"{checkpoint} was made by {saved}: it will be converted for {ours}")
         trainer = regime.trainer()
         allowance = Allowance([name for name in allow_mismatch if name == PARITY])
         _train(trainer, regime, paths, checkpoint, console, observers, allowance)

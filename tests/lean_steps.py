@@ -99,7 +99,7 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
     write(checkpoints, state_of(config, 3, ranks), {POLICY: run.policy.learner}, ranks, keep=1)
     run.steps(4, 4)
     again = Run(config, ranks)
-    load(checkpoints / "iteration-000003", {POLICY: again.policy.learner})
+    load(checkpoints / "iteration-000003", {POLICY: again.policy.learner}, ranks)
     again.steps(4, 4)
     run.policy.export(Path(f"{output}-model-{stage}"))
     return {
@@ -117,7 +117,12 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
 def state_of(config: Config, iteration: int, ranks: Ranks) -> dict[str, Any]:
     """A checkpoint's state."""
     settings = config.model_dump(mode="json", exclude=MAY_DIFFER)
-    return {"iteration": iteration, "origin": {"config": settings}, "world_size": ranks.world_size}
+    return {
+        "iteration": iteration,
+        "origin": {"config": settings},
+        "world_size": ranks.world_size,
+        "zero_stage": config.train.zero_stage,
+    }
 
 
 def whole(config: Config, stage: int, ranks: Ranks, output: str) -> Weights:

@@ -24,7 +24,7 @@ from common.terminal.console import Terminal
 from stage2_train.config import Config
 from stage2_train.metrics import Metrics, MetricsLog
 from stage2_train.run import run_stage2
-from tests import critic_steps, objective_steps, policy_steps, train_steps
+from tests import critic_steps, objective_steps, policy_steps, split_steps, train_steps
 from tests.killing import JobServer, serve
 
 HANGS_AFTER_SECONDS = 600
@@ -55,6 +55,7 @@ PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "policy_steps": policy_steps.main,
     "objective_steps": objective_steps.main,
     "critic_steps": critic_steps.main,
+    "split_steps": split_steps.main,
 }
 
 
