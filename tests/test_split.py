@@ -16,6 +16,7 @@ from stage2_train.resume import refuse_other_zero
 from stage2_train.split import Split
 from tests.objective_steps import ITERATIONS
 from tests.stage2_runs import GRADED, tiny_config, write_tiny_vstar
+from tests.train_steps import changed
 from tests.training_jobs import ranks_found
 
 WEIGHTS_TOLERANCE = 2e-5
@@ -81,11 +82,11 @@ def found(tiny_model: Path, tied_model: Path, tmp_path_factory: pytest.TempPathF
             config = tiny_config(
                 own,
                 tied_model if case.is_tied else tiny_model,
-                model={"dtype": case.dtype},
                 sampling={"max_completion_tokens": 48},
                 train={"iterations": ITERATIONS, "warmup_steps": 9, "zero_stage": stage, **case.train},
                 grader={"workers": 1},
             )
+            config = changed(config, {"model": {"dtype": case.dtype}})
             write_tiny_vstar(config, own / "vstar.parquet", made_up=GRADED)
             orders[continues][processes][name] = {
                 "config": config.model_dump(mode="json"),
