@@ -11,6 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from common.grading import GraderPool
+from stage2_train import learner
 from stage2_train.checkpoint import checkpoints
 from stage2_train.config import Config
 from stage2_train.data import prepare
@@ -18,14 +19,16 @@ from stage2_train.ranks import Ranks, join_ranks
 from tests.objective_steps import ITERATIONS, RESUMED_AFTER, Run, Weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PARAMETERS_IN_A_GROUP = 10_000
+configure = learner._deepspeed_config
 
 
 def state(run: Run, zero_stage: int) -> Weights:
     """The float32 weights and AdamW's moments of everything that is trained, whole, by part and name."""
     found = {}
-    for part, learner in run.trainer.parts.learners.items():
-        optimizer = learner._engine.optimizer
-        for name, parameter in learner.module.named_parameters():
+    for part, trained in run.trainer.parts.learners.items():
+        optimizer = trained._engine.optimizer
+        for name, parameter in trained.module.named_parameters():
             if not parameter.requires_grad:
                 continue
             if zero_stage:
@@ -40,7 +43,7 @@ def state(run: Run, zero_stage: int) -> Weights:
 
 def steps_taken(run: Run, zero_stage: int) -> set[float]:
     """AdamW's counts of steps, of all that is trained."""
-    optimizers = [learner._engine.optimizer for learner in run.trainer.parts.learners.values()]
+    optimizers = [trained._engine.optimizer for trained in run.trainer.parts.learners.values()]
     adams = [optimizer.optimizer if zero_stage else optimizer for optimizer in optimizers]
     return {float(values["step"]) for adam in adams for values in adam.state.values()}
 
@@ -69,8 +72,16 @@ def follow(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def configured_in_groups(config: Config) -> dict[str, Any]:
+    """DeepSpeed's settings with several groups of parameters under ZeRO-3, as a large model has."""
+    document = configure(config)
+    document["zero_optimization"]["sub_group_size"] = PARAMETERS_IN_A_GROUP
+    return document
+
+
 def main(order: dict[str, Any]) -> None:
     ranks = join_ranks(seed=0)
+    learner._deepspeed_config = configured_in_groups
     found = {name: follow(case, ranks) for name, case in order["cases"].items()}
     torch.save(found, f"{order['output']}.{ranks.rank}")
     torch.distributed.barrier()
