@@ -202,6 +202,7 @@ def rates(paths: RunPaths) -> list[float]:
 
 def assert_alike(ours: RunPaths, theirs: RunPaths) -> None:
     weights = [load_file(paths.model / "model.safetensors") for paths in (ours, theirs)]
+    print("DIFF", difference(*weights))
     assert difference(*weights) < RUN_TOLERANCE
     assert rates(ours) == rates(theirs)
 
@@ -226,7 +227,7 @@ def test_a_run_goes_on_after_a_killed_conversion_and_from_the_checkpoint_before_
 
     next(newest.rglob("*optim_states.pt")).write_bytes(b"nothing")
     assert train("moved", 1, 2, killed_after=3) == signal.SIGKILL
-    assert [path.name for path in moved.checkpoints.iterdir()] == ["iteration-000002", "damaged"]
+    assert {path.name for path in moved.checkpoints.iterdir()} == {"iteration-000002", "damaged"}
     assert train("moved", 1, 2) == 0
     assert latest_state(moved.checkpoints)["world_size"] == 1
     assert_alike(moved, whole)
@@ -238,11 +239,12 @@ def test_a_run_under_torchrun_is_killed_and_goes_on_in_one_process(
     """Through the command line."""
 
     def start(name: str, *launcher: str) -> "subprocess.Popen[str]":
-        (tmp_path / "run.toml").write_text(as_toml(config), encoding="utf-8")
+        named = config.model_copy(update={"run": name})
+        (tmp_path / "run.toml").write_text(as_toml(named), encoding="utf-8")
         return warm.popen(
             [
                 *launcher,
-                *(ROOT / "cli.py", "train", "--config", tmp_path / "run.toml", "--run", name),
+                *(ROOT / "cli.py", "train", "--config", tmp_path / "run.toml"),
                 *("--vstar", tmp_path / "vstar.parquet"),
             ],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
