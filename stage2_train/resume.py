@@ -29,7 +29,8 @@ MAY_DIFFER: Mapping[str, Any] = {
     },
     "train": {
         *("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every", "wandb_project"),
-        *("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference", "zero_stage"),
+        *("tokens_per_micro_batch", "gradient_checkpointing"),
+        *("zero_stage", "offload_optimizer", "offload_reference"),
     },
 }
 """Settings that may differ between a run and its continuation: length, observation and resources."""

@@ -156,13 +156,25 @@ def with_dropout(config: Config, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def offloaded(config: Config, stage: int, ranks: Ranks) -> dict[bool, Weights]:
-    """Weights after three steps, without and with the optimizer's states on the host."""
+def offloaded(config: Config, stage: int, ranks: Ranks, output: str) -> dict[str, Weights]:
+    """Weights after three steps, without and with the optimizer's states on the host, or with a change before the last."""
     found = {}
-    for offload in (False, True):
-        run = Run(changed(config, zero_stage=stage, offload_optimizer=offload), ranks)
-        run.steps(1, 3)
-        found[offload] = weights_of(run.policy)
+    configs = {
+        name: changed(config, zero_stage=stage, offload_optimizer=name == "offloaded")
+        for name in ("resident", "offloaded")
+    }
+    for name, ours in configs.items():
+        run = Run(ours, ranks)
+        run.steps(1, 2)
+        checkpoints = Path(f"{output}-{name}-{stage}", "checkpoints")
+        write(checkpoints, state_of(ours, 2, ranks), {POLICY: run.policy.learner}, ranks, keep=1)
+        run.steps(3, 3)
+        found[name] = weights_of(run.policy)
+        (other,) = (theirs for theirs in configs if theirs != name)
+        again = Run(configs[other], ranks)
+        load(checkpoints / "iteration-000002", {POLICY: again.policy.learner}, ranks)
+        again.steps(3, 3)
+        found[f"{name}, then {other}"] = weights_of(again.policy)
     return found
 
 
@@ -191,7 +203,9 @@ def main(job_file: str) -> None:
     }
     if ranks.world_size == 1:
         found["dropout"] = with_dropout(config, ranks)
-        found["offloaded"] = {stage: offloaded(config, stage, ranks) for stage in (1, 2, 3)}
+        found["offloaded"] = {
+            stage: offloaded(config, stage, ranks, job["output"]) for stage in (1, 2, 3)
+        }
         found["small updates"] = {case: small_updates(config, *case, ranks) for case in SMALL_UPDATES}
     torch.save(found, f"{job['output']}.{ranks.rank}")
     torch.distributed.barrier()
