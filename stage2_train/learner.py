@@ -204,9 +204,13 @@ def _unify(folder: Path) -> None:
     """
     universal = folder / "zero"
     is_partitioned = (folder / PARTITION).exists()
-    common_file, states_file = universal / "optimizer_state.pt", folder / (PARTITION if is_partitioned else WEIGHTS)
+    common_file, states_file = (
+        universal / "optimizer_state.pt",
+        folder / (PARTITION if is_partitioned else WEIGHTS),
+    )
     common, states = (
-        torch.load(file, map_location="cpu", mmap=True, weights_only=False) for file in (common_file, states_file)
+        torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+        for file in (common_file, states_file)
     )
     if is_partitioned:
         step = common["optimizer_state_dict"]["state"][0]["step"].clone()

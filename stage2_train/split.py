@@ -14,10 +14,9 @@ class Split:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
-        """The split of the job that wrote a checkpoint with this state; earlier versions kept the stage in its config."""
-        stage = state.get("zero_stage")
-        stage = state["origin"]["config"]["train"]["zero_stage"] if stage is None else stage
-        return cls(processes=state["world_size"], zero_stage=stage)
+        """The split of the job that wrote a checkpoint with this state; earlier ones have the stage in their origin."""
+        source = state if "zero_stage" in state else state["origin"]["config"]["train"]
+        return cls(processes=state["world_size"], zero_stage=source["zero_stage"])
 
     def reads(self, saved: "Split") -> bool:
         """Whether a job with this split loads the files of another as they are; without ZeRO each process has all."""

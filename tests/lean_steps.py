@@ -157,7 +157,7 @@ def with_dropout(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 def offloaded(config: Config, stage: int, ranks: Ranks, output: str) -> dict[str, Weights]:
-    """Weights after three steps, without and with the optimizer's states on the host, or with a change before the last."""
+    """Weights after three steps, with the optimizer's states on the device, on the host, or moved before the last."""
     found = {}
     configs = {
         name: changed(config, zero_stage=stage, offload_optimizer=name == "offloaded")
@@ -203,9 +203,7 @@ def main(job_file: str) -> None:
     }
     if ranks.world_size == 1:
         found["dropout"] = with_dropout(config, ranks)
-        found["offloaded"] = {
-            stage: offloaded(config, stage, ranks, job["output"]) for stage in (1, 2, 3)
-        }
+        found["offloaded"] = {stage: offloaded(config, stage, ranks, job["output"]) for stage in (1, 2, 3)}
         found["small updates"] = {case: small_updates(config, *case, ranks) for case in SMALL_UPDATES}
     torch.save(found, f"{job['output']}.{ranks.rank}")
     torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""Training that another split continues, on one rank of a job: tests/training_jobs.py runs it for tests/test_split.py.
+"""Training that another split continues, on one rank of a job: tests/training_jobs.py runs it for tests/test_other_split.py.
 
 The order holds `cases` (name to a case) and the `output` to write to. A case has a `config` and its table `vstar`, and
 the folder of its `checkpoints`; it either makes them or, where it `continues`, starts from them.
@@ -25,7 +25,7 @@ configure = learner._deepspeed_config
 
 def state(run: Run, zero_stage: int) -> Weights:
     """The float32 weights and AdamW's moments of everything that is trained, whole, by part and name."""
-    found = {}
+    found: Weights = {}
     for part, trained in run.trainer.parts.learners.items():
         optimizer = trained._engine.optimizer
         for name, parameter in trained.module.named_parameters():

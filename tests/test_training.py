@@ -485,7 +485,7 @@ def test_an_adapter_of_layers_that_the_model_does_not_have_is_refused(setting: t
 
 
 def test_a_run_of_an_earlier_version_is_continued(setting: tuple[Config, Path]) -> None:
-    """Its checkpoints do not name the settings that were added since, and name the ZeRO stage among those that count."""
+    """Its checkpoints do not name the settings that were added since, and name others that no longer count."""
     config, vstar = setting
     ours = origin(config, prepare(config, vstar))
     train = {name: value for name, value in ours["config"]["train"].items() if name != "staleness"}

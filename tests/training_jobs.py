@@ -38,7 +38,7 @@ def train(order: dict[str, Any]) -> None:
     """
     os.environ["ASTAR_PO_ARTIFACTS"] = order["artifacts"]
     if order.get("killed_in_conversion"):
-        learner._unify = lambda _: os.killpg(0, signal.SIGKILL)
+        learner._unify = lambda folder: os.killpg(0, signal.SIGKILL)
     write, last_write = MetricsLog.write, time.monotonic()
 
     def write_and_die(log: MetricsLog, iteration: int, metrics: Metrics) -> None:
