@@ -1,4 +1,4 @@
-"""Training that another split continues, on one rank of a job: tests/training_jobs.py runs it for tests/test_other_split.py.
+"""Training that another split continues, on one rank: tests/training_jobs.py runs it for tests/test_other_split.py.
 
 The order holds `cases` (name to a case) and the `output` to write to. A case has a `config` and its table `vstar`, and
 the folder of its `checkpoints`; it either makes them or, where it `continues`, starts from them.

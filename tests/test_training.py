@@ -398,6 +398,14 @@ def test_another_config_is_refused_and_the_difference_is_named(
     assert stamps(finished.workspace.paths("whole").root) == before
 
 
+def test_a_run_under_zero_does_not_go_on_without(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    longer = {"iterations": ITERATIONS + 1, "zero_stage": 0}
+    config = finished.workspace.config
+    without = config.model_copy(update={"train": config.train.model_copy(update=longer)})
+    with pytest.raises(UserError, match="by 1 process under ZeRO-2, which cannot be continued without ZeRO"):
+        rerun(finished, monkeypatch, without)
+
+
 def test_training_does_not_go_on_with_other_optimal_values(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
