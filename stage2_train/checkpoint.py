@@ -3,7 +3,7 @@
     checkpoints/iteration-000050/
       state/          DeepSpeed's files of the policy: weights, optimizer and schedule
       critic/         the same for the critic, if the objective trains one
-      state.json      the iteration, everything the run depends on, the number of processes, the held-out accuracy
+      state.json      the iteration, everything the run depends on, processes and ZeRO stage, the held-out accuracy
       rollouts.json   the batches drawn ahead for the next iterations, if train.staleness is not 0
       history.parquet each prompt's history, if the objective keeps one
       manifest.json   the SHA-256 of each of these files
@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import polars as pl
 
 from common.files import file_digest, sync, writing_to
 from stage2_train.ranks import Ranks
+from stage2_train.split import Split
 
 if TYPE_CHECKING:
     from stage2_train.learner import Learner
@@ -86,10 +88,32 @@ def write(
     ranks.wait()
 
 
-def load(checkpoint: Path, parts: "Mapping[str, Learner]") -> None:
-    """Load each part from what `write` saved; a collective operation."""
+def load(checkpoint: Path, parts: "Mapping[str, Learner]", ranks: Ranks) -> None:
+    """Load each part from what `write` saved; a collective operation.
+
+    The files of another split are first converted into a temporary folder, one part after the other. Raises UserError
+    for a full disk.
+    """
+    saved = Split.of(read_state(checkpoint))
     for name, learner in parts.items():
-        learner.load(checkpoint, name)
+        if learner.split.reads(saved):
+            learner.load(checkpoint, name)
+            continue
+        converted = ranks.once(partial(_convert, checkpoint, name, learner))
+        learner.load(converted, name, is_converted=True)
+        ranks.wait()
+        if ranks.is_main:
+            shutil.rmtree(converted)
+
+
+def _convert(checkpoint: Path, name: str, learner: "Learner") -> Path:
+    """A new folder with a part's files for any split, named so that `newest_intact` removes it after a kill."""
+    converted = checkpoint.with_name(f".{checkpoint.name}-converted.tmp")
+    shutil.rmtree(converted, ignore_errors=True)
+    with writing_to(converted):
+        converted.mkdir()
+        learner.convert(checkpoint, name, converted)
+    return converted
 
 
 def read_rollouts(checkpoint: Path, group_size: int) -> list[list[list[dict[str, Any]]]]:

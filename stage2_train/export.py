@@ -15,6 +15,7 @@ from common.runs import RunPaths, exclusive_run
 from stage2_train.checkpoint import MANIFEST, POLICY, STATE, damage, read_state
 from stage2_train.config import Config
 from stage2_train.resume import with_defaults
+from stage2_train.split import Split
 
 CHECKPOINTS = "checkpoints"
 
@@ -122,6 +123,7 @@ def _write(checkpoint: Path, folder: Path) -> None:
 def _config_of(checkpoint: Path, state: dict[str, Any]) -> Config:
     """The settings that a checkpoint was made with; those that do not change its training have their defaults."""
     settings = with_defaults(state["origin"])["config"]
+    settings["train"]["zero_stage"] = Split.of(state).zero_stage
     try:
         return Config.model_validate({**settings, "run": run_of(checkpoint).root.name})
     except ValidationError as error:

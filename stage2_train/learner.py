@@ -5,9 +5,11 @@ The policy is one learner, a critic another. Loss shares of all slices and ranks
 
 import math
 import os
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from stage2_train.config import Config
 from stage2_train.ranks import Ranks
+from stage2_train.split import Split
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
@@ -49,6 +52,7 @@ class Learner:
         self._ranks = ranks
         self._setting = setting
         self._zero_stage = train.zero_stage
+        self.split = Split(processes=ranks.world_size, zero_stage=train.zero_stage)
         self._skipped_in_a_row = 0
         module.train()
         if whole and train.zero_stage == 3:
@@ -147,15 +151,83 @@ class Learner:
             str(folder), tag=name, save_latest=False, exclude_frozen_parameters=not is_whole
         )
 
-    def load(self, folder: Path, name: str) -> None:
-        """Load what `save` wrote."""
+    def load(self, folder: Path, name: str, *, is_converted: bool = False) -> None:
+        """Load what `save` wrote with the same split, or `convert` made of another's."""
         is_whole = all(parameter.requires_grad for parameter in self.module.parameters())
+        # The engine is built before it is known which of the two it will load.
+        self._engine._config.load_universal_checkpoint = is_converted
         path, _ = self._engine.load_checkpoint(str(folder), tag=name, load_module_strict=is_whole)
         assert path is not None, f"{folder} was found intact"
+        if is_converted:
+            # DeepSpeed shares one counter in main memory, which each partition's step would advance.
+            for parameter, state in self._engine.optimizer.optimizer.state.items():
+                state["step"] = state["step"].to(parameter.device, copy=True)
+
+    @staticmethod
+    def convert(folder: Path, name: str, target: Path) -> None:
+        """Make target/name of what `save` wrote to folder/name under ZeRO, for `load` with any split under ZeRO.
+
+        One rank's work; it needs the memory for the optimizer's states of one of the ranks that saved.
+        """
+        from deepspeed.checkpoint import ds_to_universal
+
+        with TemporaryDirectory() as links:
+            # DeepSpeed takes paths for patterns, so characters such as + must not be in them.
+            source, result = Path(links, "saved"), Path(links, "converted")
+            source.symlink_to((folder / name).absolute())
+            result.symlink_to(target.absolute())
+            ds_to_universal.main(
+                Namespace(
+                    input_folder=str(source),
+                    output_folder=str(result / name),
+                    num_extract_workers=1,
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,
+                )
+            )
+        _unify(target / name)
 
 
 WEIGHTS = "mp_rank_00_model_states.pt"
-"""DeepSpeed's file with the whole weights; under ZeRO-3 each rank has files with its part."""
+"""DeepSpeed's file with the whole weights, and the schedule."""
+PARTITION = f"zero_pp_rank_0_{WEIGHTS}"
+"""The file of the first rank under ZeRO-3, where each has its part."""
+
+
+def _unify(folder: Path) -> None:
+    """Make DeepSpeed's universal checkpoint one that every stage reads: below ZeRO-3 it has one form, there another.
+
+    zero/<parameter>/ has the weights and moments as tensors in dictionaries; files that every process reads whole keep
+    nothing else of them.
+    """
+    universal = folder / "zero"
+    is_partitioned = (folder / PARTITION).exists()
+    common_file, states_file = (
+        universal / "optimizer_state.pt",
+        folder / (PARTITION if is_partitioned else WEIGHTS),
+    )
+    common, states = (
+        torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+        for file in (common_file, states_file)
+    )
+    if is_partitioned:
+        step = common["optimizer_state_dict"]["state"][0]["step"].clone()
+        for parameter in filter(Path.is_dir, universal.iterdir()):
+            for file in parameter.iterdir():
+                torch.save({"param": torch.load(file)}, file)
+            torch.save(step, parameter / "step.pt")
+    else:
+        step = torch.load(next(universal.glob("*/step.pt")))
+    groups = common["param_groups"]
+    optimizer = {"state": {0: {"step": step}}, "param_groups": groups}
+    kept = {"ds_version": deepspeed.__version__, "param_groups": groups, "optimizer_state_dict": optimizer}
+    for file in (common_file, *folder.glob("*_model_states.pt")):
+        file.unlink()  # not overwritten, since it is still mapped
+    torch.save(kept, common_file)
+    for name in (WEIGHTS, PARTITION):
+        torch.save(states | {"module": {}}, folder / name)
 
 
 def saved_weights(folder: Path, name: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -14,7 +15,7 @@ from common.runs import RunPaths
 from stage2_train.config import Config, TrainConfig
 from stage2_train.data import TrainingData
 from stage2_train.objectives import ObjectiveConfig
-from stage2_train.ranks import Ranks
+from stage2_train.split import Split
 
 MAY_DIFFER: Mapping[str, Any] = {
     "run": True,
@@ -30,7 +31,8 @@ MAY_DIFFER: Mapping[str, Any] = {
         **dict.fromkeys(
             ("epochs", "iterations", "checkpoint_every", "keep_checkpoints", "evaluate_every"), True
         ),
-        **dict.fromkeys(("tokens_per_micro_batch", "gradient_checkpointing", "offload_reference"), True),
+        **dict.fromkeys(("tokens_per_micro_batch", "gradient_checkpointing"), True),
+        **dict.fromkeys(("zero_stage", "offload_optimizer", "offload_reference"), True),
         **dict.fromkeys(("wandb_project", "hang_minutes"), True),
         "lora": {"in_engine"},
     },
@@ -44,10 +46,12 @@ def origin(config: Config, data: TrainingData) -> dict[str, Any]:
 
 
 def with_defaults(origin: dict[str, Any]) -> dict[str, Any]:
-    """The record of an older version, completed by the settings of [train] and [sampling] that it did not have."""
+    """The record of an older version, with the settings of [train] and [sampling] that this version records."""
     config = origin["config"]
     sampling = SamplingParams().model_dump(mode="json") | config["sampling"]
-    train = TrainConfig().model_dump(mode="json", exclude=MAY_DIFFER["train"]) | config["train"]
+    free = {key for key, differs in MAY_DIFFER["train"].items() if differs is True}
+    recorded = {key: value for key, value in config["train"].items() if key not in free}
+    train = TrainConfig().model_dump(mode="json", exclude=MAY_DIFFER["train"]) | recorded
     with suppress(ValidationError):  # an objective unknown to this version is refused as a different one
         objective = TypeAdapter(ObjectiveConfig).validate_python(train["objective"])
         train["objective"] = objective.model_dump(mode="json")
@@ -100,10 +104,11 @@ def refuse_other_origin(
         )
 
 
-def refuse_other_world(paths: RunPaths, ranks: Ranks, state: dict[str, Any]) -> None:
-    """Raise UserError unless the checkpoint with this `state` was made by as many processes; {} is no checkpoint."""
-    if state and state["world_size"] != ranks.world_size:
+def refuse_other_zero(checkpoint: Path, ours: Split, saved: Split) -> None:
+    """Raise UserError if only one of the two splits is without ZeRO, between which DeepSpeed does not convert."""
+    if bool(ours.zero_stage) != bool(saved.zero_stage):
+        remedy = "1, 2 or 3" if saved.zero_stage else "0"
         raise UserError(
-            f"{paths.checkpoints} was made by {state['world_size']} processes and can only be continued by the same "
-            f"number, found {ranks.world_size}; start {state['world_size']}, or delete that folder"
+            f"{checkpoint} was made by {saved}, which cannot be continued {'under' if ours.zero_stage else 'without'} "
+            f"ZeRO: set train.zero_stage to {remedy}, or choose another --run"
         )

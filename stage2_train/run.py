@@ -29,7 +29,8 @@ from stage2_train.data import prepare
 from stage2_train.metrics import MetricsLog
 from stage2_train.ranks import Ranks, join_ranks, launched_processes, noticing_lost_ranks
 from stage2_train.regime import Offline, Online, Regime
-from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_world
+from stage2_train.resume import is_finished, record, refuse_other_origin, refuse_other_zero
+from stage2_train.split import Split
 from stage2_train.train import Trainer, train
 from stage2_train.watchdog import Watchdog, in_phase
 from stage2_train.watchers import Checkpoints, Divergence, Log, Watcher
@@ -77,7 +78,12 @@ def run_stage2(
         checkpoint = ranks.from_main(
             newest_intact(paths.checkpoints, console.print) if ranks.is_main else None
         )
-        refuse_other_world(paths, ranks, read_state(checkpoint) if checkpoint else {})
+        if checkpoint:
+            ours = Split(processes=ranks.world_size, zero_stage=config.train.zero_stage)
+            saved = Split.of(read_state(checkpoint))
+            refuse_other_zero(checkpoint, ours, saved)
+            if not ours.reads(saved):
+                console.print(f"{checkpoint} was made by {saved}: it will be converted for {ours}")
         job.enter_context(Watchdog(ranks, timedelta(minutes=config.train.hang_minutes)))
         with in_phase("loading the models"):
             trainer = regime.trainer()
@@ -105,7 +111,8 @@ def _train(
     allowance: Allowance,
 ) -> None:
     config, ranks = trainer.config, trainer.ranks
-    done = trainer.resume(checkpoint) if checkpoint else 0
+    with in_phase("loading the checkpoint"):
+        done = trainer.resume(checkpoint) if checkpoint else 0
     if done:
         console.print(f"continuing after iteration {done}")
     if ranks.is_main:

@@ -150,6 +150,7 @@ class Trainer(Generic[Source]):
             "iteration": number,
             "origin": origin(self.config, self.data),
             "world_size": self.ranks.world_size,
+            "zero_stage": self.config.train.zero_stage,
             "held_out_accuracy": held_out_accuracy,
             "made_with": self.made_with,
         }
@@ -175,8 +176,8 @@ class Trainer(Generic[Source]):
         return batches
 
     def resume(self, folder: Path) -> int:
-        """Continue from a checkpoint; returns the number of its iteration."""
-        checkpoint.load(folder, self.parts.learners)
+        """Continue from a checkpoint, of any split; returns the number of its iteration."""
+        checkpoint.load(folder, self.parts.learners, self.ranks)
         if self.parts.history:
             self.parts.history.resume(checkpoint.read_history(folder))
         number: int = checkpoint.read_state(folder)["iteration"]

@@ -31,6 +31,7 @@ LONGEST_FILES = (
     "test_objective_runs",
     "test_ranks",
     "test_training",
+    "test_other_split",
     "test_resume",
     "test_rollout_groups",
     "test_engines",

@@ -99,7 +99,7 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
     write(checkpoints, state_of(config, 3, ranks), {POLICY: run.policy.learner}, ranks, keep=1)
     run.steps(4, 4)
     again = Run(config, ranks)
-    load(checkpoints / "iteration-000003", {POLICY: again.policy.learner})
+    load(checkpoints / "iteration-000003", {POLICY: again.policy.learner}, ranks)
     again.steps(4, 4)
     run.policy.export(Path(f"{output}-model-{stage}"))
     return {
@@ -117,7 +117,12 @@ def with_adapter(config: Config, stage: int, ranks: Ranks, output: str) -> dict[
 def state_of(config: Config, iteration: int, ranks: Ranks) -> dict[str, Any]:
     """A checkpoint's state."""
     settings = config.model_dump(mode="json", exclude=MAY_DIFFER)
-    return {"iteration": iteration, "origin": {"config": settings}, "world_size": ranks.world_size}
+    return {
+        "iteration": iteration,
+        "origin": {"config": settings},
+        "world_size": ranks.world_size,
+        "zero_stage": config.train.zero_stage,
+    }
 
 
 def whole(config: Config, stage: int, ranks: Ranks, output: str) -> Weights:
@@ -151,13 +156,25 @@ def with_dropout(config: Config, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def offloaded(config: Config, stage: int, ranks: Ranks) -> dict[bool, Weights]:
-    """Weights after three steps, without and with the optimizer's states on the host."""
+def offloaded(config: Config, stage: int, ranks: Ranks, output: str) -> dict[str, Weights]:
+    """Weights after three steps, with the optimizer's states on the device, on the host, or moved before the last."""
     found = {}
-    for offload in (False, True):
-        run = Run(changed(config, zero_stage=stage, offload_optimizer=offload), ranks)
-        run.steps(1, 3)
-        found[offload] = weights_of(run.policy)
+    configs = {
+        name: changed(config, zero_stage=stage, offload_optimizer=name == "offloaded")
+        for name in ("resident", "offloaded")
+    }
+    for name, ours in configs.items():
+        run = Run(ours, ranks)
+        run.steps(1, 2)
+        checkpoints = Path(f"{output}-{name}-{stage}", "checkpoints")
+        write(checkpoints, state_of(ours, 2, ranks), {POLICY: run.policy.learner}, ranks, keep=1)
+        run.steps(3, 3)
+        found[name] = weights_of(run.policy)
+        (other,) = (theirs for theirs in configs if theirs != name)
+        again = Run(configs[other], ranks)
+        load(checkpoints / "iteration-000002", {POLICY: again.policy.learner}, ranks)
+        again.steps(3, 3)
+        found[f"{name}, then {other}"] = weights_of(again.policy)
     return found
 
 
@@ -186,7 +203,7 @@ def main(job_file: str) -> None:
     }
     if ranks.world_size == 1:
         found["dropout"] = with_dropout(config, ranks)
-        found["offloaded"] = {stage: offloaded(config, stage, ranks) for stage in (1, 2, 3)}
+        found["offloaded"] = {stage: offloaded(config, stage, ranks, job["output"]) for stage in (1, 2, 3)}
         found["small updates"] = {case: small_updates(config, *case, ranks) for case in SMALL_UPDATES}
     torch.save(found, f"{job['output']}.{ranks.rank}")
     torch.distributed.barrier()

@@ -33,6 +33,7 @@ from stage2_train.records import ENTROPY, LOG_RATIO, LOGPROB_GAP, SequenceRecord
 from stage2_train.records import summarise as summarise_records
 from stage2_train.resume import is_finished, origin, with_defaults
 from stage2_train.run import run_stage2
+from stage2_train.split import Split
 from tests import warm
 from tests.conftest import save_tiny_model
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
@@ -397,6 +398,14 @@ def test_another_config_is_refused_and_the_difference_is_named(
     assert stamps(finished.workspace.paths("whole").root) == before
 
 
+def test_a_run_under_zero_does_not_go_on_without(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    longer = {"iterations": ITERATIONS + 1, "zero_stage": 0}
+    config = finished.workspace.config
+    without = config.model_copy(update={"train": config.train.model_copy(update=longer)})
+    with pytest.raises(UserError, match="by 1 process under ZeRO-2, which cannot be continued without ZeRO"):
+        rerun(finished, monkeypatch, without)
+
+
 def test_training_does_not_go_on_with_other_optimal_values(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -484,14 +493,16 @@ def test_an_adapter_of_layers_that_the_model_does_not_have_is_refused(setting: t
 
 
 def test_a_run_of_an_earlier_version_is_continued(setting: tuple[Config, Path]) -> None:
-    """Its checkpoints do not name the settings that were added since."""
+    """Its checkpoints do not name the settings that were added since, and name others that no longer count."""
     config, vstar = setting
     ours = origin(config, prepare(config, vstar))
     train = {name: value for name, value in ours["config"]["train"].items() if name != "staleness"}
+    train |= {"zero_stage": 3, "offload_optimizer": True}
     train["objective"] = {"name": "astar_po", "beta2": train["objective"]["beta2"]}
     theirs = ours | {"config": ours["config"] | {"train": train}}
     assert theirs != ours
     assert with_defaults(theirs) == ours
+    assert Split.of({"origin": theirs, "world_size": 4}) == Split(processes=4, zero_stage=3)
     drawn_ahead = changed(config, "train", staleness=1)
     assert with_defaults(theirs) != origin(drawn_ahead, prepare(drawn_ahead, vstar))
 

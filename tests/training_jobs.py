@@ -21,19 +21,25 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa
 import common.engines.transformers_engine  # noqa: F401
 import stage2_train.tensorboard_file  # noqa: F401
 from common.terminal.console import Terminal
+from stage2_train import learner
 from stage2_train.config import Config
 from stage2_train.metrics import Metrics, MetricsLog
 from stage2_train.run import run_stage2
 from stage2_train.watchers import Turn
-from tests import critic_steps, objective_steps, policy_steps, train_steps
+from tests import critic_steps, objective_steps, policy_steps, split_steps, train_steps
 from tests.killing import JobServer, serve
 
 HANGS_AFTER_SECONDS = 600
 
 
 def train(order: dict[str, Any]) -> None:
-    """Train, and where the order says so kill the whole job: `iterations_later` after the figures of `killed_after`."""
+    """Train, and where the order says so kill the whole job: `iterations_later` after the figures of `killed_after`.
+
+    Or `killed_in_conversion` of a checkpoint, when its files are there.
+    """
     os.environ["ASTAR_PO_ARTIFACTS"] = order["artifacts"]
+    if order.get("killed_in_conversion"):
+        learner._unify = lambda folder: os.killpg(0, signal.SIGKILL)
     write, last_write = MetricsLog.write, time.monotonic()
 
     def write_and_die(log: MetricsLog, iteration: int, metrics: Metrics) -> None:
@@ -74,6 +80,7 @@ PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "policy_steps": policy_steps.main,
     "objective_steps": objective_steps.main,
     "critic_steps": critic_steps.main,
+    "split_steps": split_steps.main,
 }
 
 
