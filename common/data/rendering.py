@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import filterfalse, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.config import DataConfig
 from common.data.datasets import template_name
@@ -21,6 +21,8 @@ from common.model.weights import AGAIN, refuse_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 TEMPLATES = {
     "plain": "{prompt}",
@@ -261,9 +263,9 @@ class PromptRenderer:
         }
 
 
-def batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """The texts in lists of `size`."""
-    rest = iter(texts)
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of `size`."""
+    rest = iter(items)
     while some := list(islice(rest, size)):
         yield some
 
