@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from common.files import atomic_path
+from common.files import atomic_path, discard
 from common.rollout import Rollout
 
 SHOWN = 8
@@ -64,4 +64,4 @@ def forget_completions(folder: Path, first_iteration: int) -> None:
     """Remove the files of `first_iteration` and later: those iterations were lost."""
     for file in folder.glob("iteration-*.parquet"):
         if int(file.stem.removeprefix("iteration-")) >= first_iteration:
-            file.unlink()
+            discard(file)

@@ -5,7 +5,6 @@ In a terminal a progress bar with the remaining time is shown below these lines.
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -66,9 +65,9 @@ class MetricsLog:
         self._last = last
         self._bar = progress_bar(console)
         self._task = self._bar.add_task("", total=last, completed=max(0, first_iteration - 1))
-        kept = [line for line, values in read_metrics(paths.metrics) if values["iteration"] < first_iteration]
-        write_text(paths.metrics, "".join(kept))
-        self._file = paths.metrics.open("a", encoding="utf-8")
+        found = read_metrics(paths.metrics)
+        self._lines = [line for line, values in found if values["iteration"] < first_iteration]
+        write_text(paths.metrics, "".join(self._lines))
         with writing_to(paths.tensorboard):
             self._board = TensorBoardFile(paths.tensorboard, first_step=first_iteration)
         self._wandb = WandbLog(config, console) if config.train.wandb_project is not None else None
@@ -77,9 +76,8 @@ class MetricsLog:
     def close(self) -> None:
         """Flush everything; failures to write have been reported before."""
         self._bar.stop()
-        for file in (self._file, self._board):
-            with suppress(OSError):
-                file.close()
+        with suppress(OSError):
+            self._board.close()
         if self._wandb is not None:
             self._wandb.close()
 
@@ -90,10 +88,8 @@ class MetricsLog:
         """
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with writing_to(self._paths.metrics):
-            self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._lines.append(json.dumps({"iteration": iteration, **finite}) + "\n")
+        write_text(self._paths.metrics, "".join(self._lines))
         with writing_to(self._paths.tensorboard):
             self._board.write(iteration, metrics)
         if self._wandb is not None:
