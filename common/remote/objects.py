@@ -1,6 +1,7 @@
 """The objects of a store: list, read, put, put if unchanged, remove.
 
-The store's own library retries after transient errors, with growing pauses. A version is what the store gives an object when it is put: its ETag, generation or the like.
+The store's own library retries after transient errors, with growing pauses. A version is what the store
+gives an object when it is put: its ETag, generation or the like.
 """
 
 import errno
