@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa
 
 import common.engines.transformers_engine  # noqa: F401
 import stage2_train.tensorboard_file  # noqa: F401
+from common.remote.copies import given
 from common.terminal.console import Terminal
 from stage2_train.config import Config
 from stage2_train.metrics import Metrics, MetricsLog
@@ -31,8 +32,11 @@ HANGS_AFTER_SECONDS = 600
 
 
 def train(order: dict[str, Any]) -> None:
-    """Train, and where the order says so kill the whole job: `iterations_later` after the figures of `killed_after`."""
-    os.environ["ASTAR_PO_ARTIFACTS"] = order["artifacts"]
+    """Train, and where the order says so kill the whole job: `iterations_later` after the figures of `killed_after`.
+
+    `environment` adds to that of the server.
+    """
+    os.environ |= {"ASTAR_PO_ARTIFACTS": order["artifacts"], **order.get("environment", {})}
     write, last_write = MetricsLog.write, time.monotonic()
 
     def write_and_die(log: MetricsLog, iteration: int, metrics: Metrics) -> None:
@@ -46,7 +50,7 @@ def train(order: dict[str, Any]) -> None:
                 os.killpg(0, signal.SIGKILL)
 
     MetricsLog.write = write_and_die  # type: ignore[assignment, method-assign]
-    run_stage2(Config.model_validate(order["config"]), Terminal(file=io.StringIO()), Path(order["vstar"]))
+    run_stage2(Config.model_validate(order["config"]), Terminal(file=io.StringIO()), given(order["vstar"]))
 
 
 PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {
