@@ -1,20 +1,33 @@
-"""Training at s3://: the checkpoints of one machine continue on another, and no cut of the connection changes a result."""
+"""Training at s3://: one machine continues from another's checkpoint, and no cut connection changes a result."""
 
+import hashlib
+import itertools
+import random
+import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
+from common.errors import UserError
 from common.runs import RunPaths
+from common.sampling import writer
+from common.store import sample_files
+from common.vstar_file import read_vstar
+from stage2_train.checkpoint import MANIFEST, damage
 from stage2_train.config import Config
+from tests.fakes import ScriptedEngine
 from tests.killing import JobServer
 from tests.object_store import CuttingProxy, Machines, Store, environment, s3_server
-from tests.stage2_runs import tiny_config, write_tiny_vstar
+from tests.stage1_runs import Engines, run
+from tests.stage2_runs import NUM_SAMPLES, tiny_config, write_tiny_vstar
 from tests.test_resume import assert_same
 
-CUTS = 30
+PROMPTS = 32
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +64,7 @@ def store(
     for name, value in {**environment(proxy.address), "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)
     proxy.cut_after(None)
-    return Store(server, request.node.name.replace("_", "-"))
+    return Store(server, re.sub(r"\W+", "-", request.node.name))
 
 
 @pytest.fixture
@@ -100,3 +113,108 @@ def test_training_continues_on_another_machine_bit_for_bit(
     assert train(*remote, "third") == 0, "a finished run does nothing"
     assert store.names() == before
     assert not any(".tmp" in name or ".leases" in name for name in before)
+
+
+@pytest.fixture
+def engines(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Engines:
+    """Stage 1 draws from a scripted engine."""
+    scripted = Engines()
+    monkeypatch.setattr("tests.stage1_runs.engine_builder", scripted.build)
+    return scripted
+
+
+def addresses(folder: Path) -> list[tuple[str, int]]:
+    files = sample_files(folder)
+    return [
+        row for file in files for row in pl.read_parquet(file).select("prompt_id", "sample_index").iter_rows()
+    ]
+
+
+class Witness:
+    """Looks at what is in the store after each cut: nothing half, nothing lost, nothing twice."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store = store
+        self._folder = folder
+        self._looks = 0
+        self._samples: set[tuple[str, int]] = set()
+        self._newest = ""
+
+    def look(self) -> RunPaths:
+        """The run as it is in the store; fails if it has less than at the last look."""
+        self._looks += 1
+        paths = RunPaths(self._store.download(self._folder / str(self._looks)) / "tiny")
+        for file in sample_files(paths.samples):
+            assert file.stem.removeprefix("part-") == hashlib.sha256(file.read_bytes()).hexdigest()
+        there = addresses(paths.samples)
+        assert len(there) == len(set(there)), "a sample was drawn twice"
+        assert self._samples <= set(there), "a sample was lost"
+        self._samples = set(there)
+        if paths.vstar.exists():
+            assert read_vstar(paths.vstar)[0].height == PROMPTS
+        whole = [seal.parent for seal in sorted(paths.checkpoints.glob(f"iteration-*/{MANIFEST}"))]
+        assert [damage(checkpoint) for checkpoint in whole] == [None] * len(whole)
+        newest = whole[-1].name if whole else ""
+        assert newest >= self._newest, "a checkpoint was lost"
+        self._newest = newest
+        return paths
+
+
+@pytest.mark.parametrize("cuts", [4, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_connection_cut_at_random_points_costs_nothing_but_time(
+    train: Train,
+    config: Config,
+    engines: Engines,
+    machines: Machines,
+    store: Store,
+    proxy: CuttingProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cuts: int,
+) -> None:
+    monkeypatch.setattr(writer, "FRAGMENT_SAMPLES", 10)
+
+    def stage1(artifacts: str, machine: str) -> bool:
+        """Whether it came to its end."""
+        monkeypatch.setenv("ASTAR_PO_ARTIFACTS", artifacts)
+        machines.use(machine)
+        engines.next = ScriptedEngine()
+        with suppress(UserError):
+            run(config)
+            return True
+        assert proxy.is_cut, "it failed for another reason"
+        return False
+
+    def stage2(artifacts: str, machine: str) -> bool:
+        return train(artifacts, f"{artifacts}/tiny/vstar.parquet", machine) == 0
+
+    stages = (stage1, stage2)
+    assert [stage(str(tmp_path / "folder"), "none") for stage in stages] == [True, True]
+    traffic = [proxy.passed]
+    for stage in stages:
+        assert stage(f"{store.url}-whole", "whole")
+        traffic.append(proxy.passed)
+    totals = [after - before for before, after in itertools.pairwise(traffic)]
+    points = random.Random(0)
+    witness, done, ended, attempts = Witness(store, tmp_path / "looks"), 0, 0, 0
+    while done < cuts or ended < len(stages):
+        at = min(ended, 1)
+        if done < cuts:
+            # The first half of the cuts are early, so that stage 1 does not come to its end before them.
+            proxy.cut_after(points.randint(0, totals[at] // (4 if done < cuts // 2 else 1)))
+        has_ended = stages[at](store.url, points.choice(["first", "second"]))
+        done += proxy.is_cut
+        proxy.cut_after(None)
+        for name in store.names():
+            if ".leases" in name:
+                store.remove(name)  # as if its time had passed
+        witness.look()
+        ended += has_ended
+        attempts += 1
+        assert attempts < 5 * cuts
+    ours, whole = witness.look(), RunPaths(tmp_path / "folder" / "tiny")
+    assert done == cuts
+    assert_same(ours, whole)
+    assert read_vstar(ours.vstar)[0].equals(read_vstar(whole.vstar)[0])
+    assert sorted(addresses(ours.samples)) == sorted(addresses(whole.samples))
+    assert len(addresses(ours.samples)) == PROMPTS * NUM_SAMPLES

@@ -121,11 +121,8 @@ def test_stage_one_and_the_offline_commands_give_what_they_give_in_a_folder(
         assert f"{tmp_path}/machines" not in first
         samples, rows = stored(), rows_of()
         rescore(run_paths("test").vstar, run_paths("test").vstar, 0.25)
-        filter_prompts(
-            run_paths("test").vstar,
-            None,
-            drop_rules(unsolved=True, solved=True, min_pass_rate=0, max_pass_rate=1),
-        )
+        rules = drop_rules(unsolved=True, solved=True, min_pass_rate=0, max_pass_rate=1)
+        filter_prompts(run_paths("test").vstar, None, rules)
         return [samples, rows, rows_of()]
 
     remote = results()
