@@ -17,7 +17,7 @@ import typer
 
 from common.errors import UserError, first_line
 from common.files import UNWRITABLE, meaning
-from common.remote.copies import given
+from common.remote.copies import fetched, given
 from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
 
@@ -536,7 +536,7 @@ def _models(settings: "Config", names: Sequence[str] | None) -> dict[str, Path]:
         if name == REFERENCE:
             folders[name] = reference_model(settings)
         else:
-            folders[name] = trained if name == TRAINED else loadable_model(name)
+            folders[name] = fetched(trained, whole=True) if name == TRAINED else loadable_model(name)
     return folders
 
 

@@ -392,10 +392,10 @@ def set_aside_damaged(folder: Path) -> list[str]:
         if damage(path) is not None and (problem := damage(fetched_anew(path))) is not None:
             (folder / DAMAGED).mkdir(exist_ok=True)
             try:
-                renamed(path, folder / DAMAGED / path.name)
                 path.rename(folder / DAMAGED / path.name)
             except FileNotFoundError:
                 continue  # another shard's job was faster
+            renamed(path, folder / DAMAGED / path.name)
             lines.append(f"{path.name} is damaged ({problem}) and was moved to {folder / DAMAGED}")
     return lines
 

@@ -356,8 +356,8 @@ def read_old(path: Path, console: Terminal) -> Written | None:
         rows, provenance = read_vstar(path)
     except DamagedFile as error:
         aside = path.with_name(f"{path.name}.damaged")
-        renamed(path, aside)
         path.replace(aside)
+        renamed(path, aside)
         console.print(
             f"{error}; moved to {aside}, written again without the changes of `filter` and `--adaptive`",
         )

@@ -134,9 +134,10 @@ def _finish(temporary: Path, state: dict[str, Any], keep: int) -> None:
     sync(folder)
     found = checkpoints(folder)
     for old in set(found[:-keep]) - {best(found)}:
-        forget(old)
         # Renamed first: a half deleted folder must not look like a checkpoint.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
+        gone = old.rename(old.with_name(f".{old.name}.tmp"))
+        forget(old)
+        shutil.rmtree(gone)
 
 
 def best(found: list[Path]) -> Path | None:
@@ -160,8 +161,8 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
         aside = folder / "damaged" / checkpoint.name
         aside.parent.mkdir(exist_ok=True)
         discard(aside)
-        renamed(checkpoint, aside)
         checkpoint.rename(aside)
+        renamed(checkpoint, aside)
         earlier = checkpoints(folder)
         then = f"continuing from {earlier[-1].name}" if earlier else "there is none before it: starting over"
         say(f"warning: {checkpoint} is damaged ({found}); it is now {aside}, {then}")

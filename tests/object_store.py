@@ -5,7 +5,6 @@
 
 import json
 import os
-import random
 import select
 import socket
 import sys
@@ -66,6 +65,10 @@ class Store:
             region_name="us-east-1",
         )
         self._client.create_bucket(Bucket=BUCKET)
+
+    def beside(self, name: str) -> "Store":
+        """Another prefix."""
+        return Store(self.address, f"{self._prefix.rstrip('/')}-{name}")
 
     def names(self) -> list[str]:
         """The names of all objects below the prefix."""
@@ -168,8 +171,6 @@ def holding_job(order: dict[str, Any]) -> None:
         print("holding", flush=True)
         sys.stdin.readline()
 
-
-__all__ = ["CuttingProxy", "Machines", "Store", "environment", "random", "s3_server"]
 
 if __name__ == "__main__":
     os.environ |= json.loads(sys.argv[1]).get("environment", {})

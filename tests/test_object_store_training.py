@@ -189,32 +189,30 @@ def test_a_connection_cut_at_random_points_costs_nothing_but_time(
         return train(artifacts, f"{artifacts}/tiny/vstar.parquet", machine) == 0
 
     stages = (stage1, stage2)
-    assert [stage(str(tmp_path / "folder"), "none") for stage in stages] == [True, True]
+    assert all(stage(str(tmp_path / "folder"), "none") for stage in stages)
     traffic = [proxy.passed]
     for stage in stages:
-        assert stage(f"{store.url}-whole", "whole")
+        assert stage(store.beside("whole").url, "whole")
         traffic.append(proxy.passed)
     totals = [after - before for before, after in itertools.pairwise(traffic)]
-    points = random.Random(0)
-    witness, done, ended, attempts = Witness(store, tmp_path / "looks"), 0, 0, 0
-    while done < cuts or ended < len(stages):
-        at = min(ended, 1)
-        if done < cuts:
-            # The first half of the cuts are early, so that stage 1 does not come to its end before them.
-            proxy.cut_after(points.randint(0, totals[at] // (4 if done < cuts // 2 else 1)))
-        has_ended = stages[at](store.url, points.choice(["first", "second"]))
-        done += proxy.is_cut
-        proxy.cut_after(None)
-        for name in store.names():
-            if ".leases" in name:
-                store.remove(name)  # as if its time had passed
-        witness.look()
-        ended += has_ended
-        attempts += 1
-        assert attempts < 5 * cuts
-    ours, whole = witness.look(), RunPaths(tmp_path / "folder" / "tiny")
-    assert done == cuts
-    assert_same(ours, whole)
-    assert read_vstar(ours.vstar)[0].equals(read_vstar(whole.vstar)[0])
-    assert sorted(addresses(ours.samples)) == sorted(addresses(whole.samples))
-    assert len(addresses(ours.samples)) == PROMPTS * NUM_SAMPLES
+    points, folder = random.Random(0), RunPaths(tmp_path / "folder" / "tiny")
+    done = courses = 0
+    while done < cuts:
+        courses += 1
+        course = store.beside(str(courses))
+        witness = Witness(course, tmp_path / f"looks-{courses}")
+        for stage, total in zip(stages, totals, strict=True):
+            has_ended = False
+            while not has_ended:
+                proxy.cut_after(points.randint(0, total) if done < cuts else None)
+                has_ended = stage(course.url, points.choice(["first", "second"]))
+                done += proxy.is_cut
+                proxy.cut_after(None)
+                for name in course.names():
+                    if ".leases" in name:
+                        course.remove(name)  # as if its time had passed
+                found = witness.look()
+        assert_same(found, folder)
+        assert read_vstar(found.vstar)[0].equals(read_vstar(folder.vstar)[0])
+        assert sorted(addresses(found.samples)) == sorted(addresses(folder.samples))
+        assert len(addresses(found.samples)) == PROMPTS * NUM_SAMPLES

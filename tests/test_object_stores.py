@@ -13,8 +13,9 @@ import polars as pl
 import pytest
 
 from common.errors import UserError
-from common.files import write_text
-from common.remote import leases
+from common.files import discard, new_folder, write_text
+from common.model.files import resolve_model
+from common.remote import leases, objects
 from common.remote.places import here, named, shown, url_of, without_secrets
 from common.runs import REPOSITORY, Shard, exclusive_run, run_paths
 from common.sampling import writer
@@ -207,6 +208,67 @@ def test_a_table_that_another_job_has_changed_is_not_overwritten(
     assert store.read("test/jackknife.parquet") == b"theirs"
 
 
+def test_a_folder_exists_once_its_last_file_is_there_and_its_weights_come_when_they_are_read(
+    machines: Machines, store: Store
+) -> None:
+    def fill(text: str) -> None:
+        with new_folder(run_paths("one").model) as temporary:
+            (temporary / "config.json").write_text("{}")
+            (temporary / "model.safetensors").write_text(text)
+            (temporary / text).write_text("")
+
+    fill("first")
+    machines.use("second")
+    assert not run_paths("one").model.exists(), "its last file is missing"
+    machines.use("first")
+    fill("again")
+    write_text(run_paths("one").trained_with, "{}")
+    for machine in ("second", "first"):
+        machines.use(machine)
+        model = run_paths("one").model
+        assert (model / "model.safetensors").exists() == (machine == "first")
+        assert (resolve_model(f"{store.url}/one/model", None) / "model.safetensors").read_text() == "again"
+        assert sorted(file.name for file in model.iterdir()) == [
+            *("again", "astar_po.json", "config.json", "model.safetensors")
+        ]
+    discard(run_paths("one").model)
+    machines.use("second")
+    assert not run_paths("one").model.exists()
+    assert store.names() == []
+
+
+def test_a_put_whose_answer_was_lost_counts_when_it_is_repeated(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    version = objects.replace(f"{store.url}/file", tmp_path / "file", None)
+    assert objects.replace(f"{store.url}/file", tmp_path / "file", None) == version
+    (tmp_path / "file").write_text("other")
+    with pytest.raises(UserError, match="another job has changed"):
+        objects.replace(f"{store.url}/file", tmp_path / "file", None)
+    assert objects.replace(f"{store.url}/file", tmp_path / "file", version) != version
+
+
+def test_a_store_that_does_not_compare_is_compared_before_each_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASTAR_PO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", "memory://bucket")
+    with exclusive_run(run_paths("one"), "vstar"):
+        config = run_paths("one").config
+        write_text(config, "{}")
+        write_text(config, "changed")
+        (tmp_path / "theirs").write_text("their change")
+        objects.put("memory://bucket/one/config.json", tmp_path / "theirs")
+        with pytest.raises(UserError, match=r"another job has changed memory://bucket/one/config.json"):
+            write_text(config, "ours")
+    assert objects.read("memory://bucket/one/config.json") == b"their change"
+    assert list(objects.listing("memory://bucket")) == ["one/config.json"]
+
+
+def test_an_unknown_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot open nosuch://bucket/run: Protocol not known: nosuch"):
+        objects.listing("nosuch://bucket/run")
+
+
 def test_the_second_of_two_jobs_is_refused_on_every_machine(machines: Machines, store: Store) -> None:
     with exclusive_run(run_paths("one"), "vstar", Shard(1, 2)):
         with (
@@ -318,8 +380,8 @@ def test_no_file_of_a_run_contains_a_credential(
     from common.terminal.console import Terminal
 
     printed = run(tiny_config(tiny_model, data_file))
-    with (tmp_path / "printed").open("w") as file:
-        write_report(run_paths("test"), Terminal(file=file), before_training=["vstar"])
+    with (tmp_path / "printed").open("w") as output:
+        write_report(run_paths("test"), Terminal(file=output), before_training=["vstar"])
     everything = store.download(tmp_path / "all")
     assert (everything / "test" / "report" / "report.html").exists()
     assert read_vstar(everything / "test" / "vstar.parquet")[0].height == QUESTIONS

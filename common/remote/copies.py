@@ -187,7 +187,7 @@ def _remove_copy(file: Path, root: Path) -> None:
     """Remove a file that the store does not list, and the folders that this leaves empty."""
     file.unlink(missing_ok=True)
     with suppress(OSError):  # not empty
-        for folder in file.parents[: len(file.parts) - len(root.parts) - 1]:
+        for folder in file.parents[: len(file.parts) - len(root.parts)]:
             folder.rmdir()
 
 

@@ -17,7 +17,9 @@ from common.packages import refuse_missing
 from common.remote.places import without_secrets
 
 ONE_PUT = 2**30
-"""Bytes of the largest object that is stored by a single request; it is in memory then."""
+"""Bytes of the largest file that is compared and stored by a single request; it is in memory then."""
+_IN_MEMORY = 2**26
+"""Bytes of the largest file that is stored from memory without need."""
 
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "make setup-s3")),
@@ -107,10 +109,10 @@ def read(url: str) -> bytes | None:
 def put(url: str, source: Path) -> str:
     """Store a file, whole or not at all, in place of an object that is there; returns its version."""
     with _reaching(url) as (files, path):
-        if source.stat().st_size > ONE_PUT:
+        if source.stat().st_size > _IN_MEMORY:
             files.put_file(str(source), path)
             return _listed(files.info(path)).version
-        return _piped(files, path, source.read_bytes(), **({"chunksize": ONE_PUT} if _is_s3(url) else {}))
+        return _piped(files, path, source.read_bytes())
 
 
 def replace(url: str, source: Path, seen: str | None) -> str:
