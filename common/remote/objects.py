@@ -25,19 +25,9 @@ _PACKAGES = {
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "make setup-s3")),
     **dict.fromkeys(("gs", "gcs"), ("gcsfs", ".venv/bin/pip install gcsfs")),
 }
-_VERSIONS = (
-    "ETag",
-    "etag",
-    "generation",
-    "blob_id",
-    "oid",
-    "md5Hash",
-    "LastModified",
-    "last_modified",
-    "mtime",
-)
-"""The names under which fsspec's file systems give a version, the best first."""
-_TIMES = ("LastModified", "last_modified", "updated", "mtime")
+_VERSIONS = ("ETag", "etag", "generation", "blob_id", "oid", "md5Hash")
+"""The names under which fsspec's file systems give a version, the best first; else it is time and size."""
+_TIMES = ("LastModified", "updated", "mtime", "created")
 _LIBRARIES = {
     *(
         "aiobotocore",
@@ -220,9 +210,10 @@ def _piped(files: Any, path: str, content: bytes, **options: Any) -> str:
 
 
 def _listed(info: dict[str, Any]) -> Listed:
-    version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
-    times = (info[name] for name in _TIMES if info.get(name))
-    return Listed(version=version, size=int(info.get("size") or 0), modified=_seconds(next(times, 0)))
+    size = int(info.get("size") or 0)
+    modified = _seconds(next((info[name] for name in _TIMES if info.get(name)), 0))
+    version = next((str(info[name]) for name in _VERSIONS if info.get(name)), f"{modified} {size}")
+    return Listed(version=version, size=size, modified=modified)
 
 
 def _seconds(time: Any) -> float:
