@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import random
 import re
 import signal
@@ -20,11 +21,13 @@ from common.store import sample_files
 from common.vstar_file import read_vstar
 from stage2_train.checkpoint import MANIFEST, damage
 from stage2_train.config import Config
+from tests import warm
+from tests.conftest import ROOT
 from tests.fakes import ScriptedEngine
 from tests.killing import JobServer
-from tests.object_store import CuttingProxy, Machines, Store, environment, s3_server
+from tests.object_store import KEY, SECRET, CuttingProxy, Machines, Store, environment, s3_server
 from tests.stage1_runs import Engines, run
-from tests.stage2_runs import NUM_SAMPLES, tiny_config, write_tiny_vstar
+from tests.stage2_runs import NUM_SAMPLES, as_toml, tiny_config, write_tiny_vstar
 from tests.test_resume import assert_same
 
 PROMPTS = 32
@@ -95,6 +98,19 @@ def train(jobs: JobServer, config: Config, tmp_path: Path) -> Train:
     return start
 
 
+def assert_evaluated(config: Config, store: Store, folder: Path) -> None:
+    """`evaluate` and `report` on a machine that has nothing yet; no file there contains a secret."""
+    (folder / "run.toml").write_text(as_toml(config), encoding="utf-8")
+    changed = {"ASTAR_PO_ARTIFACTS": store.url, "ASTAR_PO_CACHE": str(folder / "machines" / "fourth")}
+    for command in (["evaluate", "--config", str(folder / "run.toml")], ["report", "--run", "tiny"]):
+        result = warm.run([ROOT / "cli.py", *command], env={**os.environ, **changed}, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert str(folder / "machines") not in result.stdout + result.stderr
+    assert {"tiny/evaluations/results.json", "tiny/report/report.html"} < set(store.names())
+    for file in [*store.download(folder / "all").rglob("*"), *(folder / "machines").rglob("*")]:
+        assert not file.is_file() or not re.search(f"{KEY}|{SECRET}".encode(), file.read_bytes()), file
+
+
 def test_training_continues_on_another_machine_bit_for_bit(
     train: Train, config: Config, store: Store, tmp_path: Path
 ) -> None:
@@ -110,6 +126,7 @@ def test_training_continues_on_another_machine_bit_for_bit(
     whole = RunPaths(tmp_path / "folder" / "tiny")
     assert_same(RunPaths(store.download(tmp_path / "store") / "tiny"), whole)
     before = store.names()
+    assert_evaluated(config, store, tmp_path)
     assert train(*remote, "third") == 0, "a finished run does nothing"
     assert store.names() == before
     assert not any(".tmp" in name or ".leases" in name for name in before)

@@ -23,6 +23,7 @@ from common.store import set_aside_damaged
 from common.vstar_file import read_vstar
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
+from tests.conftest import RunCli
 from tests.fakes import EngineDied, ScriptedEngine, tiny_config
 from tests.object_store import KEY, SECRET, Machines, Store, environment, s3_server
 from tests.stage1_runs import QUESTIONS, Engines, rows_of, run, stored
@@ -371,6 +372,28 @@ def test_a_store_that_cannot_be_reached_is_named_without_credentials(store: Stor
     assert result.stderr.count("\n") == 1
     for secret in (KEY, SECRET, "hidden"):
         assert secret not in result.stderr
+
+
+def test_the_command_line_takes_urls_and_shows_them(
+    tiny_model: Path,
+    data_file: Path,
+    engines: Engines,
+    store: Store,
+    run_cli: RunCli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", store.url)
+    run(tiny_config(tiny_model, data_file))
+    table, other = f"{store.url}/test/vstar.parquet", f"{store.url}/other/vstar.parquet"
+    rescored = run_cli("rescore", "--vstar", table, "--beta1", "0.25", "-o", other, warm=True)
+    assert rescored.stdout.startswith(f"{other}: {QUESTIONS} prompts, β1 inf → 0.25"), rescored.stderr
+    assert {"other/vstar.parquet", "test/vstar.parquet"} < set(store.names())
+    inspected = run_cli("inspect", "--vstar", other, "--json", warm=True)
+    assert json.loads(inspected.stdout)["prompts"] == QUESTIONS
+    refused = run_cli("inspect", "--vstar", "s3://user:hush-hush@bucket/x.parquet", warm=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: the URL of s3://bucket/x.parquet was given with a user")
+    assert "hush" not in refused.stderr
 
 
 def test_no_file_of_a_run_contains_a_credential(

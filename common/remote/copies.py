@@ -96,27 +96,23 @@ def published_folder(temporary: Path, folder: Path) -> Iterator[None]:
     seal = _seal(folder)
     names = sorted(str(file.relative_to(temporary)) for file in _files(temporary))
     others = [name for name in names if name != seal]
-    before = forget(folder, keep=others)
+    forget(folder, keep=others)
 
     def put(name: str) -> None:
         place = f"{url}/{name}"
         _note(place, temporary / name, objects.put(place, temporary / name))
 
     _in_threads(put, others)
-    objects.remove([f"{url}/{name}" for name in before if name not in names])
     with _lock():
         for name in set(names).difference(others):
             put(name)
         yield
 
 
-def forget(path: Path, *, keep: Iterable[str] = ()) -> list[str]:
-    """Remove a file or folder from the store, its last file first, but for the names to `keep`.
-
-    Returns the names that were there.
-    """
+def forget(path: Path, *, keep: Iterable[str] = ()) -> None:
+    """Remove a file or folder from the store, its last file first, but for the names to `keep`."""
     if (url := url_of(path)) is None:
-        return []
+        return
     leases.refuse_void(url)
     seal = _seal(path)
     names = sorted(objects.listing(url), key=lambda name: (name != seal, name))
@@ -124,7 +120,6 @@ def forget(path: Path, *, keep: Iterable[str] = ()) -> list[str]:
     objects.remove(gone)
     for each in gone:
         _seen.pop(each, None)
-    return names
 
 
 def forget_unfinished(folder: Path) -> None:
@@ -175,7 +170,8 @@ def _download(url: str, file: Path, found: Listed, before: tuple[int, int] | Non
             return  # it has been removed since it was listed
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        _stamp(temporary, found.version)
+        if temporary.stat().st_size == found.size:  # otherwise it is a newer version, to be fetched again
+            _stamp(temporary, found.version)
         with _lock():
             if _state(file) == before:
                 temporary.replace(file)
