@@ -386,7 +386,7 @@ def test_the_command_line_takes_urls_and_shows_them(
     run(tiny_config(tiny_model, data_file))
     table, other = f"{store.url}/test/vstar.parquet", f"{store.url}/other/vstar.parquet"
     rescored = run_cli("rescore", "--vstar", table, "--beta1", "0.25", "-o", other, warm=True)
-    assert rescored.stdout.startswith(f"{other}: {QUESTIONS} prompts, β1 inf → 0.25"), rescored.stderr
+    assert rescored.stdout.startswith(f"{other}: {QUESTIONS} prompts, β1 0.5 → 0.25, "), rescored.stderr
     assert {"other/vstar.parquet", "test/vstar.parquet"} < set(store.names())
     inspected = run_cli("inspect", "--vstar", other, "--json", warm=True)
     assert json.loads(inspected.stdout)["prompts"] == QUESTIONS
