@@ -265,6 +265,26 @@ def test_a_store_that_does_not_compare_is_compared_before_each_put(
     assert list(objects.listing("memory://bucket")) == ["one/config.json"]
 
 
+def test_a_run_in_a_folder_needs_no_package_for_stores() -> None:
+    script = (
+        "import sys\n"
+        "import cli, common.store, stage1_vstar.rescore, stage1_vstar.run, common.report\n"
+        "assert not {'s3fs', 'botocore', 'gcsfs'} & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("common.packages.is_installed", lambda package: package != "s3fs")
+    with pytest.raises(UserError, match="s3fs is not installed: make setup-s3"):
+        objects.listing("s3://bucket/run")
+
+
 def test_an_unknown_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot open nosuch://bucket/run: Protocol not known: nosuch"):
         objects.listing("nosuch://bucket/run")
@@ -294,9 +314,8 @@ def test_the_second_of_two_jobs_is_refused_on_every_machine(machines: Machines, 
 
 
 @pytest.fixture
-def killed_holder(machines: Machines, server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def killed_holder(machines: Machines) -> Callable[[], None]:
     """Takes the run "one" on the present machine, in a process that is then killed."""
-    monkeypatch.setattr(leases, "SECONDS", 3.0)
 
     def hold_and_die() -> None:
         order = json.dumps({"run": "one", "job": "vstar"})
@@ -316,12 +335,16 @@ def killed_holder(machines: Machines, server: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_claim_of_a_killed_job_ends_when_it_has_not_been_renewed(
-    killed_holder: Callable[[], None], machines: Machines, store: Store
+    killed_holder: Callable[[], None],
+    machines: Machines,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     killed_holder()
     machines.use("second")
     with pytest.raises(UserError, match="is writing to"), exclusive_run(run_paths("one"), "vstar"):
         raise AssertionError("the claim was young")
+    monkeypatch.setattr(leases, "SECONDS", 2.0)
     deadline = time.monotonic() + 20
     while True:
         try:
