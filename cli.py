@@ -17,6 +17,7 @@ import typer
 
 from common.errors import RankLost, UserError, first_line
 from common.files import UNWRITABLE, meaning
+from common.remote.copies import fetched, given
 from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
 
@@ -51,6 +52,12 @@ ROOM_ON_A_GPU = (
     "says how much a run needs"
 )
 
+
+def _here(path: Path | None) -> Path | None:
+    """The local path of a path or URL that was given as an option."""
+    return path and given(str(path))
+
+
 ConfigFile = Annotated[
     Path,
     typer.Option(
@@ -73,18 +80,25 @@ Overrides = Annotated[
     ),
 ]
 VstarFile = Annotated[
-    Path | None, typer.Option("--vstar", help="The V̂* table to read; by default artifacts/RUN/vstar.parquet.")
+    Path | None,
+    typer.Option(
+        "--vstar", callback=_here, help="The V̂* table to read; by default artifacts/RUN/vstar.parquet."
+    ),
 ]
 SegmentsFile = Annotated[
     Path | None,
     typer.Option(
-        "--segments", help="The table of states to read; by default artifacts/RUN/segments.parquet."
+        "--segments",
+        callback=_here,
+        help="The table of states to read; by default artifacts/RUN/segments.parquet.",
     ),
 ]
 AdvantagesFile = Annotated[
     Path | None,
     typer.Option(
-        "--advantages", help="The table of advantages to read; by default artifacts/RUN/advantages.parquet."
+        "--advantages",
+        callback=_here,
+        help="The table of advantages to read; by default artifacts/RUN/advantages.parquet.",
     ),
 ]
 Where = Annotated[
@@ -113,7 +127,10 @@ MinGap = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="Write to this file; by default the table that was read is replaced."
+        "--output",
+        "-o",
+        callback=_here,
+        help="Write to this file; by default the table that was read is replaced.",
     ),
 ]
 AllowMismatch = Annotated[
@@ -519,7 +536,7 @@ def _models(settings: "Config", names: Sequence[str] | None) -> dict[str, Path]:
         if name == REFERENCE:
             folders[name] = reference_model(settings)
         else:
-            folders[name] = trained if name == TRAINED else loadable_model(name)
+            folders[name] = fetched(trained, whole=True) if name == TRAINED else loadable_model(name)
     return folders
 
 
@@ -717,9 +734,12 @@ def filter_command(
 @app.command(short_help="Export a checkpoint as a Hugging Face model.")
 def export(
     checkpoint: Annotated[
-        Path, typer.Option("--checkpoint", help="The checkpoint: artifacts/RUN/checkpoints/iteration-….")
+        Path,
+        typer.Option(
+            "--checkpoint", callback=_here, help="The checkpoint: artifacts/RUN/checkpoints/iteration-…."
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write to this new folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=_here, help="Write to this new folder.")],
 ) -> None:
     """Export a checkpoint as a folder that transformers and vLLM load, with a model card. Needs no GPU."""
     from common.terminal.library_log import libraries_logged
@@ -732,7 +752,7 @@ def export(
 
 @app.command("export-data", short_help="Export prompts, pass rates and V̂* for SPO, TRL or verl.")
 def export_data(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write to this file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=_here, help="Write to this file.")],
     format_name: Annotated[
         str, typer.Option("--format", help="The other trainer: spo, trl or verl; see docs/export.md.")
     ],
@@ -758,7 +778,10 @@ def export_data(
 
 @app.command("export-segments", short_help="Export solutions with labelled steps for TRL.")
 def export_segments(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write to this file, .jsonl or .parquet.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", callback=_here, help="Write to this file, .jsonl or .parquet."),
+    ],
     run: RunName = "demo",
     at_least: Annotated[
         float | None,

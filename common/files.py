@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import UserError
+from common.remote.copies import forget, published, published_folder
 
 
 @contextmanager
@@ -30,7 +31,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-            temporary.replace(target)
+            with published(temporary, target):
+                temporary.replace(target)
             sync(target.parent)
     finally:
         with suppress(OSError):
@@ -105,10 +107,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 sync(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            with published_folder(temporary, folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    forget(path)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _unwritable(error: Exception, path: Path) -> str | None:

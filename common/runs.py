@@ -15,6 +15,9 @@ from filelock import FileLock, Timeout
 
 from common.errors import UserError
 from common.files import meaning, writing_to
+from common.remote.copies import fetched
+from common.remote.leases import leased
+from common.remote.places import here
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -202,13 +205,15 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 def run_paths(run: str) -> RunPaths:
-    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS if that is set.
+    """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS if that is set: a folder, or the URL of one.
 
-    Raises UserError for an invalid name, such as a path that leads out of artifacts/.
+    Of a run at a URL these are the paths of its copy. Raises UserError for an invalid name, such as a path that leads
+    out of artifacts/.
     """
     if not is_run_name(run):
         raise UserError(f"run should match pattern '{RUN_NAME}', found {run!r}; give the name of a run")
-    return RunPaths(Path(os.environ.get("ASTAR_PO_ARTIFACTS") or REPOSITORY / "artifacts") / run)
+    artifacts = os.environ.get("ASTAR_PO_ARTIFACTS") or str(REPOSITORY / "artifacts")
+    return RunPaths(fetched(here(artifacts) / run))
 
 
 def is_run_name(text: str) -> bool:
@@ -250,8 +255,8 @@ WHOLE = Shard()
 def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[None]:
     """Hold a run, or a shard of it, so that two jobs of one kind never do the same work in the same run.
 
-    A job holds a locked file, which the kernel unlocks when the process ends in any way. Raises UserError if another
-    job holds an overlapping shard.
+    A job holds a locked file, which the kernel unlocks when the process ends in any way, and a lease of a run at a URL,
+    whose copy is then brought up to date. Raises UserError if another job holds an overlapping shard.
     """
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
@@ -261,17 +266,24 @@ def exclusive_run(paths: RunPaths, job: str, shard: Shard = WHOLE) -> Iterator[N
             f"cannot write to {paths.root}: {meaning(error.errno)}; correct its permissions, or choose another folder "
             "with ASTAR_PO_ARTIFACTS"
         ) from error
+
+    def is_rival(part: str) -> bool:
+        found = re.fullmatch(rf"{job}-(\d+)-of-(\d+)", part)
+        return found is not None and shard.overlaps(Shard(int(found[1]), int(found[2])))
+
+    part = f"{job}-{shard.index}-of-{shard.count}"
     with ExitStack() as claim:
         with _locked(paths.root / f".{job}.lock", job, wait=True):
             for path in paths.root.glob(f".{job}-*-of-*.lock"):
-                index, count = (int(number) for number in re.findall(r"-(\d+)-of-(\d+)\.lock$", path.name)[0])
-                if shard.overlaps(Shard(index, count)):
+                if is_rival(path.stem[1:]):
                     with _locked(path, job):
                         pass
-            ours = paths.root / f".{job}-{shard.index}-of-{shard.count}.lock"
+            ours = paths.root / f".{part}.lock"
             claim.enter_context(_locked(ours, job))
             with writing_to(ours):
                 ours.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
+        claim.enter_context(leased(paths.root, job, part, is_rival))
+        fetched(paths.root, again=True)
         yield
 
 

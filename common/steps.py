@@ -1,7 +1,6 @@
 """What `compare` and `rounds` have in common: steps, each a command of the command line in a process of its own."""
 
-import shutil
-
+from common.files import discard
 from common.runs import RunPaths
 
 BY_SEVERAL = ("critic", "train")
@@ -16,11 +15,11 @@ def remove_result(command: str, paths: RunPaths) -> None:
     The command would find it complete, and the step would cost next to nothing.
     """
     if command == "critic":
-        shutil.rmtree(paths.critic, ignore_errors=True)
+        discard(paths.critic)
     if command == "advantages":
-        paths.advantages.unlink(missing_ok=True)
+        discard(paths.advantages)
 
 
 def remove_checkpoints(paths: RunPaths) -> None:
     """Remove the checkpoints of a training that has ended; a large model's take most of the disk."""
-    shutil.rmtree(paths.checkpoints, ignore_errors=True)
+    discard(paths.checkpoints)

@@ -33,6 +33,7 @@ from common.provenance import (
     Provenance,
     read_provenance,
 )
+from common.remote.copies import fetched, fetched_anew, renamed
 
 ADDRESS = ["prompt_id", "sample_index"]
 
@@ -348,7 +349,7 @@ class SampleStore:
 
 def sample_files(folder: Path) -> list[Path]:
     """The files with samples in a store's folder, in a fixed order."""
-    return sorted(folder.glob(f"{SAMPLE_FILES}-*.parquet"))
+    return sorted(fetched(folder, whole=True).glob(f"{SAMPLE_FILES}-*.parquet"))
 
 
 def stored_tokens(folder: Path) -> int:
@@ -388,12 +389,13 @@ def set_aside_damaged(folder: Path) -> list[str]:
     remove_leftovers(folder)
     lines = []
     for path in sorted([*sample_files(folder), *folder.glob(f"{GRADE_FILES}-*.parquet")]):
-        if (problem := damage(path)) is not None:
+        if damage(path) is not None and (problem := damage(fetched_anew(path))) is not None:
             (folder / DAMAGED).mkdir(exist_ok=True)
             try:
                 path.rename(folder / DAMAGED / path.name)
             except FileNotFoundError:
                 continue  # another shard's job was faster
+            renamed(path, folder / DAMAGED / path.name)
             lines.append(f"{path.name} is damaged ({problem}) and was moved to {folder / DAMAGED}")
     return lines
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from common.errors import UserError
 from common.provenance import Allowance, read_provenance
+from common.remote.copies import given
 from common.runs import RunPaths, exclusive_run, is_run_name, run_paths
 from common.store import (
     ADDRESS,
@@ -114,7 +115,8 @@ def add(joining: Joining, console: Terminal) -> pl.DataFrame:
 
 def samples_folder(source: str) -> Path:
     """The folder of a source's samples. Raises UserError if it has none."""
-    candidates = [Path(source) / "samples", Path(source)]
+    folder = given(source)
+    candidates = [folder / "samples", folder]
     if is_run_name(source):
         candidates.insert(0, run_paths(source).samples)
     for folder in candidates:

@@ -31,6 +31,7 @@ from common.provenance import (
     sampler_identity,
     sampling_identity,
 )
+from common.remote.copies import renamed
 from common.rollout import Prompt
 from common.runs import WHOLE, Shard, exclusive_run, run_paths
 from common.sampling.executor import Executor
@@ -356,6 +357,7 @@ def read_old(path: Path, console: Terminal) -> Written | None:
     except DamagedFile as error:
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)
+        renamed(path, aside)
         console.print(
             f"{error}; moved to {aside}, written again without the changes of `filter` and `--adaptive`",
         )

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from common.files import file_digest, sync, writing_to
+from common.files import discard, file_digest, sync, writing_to
+from common.remote.copies import fetched, fetched_anew, forget, forget_unfinished, published_folder, renamed
 from stage2_train.ranks import Ranks
 from stage2_train.split import Split
 
@@ -151,12 +152,16 @@ def _finish(temporary: Path, state: dict[str, Any], keep: int) -> None:
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     folder = temporary.parent
-    temporary.rename(folder / f"iteration-{state['iteration']:06d}")
+    final = folder / f"iteration-{state['iteration']:06d}"
+    with published_folder(temporary, final):
+        temporary.rename(final)
     sync(folder)
     found = checkpoints(folder)
     for old in set(found[:-keep]) - {best(found)}:
         # Renamed first: a half deleted folder must not look like a checkpoint.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
+        gone = old.rename(old.with_name(f".{old.name}.tmp"))
+        forget(old)
+        shutil.rmtree(gone)
 
 
 def best(found: list[Path]) -> Path | None:
@@ -173,13 +178,15 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
     """
     for leftover in folder.glob(".iteration-*.tmp"):
         shutil.rmtree(leftover)
+    forget_unfinished(folder)
     for checkpoint in reversed(checkpoints(folder)):
-        if (found := damage(checkpoint)) is None:
+        if damage(checkpoint) is None or (found := damage(fetched_anew(checkpoint))) is None:
             return checkpoint
         aside = folder / "damaged" / checkpoint.name
         aside.parent.mkdir(exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         checkpoint.rename(aside)
+        renamed(checkpoint, aside)
         earlier = checkpoints(folder)
         then = f"continuing from {earlier[-1].name}" if earlier else "there is none before it: starting over"
         say(f"warning: {checkpoint} is damaged ({found}); it is now {aside}, {then}")
@@ -188,6 +195,7 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def damage(checkpoint: Path, parts: Collection[str] = ("",)) -> str | None:
     """The damage of a checkpoint's files, None if there is none; `parts` are the beginnings of the names to check."""
+    fetched(checkpoint, whole=True)
     try:
         expected: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from common.files import atomic_path
+from common.files import atomic_path, discard
 from common.rollout import Rollout
 
 SHOWN = 8
@@ -67,14 +67,14 @@ def _thin_out(folder: Path) -> None:
     files = sorted(folder.glob("iteration-*.parquet"), key=_iteration)
     if len(files) > MOST_FILES:
         for file in files[1 : -MOST_FILES // 2 : 2]:
-            file.unlink()
+            discard(file)
 
 
 def forget_completions(folder: Path, first_iteration: int) -> None:
     """Remove the files of `first_iteration` and later: those iterations were lost."""
     for file in folder.glob("iteration-*.parquet"):
         if _iteration(file) >= first_iteration:
-            file.unlink()
+            discard(file)
 
 
 def _iteration(file: Path) -> int:

@@ -31,6 +31,7 @@ from common.model.files import model_identity, reference_model
 from common.model.trainable import read_trainable
 from common.parity import PARITY
 from common.provenance import Allowance, Provenance, differences, sampling_identity
+from common.remote.copies import fetched
 from common.rollout import Prompt
 from common.runs import run_paths
 from common.seeds import derive_seed
@@ -216,7 +217,7 @@ def _samples_of(table: Path, config: Config) -> Path:
     """The samples behind a table: beside it, in the folder above, or in the run's."""
     run = run_paths(config.run).samples
     near = [folder / run.name for folder in table.absolute().parents[:2]]
-    return next((folder for folder in near if folder.is_dir()), run)
+    return next((folder for folder in near if fetched(folder, whole=True).is_dir()), run)
 
 
 def _from_stage1(

@@ -11,6 +11,7 @@ from common.errors import UserError, first_line
 from common.files import file_digest, new_folder
 from common.model.files import model_identity, resolve_model
 from common.provenance import differences
+from common.remote.copies import fetched, given
 from common.runs import RunPaths, exclusive_run
 from stage2_train.checkpoint import MANIFEST, POLICY, STATE, damage, read_state
 from stage2_train.config import Config
@@ -31,7 +32,7 @@ def loadable_model(model: str | Path) -> Path:
 
     A checkpoint is exported to artifacts/<run>/exported/<iteration>, unless that holds it already. Raises UserError.
     """
-    checkpoint = Path(model)
+    checkpoint = given(str(model))
     if not is_checkpoint(checkpoint):
         return resolve_model(str(model), None)
     run = run_of(checkpoint)
@@ -60,7 +61,7 @@ def export_checkpoint(checkpoint: Path, output: Path) -> None:
 
 def run_of(checkpoint: Path) -> RunPaths:
     """The run that a checkpoint is in."""
-    return RunPaths(checkpoint.absolute().parent.parent)
+    return RunPaths(fetched(checkpoint.absolute().parent.parent))
 
 
 def _is_export_of(folder: Path, checkpoint: Path) -> bool:

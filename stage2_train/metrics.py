@@ -16,12 +16,16 @@ import torch
 
 from common.documents import read_metrics
 from common.files import write_text, writing_to
+from common.remote.copies import published
 from common.runs import RunPaths
 from common.terminal.console import Terminal
 from common.terminal.progress import progress_bar
 from stage2_train.config import Config
 from stage2_train.wandb_log import WandbLog
 from stage2_train.watchdog import in_phase
+
+STORE_SECONDS = 60.0
+"""The lines of a run at a URL are put there at least so often, and before each checkpoint."""
 
 Metrics = dict[str, float]
 """Values under group/name keys, such as reward/mean or time/rollout (seconds)."""
@@ -71,6 +75,7 @@ class MetricsLog:
         kept = [line for line, values in read_metrics(paths.metrics) if values["iteration"] < first_iteration]
         write_text(paths.metrics, "".join(kept))
         self._file = paths.metrics.open("a", encoding="utf-8")
+        self._stored = time.monotonic()
         with writing_to(paths.tensorboard):
             self._board = TensorBoardFile(paths.tensorboard, first_step=first_iteration)
         self._wandb = WandbLog(config, console) if config.train.wandb_project is not None else None
@@ -96,12 +101,20 @@ class MetricsLog:
             self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
+        if time.monotonic() - self._stored > STORE_SECONDS:
+            self.store()
         with writing_to(self._paths.tensorboard):
             self._board.write(iteration, metrics)
         if self._wandb is not None:
             self._wandb.write(iteration, metrics)
         self._console.print(self._line(iteration, metrics))
         self._bar.update(self._task, completed=iteration, description=f"iteration {iteration}/{self._last}")
+
+    def store(self) -> None:
+        """Put the lines so far where the run is, if that is a URL. Raises UserError if it cannot be reached."""
+        self._stored = time.monotonic()
+        with published(self._paths.metrics, self._paths.metrics):
+            pass  # it is written in place
 
     def _line(self, iteration: int, metrics: Metrics) -> str:
         parts = [f"{iteration:>5}/{self._last}"]

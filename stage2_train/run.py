@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,12 @@ def _watchers(
 
     The log comes after watchers that add figures, and a checkpoint after the checks of the policy.
     """
-    save = partial(trainer.save, paths.checkpoints)
+
+    def save(number: int, held_out_accuracy: float | None) -> None:
+        if log is not None:
+            log.store()
+        trainer.save(paths.checkpoints, number, held_out_accuracy)
+
     checkpoints = Checkpoints(save, every=trainer.config.train.checkpoint_every)
     return [*evaluations, *([Log(log)] if log else []), Divergence(), checkpoints]
 

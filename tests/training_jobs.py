@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa
 
 import common.engines.transformers_engine  # noqa: F401
 import stage2_train.tensorboard_file  # noqa: F401
+from common.remote.copies import given
 from common.terminal.console import Terminal
 from stage2_train import learner
 from stage2_train.config import Config
@@ -35,9 +36,9 @@ HANGS_AFTER_SECONDS = 600
 def train(order: dict[str, Any]) -> None:
     """Train, and where the order says so kill the whole job: `iterations_later` after the figures of `killed_after`.
 
-    Or `killed_in_conversion` of a checkpoint, when its files are there.
+    Or `killed_in_conversion` of a checkpoint, when its files are there. `environment` adds to that of the server.
     """
-    os.environ["ASTAR_PO_ARTIFACTS"] = order["artifacts"]
+    os.environ |= {"ASTAR_PO_ARTIFACTS": order["artifacts"], **order.get("environment", {})}
     if order.get("killed_in_conversion"):
         learner._unify = lambda folder: os.killpg(0, signal.SIGKILL)
     write, last_write = MetricsLog.write, time.monotonic()
@@ -53,7 +54,7 @@ def train(order: dict[str, Any]) -> None:
                 os.killpg(0, signal.SIGKILL)
 
     MetricsLog.write = write_and_die  # type: ignore[assignment, method-assign]
-    run_stage2(Config.model_validate(order["config"]), Terminal(file=io.StringIO()), Path(order["vstar"]))
+    run_stage2(Config.model_validate(order["config"]), Terminal(file=io.StringIO()), given(order["vstar"]))
 
 
 class Hanging:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from common.demo.word_problems import MAX_CHANGES, PROMPT_TEMPLATE, demonstration, stream, vocabulary_text
 from common.files import writing_to
+from common.remote.copies import published_folder
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,8 @@ def build_base_model(
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             unfinished.chmod(0o755)
-            os.rename(unfinished, path)
+            with published_folder(unfinished, path):
+                os.rename(unfinished, path)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     progress(f"base model written to {path}")

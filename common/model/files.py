@@ -10,6 +10,8 @@ from common.config import RunConfig
 from common.errors import UserError
 from common.files import hash_files
 from common.model.weights import read_weights, weights_hash
+from common.remote.copies import fetched
+from common.remote.places import here
 from common.runs import OWN, run_paths
 
 ADAPTER = "adapter_config.json"
@@ -20,7 +22,7 @@ def resolve_model(path: str, revision: str | None) -> Path:
 
     Raises UserError if there is no such model.
     """
-    folder = Path(path)
+    folder = fetched(here(path), whole=True)
     if folder.is_dir():
         if (folder / ADAPTER).is_file():
             raise UserError(

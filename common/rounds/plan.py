@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.config import RunConfig
 from common.evaluations import REFERENCE, TRAINED
+from common.remote.places import named
 from common.runs import OWN, RunPaths, run_paths
 from common.seeds import derive_seed
 from common.settings import own_models
@@ -90,7 +91,7 @@ class Plan:
         return found
 
     def _config(self, number: int) -> RunConfig:
-        own = str(self.paths.root.absolute())
+        own = named(self.paths.root)
         paths = {key: path.replace(OWN, own) for key, path in own_models(self.config).items()}
         model, segments = self.config.model, self.config.segments
         if "model.path" in paths:
@@ -98,8 +99,8 @@ class Plan:
         if "segments.completer" in paths:
             segments = segments.model_copy(update={"completer": paths["segments.completer"]})
         if number > 1:
-            before = run_paths(_name(self.config.run, number - 1)).model.absolute()
-            model = model.model_copy(update={"path": str(before), "revision": None})
+            before = run_paths(_name(self.config.run, number - 1)).model
+            model = model.model_copy(update={"path": named(before), "revision": None})
         changed = {"run": _name(self.config.run, number), "seed": _seed(self.config.seed, number)}
         return self.config.model_copy(update={**changed, "model": model, "segments": segments})
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from common.documents import read_document
 from common.errors import UserError
 from common.model.files import model_numbers
+from common.remote.copies import fetched
 from common.runs import RunPaths
 
 CRITIC_COMMAND = "python cli.py critic"
@@ -22,7 +23,7 @@ class _Record(BaseModel):
 
 def refuse_missing_critic(critic: Path, otherwise: str = "") -> None:
     """Raise UserError unless a finished critic is in this folder; `otherwise` is what else the user may do."""
-    if not (critic / RunPaths.TRAINED_WITH).is_file():
+    if not (fetched(critic, whole=True) / RunPaths.TRAINED_WITH).is_file():
         raise UserError(f"there is no critic {critic}; train it with `{CRITIC_COMMAND}`{otherwise}")
 
 

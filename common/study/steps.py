@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from common.documents import read_document, read_metrics
 from common.errors import UserError
 from common.evaluations import REFERENCE, TRAINED
-from common.files import atomic_path, write_text
+from common.files import atomic_path, discard, write_text
 from common.processes import Execute, Finished, program
+from common.remote.places import named
 from common.runs import OWN, RunPaths
 from common.settings import as_toml, own_models
 from common.steps import BY_SEVERAL, REMEDY, remove_checkpoints, remove_result
@@ -130,7 +131,7 @@ class Steps:
     def _train(self, run: Run) -> None:
         paths = self._paths(run.name)
         if paths.trained_with.exists():
-            shutil.rmtree(paths.root)  # it ended, and its cost was not written
+            discard(paths.root)  # it ended, and its cost was not written
         before = [line for line, _ in read_metrics(paths.metrics)]
         cost = self._command("train", run.name, run, options=self._inputs(run).options)
         after = read_metrics(paths.metrics)
@@ -165,7 +166,7 @@ class Steps:
             *options,
         ]
         log = self.root / "logs" / f"{name}-{command}.log"
-        environment = {"ASTAR_PO_ARTIFACTS": str(self.runs.absolute())}
+        environment = {"ASTAR_PO_ARTIFACTS": named(self.runs)}
         try:
             return self.execute(arguments, log, environment)
         except UserError as error:
@@ -175,7 +176,7 @@ class Steps:
         """The settings by which models of a run's own folder are those of the base run."""
         if run.base is None:
             return []
-        base = str(self._paths(run.base).root.absolute())
+        base = named(self._paths(run.base).root)
         return [f"{key}={as_toml(path.replace(OWN, base))}" for key, path in own_models(run.config).items()]
 
     def _cost_of(self, step: InputStep) -> Cost:

@@ -4,6 +4,8 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from common.remote.places import shown
+
 
 class Terminal(Console):
     """Prints text unchanged: lines are not wrapped to the terminal, and markup is not interpreted."""
@@ -32,9 +34,9 @@ class Terminal(Console):
         self.has_lost_its_reader = False
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Like rich's `print`, but only tables are fitted to the terminal."""
+        """Like rich's `print`, but only tables are fitted to the terminal, and URLs stand for their copies."""
         options.setdefault("soft_wrap", all(isinstance(each, str) for each in objects))
-        super().print(*objects, **options)
+        super().print(*(shown(each) if isinstance(each, str) else each for each in objects), **options)
 
     def on_broken_pipe(self) -> None:
         """The reader has closed the pipe. Raises SystemExit, unless the job must finish."""

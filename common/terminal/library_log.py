@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from common.remote.places import without_secrets
 from common.runs import REPOSITORY
 
 _OURS = (f"{REPOSITORY}{os.sep}", f"{sysconfig.get_path('stdlib')}{os.sep}")
@@ -85,7 +86,8 @@ class LibraryLog:
         self._unfinished = ""
         is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
         self._prefix = "" if is_alone else f"rank {os.environ.get('RANK')}: "
-        self._waiting = [f"{self._prefix}{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv[1:])}"]
+        command = without_secrets(" ".join(sys.argv[1:]))
+        self._waiting = [f"{self._prefix}{time.strftime('%Y-%m-%d %H:%M:%S')} {command}"]
 
     def add(self, text: str) -> None:
         """Log the lines that the text completes, except for lines that were logged before."""

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from common.remote.places import shown
+
 STARTED = time.monotonic()
 """Seconds since the machine's start, the same clock in all processes."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -44,7 +46,7 @@ def print_json(document: str) -> None:
         document.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         document = _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], document)
-    print(document)
+    print(shown(document))
 
 
 def leave(status: int, message: str, *, unless_said: bool = False) -> NoReturn:
@@ -61,6 +63,7 @@ def say_once(message: str, *, unless_said: bool = False) -> None:
 
     With `unless_said`, do nothing if one of them has already reported why the job ends.
     """
+    message = shown(message)
     note = _open_note()
     try:
         said = _said_since(STARTED, note)

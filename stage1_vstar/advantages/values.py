@@ -4,7 +4,6 @@ artifacts/<run>/critic_values/<hash of the critic and the states>.npy
 """
 
 import hashlib
-import shutil
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import atomic_path
+from common.files import atomic_path, discard
+from common.remote.copies import fetched
 from common.value import Floats
 
 Score = Callable[[Iterable[Sequence[int]]], Sequence[float]]
@@ -30,7 +30,7 @@ class KeptValues:
 
     def __init__(self, folder: Path, critic: Path, digest: str, load: LoadCritic) -> None:
         """`digest` identifies everything besides a state that its value depends on."""
-        self._folder = folder
+        self._folder = fetched(folder, whole=True)
         self._critic = critic
         self._digest = digest
         self._load = load
@@ -65,4 +65,4 @@ class KeptValues:
 
     def forget(self) -> None:
         """Remove what was kept: the table has it."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        discard(self._folder)
