@@ -190,6 +190,29 @@ class Learner:
         _unify(target / name)
 
 
+class Partitioned:
+    """A network that is not trained, of which each rank holds a part, as under ZeRO-3.
+
+    With `train.offload_reference` the parts are in the host's memory.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, *, whole: Sequence[type[nn.Module]]) -> None:
+        """Take over a module; the weights of each of its `whole` parts are gathered together."""
+        deepspeed.utils.set_z3_leaf_modules(module, list(whole))
+        document = _deepspeed_config(config)
+        zero = document["zero_optimization"]
+        zero.pop("offload_optimizer", None)
+        if config.train.offload_reference:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        module.eval().requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=module, config=document)
+        self._engine.eval()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The module's output; a collective operation."""
+        return self._engine(*inputs)
+
+
 WEIGHTS = "mp_rank_00_model_states.pt"
 """DeepSpeed's file with the whole weights, and the schedule."""
 PARTITION = f"zero_pp_rank_0_{WEIGHTS}"

@@ -32,8 +32,8 @@ BLOCK_COPIES = 2
 ASSUMPTIONS = (
     "the largest micro-batch is full, and each of its tokens may be a completion's",
     "layers are those of Qwen2 or Llama, attention keeps no scores, nothing is lost to fragmentation",
-    "every rank holds the whole reference model, unless train.lora has none, and an engine of its own; vLLM takes "
-    "its share, used or not",
+    "every rank holds the whole reference model, or under ZeRO-3 its share, unless train.lora has none, and an engine "
+    "of its own; vLLM takes its share, used or not",
     "not counted: the CUDA context and NCCL (1 to 2 GiB)",
 )
 
@@ -83,15 +83,16 @@ def memory_per_gpu(shape: Shape, config: Config, *, gpus: int, gpu_bytes: int) -
     sleeps = config.engine.sleep_while_training
     is_offloaded = config.train.offload_reference
     has_reference = "reference" in config.train.columns and config.train.lora is None
+    reference = _reference_share(shape, config, gpus)
     held = {
         **model_states(shape, config, gpus),
         **_critic(shape, config, gpus),
-        **({"reference model": _weights(shape, config)} if has_reference and not is_offloaded else {}),
+        **({"reference model": reference} if has_reference and not is_offloaded else {}),
         **({} if sleeps else engine),
     }
     on_top = {
         "rollout": engine if sleeps else {},
-        "reference": {"reference model": _weights(shape, config)} if has_reference and is_offloaded else {},
+        "reference": _visited_reference(shape, config, gpus) if has_reference and is_offloaded else {},
         "backward": _backward(shape, config, gpus),
         "step": {} if config.train.offload_optimizer else _step(shape, config, gpus),
     }
@@ -184,7 +185,9 @@ def _optimizer_states(trained: int, config: Config, gpus: int) -> dict[str, int]
 
 def host_memory(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
     """The offloaded bytes that a process keeps in the host's memory, including the step's temporaries."""
-    held = {"reference model": _weights(shape, config)} if config.train.offload_reference else {}
+    held = (
+        {"reference model": _reference_share(shape, config, gpus)} if config.train.offload_reference else {}
+    )
     if not config.train.offload_optimizer:
         return held
     size, stage = _size(config), config.train.zero_stage
@@ -196,6 +199,21 @@ def host_memory(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
     if stage <= 2:
         held["parameters on their way back"] = _share(size * trained, gpus) + size * _largest(shape, config)
     return held
+
+
+def _reference_share(shape: Shape, config: Config, gpus: int) -> int:
+    return _share(_weights(shape, config), gpus if config.train.zero_stage == 3 else 1)
+
+
+def _visited_reference(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
+    """An offloaded reference model on the GPU while it computes: whole, or under ZeRO-3 a few layers at a time."""
+    if config.train.zero_stage == 3 and gpus > 1:
+        return {"gathered parameters": _gathered(shape, config)}
+    return {"reference model": _weights(shape, config)}
+
+
+def _gathered(shape: Shape, config: Config) -> int:
+    return _size(config) * min(LIVE_PARAMETERS, shape.parameters)
 
 
 def _weights(shape: Shape, config: Config) -> int:
@@ -234,7 +252,7 @@ def _backward(shape: Shape, config: Config, gpus: int) -> dict[str, int]:
     elif gpus > 1:
         components["DeepSpeed's bucket"] = size * min(BUCKET, trained_parameters(shape, config))
     if stage == 3 and gpus > 1:
-        components["gathered parameters"] = size * min(LIVE_PARAMETERS, shape.parameters)
+        components["gathered parameters"] = _gathered(shape, config)
     return components
 
 

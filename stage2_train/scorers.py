@@ -1,7 +1,8 @@
 """Scorers, which give each completion token a number: log-probs of π_ref or π_old, or the critic's values.
 
-The reference π_ref is a second model, in the device's memory or, while it is not used, in the host's. Under LoRA it is
-the policy without its adapter. π_old is the policy itself before an iteration's first step.
+The reference π_ref is a second model, in the device's memory or, while it is not used, in the host's; under ZeRO-3 each
+of several ranks holds a part of it. Under LoRA it is the policy without its adapter. π_old is the policy itself before
+an iteration's first step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from stage2_train.batch import TokenBatch
 from stage2_train.config import Config
 from stage2_train.critic import Critic
-from stage2_train.logprobs import load_model, token_logprobs
+from stage2_train.learner import Partitioned
+from stage2_train.logprobs import VocabularyHead, load_model, token_logprobs
 from stage2_train.objectives.protocol import Column
 from stage2_train.policy import Policy
 from stage2_train.ranks import Ranks
@@ -56,6 +58,8 @@ def build_reference(folder: Path, config: Config, policy: Policy, ranks: Ranks) 
     """The reference policy that a config asks for."""
     if config.train.lora is not None:
         return PolicyScorer(policy, ranks, adapted=False)
+    if config.train.zero_stage == 3 and ranks.world_size > 1:
+        return PartitionedModel(folder, config, ranks)
     return SeparateModel(folder, config, ranks.device)
 
 
@@ -92,6 +96,20 @@ class SeparateModel:
         finally:
             for parameter, weight in self._in_host_memory:
                 parameter.data = weight
+
+
+class PartitionedModel:
+    """A model of its own, of which each rank holds a part."""
+
+    def __init__(self, folder: Path, config: Config, ranks: Ranks) -> None:
+        self._network = Partitioned(load_model(folder, config), config, whole=[VocabularyHead])
+        self._ranks = ranks
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """ln π_ref of each token."""
+        found = [token_logprobs(self._network, batch).logprobs_K for batch in _in_step(batches, self._ranks)]
+        return found[: len(batches)]
 
 
 class PolicyScorer:

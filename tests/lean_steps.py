@@ -7,6 +7,7 @@ In processes of their own, since DeepSpeed is initialised once a process.
 import json
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from stage2_train.config import Config, LoraConfig
 from stage2_train.policy import Policy
 from stage2_train.ranks import Ranks, join_ranks
 from stage2_train.resume import MAY_DIFFER
-from stage2_train.scorers import SeparateModel, build_reference
+from stage2_train.scorers import PartitionedModel, SeparateModel, build_reference
+from tests.train_steps import as_with_a_large_vocabulary
 
 Weights = dict[str, torch.Tensor]
 LORA = LoraConfig(rank=4, alpha=8)
@@ -135,6 +137,32 @@ def whole(config: Config, stage: int, ranks: Ranks, output: str) -> Weights:
     return weights_of(run.policy)
 
 
+def references(config: Config, ranks: Ranks) -> list[dict[str, Any]]:
+    """The log-probs of a partitioned reference, visited twice, and of a whole one; the share that this rank holds."""
+    found = []
+    for dtype, offload in product(("float32", "bfloat16"), (False, True)):
+        ours = changed(config, dtype=dtype, zero_stage=3, offload_reference=offload)
+        folder = Path(ours.model.path)
+        separate = SeparateModel(folder, changed(config, dtype=dtype), ranks.device)
+        with as_with_a_large_vocabulary():
+            reference = PartitionedModel(folder, ours, ranks)
+            scores, expected = (
+                [scorer.score(own_slices(visit, ranks)) for visit in range(2)]
+                for scorer in (reference, separate)
+            )
+        parameters = list(reference._network._engine.module.parameters())
+        found.append(
+            {
+                "scores": scores,
+                "expected": expected,
+                "gathered": sum(parameter.numel() for parameter in parameters),
+                "held": sum(parameter.ds_tensor.numel() for parameter in parameters),
+                "all": sum(parameter.ds_numel for parameter in parameters),
+            }
+        )
+    return found
+
+
 def optimized(policy: Policy) -> Iterator[torch.Tensor]:
     return (parameter for parameter in policy.learner.module.parameters() if parameter.requires_grad)
 
@@ -201,7 +229,9 @@ def main(job_file: str) -> None:
         "LoRA": {stage: with_adapter(config, stage, ranks, job["output"]) for stage in stages},
         "whole": {stage: whole(config, stage, ranks, job["output"]) for stage in stages},
     }
-    if ranks.world_size == 1:
+    if ranks.world_size > 1:
+        found["references"] = references(config, ranks)
+    else:
         found["dropout"] = with_dropout(config, ranks)
         found["offloaded"] = {stage: offloaded(config, stage, ranks, job["output"]) for stage in (1, 2, 3)}
         found["small updates"] = {case: small_updates(config, *case, ranks) for case in SMALL_UPDATES}

@@ -445,6 +445,23 @@ def test_each_zero_stage_shares_out_what_it_says(stage: int, tmp_path: Path) -> 
     assert states == {name: size // 4 if stage >= shared[name] else size for name, size in alone.items()}
 
 
+def test_under_zero_3_several_gpus_share_the_reference_model(tmp_path: Path) -> None:
+    shape = read_shape(qwen_folder(tmp_path))
+    weights = 2 * shape.parameters
+
+    def memory(gpus: int, **train: Any) -> dict[str, Any]:
+        config = bfloat16_config(tmp_path, zero_stage=3, **train)
+        return memory_per_gpu(shape, config, gpus=gpus, gpu_bytes=80 * 2**30)
+
+    assert memory(4)["held"]["reference model"] == weights // 4
+    assert memory(1)["held"]["reference model"] == weights
+    offloaded, alone = (memory(gpus, offload_reference=True) for gpus in (4, 1))
+    assert "reference model" not in offloaded["held"]
+    assert offloaded["host"] == {"reference model": weights // 4}
+    assert offloaded["reference"] == {"gathered parameters": 2 * 1_000_000_000}
+    assert (alone["host"], alone["reference"]) == ({"reference model": weights},) * 2
+
+
 def test_an_adapter_and_offloading_leave_a_gpu_little_to_hold(tmp_path: Path) -> None:
     """Qwen2.5-1.5B: rank 16 beside 2 × (1,536 + 1,536), 2 × (1,536 + 256) and 3 × (1,536 + 8,960) of 28 layers."""
     qwen_folder(tmp_path)

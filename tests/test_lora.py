@@ -194,6 +194,20 @@ def test_an_offloaded_reference_gives_the_same_log_probs_and_is_in_main_memory_b
         assert {parameter.device.type for parameter in offloaded._module.parameters()} == {"cpu"}
 
 
+def test_under_zero_3_each_rank_holds_a_share_of_the_reference_and_gets_the_log_probs_of_the_whole(
+    found: dict[int, list[dict[str, Any]]],
+) -> None:
+    """In float32 and bfloat16, offloaded or not. Ranks score unequal numbers of batches."""
+    for rank in found[2]:
+        assert len(rank["references"]) == 4
+        for case in rank["references"]:
+            assert case["gathered"] == 0
+            assert case["held"] == pytest.approx(case["all"] / 2, rel=0.01)
+            for scores, expected in zip(case["scores"], case["expected"], strict=True):
+                assert len(scores) == len(expected) > 0
+                assert all(torch.equal(*pair) for pair in zip(scores, expected, strict=True))
+
+
 def test_a_layer_that_cannot_be_adapted_is_named(config: Config) -> None:
     from stage2_train.logprobs import load_model
     from stage2_train.lora import Adapter
