@@ -145,6 +145,18 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def fresh_groups() -> None:
+    """Let DeepSpeed make new process groups: an engine of an earlier test may have ended those that it remembers."""
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    if not dist.is_initialized():
+        for name, value in list(vars(groups).items()):
+            if isinstance(value, dist.ProcessGroup):
+                setattr(groups, name, None)
+
+
+@pytest.fixture
 def run_cli(artifacts: Path, tmp_path: Path) -> RunCli:
     """Run `python cli.py …` as a user would, in another folder; returns the finished process.
 

@@ -8,19 +8,18 @@ from tests.killing import FRAGMENT_SAMPLES, serve
 
 
 def job(order: dict[str, Any]) -> None:
+    from common.engines import LOCAL
     from common.sampling import writer
     from common.terminal.console import Terminal
     from stage2_train.config import Config
-    from stage2_train.evaluation import drawing
     from stage2_train.evaluation.run import evaluate
     from tests.fakes import ScriptedEngine
 
     writer.FRAGMENT_SAMPLES = FRAGMENT_SAMPLES
     engine = ScriptedEngine(sample_seconds=order["sample_seconds"])
-    module: Any = drawing
-    module.build_engine = lambda *_, **__: engine
     folders = {name: Path(folder) for name, folder in order["folders"].items()}
-    evaluate(Config.model_validate(order["config"]), folders, Terminal(file=io.StringIO()))
+    engines = LOCAL.built_by(lambda *_, **__: engine)
+    evaluate(Config.model_validate(order["config"]), folders, Terminal(file=io.StringIO()), engines=engines)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from common.config import DataConfig, SamplingParams
 from common.data.prompts import load_prompts
 from common.data.rendering import PromptRenderer
+from common.engines import LOCAL
 from common.errors import UserError
 from common.evaluations import PROMPTS, Figures
 from common.model.files import model_identity
@@ -30,7 +31,7 @@ from common.runs import run_paths
 from common.terminal.console import Terminal
 from stage2_train.batch import TokenSequence
 from stage2_train.config import Config, load_config
-from stage2_train.evaluation import drawing, figures
+from stage2_train.evaluation import figures
 from stage2_train.evaluation.divergence import Scoring
 from stage2_train.evaluation.figures import bootstrap_interval, compare, pass_at_k, sign_flip_p_value
 from stage2_train.evaluation.run import evaluate, show
@@ -133,10 +134,17 @@ def config(tmp_path: Path, tiny_model: Path, artifacts: Path) -> Config:
     return tiny_config(tmp_path, tiny_model)
 
 
+def engines_are(monkeypatch: pytest.MonkeyPatch, build: Any) -> None:
+    """Have `evaluate` use engines that `build` builds."""
+    defaults = evaluate.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "engines", LOCAL.built_by(build))
+
+
 @pytest.fixture
 def engine(config: Config, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> ExamEngine:
     exam = ExamEngine(PromptRenderer(tiny_model, config.data), config)
-    monkeypatch.setattr(drawing, "build_engine", lambda *_, **__: exam)
+    engines_are(monkeypatch, lambda *_, **__: exam)
     return exam
 
 
@@ -245,7 +253,7 @@ def test_weights_go_into_an_engine_of_their_own_network_alone(
         exams.append(ExamEngine(PromptRenderer(tiny_model, config.data), config))
         return exams[-1]
 
-    monkeypatch.setattr(drawing, "build_engine", build)
+    engines_are(monkeypatch, build)
     evaluate_all(config, tiny_model, tmp_path / "other", tmp_path / "trained")
     assert [len(exam.loaded) for exam in exams] == [0, 0, 0]
     assert all(exam.closed for exam in exams)
@@ -283,7 +291,7 @@ def test_an_engine_that_evaluated_another_network_is_warned_of(
     save_tiny_model(tmp_path / "other", seed=1)
     of = tmp_path / ("trained" if is_same else "other")
     speaking = SpeakingEngine(PromptRenderer(tiny_model, config.data), of, config)
-    monkeypatch.setattr(drawing, "build_engine", lambda *_, **__: speaking)
+    engines_are(monkeypatch, lambda *_, **__: speaking)
     printed = io.StringIO()
     evaluate(config, {"trained": tmp_path / "trained"}, Terminal(file=printed, width=400))
     lines = [line for line in printed.getvalue().splitlines() if "forward pass by transformers" in line]
@@ -316,7 +324,7 @@ def test_a_model_that_never_ends_is_warned_of(
             return (replace(each, truncated=True) for each in super().generate(requests, sampling))
 
     endless = Endless(PromptRenderer(tiny_model, config.data), config)
-    monkeypatch.setattr(drawing, "build_engine", lambda *_, **__: endless)
+    engines_are(monkeypatch, lambda *_, **__: endless)
     printed = io.StringIO()
     evaluate(config, {"model": tiny_model}, Terminal(file=printed, width=400))
     assert (

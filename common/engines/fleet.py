@@ -119,13 +119,13 @@ class EngineFleet:
         self._share = share
         self._hopeless = hopeless
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self._in_flight = (
-            3 * engine.max_num_seqs
-        )  # an engine takes twice that number before it waits for more
+        # An engine takes twice its batch before it waits for more.
+        self._in_flight = 3 * engine.max_num_seqs
         self._at_a_time = max(1, engine.max_num_seqs // 8)
         self._hang_seconds = 60 * engine.hang_minutes
         self._weights: SharedWeights | None = None
         self._stream = 0
+        self._looked = time.monotonic()
         self._fruitless = 0
         self._deaths: Counter[Hashable] = Counter()
         self._places: list[Place] = []
@@ -229,16 +229,21 @@ class EngineFleet:
     def _next_event(self) -> Event:
         """Wait for an event. Raises EngineFailed if there will be none."""
         while True:
-            with suppress(Empty):
-                event = self._events.get(timeout=WATCH_SECONDS)
-                event.place.heard = time.monotonic()
+            if time.monotonic() - self._looked > WATCH_SECONDS and (event := self._look()) is not None:
                 return event
-            if (reason := self._hopeless()) is not None:
-                raise EngineFailed(f"{reason}; start the job again: it goes on from what is kept")
-            for place in self._places:
-                if place.is_busy and time.monotonic() - place.heard > self._hang_seconds:
-                    message = f"has been silent for {self._hang_seconds / 60:g} minutes (engine.hang_minutes)"
-                    return Event(place, place.life, Failed(message, is_final=False))
+            with suppress(Empty):
+                return self._events.get(timeout=WATCH_SECONDS)
+
+    def _look(self) -> Event | None:
+        """The failure of an engine that hangs, if there is one. Raises EngineFailed if there is nothing to wait for."""
+        now = self._looked = time.monotonic()
+        if (reason := self._hopeless()) is not None:
+            raise EngineFailed(f"{reason}; start the job again: it goes on from what is kept")
+        for place in self._places:
+            if place.is_busy and now - place.heard > self._hang_seconds:
+                message = f"has been silent for {self._hang_seconds / 60:g} minutes (engine.hang_minutes)"
+                return Event(place, place.life, Failed(message, is_final=False))
+        return None
 
     def _handle(self, event: Event) -> list[SampleRequest]:
         """Take note of an event; returns the requests that have to be drawn again, since their engine has died."""
@@ -297,6 +302,7 @@ class EngineFleet:
         try:
             while True:
                 for reply in worker.receive():
+                    place.heard = time.monotonic()
                     self._events.put(Event(place, life, reply))
         except EOFError:
             self._events.put(Event(place, life, Failed(worker.cause_of_death(), is_final=False)))

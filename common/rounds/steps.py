@@ -31,7 +31,8 @@ from common.training_cost import training_seconds
 MAY_CHANGE = (
     *("engine.", "grader.workers", "grader.max_concurrent", "grader.timeout_seconds", "grader.memory_gib"),
     *("train.tokens_per_micro_batch", "train.gradient_checkpointing", "train.offload_reference"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.wandb_project", "model.path"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.wandb_project", "train.hang_minutes"),
+    "model.path",
 )
 """Beginnings of the keys that may change between two calls: resources, observation, and the place of the reference,
 which is known by its weights."""
