@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,16 +145,16 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh_groups() -> None:
     """Let DeepSpeed make new process groups: an engine of an earlier test may have ended those that it remembers."""
-    import torch.distributed as dist
-    from deepspeed.utils import groups
+    if (groups := sys.modules.get("deepspeed.utils.groups")) is not None:
+        import torch.distributed as dist
 
-    if not dist.is_initialized():
-        for name, value in list(vars(groups).items()):
-            if isinstance(value, dist.ProcessGroup):
-                setattr(groups, name, None)
+        if not dist.is_initialized():
+            for name, value in list(vars(groups).items()):
+                if isinstance(value, dist.ProcessGroup):
+                    setattr(groups, name, None)
 
 
 @pytest.fixture

@@ -13,10 +13,7 @@ from stage2_train.config import Config
 from stage2_train.run import run_stage2
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*"),
-    pytest.mark.usefixtures("fresh_groups"),
-]
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
 
 LORA = {"rank": 4, "alpha": 16}
 

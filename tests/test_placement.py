@@ -23,10 +23,7 @@ from stage2_train.run import run_stage2
 from stage2_train.watchers import Turn
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*"),
-    pytest.mark.usefixtures("fresh_groups"),
-]
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
 
 OWN = "own processes"
 
