@@ -188,7 +188,8 @@ def prepare(
     else:
         prompts, stage1 = _from_stage1(config, renderer, identity, *table, Allowance(allow_mismatch))
         if config.train.rollouts == "stage1":
-            samples = read_samples(_samples_of(stage1.file, config), *table[1:], prompts, config.train)
+            file, rows, provenance = table
+            samples = read_samples(_samples_of(file, config), rows, provenance, prompts, config.train)
     check_fit(prompts, config, folder)
     benchmarks = {}
     for benchmark in (each for each in benchmarks_of(config, must_exist=False) if each.every):

@@ -1,5 +1,6 @@
 """Helpers of stage 2's tests: a config for the tiny model, and a vstar.parquet made without sampling."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from common.data.rendering import PromptRenderer
 from common.grading import fingerprint
 from common.model.files import model_identity
 from common.provenance import Provenance, sampling_identity
+from common.terminal.console import Terminal
 from common.vstar_file import write_vstar
 from stage2_train.config import Config
 
@@ -99,6 +101,19 @@ def write_tiny_vstar(
         {"num_samples": pl.Int32, "completion_tokens": pl.List(pl.Int32), "dropped_by": pl.String}
     )
     write_vstar(frame, Provenance(identity={**identity, "seed": 1, **(change or {})}, context={}), path)
+
+
+def trained_offline(config: Config) -> str:
+    """Train without an engine, which may not even be built; returns the output."""
+
+    def no_engine(*_: Any, **__: Any) -> Any:
+        raise AssertionError("there is nothing to draw")
+
+    from stage2_train.run import run_stage2  # loads torch and DeepSpeed
+
+    printed = io.StringIO()
+    run_stage2(config, Terminal(file=printed, width=200), build_engine=no_engine)
+    return printed.getvalue()
 
 
 def _inline(value: Any) -> str:

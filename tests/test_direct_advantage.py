@@ -1,6 +1,5 @@
 """Training on known advantages: its data and batches, its minimiser, the trainer over ranks and restarts, refusals."""
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -17,18 +16,16 @@ from torch import Tensor
 from common.errors import UserError
 from common.runs import run_paths
 from common.segments.files import ADVANTAGES_TABLE
-from common.terminal.console import Terminal
 from stage1_vstar.advantages.filter import filter_states
 from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
 from stage2_train.objectives.direct_advantage import DirectAdvantage
 from stage2_train.ranks import ALONE, Ranks
-from stage2_train.run import run_stage2
 from stage2_train.sources.offline import OfflineSource
 from tests.batches import batch_of, loss_of, minimising_logits, tensor
 from tests.conftest import RunCli
 from tests.objective_steps import ITERATIONS
-from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
+from tests.stage2_runs import as_toml, tiny_config, trained_offline, write_tiny_vstar
 from tests.step_tables import write_advantages
 from tests.training_jobs import ranks_found
 
@@ -232,16 +229,6 @@ def test_an_iteration_trains_on_each_pair_once_and_draws_nothing(found: Found) -
 # The job.
 
 
-def trained(config: Config) -> str:
-    printed = io.StringIO()
-    run_stage2(config, Terminal(file=printed, width=200), build_engine=no_engine)  # type: ignore[arg-type]
-    return printed.getvalue()
-
-
-def no_engine(*_: Any, **__: Any) -> None:
-    raise AssertionError("there is nothing to draw")
-
-
 def test_training_needs_no_engine_and_continues_exactly(config: Config, run_cli: RunCli) -> None:
     def of(iterations: int, run: str) -> Config:
         train = config.train.model_copy(update={"iterations": iterations, "mini_batch_size": 16})
@@ -251,16 +238,16 @@ def test_training_needs_no_engine_and_continues_exactly(config: Config, run_cli:
     for run in ("whole", "parts"):
         run_paths(run).root.mkdir(parents=True)
         run_paths(run).advantages.write_bytes(table.read_bytes())
-    said = trained(of(3, "whole"))
+    said = trained_offline(of(3, "whole"))
     assert "3 iterations of 16 states, 1 process" in said
     assert (
         "nothing is evaluated during training (train.evaluate_every has no effect); `python cli.py evaluate` does it: "
         "[evaluate.data]"
     ) in said
     assert re.search(r"1/3  loss [\d.]+  ln π/π_ref -?0.000  tokens", said)
-    assert "nothing to do" in trained(of(3, "whole"))
-    trained(of(2, "parts"))
-    assert "continuing after iteration 2" in trained(of(3, "parts"))
+    assert "nothing to do" in trained_offline(of(3, "whole"))
+    trained_offline(of(2, "parts"))
+    assert "continuing after iteration 2" in trained_offline(of(3, "parts"))
     whole, parts = run_paths("whole"), run_paths("parts")
     weights = load_file(whole.model / "model.safetensors")
     for name, weight in load_file(parts.model / "model.safetensors").items():
@@ -278,7 +265,7 @@ def test_training_needs_no_engine_and_continues_exactly(config: Config, run_cli:
     assert finished.returncode == 0, finished.stderr
     write_advantages(config, parts.advantages, min_gap=0.0)
     with pytest.raises(UserError, match="was made with another config"):
-        trained(of(4, "parts"))
+        trained_offline(of(4, "parts"))
 
 
 # Refusals, before a model loads.

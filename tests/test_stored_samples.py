@@ -1,6 +1,5 @@
 """Training on stage 1's samples themselves (`train.rollouts = "stage1"`), which is OAPL: data, trainer, refusals."""
 
-import io
 import json
 import re
 import shutil
@@ -23,12 +22,11 @@ from stage1_vstar.run import run_stage1
 from stage2_train.config import Config
 from stage2_train.data import prepare
 from stage2_train.ranks import ALONE, Ranks
-from stage2_train.run import run_stage2
 from stage2_train.samples import Samples
 from stage2_train.sources.offline import OfflineSource
 from tests.conftest import RunCli
 from tests.objective_steps import ITERATIONS
-from tests.stage2_runs import NUM_SAMPLES, as_toml, tiny_config
+from tests.stage2_runs import NUM_SAMPLES, as_toml, tiny_config, trained_offline
 from tests.training_jobs import ranks_found
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
@@ -200,30 +198,20 @@ def test_the_loss_at_the_reference_is_the_mean_squared_advantage_of_the_samples(
 # The job.
 
 
-def trained(config: Config) -> str:
-    printed = io.StringIO()
-    run_stage2(config, Terminal(file=printed, width=200), build_engine=no_engine)  # type: ignore[arg-type]
-    return printed.getvalue()
-
-
-def no_engine(*_: Any, **__: Any) -> None:
-    raise AssertionError("there is nothing to draw")
-
-
 def test_training_needs_no_engine_and_continues_exactly(config: Config, run_cli: RunCli) -> None:
     def of(iterations: int, run: str) -> Config:
         return changed(config, run=run, train={"iterations": iterations, "mini_batch_size": 16})
 
     for run in ("whole", "parts"):
         shutil.copytree(run_paths(config.run).root, run_paths(run).root)
-    said = trained(of(3, "whole"))
+    said = trained_offline(of(3, "whole"))
     assert "V̂* of 32 prompts from N = 4 samples under β1 = 0.5" in said
     assert "trained on stage 1's 128 samples themselves, 2 of each prompt at a visit" in said
     assert "3 iterations of 16 prompts, 1 process" in said
     assert "nothing is evaluated during training" in said
-    assert "nothing to do" in trained(of(3, "whole"))
-    trained(of(2, "parts"))
-    assert "continuing after iteration 2" in trained(of(3, "parts"))
+    assert "nothing to do" in trained_offline(of(3, "whole"))
+    trained_offline(of(2, "parts"))
+    assert "continuing after iteration 2" in trained_offline(of(3, "parts"))
     whole, parts = run_paths("whole"), run_paths("parts")
     weights = load_file(whole.model / "model.safetensors")
     for name, weight in load_file(parts.model / "model.safetensors").items():
@@ -235,7 +223,7 @@ def test_training_needs_no_engine_and_continues_exactly(config: Config, run_cli:
     for file in parts.samples.glob("part-*.parquet"):
         swap_two_tokens(file)
     with pytest.raises(UserError, match="was made with another config or other data"):
-        trained(of(4, "parts"))
+        trained_offline(of(4, "parts"))
 
 
 def swap_two_tokens(file: Path) -> None:

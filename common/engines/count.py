@@ -11,7 +11,7 @@ from common.model.reading import read_model
 Config = TypeVar("Config", bound=RunConfig)
 
 SMALL = 50_000_000
-"""Parameters of a model."""
+"""The most parameters of a small model."""
 
 
 def with_engines(config: Config, folder: Path, samples: int) -> Config:
