@@ -106,8 +106,8 @@ def test_a_mistake_is_said_whatever_rank_a_scheduler_has_given_the_process(
 class Rank:
     """A process of a job whose standard error is `stderr`; it is running when this returns."""
 
-    def __init__(self, *says: str, folder: Path, stderr: int) -> None:
-        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1", "TMPDIR": str(folder)}
+    def __init__(self, *says: str, folder: Path, stderr: int, **launcher: str) -> None:
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1", "TMPDIR": str(folder), **launcher}
         self._process = subprocess.Popen(
             [sys.executable, "-c", SAYS_WHEN_TOLD, *says],
             cwd=ROOT,
@@ -205,6 +205,14 @@ def test_processes_of_a_job_say_the_same_thing_once_and_those_of_a_later_job_say
     for words in (["interrupted", "unless said"], ["wrong"]):
         Rank(*words, folder=tmp_path, stderr=terminal).speak()
     assert said(tmp_path / "terminal") == ["interrupted", "wrong"]
+
+
+def test_a_process_that_torchrun_starts_late_does_not_say_it_again(tmp_path: Path, terminal: int) -> None:
+    """This process stands for the launcher: it began before the first of them spoke."""
+    for words, restarts in (("wrong", "0"), ("wrong", "0"), ("wrong in another way", "0"), ("wrong", "1")):
+        launcher = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": restarts}
+        Rank(words, folder=tmp_path, stderr=terminal, **launcher).speak()
+    assert said(tmp_path / "terminal") == ["wrong", "wrong in another way", "wrong"]
 
 
 def test_processes_that_write_to_different_places_each_say_it(tmp_path: Path, terminal: int) -> None:

@@ -2,7 +2,7 @@
 
 The processes of a training job often find the same mistake. The first one reports it, before the launcher ends the
 others, and notes this in a file of the temporary folder. A note counts only for processes that were running when it was
-made, so that the message of an earlier job silences nobody.
+made, or whose launcher was, so that the message of an earlier job silences nobody.
 """
 
 import fcntl
@@ -22,8 +22,6 @@ from typing import NoReturn
 
 from common.remote.places import shown
 
-STARTED = time.monotonic()
-"""Seconds since the machine's start, the same clock in all processes."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
@@ -66,7 +64,7 @@ def say_once(message: str, *, unless_said: bool = False) -> None:
     message = shown(message)
     note = _open_note()
     try:
-        said = _said_since(STARTED, note)
+        said = _said(note)
         digest = hashlib.sha256(message.encode("utf-8", "replace")).hexdigest()
         if digest in said or (unless_said and said):
             return
@@ -74,7 +72,7 @@ def say_once(message: str, *, unless_said: bool = False) -> None:
             print(message, file=sys.stderr, flush=True)
         if note is not None:
             with suppress(OSError):
-                os.write(note, f"{time.monotonic()} {digest}\n".encode())
+                os.write(note, f"{time.clock_gettime(time.CLOCK_BOOTTIME)} {digest}\n".encode())
     finally:
         if note is not None:
             os.close(note)
@@ -93,7 +91,7 @@ def _open_note() -> int | None:
         stream = os.fstat(2)
         job = (
             *(_BOOT.read_text(), os.uname().nodename, os.getppid(), stream.st_dev, stream.st_ino),
-            *(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")),
+            *(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")),
         )
         name = f"astar-po-{hashlib.sha256(repr(job).encode()).hexdigest()[:32]}"
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
@@ -106,10 +104,21 @@ def _open_note() -> int | None:
     return note
 
 
-def _said_since(started: float, note: int | None) -> set[str]:
-    """The digests of messages."""
+def _said(note: int | None) -> set[str]:
+    """The digests of the messages of this job."""
     if note is None:
         return set()
     lines = os.pread(note, os.fstat(note).st_size, 0).decode().splitlines()
     entries = [line.split() for line in lines if line.count(" ") == 1]
-    return {digest for seconds, digest in entries if float(seconds) >= started}
+    began = _job_began()
+    return {digest for seconds, digest in entries if float(seconds) >= began}
+
+
+def _job_began() -> float:
+    """When torch's launcher or, without it, this process began, in seconds since the machine's start (Linux).
+
+    On a loaded machine a process may begin after another one has found the mistake and ended.
+    """
+    process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
