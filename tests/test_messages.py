@@ -107,7 +107,13 @@ class Rank:
     """A process of a job whose standard error is `stderr`; it is running when this returns."""
 
     def __init__(self, *says: str, folder: Path, stderr: int, **launcher: str) -> None:
-        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1", "TMPDIR": str(folder), **launcher}
+        job = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "here",
+            "MASTER_PORT": "1",
+            "TMPDIR": str(folder),
+            **launcher,
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-c", SAYS_WHEN_TOLD, *says],
             cwd=ROOT,
