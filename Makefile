@@ -50,11 +50,7 @@ help: ## List the targets
 	@echo; sed -n '3,4s/^# /  /p' Makefile
 
 demo: setup ## Set up, then base model → vstar → train → evaluate → report on the embedded default
-	@$(MAKE) --no-print-directory base-model
-	@set -e; for step in $$($(BIN)/python cli.py needs-stage1 $(OPTIONS)); do \
-		$(MAKE) --no-print-directory $$step; \
-	done
-	@$(MAKE) --no-print-directory train evaluate report
+	@$(BIN)/python cli.py run --nproc $(NPROC) $(OPTIONS)
 
 demo-direct-advantage: ## The same with the step-level method: base model → segments → critic → advantages → train → …
 	@$(MAKE) --no-print-directory demo CONFIG=configs/demo-direct-advantage.toml

@@ -566,11 +566,33 @@ def compare(
 
     A re-run continues where the last one ended; see docs/compare.md.
     """
+    from common.processes import executing_warm
     from common.study import compare as compare_arms
     from stage2_train.config import load_with_inputs
 
+    with _ending_cleanly("what is done"), executing_warm() as execute:
+        compare_arms(study, load_with_inputs, console, results=results, dry_run=dry_run, execute=execute)
+
+
+@app.command("run", short_help="Do all of a run: stage 1, training, evaluation, report.")
+def run_all_commands(
+    config: ConfigFile = DEMO,
+    run: Run = None,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="The processes that train.")] = 1,
+) -> None:
+    """Run the commands of a run in turn: base-model for the demo, stage 1, train, evaluate where there is data, report.
+
+    torch and vLLM are imported once for all of them. A re-run continues.
+    """
+    from common.whole_run import run_all
+    from stage2_train.config import load_with_inputs
+
+    settings, before_training = load_with_inputs(config, overrides or (), run)
     with _ending_cleanly("what is done"):
-        compare_arms(study, load_with_inputs, console, results=results, dry_run=dry_run)
+        status = run_all(config, settings, before_training, overrides=overrides or (), processes=nproc)
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command(short_help="Train in rounds: each trained model is the next reference.")
@@ -594,13 +616,14 @@ def rounds(
     Round k is the run RUN-round<k>; artifacts/RUN/rounds.html shows them side by side. A re-run continues, and a higher
     K adds rounds; see docs/rounds.md.
     """
+    from common.processes import executing_warm
     from common.rounds import run_rounds
     from stage1_vstar.filter import kept_where
     from stage2_train.config import load_with_inputs
 
     for condition in where or ():
         kept_where(condition)
-    with _ending_cleanly("what is done"):
+    with _ending_cleanly("what is done"), executing_warm() as execute:
         run_rounds(
             config,
             load_with_inputs,
@@ -610,6 +633,7 @@ def rounds(
             run=run,
             where=where or (),
             processes=nproc,
+            execute=execute,
         )
 
 
@@ -975,7 +999,7 @@ def main() -> None:
     """Run a command. A mistake that the user can fix ends it with one line and exit code 2."""
     prepare_output()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from common.processes import die_with_launcher
+        from common.lifetime import die_with_launcher
 
         die_with_launcher()
     try:

@@ -371,6 +371,11 @@ class RunConfig(Section):
         """The benchmarks that training evaluates too."""
         return {name: each for name, each in self.evaluate.benchmarks.items() if each.every is not None}
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there is anything to evaluate models on."""
+        return self.evaluate.data is not None or bool(self.evaluate.benchmarks)
+
     def sampling_of(self, benchmark: BenchmarkConfig) -> SamplingParams:
         """A benchmark's sampling, with the run's values of the keys that it does not set."""
         own = benchmark.sampling

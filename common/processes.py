@@ -1,20 +1,23 @@
 """Runs a command of the command line in a process of its own, which never outlives this one."""
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from common.errors import UserError
+from common.lifetime import die_with
 from common.runs import REPOSITORY
+from common.warm_starts import Ended, Order, Process, WarmStarts, warm_starts
 
 Execute = Callable[[Sequence[str], Path, Mapping[str, str]], "Finished"]
 """Runs a command with its output in a file and with more environment variables. Raises UserError if it fails."""
@@ -23,7 +26,6 @@ ENDING_SECONDS = 120.0
 """The time that an interrupted command gets to write its checkpoint."""
 POLL_SECONDS = 0.05
 _LINES_SHOWN = 3
-_PR_SET_PDEATHSIG = 1
 
 
 class Finished(BaseModel):
@@ -46,8 +48,101 @@ def program(processes: int = 1) -> list[str]:
     return [sys.executable, *launcher, str(REPOSITORY / "cli.py")]
 
 
-def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Finished:
-    """Run a command to its end. Raises UserError with the end of its output if it fails.
+@dataclass(slots=True)
+class ColdProcess:
+    """A Process that was started from nothing."""
+
+    _popen: subprocess.Popen[bytes]
+    _ended: Ended | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._popen.pid
+
+    def wait(self, timeout: float | None = None) -> Ended | None:
+        """As Process.wait.
+
+        It never waits in one long call: polars' handler of SIGINT lets the kernel restart that, and Ctrl-C would do
+        nothing.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            while self._ended is None:
+                found, status, usage = os.wait4(self._popen.pid, os.WNOHANG)
+                if found:
+                    self._popen.returncode = os.waitstatus_to_exitcode(status)
+                    self._ended = Ended(
+                        exit_code=self._popen.returncode,
+                        cpu_seconds=usage.ru_utime + usage.ru_stime,
+                        peak_gib=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30,
+                    )
+                elif until is not None and time.monotonic() >= until:
+                    break
+                else:
+                    time.sleep(POLL_SECONDS)
+            return self._ended
+
+
+def start(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    warm: WarmStarts | None,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    own_session: bool = True,
+    ends_with_thread: bool = False,
+) -> Process:
+    """Start a program of this Python, warm if `warm` can; its output and errors go to `stdout`, by default this one's.
+
+    By default it gets no input and, with `own_session`, no Ctrl-C of the terminal. With `ends_with_thread` it is killed
+    when this thread ends, however that happens; one that starts warm ends with its server in any case.
+    """
+    with open(os.devnull, "rb") as nothing:
+        given = nothing.fileno() if stdin is None else stdin
+        if warm is not None:
+            order = Order(
+                program=command[1:], environment=environment, folder=os.getcwd(), own_session=own_session
+            )
+            return warm.start(order, given, *((1, 2) if stdout is None else (stdout, stdout)))
+        return ColdProcess(
+            subprocess.Popen(
+                command,
+                stdin=given,
+                stdout=stdout,
+                stderr=stdout,
+                env=environment,
+                start_new_session=own_session,
+                preexec_fn=partial(die_with, os.getpid()) if ends_with_thread else None,
+            )
+        )
+
+
+@contextmanager
+def executing_warm() -> Iterator[Execute]:
+    """`execute` with commands that start warm where that is possible, but for those of several processes.
+
+    What they are forked from starts with the first of them and ends with this context.
+    """
+    with ExitStack() as job:
+
+        @cache
+        def server() -> WarmStarts | None:
+            return job.enter_context(warm_starts())
+
+        def execute_warm(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> "Finished":
+            is_alone = command[: len(program())] == program()
+            return execute(command, log, environment, server() if is_alone else None)
+
+        yield execute_warm
+
+
+def execute(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], warm: WarmStarts | None = None
+) -> Finished:
+    """Run a command to its end, warm if `warm` can. Raises UserError with the end of its output if it fails.
 
     If this process is interrupted, the command is told to end and waited for; if this process is killed, so is it.
     """
@@ -55,40 +150,41 @@ def execute(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
     with log.open("ab") as output:
         place = output.tell()
         began = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            start_new_session=True,  # the terminal's Ctrl-C is for this process, which passes it on once
-            preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
+        process = start(
+            command, {**os.environ, **environment}, warm=warm, stdout=output.fileno(), ends_with_thread=True
         )
         try:
-            # Not one long wait: polars' handler of SIGINT lets the kernel restart it, and Ctrl-C would do nothing.
-            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-                time.sleep(POLL_SECONDS)
-            _, status, usage = ended
-            process.returncode = os.waitstatus_to_exitcode(status)
+            ended = process.wait()
         except BaseException:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(ENDING_SECONDS)
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                os.kill(process.pid, signal.SIGTERM)
+                if process.wait(ENDING_SECONDS) is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
             raise
         seconds = time.monotonic() - began
-    if process.returncode:
+    assert ended is not None
+    if ended.exit_code:
         raise UserError(
-            f"{' '.join(_last_lines(log, place)) or f'exit status {process.returncode}'} (all of it: {log})"
+            f"{' '.join(_last_lines(log, place)) or f'exit status {ended.exit_code}'} (all of it: {log})"
         )
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Finished(
-        seconds=seconds,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        peak_gib=usage.ru_maxrss * unit / 2**30,
-    )
+    return Finished(seconds=seconds, cpu_seconds=ended.cpu_seconds, peak_gib=ended.peak_gib)
+
+
+def show(command: Sequence[str], warm: WarmStarts | None) -> int:
+    """Run a command that prints to where this process prints, and returns its exit code: minus a signal that killed it.
+
+    An interrupt is passed on to it, and it is waited for.
+    """
+    process = start(command, dict(os.environ), warm=warm, ends_with_thread=True)
+    while True:
+        try:
+            ended = process.wait()
+            assert ended is not None
+            return ended.exit_code
+        except KeyboardInterrupt:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
 
 
 def _last_lines(log: Path, place: int) -> list[str]:
@@ -97,27 +193,3 @@ def _last_lines(log: Path, place: int) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     errors = [line for line in lines if line.startswith("error: ")]
     return errors[-1:] or [line for line in lines if line][-_LINES_SHOWN:]
-
-
-def die_with_launcher() -> None:
-    """Let a process that torchrun has started end with it: torchrun ends its processes, but not if it is killed.
-
-    Only Linux can do this.
-    """
-    if sys.platform != "linux":
-        return
-    launcher = os.getppid()
-    # Init has adopted this process, unless it is the launcher, as in a container: then it runs the same Python.
-    if launcher == 1 and os.path.realpath("/proc/1/exe") != os.path.realpath("/proc/self/exe"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    _die_with(launcher)
-
-
-def _die_with(parent: int) -> None:
-    """Let this process end as soon as its parent does: it must not go on writing to a run that a new one continues.
-
-    `parent` is the id of the parent that it began with.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it had ended before
-        os.kill(os.getpid(), signal.SIGKILL)

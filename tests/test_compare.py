@@ -42,6 +42,7 @@ from tests.conftest import ROOT, RunCli
 from tests.fakes import sample_rows, write_artifact
 from tests.killing import kill_five_times
 from tests.step_tables import state, write_segments
+from tests.tiny_config import write_config
 
 CONFIG = """
 run = "any"
@@ -931,36 +932,7 @@ def test_several_processes_train_under_the_launcher() -> None:
 
 def real_study(model: Path, data: Path, folder: Path) -> Path:
     """A study of two arms and one seed that real commands finish within seconds."""
-    (folder / "run.toml").write_text(
-        f"""
-run = "any"
-model = {{ path = "{model}", dtype = "float32" }}
-grader = {{ name = "gsm8k" }}
-sampling = {{ max_completion_tokens = 12 }}
-vstar = {{ num_samples = 4 }}
-[data]
-format = "generic"
-path = "{data}"
-template = "line"
-max_prompt_tokens = 64
-[engine]
-backend = "transformers"
-[train]
-iterations = 2
-batch_size = 4
-mini_batch_size = 4
-evaluate_every = 1
-checkpoint_every = 1
-gradient_checkpointing = false
-[evaluate]
-num_samples = 2
-[evaluate.data]
-format = "generic"
-path = "{data}"
-template = "line"
-max_prompt_tokens = 64
-"""
-    )
+    write_config(folder, model, data, evaluate_every=1)
     path = folder / "study.toml"
     path.write_text(HEAD.replace("[0, 1]", "[0]") + A_STAR + GRPO)
     return path

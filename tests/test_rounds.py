@@ -43,6 +43,7 @@ from tests.chromium import Browser, needs_chromium
 from tests.conftest import ROOT, RunCli
 from tests.fakes import CONTEXT, IDENTITY, sample_rows, write_artifact
 from tests.killing import kill_five_times
+from tests.tiny_config import write_config
 
 CONFIG = """
 run = "any"
@@ -811,39 +812,9 @@ def test_a_mistake_is_said_before_anything_runs(
     assert not artifacts.exists()
 
 
-def real_config(model: Path, data_file: Path, folder: Path) -> Path:
-    """A config whose rounds real commands finish within seconds."""
-    path = folder / "run.toml"
-    data = f'format = "generic"\npath = "{data_file}"\ntemplate = "line"\nmax_prompt_tokens = 64\n'
-    path.write_text(
-        f"""
-run = "mine"
-model = {{ path = "{model}", dtype = "float32" }}
-grader = {{ name = "gsm8k" }}
-sampling = {{ max_completion_tokens = 12 }}
-vstar = {{ num_samples = 4 }}
-engine = {{ backend = "transformers" }}
-[train]
-learning_rate = 1e-4
-iterations = 2
-batch_size = 4
-mini_batch_size = 4
-checkpoint_every = 1
-gradient_checkpointing = false
-[data]
-{data}
-[evaluate]
-num_samples = 2
-[evaluate.data]
-{data}
-"""
-    )
-    return path
-
-
 def test_two_real_rounds(tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path) -> None:
     """Real commands, started warm."""
-    path = real_config(tiny_model, data_file, tmp_path)
+    path = write_config(tmp_path, tiny_model, data_file)
     said: dict[str, str] = {}
 
     def started_warm(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Finished:
@@ -882,7 +853,7 @@ def _kl(figures: Mapping[str, Figures]) -> float:
 def test_real_rounds_that_are_killed_five_times_are_the_same(
     tiny_model: Path, data_file: Path, tmp_path: Path, artifacts: Path
 ) -> None:
-    path = real_config(tiny_model, data_file, tmp_path)
+    path = write_config(tmp_path, tiny_model, data_file)
     kill_five_times(lambda _: ["rounds", "-c", path, "--rounds", "2"], artifacts)
     for number in (1, 2):
         whole, killed = (RunPaths(artifacts / name / f"mine-round{number}") for name in ("whole", "killed"))

@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -28,8 +27,10 @@ from common.engines.protocol import EngineBuilder, RolloutEngine
 from common.engines.weight_files import WeightFiles
 from common.engines.worker import serve
 from common.errors import UserError
+from common.processes import start
 from common.runs import REPOSITORY, run_paths
 from common.terminal.library_log import libraries_logged
+from common.warm_starts import inherited
 
 ENDING_SECONDS = 10.0
 LAUNCHED_BY = (
@@ -66,15 +67,17 @@ class LocalWorker:
     """A worker in a child process, which ends with this one."""
 
     def __init__(self, build: Callable[[], RolloutEngine], share: Share, log: Path) -> None:
-        """Start it; `build` builds its engine there, and libraries' output goes to the log."""
+        """Start it, warm where this process was; `build` builds its engine there.
+
+        Libraries' output goes to the log.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "common.engines.local_workers", str(theirs.fileno())],
-                env=_environment() | share.environment,
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # the terminal's Ctrl-C is for the job, which ends this process
+            self._process = start(
+                [sys.executable, "-P", "-m", "common.engines.local_workers"],
+                _environment() | share.environment,
+                warm=inherited(),
+                stdin=theirs.fileno(),
             )
         self._connection = Connection(ours.detach())
         self._tell((build, log))
@@ -101,9 +104,8 @@ class LocalWorker:
 
     def cause_of_death(self) -> str:
         """Like Worker.cause_of_death."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(ENDING_SECONDS)
-        status = self._process.returncode
+        ended = self._process.wait(ENDING_SECONDS)
+        status = None if ended is None else ended.exit_code
         if status is not None and status < 0:
             name = signal.Signals(-status).name
             return f"died of {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
@@ -111,9 +113,10 @@ class LocalWorker:
 
     def close(self) -> None:
         """Like Worker.close."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # with what the engine has started
-        self._process.wait()
+        if self._process.wait(0) is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # with what the engine has started
+            self._process.wait()
 
 
 def fleet_of_machine(
@@ -200,8 +203,9 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     """The process of a worker."""
-    connection = Connection(int(sys.argv[1]))
-    os.set_inheritable(connection.fileno(), False)
+    connection = Connection(os.dup(0))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
     build, log = pickle.loads(connection.recv_bytes())
     orders: SimpleQueue[Order] = SimpleQueue()
 

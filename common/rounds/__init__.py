@@ -42,7 +42,7 @@ def run_rounds(
     steps = Steps(plan=plan, console=console, execute=execute)
     with exclusive_run(plan.paths, "rounds"):
         steps.prepare(plan.begun(), load)
-        if not plan.is_evaluated:
+        if not plan.config.is_evaluated:
             console.print(
                 "no evaluation: the config has neither [evaluate.data] nor [evaluate.benchmarks.<name>]"
             )

@@ -29,7 +29,7 @@ def write_rounds(plan: Plan) -> Sheet:
     found = reached(plan)
     sheet = table(found)
     figures = _figures(found)
-    notice = None if plan.is_evaluated else "The config has no benchmark, so nothing was evaluated."
+    notice = None if plan.config.is_evaluated else "The config has no benchmark, so nothing was evaluated."
     title = f"Rounds of {plan.config.run}"
     parts = [f"# {title}", *([notice] if notice else []), sheet.markdown(), REMARK]
     write_text(plan.paths.rounds("md"), "\n\n".join(parts) + "\n")

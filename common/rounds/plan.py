@@ -66,10 +66,6 @@ class Plan:
         return run_paths(self.config.run)
 
     @property
-    def is_evaluated(self) -> bool:
-        return self.config.evaluate.data is not None or bool(self.config.evaluate.benchmarks)
-
-    @property
     def base_model(self) -> Step | None:
         """The step that makes the demo's reference; None for a run with another one."""
         if self.config.model.path != f"{OWN}/base_model":
@@ -116,7 +112,7 @@ class Plan:
         if self.where:
             steps.append(self._filter(paths))
         steps.append(step("train"))
-        if self.is_evaluated:
+        if self.config.is_evaluated:
             # With one seed, all rounds answer the same questions, and no completion is drawn a second time.
             steps.append(step("evaluate", "--set", f"seed={self.config.seed}", "--model", TRAINED))
             steps.append(self._evaluation_of_all(number, paths))

@@ -126,7 +126,7 @@ class Steps:
     def _refuse_other_vstar(self, folder: Path, identity: dict[str, Any]) -> None:
         """Raise UserError if the first run has a table of another model, beside which it could not evaluate."""
         table = self.plan.paths.vstar
-        if not self.plan.is_evaluated or not table.is_file():
+        if not self.plan.config.is_evaluated or not table.is_file():
             return
         if lines := differences(identity, read_provenance(table).identity["model"]):
             raise UserError(

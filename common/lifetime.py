@@ -1,0 +1,28 @@
+"""Processes that end with the one that started them, however that ends. Only Linux can do this."""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """Let this process be killed as soon as the thread ends that started it; `parent` is the id of that process."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_launcher() -> None:
+    """Let a process that torchrun has started end with it: torchrun ends its processes, but not if it is killed."""
+    if sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    # Init has adopted this process, unless it is the launcher, as in a container: then it runs the same Python.
+    if launcher == 1 and os.path.realpath("/proc/1/exe") != os.path.realpath("/proc/self/exe"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    die_with(launcher)
