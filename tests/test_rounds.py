@@ -479,8 +479,10 @@ def test_a_changed_config_is_refused_and_resources_may_change(config: Path) -> N
     with pytest.raises(UserError, match=r"chosen by --where nothing, now by \['pass_rate < 1'\]"):
         run(config, commands, 2, where=["pass_rate < 1"])
     assert commands.done == []
-    run(config, commands, 2, overrides=["engine.max_num_seqs=8", "train.tokens_per_micro_batch=512"])
-    assert load_config(run_paths("mine-round2").settings).engine.max_num_seqs == 8
+    values = ["engine.max_num_seqs=8", "train.tokens_per_micro_batch=512", "train.zero_stage=3"]
+    run(config, commands, 2, overrides=values)
+    found = load_config(run_paths("mine-round2").settings)
+    assert (found.engine.max_num_seqs, found.train.zero_stage) == (8, 3)
 
 
 def test_another_reference_than_a_round_began_with_is_refused(config: Path, artifacts: Path) -> None:

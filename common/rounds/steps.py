@@ -30,7 +30,12 @@ from common.training_cost import training_seconds
 
 MAY_CHANGE = (
     *("engine.", "grader.workers", "grader.max_concurrent", "grader.timeout_seconds", "grader.memory_gib"),
-    *("train.tokens_per_micro_batch", "train.gradient_checkpointing", "train.offload_reference"),
+    *(
+        "train.tokens_per_micro_batch",
+        "train.gradient_checkpointing",
+        "train.offload_reference",
+        "train.zero_stage",
+    ),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.wandb_project", "train.hang_minutes"),
     "model.path",
 )
