@@ -17,6 +17,7 @@ import typer
 
 from common.errors import RankLost, UserError, first_line
 from common.files import UNWRITABLE, meaning
+from common.lifetime import die_with_launcher
 from common.remote.copies import fetched, given
 from common.terminal.console import Terminal
 from common.terminal.messages import leave, prepare_output, print_json, say_defect
@@ -998,10 +999,7 @@ def _libraries_logged(run: str) -> AbstractContextManager[None]:
 def main() -> None:
     """Run a command. A mistake that the user can fix ends it with one line and exit code 2."""
     prepare_output()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from common.lifetime import die_with_launcher
-
-        die_with_launcher()
+    die_with_launcher()
     try:
         try:
             app()

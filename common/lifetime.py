@@ -17,9 +17,14 @@ def die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def has_launcher() -> bool:
+    """Whether this process's parent is torchrun or DeepSpeed's launcher, which starts the ranks of one job."""
+    return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK"))
+
+
 def die_with_launcher() -> None:
-    """Let a process that torchrun has started end with it: torchrun ends its processes, but not if it is killed."""
-    if sys.platform != "linux":
+    """Let a rank end with its launcher, if it has one, which ends its ranks, but not if it is killed."""
+    if not has_launcher() or sys.platform != "linux":
         return
     launcher = os.getppid()
     # Init has adopted this process, unless it is the launcher, as in a container: then it runs the same Python.

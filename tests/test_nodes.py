@@ -1,5 +1,6 @@
 """Training on several nodes, which here are launchers that meet on this machine: equal to one node, and one is lost."""
 
+import base64
 import json
 import os
 import re
@@ -53,6 +54,27 @@ def launch(
     ]
 
 
+def launch_by_deepspeed(folder: Path, artifacts: Path, port: int) -> list["subprocess.Popen[str]"]:
+    """What `deepspeed --hostfile HOSTS --no_local_rank cli.py …` starts on each of two hosts."""
+    hosts = json.dumps({"first": [0], "second": [0]}).encode()
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "deepspeed.launcher.launch", "--no_local_rank"),
+                *("--world_info", base64.urlsafe_b64encode(hosts).decode(), "--node_rank", str(node)),
+                *("--master_addr", "127.0.0.1", "--master_port", str(port), str(REPOSITORY / "cli.py")),
+                *("train", "--config", str(folder / "run.toml"), "--vstar", str(folder / "vstar.parquet")),
+            ],
+            env={**os.environ, "ASTAR_PO_ARTIFACTS": str(artifacts), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for node in range(2)
+    ]
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -71,13 +93,17 @@ def test_two_nodes_train_like_one_with_two_ranks_and_say_so_when_one_is_lost(
 ) -> None:
     config = configured(tmp_path, tiny_model, iterations=4)
     runs = {}
-    for name, nodes, processes in (("one", 1, 2), ("two", 2, 1)):
-        launched = launch(tmp_path, tmp_path / name, free_port(), nodes=nodes, processes=processes)
+    for name in ("one", "two", "by deepspeed"):
+        if name == "by deepspeed":
+            launched = launch_by_deepspeed(tmp_path, tmp_path / name, free_port())
+        else:
+            nodes, processes = (1, 2) if name == "one" else (2, 1)
+            launched = launch(tmp_path, tmp_path / name, free_port(), nodes=nodes, processes=processes)
         outputs = [job.communicate(timeout=DEADLINE)[0] for job in launched]
-        assert [job.returncode for job in launched] == [0] * nodes, outputs
+        assert [job.returncode for job in launched] == [0] * len(launched), outputs
         assert sum("4/4" in output for output in outputs) == 1, "the main rank alone logs"
         runs[name] = RunPaths(tmp_path / name / config.run)
-    assert figures(runs["one"]) == figures(runs["two"])
+    assert figures(runs["one"]) == figures(runs["two"]) == figures(runs["by deepspeed"])
     weights = load_file(runs["one"].model / "model.safetensors")
     for name, weight in load_file(runs["two"].model / "model.safetensors").items():
         assert torch.equal(weight, weights[name]), name

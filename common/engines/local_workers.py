@@ -38,6 +38,10 @@ LAUNCHED_BY = (
     "LOCAL_RANK",
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "TORCHELASTIC_RUN_ID",
     "MASTER_ADDR",
     "MASTER_PORT",
     "GROUP_RANK",
@@ -133,9 +137,9 @@ def fleet_beside_trainer(
     config: RunConfig, folder: Path, renderer: PromptRenderer, build: EngineBuilder
 ) -> EngineFleet:
     """This rank's engines, on GPUs that no rank trains on, or on a share of the cores. Raises UserError."""
-    rank, ranks = (
-        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # torchrun's name of it, and that of DeepSpeed's launcher.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
     shares = shares_beside(config.engine, visible_devices(), rank, ranks, cores())
     return _fleet(config, folder, renderer, build, shares)
 

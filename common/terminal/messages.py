@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from common.lifetime import has_launcher
 from common.remote.places import shown
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -115,10 +116,10 @@ def _said(note: int | None) -> set[str]:
 
 
 def _job_began() -> float:
-    """When torch's launcher or, without it, this process began, in seconds since the machine's start (Linux).
+    """When the launcher or, without one, this process began, in seconds since the machine's start (Linux).
 
     On a loaded machine a process may begin after another one has found the mistake and ended.
     """
-    process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    process = os.getppid() if has_launcher() else os.getpid()
     after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
