@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -15,6 +16,8 @@ from typing import ParamSpec, TypeVar
 import psutil  # type: ignore[import-untyped]
 
 POLL_SECONDS = 0.05
+POLLS_BETWEEN_SHARES = 10
+"""What a process shares with others changes rarely, and takes the kernel some milliseconds to count."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,7 +39,10 @@ class Finished:
     cpu_seconds: float
     """Its own and its children's."""
     peak_mib: float
-    """The largest sum of the peaks of resident memory of the process and its living descendants."""
+    """The largest sum of the peaks of resident memory of the process and its living descendants.
+
+    What several of them share, such as the libraries of forks, counts once.
+    """
 
 
 def run(command: Iterable[object], log: Path, environment: Mapping[str, str] | None = None) -> Finished:
@@ -44,6 +50,7 @@ def run(command: Iterable[object], log: Path, environment: Mapping[str, str] | N
     arguments = [str(part) for part in command]
     peak = 0.0
     living: set[int] = set()
+    shared: dict[int, float] = {}
     with log.open("w") as output:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         began = time.time()
@@ -51,10 +58,14 @@ def run(command: Iterable[object], log: Path, environment: Mapping[str, str] | N
             arguments, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
         )
         try:
-            while process.poll() is None:
+            for poll in count():
+                if process.poll() is not None:
+                    break
                 earlier, living = living, _family(process.pid)
+                if poll % POLLS_BETWEEN_SHARES == 0 or living != earlier:
+                    shared = {pid: _shared_mib(pid) for pid in living}
                 # A child just forked still shows its parent's memory as its own.
-                peak = max(peak, sum(peak_mib(pid) for pid in living & earlier))
+                peak = max(peak, sum(peak_mib(pid) - shared[pid] for pid in living & earlier))
                 time.sleep(POLL_SECONDS)
         finally:
             process.kill()  # where this process is interrupted
@@ -89,6 +100,16 @@ def peak_mib(pid: int | None = None) -> float:
     except OSError:
         return 0.0
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def _shared_mib(pid: int) -> float:
+    """The part of a process's resident memory that others answer for: the kernel divides each page among its users."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    sizes = {line.split()[0]: int(line.split()[1]) for line in lines if line.startswith(("Rss:", "Pss:"))}
+    return (sizes["Rss:"] - sizes["Pss:"]) / 1024 if len(sizes) == 2 else 0.0
 
 
 def forget_peak() -> None:

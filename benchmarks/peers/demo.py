@@ -1,9 +1,11 @@
 """The demo's task by each trainer, from the start of the first process to a held-out accuracy.
 
-Ours is `cli.py vstar` and then stage 2 as `cli.py train` runs it. All three start from the same base model and take
-the same problems, reward, completions per update, learning rate and seed. Held-out accuracy is one sampled completion
-of each of 512 problems, from the same random streams: ours are sampled during training; the weights that TRL's trainers
-save are loaded into the same engine afterwards. Neither the evaluations nor the saving count as training time.
+Ours is what `cli.py run` does, stage 1 (with A*-PO) and stage 2, and each trainer of TRL's has a run of ours beside it.
+All start from the same base model and take the same problems, reward, completions per update, learning rate and seed.
+Our GRPO has the settings of TRL's: no KL and no entropy term, the mean over tokens. Held-out accuracy is one sampled
+completion of each of 512 problems, from the same random streams: ours are sampled during training; the weights that
+TRL's trainers save are loaded into the same engine afterwards. Neither the evaluations nor the saving count as training
+time.
 """
 
 import json
@@ -18,6 +20,7 @@ from pathlib import Path
 from benchmarks.peers.environment import TRL_VARIABLES, trl_python
 from benchmarks.peers.evaluate import evaluate
 from benchmarks.peers.job import Job, JsonFile, Report
+from benchmarks.peers.our_job import STAGE1
 from benchmarks.peers.our_run import OurJob
 from benchmarks.processes import Finished, alone, assignments, cli, rotations, run
 from benchmarks.tables import Column, comparison
@@ -27,8 +30,15 @@ from common.runs import RunPaths, run_paths
 from stage2_train.config import load_config
 
 CONFIG = Path("configs/demo.toml")
-OURS = "ours"
-TRAINERS = {OURS: "", "TRL A2PO": "a2po", "TRL GRPO": "grpo"}
+OURS: dict[str, dict[str, object]] = {
+    "our A*-PO": {},
+    "our GRPO": {
+        "train.objective": '{ name = "grpo", group_size = 2, kl = 0.0, entropy = 0.0, average = "token" }'
+    },
+}
+"""By the trainer's name, its settings besides the demo's."""
+THEIRS = {"TRL A2PO": "a2po", "TRL GRPO": "grpo"}
+TRAINERS = (*OURS, *THEIRS)
 ACCURACIES = (0.7, 0.8, 0.9)
 EVALUATE_EVERY = 4
 """Iterations between two points of a curve."""
@@ -62,7 +72,7 @@ def compare(repetitions: int, iterations: int, folder: Path) -> str:
         run([sys.executable, "cli.py", "base-model"], folder / "base_model.log", THREADS)
     trl_python()
     runs: dict[str, list[Run]] = {trainer: [] for trainer in TRAINERS}
-    for repetition, trainer in rotations(list(TRAINERS), repetitions):
+    for repetition, trainer in rotations(TRAINERS, repetitions):
         values = {
             "model.path": base,
             "seed": repetition,
@@ -70,9 +80,10 @@ def compare(repetitions: int, iterations: int, folder: Path) -> str:
             "train.evaluate_every": EVALUATE_EVERY,
             "evaluate.training_prompts": 512,
         }
-        place = folder / f"{trainer.replace(' ', '-').lower()}-{repetition}"
+        place = folder / f"{trainer.replace(' ', '-').replace('*', '').lower()}-{repetition}"
         place.mkdir()
-        done = ours(values, place) if trainer == OURS else peer(TRAINERS[trainer], values, place)
+        is_ours = trainer in OURS
+        done = ours({**values, **OURS[trainer]}, place) if is_ours else peer(THEIRS[trainer], values, place)
         runs[trainer].append(done)
         print(
             f"{trainer}, seed {repetition}: {done.total_seconds:.0f} s, stage 1 {done.stage1_seconds:.0f} s, "
@@ -88,13 +99,15 @@ def compare(repetitions: int, iterations: int, folder: Path) -> str:
 
 
 def ours(values: dict[str, object], folder: Path) -> Run:
-    """Both stages."""
+    """What the objective needs: both stages, or stage 2 alone."""
     environment = {**THREADS, "ASTAR_PO_ARTIFACTS": str(folder)}
-    stage1 = run(cli("vstar", CONFIG, "peers", values), folder / "vstar.log", environment)
     paths = RunPaths(folder / "peers")
     config = load_config(CONFIG, assignments(values), "peers")
-    job = OurJob(config=config.model_dump(mode="json"), vstar=str(paths.vstar))
-    stage2, told = run_job(job, [sys.executable, "-m", "benchmarks.peers.our_run"], folder, environment)
+    has_stage1 = config.train.reads_stage1
+    job = OurJob(config=config.model_dump(mode="json"), vstar=str(paths.vstar) if has_stage1 else None)
+    options = cli("vstar", CONFIG, "peers", values)[3:] if has_stage1 else []
+    program = [sys.executable, "-m", "benchmarks.peers.our_job"]
+    finished, told = run_job(job, program, folder, environment, options)
     rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     accuracies = {row["iteration"]: row["evaluate/pass_at_1"] for row in rows if "evaluate/pass_at_1" in row}
     evaluations = {row["iteration"]: row["time/evaluate"] for row in rows if "time/evaluate" in row}
@@ -103,15 +116,16 @@ def ours(values: dict[str, object], folder: Path) -> Run:
     off_the_clock = 0.0
     ends = []
     for number, end in enumerate([told.began, *told.updates]):
-        ends.append(stage1.seconds + end - stage2.began - off_the_clock)
+        ends.append(end - finished.began - off_the_clock)
         off_the_clock += evaluations.get(number, 0.0)
+    stage1_ended = float((folder / STAGE1).read_text()) if has_stage1 else finished.began
     return Run(
         iterations=ends,
         curve=[(ends[number], accuracies[number]) for number in sorted(accuracies)],
-        stage1_seconds=stage1.seconds,
-        total_seconds=stage1.seconds + stage2.seconds,
-        cpu_seconds=stage1.cpu_seconds + stage2.cpu_seconds,
-        peak_mib=max(stage1.peak_mib, stage2.peak_mib),
+        stage1_seconds=stage1_ended - finished.began,
+        total_seconds=finished.seconds,
+        cpu_seconds=finished.cpu_seconds,
+        peak_mib=finished.peak_mib,
     )
 
 
@@ -158,12 +172,16 @@ def run_trl(job: Job, folder: Path) -> tuple[Finished, Report]:
 
 
 def run_job(
-    job: JsonFile, program: Sequence[object], folder: Path, environment: dict[str, str]
+    job: JsonFile,
+    program: Sequence[object],
+    folder: Path,
+    environment: dict[str, str],
+    options: Sequence[object] = (),
 ) -> tuple[Finished, Report]:
     """A job by a program that reads it and writes a report; both stay in the folder, with the program's log."""
     job_file, report_file = folder / "job.json", folder / "report.json"
     job.write(job_file)
-    finished = run([*program, job_file, report_file], folder / "train.log", environment)
+    finished = run([*program, job_file, report_file, *options], folder / "train.log", environment)
     return finished, Report.read(report_file)
 
 

@@ -34,7 +34,8 @@ class OurJob(JsonFile):
     """A training run of ours."""
 
     config: dict[str, Any]
-    vstar: str
+    vstar: str | None
+    """None for an objective without stage 1."""
     completion_lengths: dict[str, int] | None = None
     """Completion lengths by the prompt's text, in place of the model's own end."""
 
@@ -105,7 +106,14 @@ def main() -> None:
 
     builder: EngineBuilder = build_forced if lengths else build_engine
     allowed = [PARITY] if lengths else []  # a forced end has no log-prob of the model's
-    run_stage2(config, Terminal(), Path(job.vstar), allowed, builder, observers=[clock])
+    run_stage2(
+        config,
+        Terminal(),
+        None if job.vstar is None else Path(job.vstar),
+        allowed,
+        builder,
+        observers=[clock],
+    )
     if lengths:
         expected, found = sorted(lengths.values()), sorted(clock.completion_tokens)
         assert found == expected, f"completions of {found} tokens, not of {expected}"

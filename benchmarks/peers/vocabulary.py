@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Self
 
-from benchmarks.peers.demo import OURS, THREADS, TRAINERS, run_job, run_trl
+from benchmarks.peers.demo import THEIRS, THREADS, run_job, run_trl
 from benchmarks.peers.environment import trl_python
 from benchmarks.peers.job import Job, Report
 from benchmarks.peers.our_run import OurJob
@@ -32,6 +32,8 @@ from common.rollout import Completion, SampleRequest
 from common.terminal.console import Terminal
 from stage2_train.config import Config
 
+OURS = "ours"
+TRAINERS = (OURS, *THEIRS)
 VOCABULARY = 151_936
 BATCH_SIZE = 16
 TRL_MICRO_BATCH_SIZE = 4
@@ -86,13 +88,13 @@ def compare(repetitions: int, iterations: int, folder: Path) -> str:
     )
     vstar = write_vstar(config, folder)
     runs: dict[str, list[Run]] = {trainer: [] for trainer in TRAINERS}
-    for repetition, trainer in rotations(list(TRAINERS), repetitions):
+    for repetition, trainer in rotations(TRAINERS, repetitions):
         place = folder / f"{trainer.replace(' ', '-').lower()}-{repetition}"
         place.mkdir()
         if trainer == OURS:
             done = ours(config, dict(zip(prompts, lengths, strict=True)), folder, place)
         else:
-            done = peer(TRAINERS[trainer], config, prompts, lengths, vstar, repetition, place)
+            done = peer(THEIRS[trainer], config, prompts, lengths, vstar, repetition, place)
         runs[trainer].append(done)
         print(
             f"{trainer}, repetition {repetition}: {done.seconds:.0f} s per iteration, rollouts "
