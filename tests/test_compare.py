@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -841,6 +842,26 @@ def test_the_page_has_every_figure_and_beside_it_are_files(reported: Path) -> No
     assert page.count('src="data:image/svg+xml;base64,') == page.count("<img")
     assert "<script" not in page
     assert "| GRPO |" in (reported / "tables.md").read_text()
+
+
+def test_a_study_without_times_compares_none(
+    study: Callable[..., Path], artifacts: Path, with_report: None
+) -> None:
+    path = study(HEAD, "times = false\n", A_STAR, GRPO, BY_N)
+    run(path, Commands())
+    folder = artifacts / "methods"
+    tables = (folder / "tables.md").read_text()
+    assert "The study compares no times" in tables
+    lines = tables.splitlines()
+    headers = [line for line, below in pairwise(lines) if below.startswith(("|---", "| ---"))]
+    titles = [cell.strip() for line in headers for cell in line.split("|")]
+    assert {"memory, GiB", "sampled tokens, k"} <= set(titles)
+    assert not [title for title in titles if re.search(r"time|, s$|, min", title)]
+    drawn = " ".join(file.read_text() for file in folder.glob("*.svg"))
+    assert "iteration" in drawn
+    assert "time, " not in drawn
+    with pytest.raises(UserError, match=r"targets = .* would have no effect: times = false"):
+        plan_of(study(HEAD, "times = false\ntargets = [0.8]\n", A_STAR))
 
 
 @needs_chromium

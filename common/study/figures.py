@@ -67,14 +67,14 @@ def _trade_offs(summary: Summary, arms: Sequence[Arm]) -> Figures:
     """The paper's Figure 2: accuracy against time, memory and KL."""
     panels = [
         panel
-        for column in (summary.time, MEMORY, KL)
+        for column in summary.shown([summary.time, MEMORY, KL])
         if (panel := _against(summary, arms, column)) is not None
     ]
     return Figures(
         name="trade-offs",
-        title="Accuracy against time, memory and KL",
-        caption="In the form of the paper's Figure 2. Points: means over seeds; bars: 95 % intervals. Time is stage 1, "
-        "set-up and iterations.",
+        title=f"Accuracy against {'time, ' if summary.plan.times else ''}memory and KL",
+        caption="In the form of the paper's Figure 2. Points: means over seeds; bars: 95 % intervals."
+        + (" Time is stage 1, set-up and iterations." if summary.plan.times else ""),
         panels=panels,
     )
 
@@ -122,17 +122,24 @@ def _curves(summary: Summary, arms: Sequence[Arm]) -> Figures:
 
     panels = [
         panel
-        for xlabel, across in ((f"time, {unit}", time), ("KL(π‖π_ref) in training", kl))
+        for xlabel, across in (
+            (f"time, {unit}", time) if summary.plan.times else ("iteration", _iteration),
+            ("KL(π‖π_ref) in training", kl),
+        )
         if (panel := _course(summary, arms, xlabel, across, accuracy, "held-out pass@1")) is not None
     ]
     return Figures(
         name="curves",
         title="Accuracy during training",
-        caption="Means over seeds of the evaluations during training; shaded: 95 % intervals. Time includes loading "
-        "and, where the arm needs it, stage 1. KL is the mean since the evaluation before; objectives without a "
-        "reference do not log it.",
+        caption="Means over seeds of the evaluations during training; shaded: 95 % intervals. "
+        + ("Time includes loading and, where the arm needs it, stage 1. " if summary.plan.times else "")
+        + "KL is the mean since the evaluation before; objectives without a reference do not log it.",
         panels=panels,
     )
+
+
+def _iteration(record: Record, point: Point) -> float:
+    return float(point.iteration)
 
 
 def _course(
@@ -185,17 +192,17 @@ def _effect(summary: Summary, key: str) -> Figures:
     symbol = SYMBOLS.get(key, key)
     unit, seconds = summary.unit
     stage2 = Column(
-        title=f"iterations of stage 2, {unit}", digits=2, of=lambda record: record.seconds.training / seconds
+        title=f"iterations of stage 2, {unit}",
+        digits=2,
+        of=lambda record: record.seconds.training / seconds,
+        is_time=True,
     )
-
-    def iteration(record: Record, point: Point) -> float:
-        return float(point.iteration)
-
     panels = [
-        _course(summary, arms, "iteration", iteration, lambda record, point: point.loss, "regression loss"),
-        _course(summary, arms, "iteration", iteration, lambda record, point: point.reward, "training reward"),
-        _by_value(summary, arms, _accuracy(summary), symbol),
-        _by_value(summary, arms, stage2, symbol),
+        _course(summary, arms, "iteration", _iteration, lambda record, point: point.loss, "regression loss"),
+        _course(
+            summary, arms, "iteration", _iteration, lambda record, point: point.reward, "training reward"
+        ),
+        *(_by_value(summary, arms, column, symbol) for column in summary.shown([_accuracy(summary), stage2])),
     ]
     return Figures(
         name=f"effect-{key.replace('.', '-')}",

@@ -77,7 +77,7 @@ def _key_figures(plan: Plan, summary: Summary) -> list[tuple[str, str]]:
         ("arms", str(len(plan.arms))),
         ("seeds", str(len(plan.seeds))),
         ("runs, finished", f"{len(summary.records)} of {len(plan.runs)}"),
-        ("hours, all runs", f"{hours:.2f}"),
+        *([("hours, all runs", f"{hours:.2f}")] if plan.times else []),
     ]
 
 
@@ -92,12 +92,17 @@ def _notices(plan: Plan, summary: Summary) -> list[str]:
         if record.conditions.load_average > BUSY * record.conditions.cores
     ]
     found = []
-    if busy:
+    if not plan.times:
+        found.append(
+            "The study compares no times, as the machine may have done other work meanwhile. What is said of time "
+            "below does not apply."
+        )
+    elif busy:
         found.append(
             f"Other work shared the machine with {len(busy)} of {len(summary.records)} runs (load average above "
             f"{BUSY:g} per core), so their times are too long. Processor time below is affected less."
         )
-    if len(machines) > 1:
+    if len(machines) > 1 and plan.times:
         found.append(
             f"The runs are of different machines, so their times do not compare: {'; '.join(machines)}."
         )

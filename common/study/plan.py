@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.config import RunConfig, Seed, read_config
 from common.errors import UserError
@@ -46,11 +46,19 @@ class StudyFile(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     processes: Annotated[int, Field(ge=1)] = 1
     """Processes that train, one a GPU."""
+    times: bool = True
+    """Whether times are compared: false where the machine does other work meanwhile."""
     targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     """Held-out accuracies; the tables have the time until each."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """For all arms, as `--set` takes them."""
     arms: Annotated[tuple[ArmSection, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _targets_have_times(self) -> Self:
+        if not self.times:
+            self.refuse_unused("targets", because="times = false: no time is compared; leave out one of them")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +165,8 @@ class Plan:
     study: str
     config: Path
     processes: int
+    times: bool
+    """Whether times are compared."""
     targets: Sequence[float]
     arms: Sequence[Arm]
     seeds: Sequence[int]
@@ -201,6 +211,7 @@ def read_plan(path: Path, load: Loader) -> Plan:
         study=file.study,
         config=config,
         processes=file.processes,
+        times=file.times,
         targets=file.targets,
         arms=arms,
         seeds=file.seeds,

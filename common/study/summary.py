@@ -59,6 +59,8 @@ class Column:
     digits: int
     of: Callable[[Record], float | None]
     better: Literal["low", "high"] | None = None
+    is_time: bool = False
+    """Whether other work on the machine changes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +115,16 @@ class Summary:
         """Stage 1, set-up and iterations."""
         unit, seconds = self.unit
         return Column(
-            title=f"time, {unit}", digits=2, of=lambda record: record.seconds.total / seconds, better="low"
+            title=f"time, {unit}",
+            digits=2,
+            of=lambda record: record.seconds.total / seconds,
+            better="low",
+            is_time=True,
         )
+
+    def shown(self, columns: Sequence[Column]) -> list[Column]:
+        """The columns without times, if the plan compares none."""
+        return [column for column in columns if self.plan.times or not column.is_time]
 
     def accuracies(self) -> list[Column]:
         """Sampled and greedy accuracy on the held-out prompts, and the headline figure of each other benchmark."""
@@ -144,11 +154,12 @@ class Summary:
 
     def columns(self) -> list[Column]:
         """Those of the main table."""
-        return [self.time, MEMORY, KL, *self.accuracies(), TOKENS]
+        return self.shown([self.time, MEMORY, KL, *self.accuracies(), TOKENS])
 
     def cost_table(self) -> Sheet:
         """Time and memory by phase."""
-        return self._table("Time and memory by phase", COSTS)
+        title = "Time and memory by phase" if self.plan.times else "Tokens and memory"
+        return self._table(title, self.shown(COSTS))
 
     def targets(self) -> list[Column]:
         """The time until each of the plan's accuracies is reached."""
@@ -161,7 +172,7 @@ class Summary:
             seconds = record.seconds_to(accuracy)
             return None if seconds is None else seconds / scale
 
-        return Column(title=f"time to {accuracy:g}, {unit}", digits=2, of=of, better="low")
+        return Column(title=f"time to {accuracy:g}, {unit}", digits=2, of=of, better="low", is_time=True)
 
     def _accuracy_at(self, part: float) -> Column:
         """Accuracy after a part of the time that the fastest arm of the same seed takes."""
@@ -179,12 +190,13 @@ class Summary:
         )
 
     def speed_table(self) -> Sheet | None:
-        """Time to an accuracy, and accuracy at an equal time; None if training was not evaluated often enough.
+        """Time to an accuracy, and accuracy at an equal time.
 
-        Arms whose training is not evaluated have neither.
+        None if the plan compares no times, or training was not evaluated often enough. Arms whose training is not
+        evaluated have neither.
         """
         curves = [len(record.curve) for record in self.records.values() if record.curve]
-        if min(curves, default=0) < POINTS_OF_A_CURVE:
+        if not self.plan.times or min(curves, default=0) < POINTS_OF_A_CURVE:
             return None
         columns = [*self.targets(), self._accuracy_at(0.5), self._accuracy_at(1.0)]
         return self._table("Time to an accuracy, and accuracy at an equal time", columns)
@@ -195,7 +207,7 @@ class Summary:
             return None
         first, *others = self.arms
         differences = [*self.accuracies(), KL]
-        ratios = [self.time, *self.targets(), MEMORY]
+        ratios = self.shown([self.time, *self.targets(), MEMORY])
         rows = []
         for arm in others:
             cells = [self._difference(arm, first, column) for column in differences]
@@ -264,17 +276,18 @@ KL = Column(
 MEMORY = Column(title="memory, GiB", digits=2, of=lambda record: record.peak_gib, better="low")
 TOKENS = Column(title="tokens", digits=1, of=lambda record: record.trained[HELD_OUT].completion_tokens_mean)
 COSTS = [
-    Column(title="stage 1, s", digits=1, of=lambda record: record.seconds.stage1),
-    Column(title="set-up, s", digits=1, of=lambda record: record.seconds.setup),
-    Column(title="iterations, s", digits=1, of=lambda record: record.seconds.training),
+    Column(title="stage 1, s", digits=1, of=lambda record: record.seconds.stage1, is_time=True),
+    Column(title="set-up, s", digits=1, of=lambda record: record.seconds.setup, is_time=True),
+    Column(title="iterations, s", digits=1, of=lambda record: record.seconds.training, is_time=True),
     Column(
         title="an iteration, s",
         digits=2,
         of=lambda record: record.seconds.training / record.iterations,
         better="low",
+        is_time=True,
     ),
     Column(title="iterations", digits=0, of=lambda record: float(record.iterations)),
-    Column(title="processor, s", digits=0, of=lambda record: record.cpu_seconds, better="low"),
+    Column(title="processor, s", digits=0, of=lambda record: record.cpu_seconds, better="low", is_time=True),
     Column(title="sampled tokens, k", digits=0, of=lambda record: record.sampled_tokens / 1000, better="low"),
     Column(title="training, GiB", digits=2, of=lambda record: record.peak_gib),
     Column(title="stage 1, GiB", digits=2, of=lambda record: record.stage1_peak_gib),
