@@ -238,6 +238,8 @@ def train(
     vstar_file: VstarFile = None,
     advantages_file: AdvantagesFile = None,
     allow_mismatch: AllowMismatch = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
 ) -> None:
     """Stage 2: train the model, by default with A*-PO. Afterwards it is in artifacts/RUN/model.
 
@@ -253,11 +255,27 @@ def train(
     settings = load_config(config, overrides or (), run)
     for package in ("deepspeed", "peft", "tensorboard"):
         refuse_missing(package, "this is a command of stage 2", "make setup")
-    with _ending_cleanly("what is in the last checkpoint"), _libraries_logged(settings.run):
+    if executor == "ray" and settings.engine.placement != "own processes":
+        raise UserError(
+            f'--executor ray: its engines are outside training, found engine.placement "{settings.engine.placement}"; '
+            'set it to "own processes", or leave out --executor'
+        )
+    with (
+        _ending_cleanly("what is in the last checkpoint"),
+        _libraries_logged(settings.run),
+        _engines(executor, address) as engines,
+    ):
         from stage2_train.run import run_stage2
 
         console.outlives_its_reader = True
-        run_stage2(settings, console, vstar_file, allow_mismatch or (), advantages_file=advantages_file)
+        run_stage2(
+            settings,
+            console,
+            vstar_file,
+            allow_mismatch or (),
+            engines.build,
+            advantages_file=advantages_file,
+        )
 
 
 @app.command(short_help="Draw solutions, cut them into steps, estimate the value of each state.")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.config import EngineConfig
+from common.engines import EngineBuilder, build_engine
 from common.engines.local_workers import shares_beside
 from common.errors import UserError
 from common.runs import RunPaths, run_paths
@@ -35,26 +36,30 @@ def configured(folder: Path, model: Path, run: str, **engine: Any) -> Config:
 
 
 class Killer:
-    """Kills the engine's process after an iteration."""
+    """Kills the engine's process, which has this in its command line, after an iteration."""
 
-    def __init__(self, after: int) -> None:
+    def __init__(self, after: int, command: str = "common.engines.local_workers") -> None:
         self._after = after
+        self._command = command
         self.killed: list[int] = []
 
     def after(self, turn: Turn) -> None:
         if turn.number == self._after:
-            for process in psutil.Process().children():
-                if "common.engines.local_workers" in process.cmdline():
+            for process in psutil.Process().children(recursive=True):
+                if self._command in " ".join(process.cmdline()):
                     os.kill(process.pid, signal.SIGKILL)
                     self.killed.append(process.pid)
 
 
-def trained(config: Config, observers: Sequence[Any] = ()) -> RunPaths:
+def trained(
+    config: Config, observers: Sequence[Any] = (), build_engine: EngineBuilder = build_engine
+) -> RunPaths:
     paths = run_paths(config.run)
     if not paths.vstar.exists():
         paths.root.mkdir(parents=True)
         write_tiny_vstar(config, paths.vstar)
-    run_stage2(config, Terminal(file=io.StringIO(), width=200), observers=observers)
+    console = Terminal(file=io.StringIO(), width=200)
+    run_stage2(config, console, build_engine=build_engine, observers=observers)
     return paths
 
 
@@ -64,6 +69,14 @@ def metrics_of(paths: RunPaths) -> list[dict[str, float]]:
         {name: row[name] for name in row if not name.startswith(("time/", "throughput/", "memory/"))}
         for row in rows
     ]
+
+
+def assert_same_training(found: RunPaths, expected: RunPaths) -> None:
+    for ours, theirs in zip(metrics_of(found), metrics_of(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    weights = load_file(expected.model / "model.safetensors")
+    for name, weight in load_file(found.model / "model.safetensors").items():
+        assert torch.allclose(weight, weights[name], atol=1e-5), name
 
 
 def test_the_training_is_that_of_an_engine_inside_even_if_one_is_killed(
@@ -81,11 +94,7 @@ def test_the_training_is_that_of_an_engine_inside_even_if_one_is_killed(
     rows = metrics_of(inside)
     assert len(rows) == 4
     for paths in (own, disturbed):
-        for ours, theirs in zip(rows, metrics_of(paths), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-        weights = load_file(inside.model / "model.safetensors")
-        for name, weight in load_file(paths.model / "model.safetensors").items():
-            assert torch.allclose(weight, weights[name], atol=1e-5), name
+        assert_same_training(paths, inside)
     assert not [
         each for each in psutil.Process().children() if "common.engines.local_workers" in each.cmdline()
     ]

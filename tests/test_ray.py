@@ -11,7 +11,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
+from common.config import EngineConfig
 from common.engines.fleet import EngineFleet
+from common.errors import UserError
 from common.runs import REPOSITORY
 from tests.conftest import RunCli
 from tests.fakes import tiny_config
@@ -19,6 +21,7 @@ from tests.fleet_engines import number_engine
 from tests.stage1_runs import write_questions
 from tests.stage2_runs import as_toml
 from tests.test_fleet import ENGINE, drawn, pids
+from tests.test_placement import OWN, Killer, assert_same_training, configured, trained
 
 ray = pytest.importorskip("ray", reason="ray is not installed: make setup-ray")
 
@@ -140,3 +143,42 @@ def test_an_address_without_a_cluster_is_refused(run_cli: RunCli, tmp_path: Path
     finished = run_cli("vstar", "--config", "run.toml", "--address", "127.0.0.1:1")
     assert finished.returncode == 2
     assert "--address 127.0.0.1:1 is that of a Ray cluster; give --executor ray with it" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("engines", "ranks", "each"), [("auto", "1", 1), ("auto", "2", 1), (2, "1", 2), (2, "2", 1), (4, "2", 2)]
+)
+def test_the_ranks_of_training_share_the_engines(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, engines: int | str, ranks: str, each: int
+) -> None:
+    from common.engines.ray_workers import _beside_trainer
+
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert _beside_trainer(EngineConfig.model_validate({"engines": engines})) == each
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    if engines != "auto":
+        with pytest.raises(UserError, match=r"engine.engines [24] cannot be divided among the 3 processes"):
+            _beside_trainer(EngineConfig.model_validate({"engines": engines}))
+
+
+def test_training_on_ray_needs_engines_of_its_own(run_cli: RunCli, tmp_path: Path, tiny_model: Path) -> None:
+    data = write_questions(tmp_path / "questions.jsonl")
+    (tmp_path / "run.toml").write_text(as_toml(tiny_config(tiny_model, data)))
+    finished = run_cli("train", "--config", "run.toml", "--executor", "ray")
+    assert finished.returncode == 2
+    assert 'found engine.placement "inside"; set it to "own processes"' in finished.stderr
+
+
+def test_training_with_actors_is_that_of_an_engine_inside_even_if_one_is_killed(
+    tmp_path: Path, tiny_model: Path, artifacts: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last test of this file: it ends the cluster."""
+    from common.engines.ray_workers import ray_engines
+
+    inside = trained(configured(tmp_path, tiny_model, "inside"))
+    killer = Killer(after=1, command="ray::EngineActor")
+    with ray_engines(None) as engines:
+        actors = trained(configured(tmp_path, tiny_model, "actors", placement=OWN), [killer], engines.build)
+    assert len(killer.killed) == 1
+    assert "engine 1 of 1 is lost (" in capfd.readouterr().err
+    assert_same_training(actors, inside)

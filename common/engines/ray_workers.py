@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 
-from common.config import RunConfig
+from common.config import EngineConfig, RunConfig
 from common.data.rendering import PromptRenderer
 from common.engines.count import fitting, small
 from common.engines.fleet import EngineFleet
@@ -129,17 +129,31 @@ def ray_engines(address: str | None) -> Iterator[EngineSource]:
     """
 
     def sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
-        if not ray.is_initialized():
-            _connect(address)
+        _connect(address)
         return _sized(config, folder, samples)
 
+    def build(
+        config: RunConfig,
+        folder: Path,
+        renderer: PromptRenderer,
+        *,
+        beside_trainer: bool,
+        adapter: LowRank | None = None,
+    ) -> EngineFleet:
+        _connect(address)
+        count = _beside_trainer(config.engine) if beside_trainer else config.engine.engines
+        assert isinstance(count, int), "a number has been chosen"
+        return _fleet(config, folder, renderer, count, adapter)
+
     try:
-        yield EngineSource(build=_fleet, sized=sized)
+        yield EngineSource(build=build, sized=sized)
     finally:
         ray.shutdown()
 
 
 def _connect(address: str | None) -> None:
+    if ray.is_initialized():
+        return
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     try:
         _refuse_closed_port(address)  # in a second, for which Ray takes minutes
@@ -175,27 +189,37 @@ def _sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
     return config
 
 
+def _beside_trainer(engine: EngineConfig) -> int:
+    """The number of engines of this rank of training: its part of the cluster's GPUs, or without any one.
+
+    Raises UserError if a configured number cannot be divided among the ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if engine.engines == "auto":
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        return max(1, gpus // (ranks * engine.tensor_parallel_size))
+    if engine.engines % ranks:
+        raise UserError(
+            f"engine.engines {engine.engines} cannot be divided among the {ranks} processes of training; choose a "
+            "multiple"
+        )
+    return engine.engines // ranks
+
+
 def _fleet(
-    config: RunConfig,
-    folder: Path,
-    renderer: PromptRenderer,
-    *,
-    beside_trainer: bool,
-    adapter: LowRank | None = None,
+    config: RunConfig, folder: Path, renderer: PromptRenderer, count: int, adapter: LowRank | None
 ) -> EngineFleet:
     from common.engines import build_engine
 
-    assert not beside_trainer, "training has its own engines"
-    assert adapter is None, "only training has adapters"
     engine = config.engine
-    count = engine.engines
-    assert isinstance(count, int), "a number has been chosen"
     cluster = ray.cluster_resources()
     resources = {"num_gpus": engine.tensor_parallel_size, "num_cpus": 1}
     if not cluster.get("GPU"):
         resources = {"num_cpus": max(1, int(cluster["CPU"]) // count)}
-    alone = config.model_copy(update={"engine": engine.model_copy(update={"engines": 1})})
-    one = partial(_build_on_node, build_engine, alone, folder.absolute(), renderer)
+    alone = config.model_copy(
+        update={"engine": engine.model_copy(update={"engines": 1, "placement": "inside"})}
+    )
+    one = partial(_build_on_node, partial(build_engine, adapter=adapter), alone, folder.absolute(), renderer)
     return EngineFleet(
         lambda _: RayWorker(one, **resources),
         count,
