@@ -218,13 +218,15 @@ def fake(
     config = tiny_config(tmp_path, tiny_model, engine={"sleep_while_training": True})
     renderer = PromptRenderer(tiny_model, config.data)
     engine = build_engine(config, tiny_model, renderer, beside_trainer=beside_trainer)
-    yield engine, vars(engine)["llm"]
+    llm = vars(engine)["llm"]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: llm.told.append("empty_cache"))
+    yield engine, llm
     gc.unfreeze()
 
 
 @pytest.mark.parametrize("fake", [(True, True)], indirect=True)
 def test_an_engine_sleeps_until_it_is_given_weights(fake: tuple[RolloutEngine, FakeLLM]) -> None:
-    """Weights are loaded before there is room for the key-value cache, and into memory that is there."""
+    """Weights are loaded before there is room for the key-value cache, and into memory that torch has given back."""
     engine, llm = fake
     load = ["reload_weights", "a"]
     assert llm.options["enable_sleep_mode"]
@@ -240,7 +242,8 @@ def test_an_engine_sleeps_until_it_is_given_weights(fake: tuple[RolloutEngine, F
     for _ in range(2):
         engine.load_weights([("a", torch.ones(1))])
     awake = [*load, "reset_prefix_cache"]
-    assert llm.told == ["wake weights", *load, "wake kv_cache", "reset_prefix_cache", *awake]
+    woken = ["empty_cache", "wake weights", *load, "wake kv_cache", "reset_prefix_cache"]
+    assert llm.told == [*woken, *awake]
 
 
 def test_what_vllm_cannot_load_is_one_line(
