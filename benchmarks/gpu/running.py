@@ -1,0 +1,79 @@
+"""Runs parts, each in a process of its own with its own time, and keeps what they found whatever happens to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.gpu.findings import Findings
+from benchmarks.gpu.machine import describe
+from benchmarks.gpu.parts import LIMIT_SECONDS, Part
+from common.runs import REPOSITORY
+
+LAST_LINES = 25
+"""Of the output of a part that did not finish."""
+
+
+def run(
+    part: Part,
+    device: Literal["cpu", "cuda"],
+    folder: Path,
+    *,
+    is_tiny: bool,
+    program: Sequence[str] = ("-m", "benchmarks.gpu.child"),
+    limit_seconds: float = LIMIT_SECONDS,
+) -> Findings:
+    """Run a part to its end or limit. Its findings are in folder/<part>.json, its output in folder/<part>.log."""
+    file, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
+    findings = Findings(part=part.name, device=device, is_tiny=is_tiny, machine=describe(device))
+    findings.file = file
+    findings.write()
+    shared = folder / "shared"
+    shared.mkdir(exist_ok=True)
+    began = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *program, part.name, str(file.absolute()), str(shared.absolute())],
+            cwd=REPOSITORY,
+            env=environment(device),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limit_seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end(process)
+    findings = Findings.of(json.loads(file.read_text(encoding="utf-8")))
+    findings.file = file
+    findings.seconds = time.monotonic() - began
+    findings.status = {0: "finished", None: "too slow"}.get(status, "failed")
+    if findings.status != "finished":
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        findings.end_of_output = [f"exit status {status}", *(line[:300] for line in lines[-LAST_LINES:])]
+    findings.write()
+    return findings
+
+
+def environment(device: str) -> dict[str, str]:
+    """That of a part's process: without a network, and without the GPU on a CPU."""
+    ours = {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1"}
+    if device == "cpu":
+        ours["CUDA_VISIBLE_DEVICES"] = ""
+    return {**os.environ, **ours}
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the process and everything that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
