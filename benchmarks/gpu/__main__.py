@@ -17,9 +17,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.comparison import compare
-from benchmarks.gpu.findings import FORMAT, Findings
+from benchmarks.gpu.findings import FORMAT, Device, Findings
 from benchmarks.gpu.machine import has_gpu
 from benchmarks.gpu.parts import LIMIT_SECONDS, PARTS, chosen_parts
 from benchmarks.gpu.running import run
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
         parts = chosen_parts(chosen.part)
     except UserError as error:
         parser.error(str(error))
-    device = chosen.device or ("cuda" if has_gpu() else "cpu")
+    device: Device = chosen.device or ("cuda" if has_gpu() else "cpu")
     chosen.out.mkdir(parents=True, exist_ok=True)
     done = []
     for part in parts:
@@ -99,7 +100,7 @@ def read(paths: list[Path]) -> dict[str, Findings]:
     return found
 
 
-def _documents(file: Path) -> list[dict[str, object]]:
+def _documents(file: Path) -> list[dict[str, Any]]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         documents = content if isinstance(content, list) else [content]

@@ -14,6 +14,7 @@ FORMAT = 1
 
 Cell = str | float | int | bool | None
 Verdict = Literal["met", "missed", "not judged"]
+Device = Literal["cpu", "cuda"]
 Status = Literal["running", "finished", "failed", "too slow"]
 
 
@@ -32,7 +33,7 @@ class Findings:
     """Everything that one part has found so far. With a file, each addition is written to it at once."""
 
     part: str
-    device: Literal["cpu", "cuda"]
+    device: Device
     is_tiny: bool
     machine: dict[str, Cell]
     """The card, its driver, versions and the commit."""

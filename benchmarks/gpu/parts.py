@@ -41,7 +41,7 @@ def _demos() -> list[Part]:
 
 
 def _parities() -> list[Part]:
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "bfloat16": {"dtype": "bfloat16"},
         "float32": {"dtype": "float32"},
         "adapter": {"dtype": "bfloat16", "lora": True},
@@ -154,7 +154,7 @@ def chosen_parts(names: list[str]) -> list[Part]:
     """The parts of these names, or that begin with them and `-`; all without a name. Raises UserError."""
     if not names:
         return list(PARTS.values())
-    found = {}
+    found: dict[str, Part] = {}
     for name in names:
         those = {each: part for each, part in PARTS.items() if each == name or each.startswith(f"{name}-")}
         if not those:

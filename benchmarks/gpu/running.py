@@ -9,9 +9,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
-from benchmarks.gpu.findings import Findings
+from benchmarks.gpu.findings import Device, Findings, Status
 from benchmarks.gpu.machine import describe
 from benchmarks.gpu.parts import LIMIT_SECONDS, Part
 from common.runs import REPOSITORY
@@ -22,7 +21,7 @@ LAST_LINES = 25
 
 def run(
     part: Part,
-    device: Literal["cpu", "cuda"],
+    device: Device,
     folder: Path,
     *,
     is_tiny: bool,
@@ -56,7 +55,8 @@ def run(
     findings = Findings.of(json.loads(file.read_text(encoding="utf-8")))
     findings.file = file
     findings.seconds = time.monotonic() - began
-    findings.status = {0: "finished", None: "too slow"}.get(status, "failed")
+    ways: dict[int | None, Status] = {0: "finished", None: "too slow"}
+    findings.status = ways.get(status, "failed")
     if findings.status != "finished":
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         findings.end_of_output = [f"exit status {status}", *(line[:300] for line in lines[-LAST_LINES:])]
