@@ -222,8 +222,9 @@ def table(results: dict[tuple[str, str], Result], workload: Workload) -> str:
     header = ["shape", "parameters", "way", "step, s", "share of the product's rate", "peak, GiB"]
     return (
         f"{on}, {config.model.dtype}, {workload.sequences} sequences of {workload.prompt} + {workload.completion} "
-        f"tokens, micro-batches of {micro_batch_tokens(config):,}, ZeRO-{config.train.zero_stage}; one large matrix product: "
-        f"{rate / 1e12:.3f} TFLOP/s\n\n" + markdown([*header, "computed, GiB", "measured / computed"], rows)
+        f"tokens, micro-batches of {micro_batch_tokens(config):,}, ZeRO-{config.train.zero_stage}; one large matrix "
+        f"product: {rate / 1e12:.3f} TFLOP/s\n\n"
+        + markdown([*header, "computed, GiB", "measured / computed"], rows)
     )
 
 

@@ -26,8 +26,12 @@ from stage2_train.train import Trainer
 
 ITERATIONS = 3
 PROMPT, COMPLETION = 40, 64
-LEAST_MOVE = 2.0
+LEAST_MOVE = 1.0
 """Times the mean gap that is allowed: as far must the policy move, so that old weights would be noticed."""
+
+
+Gaps = dict[str, list[Gap]]
+"""Of each pair, in the order of the iterations."""
 
 
 def measure(findings: Findings, folder: Path, *, dtype: str, lora: bool = False) -> None:
@@ -44,7 +48,7 @@ def measure(findings: Findings, folder: Path, *, dtype: str, lora: bool = False)
             "engine.enforce_eager": "true",
             "train.batch_size": 16,
             "train.mini_batch_size": 8,
-            "train.learning_rate": 1e-3,
+            "train.learning_rate": 1e-3 if findings.is_tiny else 2e-4,
             "train.warmup_steps": 0,
             "train.objective.beta2": 0.01,
             **({"train.lora.rank": 8} if lora else {}),
@@ -53,8 +57,9 @@ def measure(findings: Findings, folder: Path, *, dtype: str, lora: bool = False)
     data = made_up_data(model, config, [PROMPT] * 16)
     adapter = None if (given := config.train.lora) is None else LowRank(rank=given.rank, alpha=given.alpha)
     build = partial(build_engine, config, model, data.renderer, beside_trainer=True, adapter=adapter)
+    gaps: Gaps = {}
     with training(config, data, lambda: TimedEngine(build)) as trainer:
-        compare(findings, trainer, config, model, 0)
+        compare(findings, trainer, config, model, 0, gaps)
         for number in range(1, ITERATIONS + 1):
             turn = trainer.iteration(number, ITERATIONS)
             findings.row(
@@ -64,11 +69,18 @@ def measure(findings: Findings, folder: Path, *, dtype: str, lora: bool = False)
                 gradient_norm=turn.metrics["train/gradient_norm"],
                 steps_skipped=turn.metrics["train/skipped_steps"],
             )
-            compare(findings, trainer, config, model, number)
+            compare(findings, trainer, config, model, number, gaps)
+    bound = BOUNDS[dtype]
+    for pair, those in gaps.items():
+        worst = Gap.worst(those)
+        findings.at_most(f"{pair}, nats on average", worst.mean, bound.mean)
+        findings.at_most(f"{pair}, nats at most", worst.largest, bound.largest)
 
 
-def compare(findings: Findings, trainer: Trainer[Any], config: Config, model: Path, number: int) -> None:
-    """The three pairs after iteration `number`."""
+def compare(
+    findings: Findings, trainer: Trainer[Any], config: Config, model: Path, number: int, gaps: Gaps
+) -> None:
+    """Add the gaps of the three pairs after iteration `number`."""
     rollouts: list[Rollout] = trainer.source.now(parity_draw(trainer.data, config, trainer.ranks), number)
     cut = Cutter(config.train, trainer.data.renderer, trainer.ranks)
     sequences = [(tuple(each.prompt.token_ids), each.completion.token_ids) for each in rollouts]
@@ -83,16 +95,18 @@ def compare(findings: Findings, trainer: Trainer[Any], config: Config, model: Pa
             "trainer": scored(rollouts, PolicyScorer(trainer.parts.policy, trainer.ranks), cut),
             "plain": plain_logprobs(exported, config.model.dtype, temperature, sequences),
         }
-    bound = BOUNDS[config.model.dtype]
     for one, other in (("vLLM", "trainer"), ("vLLM", "plain"), ("trainer", "plain")):
         gap = Gap.between(found[one], found[other])
         pair = f"{one} and {other}"
         findings.row(
             "Gaps in nats", after=number, pair=pair, mean=gap.mean, largest=gap.largest, tokens=gap.tokens
         )
-        findings.at_most(f"{pair} after {number}, on average", gap.mean, bound.mean)
-        findings.at_most(f"{pair} after {number}, at most", gap.largest, bound.largest)
+        gaps.setdefault(pair, []).append(gap)
     if number == ITERATIONS:
         at_first = plain_logprobs(model, config.model.dtype, temperature, sequences)
         moved = Gap.between(found["trainer"], at_first)
-        findings.at_least("nats on average that the policy has moved", moved.mean, LEAST_MOVE * bound.mean)
+        findings.at_least(
+            "nats on average that the policy has moved",
+            moved.mean,
+            LEAST_MOVE * BOUNDS[config.model.dtype].mean,
+        )
