@@ -17,6 +17,8 @@ from common.runs import REPOSITORY
 
 LAST_LINES = 25
 """Of the output of a part that did not finish."""
+PATIENCE: dict[Device, int] = {"cuda": 1, "cpu": 10}
+"""Times the limit: on a CPU that others use, too, libraries take long to load."""
 
 
 def run(
@@ -26,7 +28,7 @@ def run(
     *,
     is_tiny: bool,
     program: Sequence[str] = ("-m", "benchmarks.gpu.child"),
-    limit_seconds: float = LIMIT_SECONDS,
+    limit_seconds: float | None = None,
 ) -> Findings:
     """Run a part to its end or limit. Its findings are in folder/<part>.json, its output in folder/<part>.log."""
     file, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
@@ -47,7 +49,7 @@ def run(
             start_new_session=True,
         )
         try:
-            status = process.wait(limit_seconds)
+            status = process.wait(limit_seconds or LIMIT_SECONDS * PATIENCE[device])
         except subprocess.TimeoutExpired:
             status = None
         finally:

@@ -1,6 +1,5 @@
 """Measures an iteration from outside: the engine's calls, each optimizer step, and the trainer's own memory."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.flops import settled
 from common.config import SamplingParams
 from common.engines import RolloutEngine
 from common.rollout import Completion, Rollout, SampleRequest
@@ -19,13 +19,6 @@ from stage2_train.train import Trainer
 from stage2_train.update import Update
 
 GIB = 2**30
-
-
-def settled() -> float:
-    """The time, once the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class TimedEngine:
