@@ -21,6 +21,10 @@ def main(name: str, file: Path, folder: Path) -> None:
     findings.file = file
     found = "cuda" if torch.cuda.is_available() else "cpu"
     assert found == findings.device, f"torch finds {found}, asked for was {findings.device}"
+    if found == "cuda":
+        findings.machine["card"] = torch.cuda.get_device_name()
+        torch.cuda.init()
+        findings.machine["card GiB"] = torch.cuda.mem_get_info()[1] / 2**30
     PARTS[name].measure(findings, folder)
     findings.write()
 

@@ -1,8 +1,11 @@
 """Models of random weights, in folders that parts share, and the settings that they are trained and sampled with."""
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.processes import assignments
 from benchmarks.scale import QWEN2_5, qwen
@@ -26,6 +29,8 @@ def written_model(folder: Path, name: str, document: dict[str, Any]) -> Path:
     if not place.exists():
         with new_folder(place) as unfinished:
             save_random_model(unfinished, document)
+        gc.collect()
+        torch.cuda.empty_cache()  # it was made there
     return place
 
 

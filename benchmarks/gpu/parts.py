@@ -11,6 +11,9 @@ from common.errors import UserError
 LIMIT_SECONDS = 100
 """For each part's process, its start included."""
 
+ITERATIONS = {"1.5b": 256, "3b": 128, "7b": 64}
+"""Prompts of a whole iteration with an engine, by the model's shape: what fits the limit."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -92,11 +95,12 @@ def _at_scale() -> list[Part]:
     iterations = [
         Part(
             name=f"iteration-{shape}",
-            what=f"a whole iteration with vLLM, 256 completions of 1,024 tokens, {shape}: seconds by phase, memory",
+            what=f"a whole iteration with vLLM, {prompts} completions of 1,024 tokens, {shape}: seconds by phase, memory"
+            + (", an adapter" if shape in adapted else ""),
             module="iteration",
-            arguments={"shape": shape, "lora": shape in adapted},
+            arguments={"shape": shape, "lora": shape in adapted, "prompts": prompts},
         )
-        for shape in ("1.5b", "3b", "7b")
+        for shape, prompts in ITERATIONS.items()
     ]
     methods = [
         Part(
