@@ -44,7 +44,7 @@ def measured(part: str, folder: Path) -> dict[str, Any]:
     """The JSON document of a part whose process ended well."""
     file = folder / f"{part}.json"
     findings(part, file).write()
-    program = ["-m", "benchmarks.gpu.child", part, file, folder]
+    program: list[str | Path] = ["-m", "benchmarks.gpu.child", part, file, folder]
     process = warm.run(program, cwd=ROOT, env={**environment("cpu"), "OMP_NUM_THREADS": "1"}, timeout=600)
     assert process.returncode == 0, process.stderr[-4000:]
     document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)

@@ -95,7 +95,7 @@ def _at_scale() -> list[Part]:
     iterations = [
         Part(
             name=f"iteration-{shape}",
-            what=f"a whole iteration with vLLM, {prompts} completions of 1,024 tokens, {shape}: seconds by phase, memory"
+            what=f"a whole iteration with vLLM, {prompts} completions of 1,024 tokens, {shape}: phases, memory"
             + (", an adapter" if shape in adapted else ""),
             module="iteration",
             arguments={"shape": shape, "lora": shape in adapted, "prompts": prompts},
