@@ -293,6 +293,11 @@ class VllmEngine:
     def close(self) -> None:
         """Free the model's memory; leaves the trainer's torch.distributed groups as they are."""
         llm, self.llm = self.llm, None
+        if llm is not None and self._is_asleep:
+            # Its allocator would give back once more what it gave back when it fell asleep.
+            torch.cuda.empty_cache()
+            llm.wake_up()
+            self._is_asleep = False
         if llm is not None and self._is_guest:
             # vLLM's own shutdown would destroy torch.distributed, which belongs to the trainer.
             client: Any = llm.llm_engine.engine_core
