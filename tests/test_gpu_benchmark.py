@@ -23,7 +23,7 @@ FAST = (
     "formula",
     "iteration-1.5b",
     "parity-adapter",
-    "reload-graphs-tied-odd",
+    "reload-graphs-qwen3",
     "update-7b",
     "sweep",
     "logits",
@@ -32,7 +32,14 @@ FAST = (
     "sampling-1.5b",
 )
 """The parts of which each has another module, but for those that start processes of their own."""
-SLOW = ("demo-vllm-bfloat16", "demo-transformers-float32", "naive-1.5b", "method-ppo", "sampling-demo")
+SLOW = (
+    "reload-eager-tied-odd",
+    "demo-vllm-bfloat16",
+    "demo-transformers-float32",
+    "naive-1.5b",
+    "method-ppo",
+    "sampling-demo",
+)
 
 
 def findings(part: str, file: Path | None = None, **values: Any) -> Findings:
@@ -198,8 +205,8 @@ def test_objectives_are_compared_where_a_star_po_was_measured_too() -> None:
 
 def test_parts_are_chosen_by_name_or_by_its_beginning() -> None:
     assert [part.name for part in chosen_parts(["noise"])] == ["noise"]
-    assert len(chosen_parts(["reload"])) == 8
-    assert chosen_parts(["reload", "reload-eager-tied-odd"]) == chosen_parts(["reload"])
+    assert len(chosen_parts(["reload"])) == 9
+    assert chosen_parts(["reload", "reload-graphs-qwen3"]) == chosen_parts(["reload"])
     assert len(chosen_parts([])) == len(PARTS)
     with pytest.raises(UserError, match="there is no such part"):
         chosen_parts(["relo"])

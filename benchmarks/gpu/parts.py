@@ -61,7 +61,7 @@ def _parities() -> list[Part]:
 
 
 def _reloads() -> list[Part]:
-    return [
+    crossed = [
         Part(
             name=f"reload-{mode}-{head}-{size}",
             what=f"sleep, wake, reload: {mode}, {head} head, vocabulary {'not ' if size == 'odd' else ''}a multiple "
@@ -73,6 +73,13 @@ def _reloads() -> list[Part]:
         for head in ("untied", "tied")
         for size in ("odd", "even")
     ]
+    other = Part(
+        name="reload-graphs-qwen3",
+        what="the same for Qwen3, which runs in vLLM's second model runner, untied, not a multiple of 64",
+        module="reload",
+        arguments={"eager": False, "tied": False, "odd": True, "architecture": "qwen3"},
+    )
+    return [crossed[0], other, *crossed[1:]]
 
 
 def _at_scale() -> list[Part]:

@@ -37,9 +37,13 @@ SMALLEST_CHANGE = 0.1
 """Nats on average between the log-probs of two sets of weights, so that they cannot be taken for each other."""
 
 
-def measure(findings: Findings, folder: Path, *, eager: bool, tied: bool, odd: bool) -> None:
+def measure(
+    findings: Findings, folder: Path, *, eager: bool, tied: bool, odd: bool, architecture: str = "qwen2"
+) -> None:
     """One engine, through all of it."""
-    model_folder = spread_model(folder, is_tiny=findings.is_tiny, tied=tied, odd=odd)
+    model_folder = spread_model(
+        folder, is_tiny=findings.is_tiny, tied=tied, odd=odd, architecture=architecture
+    )
     config = settings(
         model_folder,
         {
@@ -107,8 +111,11 @@ def measure(findings: Findings, folder: Path, *, eager: bool, tied: bool, odd: b
     distance = plain.gap(first, changed)["mean"]
     findings.at_least("nats on average between the two sets of weights", distance, SMALLEST_CHANGE)
     timed.sleep()
+    free = free_bytes()
     timed.close()
-    findings.remark("closed while asleep, without an error")
+    findings.row(
+        "Engine", what="closed while asleep, beyond what sleep gave back", GiB=(free_bytes() - free) / GIB
+    )
 
 
 class Greedy:
@@ -180,12 +187,18 @@ class Plain:
             yield logits_KV.log_softmax(-1).gather(-1, ids[0, -count:, None])[:, 0].tolist()
 
 
-def spread_model(folder: Path, *, is_tiny: bool, tied: bool, odd: bool, dtype: str = DTYPE) -> Path:
+def spread_model(
+    folder: Path, *, is_tiny: bool, tied: bool, odd: bool, dtype: str = DTYPE, architecture: str = "qwen2"
+) -> Path:
     """A model of a hundred million weights, or of fewer, whose next tokens are not equally likely."""
     document = TINY if is_tiny else qwen(768, 12, 2048, 12, 4, VOCABULARY, tied=tied)
     vocabulary = document["vocab_size"] + (ODD if odd else 0)
-    name = f"spread-{'tiny-' if is_tiny else ''}{'tied' if tied else 'untied'}-{vocabulary}-{dtype}"
+    kind = f"{architecture}-{'tied' if tied else 'untied'}"
+    name = f"spread-{'tiny-' if is_tiny else ''}{kind}-{vocabulary}-{dtype}"
     changes = {
+        "model_type": architecture,
+        "architectures": [f"{architecture.capitalize()}ForCausalLM"],
+        "head_dim": document["hidden_size"] // document["num_attention_heads"],
         "vocab_size": vocabulary,
         "tie_word_embeddings": tied,
         "initializer_range": SPREAD,
