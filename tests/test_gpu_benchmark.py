@@ -198,6 +198,9 @@ def test_objectives_are_compared_where_a_star_po_was_measured_too() -> None:
     (rows,) = compared.tables.values()
     assert [(row["objective"], row["over ours"]) for row in rows] == [("astar_po", 1.0), ("ppo", 2.0)]
     assert compare({ppo.part: ppo}) is None
+    on_a_cpu = compare({one.part: one for one in (method("astar_po", 1.0, 0.0), method("ppo", 1.0, 0.0))})
+    assert on_a_cpu is not None
+    assert on_a_cpu.checks[1].value is None
     elsewhere = replace(ppo, machine={**ppo.machine, "card": "another"})
     assert compare({ours.part: ours, ppo.part: elsewhere}) is not None
     assert not compare({ours.part: ours, ppo.part: elsewhere}).checks  # type: ignore[union-attr]

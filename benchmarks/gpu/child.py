@@ -11,6 +11,7 @@ from pathlib import Path
 import cli  # noqa: F401  the thread settings of the command line
 from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.parts import PARTS
+from common.processes import die_with_launcher
 
 
 def main(name: str, file: Path, folder: Path) -> None:
@@ -30,6 +31,7 @@ def main(name: str, file: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    die_with_launcher()  # and free the GPU
     part, into, place = sys.argv[1:]
     main(part, Path(into), Path(place))
     sys.stdout.flush()

@@ -1,5 +1,6 @@
 """What takes the findings of several parts: the objectives beside each other, as in the paper's Table 1."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,27 +32,32 @@ def compare(found: Mapping[str, Findings]) -> Findings | None:
             "Objectives, each in a process of its own with the same engine, model and prompts",
             objective=name.removeprefix("method-"),
             iteration_s=figures["iteration"],
-            over_ours=figures["iteration"] / base["iteration"],
+            over_ours=ratio(figures, base, "iteration"),
             rollouts_s=figures["rollout"],
             training_s=figures["training"],
             training_peak_GiB=figures["peak GiB"],
-            peak_over_ours=figures["peak GiB"] / base["peak GiB"],
+            peak_over_ours=ratio(figures, base, "peak GiB"),
         )
     if BASELINE in same:
         theirs = iteration_of(same[BASELINE])
         compared.at_least(
             "PPO's time an iteration over A*-PO's",
-            theirs["iteration"] / base["iteration"],
+            ratio(theirs, base, "iteration"),
             FASTER,
             of_the_hardware=True,
         )
         compared.at_least(
             "A*-PO's training memory, share below PPO's",
-            1 - base["peak GiB"] / theirs["peak GiB"],
+            1 - ratio(base, theirs, "peak GiB"),
             LEANER,
             of_the_hardware=True,
         )
     return compared
+
+
+def ratio(one: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> float:
+    """Of one iteration's figure to another's; nan where there is none, such as the memory of a GPU on a CPU."""
+    return float(one[figure] / other[figure]) if other[figure] else math.nan
 
 
 SUMMARY = "One iteration"

@@ -62,6 +62,7 @@ def measure(
     timed = TimedEngine(lambda: VllmEngine(config, model_folder, data.renderer, beside_trainer=True))
     taken = free - free_bytes()
     findings.row("Engine", what="start", s=timed.seconds["build"], GiB=taken / GIB)
+    findings.remark(facts(timed.engine))
     original, changed = plain.weights(), plain.changed_weights()
     first = Greedy(timed, data.prompts)
     findings.row("Log-probs", after="start", **plain.gap(first, original))
@@ -116,6 +117,19 @@ def measure(
     findings.row(
         "Engine", what="closed while asleep, beyond what sleep gave back", GiB=(free_bytes() - free) / GIB
     )
+
+
+def facts(engine: Any) -> str:
+    """Which kernels and which of its model runners vLLM has chosen."""
+    inside = engine.llm.llm_engine
+    layers = inside.vllm_config.compilation_config.static_forward_context.values()
+    found = {
+        f"{type(layer.impl).__name__} version {getattr(layer.impl, 'vllm_flash_attn_version', None)}"
+        for layer in layers
+        if hasattr(layer, "impl")
+    }
+    runner = type(inside.engine_core.engine_core.model_executor.driver_worker.worker.model_runner)
+    return f"attention: {', '.join(sorted(found))}; model runner: {runner.__module__}"
 
 
 class Greedy:

@@ -15,7 +15,7 @@ from benchmarks.gpu.machine import describe
 from benchmarks.gpu.parts import LIMIT_SECONDS, Part
 from common.runs import REPOSITORY
 
-LAST_LINES = 25
+LAST_LINES = 40
 """Of the output of a part that did not finish."""
 PATIENCE: dict[Device, int] = {"cuda": 1, "cpu": 10}
 """Times the limit: on a CPU that others use, too, libraries take long to load."""
@@ -46,7 +46,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,  # not a session, which would outlive the one that this runs in
         )
         try:
             status = process.wait(limit_seconds or LIMIT_SECONDS * PATIENCE[device])
@@ -67,8 +67,9 @@ def run(
 
 
 def environment(device: str) -> dict[str, str]:
-    """That of a part's process: without a network, and without the GPU on a CPU."""
+    """That of a part's process: without a network, without the GPU on a CPU, with vLLM's log in its output."""
     ours = {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1"}
+    ours["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
     if device == "cpu":
         ours["CUDA_VISIBLE_DEVICES"] = ""
     return {**os.environ, **ours}
