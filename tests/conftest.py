@@ -35,6 +35,7 @@ LONGEST_FILES = (
     "test_other_split",
     "test_resume",
     "test_rollout_groups",
+    "test_gpu_benchmark",
     "test_engines",
     "test_stage1",
     "test_lora",

@@ -22,17 +22,17 @@ ROOT = Path(__file__).parents[1]
 FAST = (
     "formula",
     "iteration-1.5b",
-    "parity-adapter",
     "reload-graphs-qwen3",
     "update-7b",
     "sweep",
     "logits",
     "noise",
     "accumulation",
-    "sampling-1.5b",
 )
-"""The parts of which each has another module, but for those that start processes of their own."""
+"""Parts that take seconds, each of another module."""
 SLOW = (
+    "parity-adapter",
+    "sampling-1.5b",
     "reload-eager-tied-odd",
     "demo-vllm-bfloat16",
     "demo-transformers-float32",
