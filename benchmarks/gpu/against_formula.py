@@ -1,9 +1,11 @@
 """Training under ZeRO 0 to 3, and of an adapter, against Algorithm 1's formula in plain torch, on this device.
 
 Each trainer takes the same six steps on the same made-up completions, whose rewards differ. In float32 they have to
-agree with the formula; in bfloat16 their steps are shown beside those of the formula in float32.
+agree with the formula; in bfloat16 their steps are shown beside those of the formula in float32. So is the peak of
+memory beside the forecast: DeepSpeed's bucket is most of it for so small a model.
 """
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from benchmarks.formula import ByFormula, WatchedUpdate, by_formula
 from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.models import settings
 from benchmarks.gpu.reload import spread_model
+from benchmarks.gpu.watch import GIB
 from benchmarks.training import ScriptedEngine, made_up_data, random_completion, training
 from common.rollout import Completion, SampleRequest
 from stage2_train.config import Config
-from stage2_train.memory import read_shape
+from stage2_train.memory import memory_per_gpu, read_shape
 from stage2_train.network import Network
 
 ITERATIONS = 3
@@ -51,7 +54,10 @@ def measure(findings: Findings, folder: Path) -> None:
     start = {name: weight.clone() for name, weight in start.items()}
     for case, values in CASES.items():
         config = _config(model, values)
+        before = _forgotten_peak()
         steps, weights = _taken(config, model)
+        peak = torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else None
+        forecast = memory_per_gpu(read_shape(model), config, gpus=1, gpu_bytes=0)["total"]
         is_adapter = config.train.lora is not None
         if is_adapter not in references:  # the first case of its kind is in float32
             references[is_adapter] = _reference(config, model, steps)
@@ -75,6 +81,8 @@ def measure(findings: Findings, folder: Path) -> None:
             movement_off_by=moved,
             worst_matrix=worst,
             its_movement_off_by=apart[worst] / moves[worst],
+            peak_GiB=peak and peak / GIB,
+            forecast_GiB=forecast / GIB,
         )
         if config.model.dtype == "float32":
             findings.at_most(f"{case}: losses, relative", loss_error, FIGURES_ERROR)
@@ -82,6 +90,16 @@ def measure(findings: Findings, folder: Path) -> None:
             findings.at_most(f"{case}: weights, of their movement", moved, MOVEMENT_ERROR)
         else:
             findings.at_most(f"{case}: losses, relative", loss_error, LOSS_ERROR)
+
+
+def _forgotten_peak() -> int:
+    """What torch holds on the GPU, which is its peak from now on."""
+    gc.collect()
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _config(model: Path, values: dict[str, object]) -> Config:
