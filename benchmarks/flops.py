@@ -70,6 +70,13 @@ def _product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype) ->
     return _best_seconds(lambda: torch.mm(left, right), torch.device("cpu"), repetitions=2)
 
 
+def settled() -> float:
+    """The time, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _best_seconds(run: Callable[[], Tensor], device: torch.device, repetitions: int = 5) -> float:
     def once() -> float:
         began = time.perf_counter()

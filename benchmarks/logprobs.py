@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, linear_cross_entropy
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.processes import alone, forget_peak, peak_mib, resident_mib, rotations
@@ -76,6 +76,8 @@ def checkpointed(layer: Layer, hidden_KH: Tensor, target_K: Tensor) -> tuple[Ten
 
 
 def of_torch(layer: Layer, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+    from torch.nn.functional import linear_cross_entropy  # not in every release
+
     options = torch.nn.LinearCrossEntropyOptions(
         batch_chunk_size=logprobs.LOGITS_PER_CHUNK // layer.out_features, chunking_method=None
     )
@@ -89,12 +91,16 @@ def ours(layer: Layer, hidden_KH: Tensor, target_K: Tensor) -> tuple[Tensor, Ten
     return found
 
 
+def chosen_way(way: str) -> Logprobs:
+    """The function of one of WAYS; sets how many logits ours has at a time, for the rest of the process."""
+    name, _, elements = way.partition(" 2^")
+    logprobs.LOGITS_PER_CHUNK = 2 ** int(elements or 26)
+    return {"naive": naive, "checkpointed": checkpointed, "torch": of_torch, "ours": ours}[name]
+
+
 def measure(way: str, dtype: str, tokens: int, hidden: int, vocabulary: int) -> Result:
     """One forward and backward pass, after one on a few tokens."""
-    name, _, elements = way.partition(" 2^")
-    if elements:
-        logprobs.LOGITS_PER_CHUNK = 2 ** int(elements)
-    compute: Logprobs = {"naive": naive, "checkpointed": checkpointed, "torch": of_torch, "ours": ours}[name]
+    compute = chosen_way(way)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     layer = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=getattr(torch, dtype))

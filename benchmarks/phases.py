@@ -5,8 +5,8 @@
 Two workloads, each in a process of its own: "demo", the demo's model and V̂*, and "larger", a random Qwen2 whose
 completions end at random, after some 180 tokens. Iterations are stage 2's own (`Trainer.iteration`). In each of them,
 right before it samples, its floors are measured, and the time for this is left out: the same requests by `LLM.generate`
-on the same weights, which must give the same number of tokens; one large matrix product in the same dtype on as many
-threads; and a copy in memory.
+on the same weights, which on a CPU must give the same number of tokens; one large matrix product in the same dtype on
+as many threads; and a copy in memory.
 
 Prints medians over the iterations, with paired ratios; then the share of padding and of the products' sizes in the gap.
 """
@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import bare_vllm
-from benchmarks.flops import ADAMW_BYTES, BACKWARD, copy_rate, forward_flops, matrix_rate, products_seconds
+from benchmarks.flops import (
+    ADAMW_BYTES,
+    BACKWARD,
+    copy_rate,
+    forward_flops,
+    matrix_rate,
+    products_seconds,
+    settled,
+)
 from benchmarks.processes import alone, assignments
 from benchmarks.tables import markdown
 from benchmarks.training import DEMO, made_up_data, save_random_model, training
@@ -107,7 +115,10 @@ class ProbedEngine:
             tokens += len(completion.token_ids)
             yield completion
         self.seconds = time.perf_counter() - ready
-        assert tokens == bare_tokens, f"the samples differ: {tokens:,} tokens, bare vLLM drew {bare_tokens:,}"
+        # On a GPU rounding depends on what else is in the batch.
+        assert torch.cuda.is_available() or tokens == bare_tokens, (
+            f"the samples differ: {tokens:,} tokens, bare vLLM drew {bare_tokens:,}"
+        )
 
     def _measure_floors(self, requests: list[SampleRequest], sampling: SamplingParams) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,9 +166,9 @@ class TimedSteps:
         return self._part.nothing(tokens)
 
     def _step(self) -> float:
-        began = time.perf_counter()
+        began = settled()
         norm = self._part.learner.step()
-        self.seconds += time.perf_counter() - began
+        self.seconds += settled() - began
         return norm
 
 

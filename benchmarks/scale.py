@@ -86,10 +86,18 @@ class Result:
     """One step of one shape. Seconds are None if it did not fit."""
 
     shape: Shape
-    seconds: float | None
+    reference_seconds: float | None
+    update_seconds: float | None
     operations_a_second: float
     """The rate of one large matrix product."""
     peak_bytes: int
+
+    @property
+    def seconds(self) -> float | None:
+        """Of both together."""
+        if self.reference_seconds is None or self.update_seconds is None:
+            return None
+        return self.reference_seconds + self.update_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +107,22 @@ class Workload:
     dtype: str
     sequences: int
     tokens_per_micro_batch: int
+    prompt: int = PROMPT
+    completion: int = COMPLETION
     overrides: Sequence[str] = ()
+
+    @property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """The tokens of each sequence, and how many of them are a completion's."""
+        return [self.prompt + self.completion] * self.sequences, [self.completion] * self.sequences
 
     def config(self, folder: Path, way: str = "ours") -> Config:
         """The config of a step in which every sequence is trained on."""
         values = {
             "model.path": folder,
             "model.dtype": self.dtype,
-            "sampling.max_completion_tokens": COMPLETION,
+            "data.max_prompt_tokens": self.prompt,
+            "sampling.max_completion_tokens": self.completion,
             "engine.backend": "transformers",
             "train.batch_size": self.sequences,
             "train.mini_batch_size": self.sequences,
@@ -135,10 +151,11 @@ def measure(way: str, config: Config, folder: Path) -> Result:
     device = torch.device("cuda" if on_gpu else "cpu")
     rate = matrix_rate(getattr(torch, config.model.dtype), device)
     shape = read_shape(folder)
-    data = made_up_data(folder, config, [PROMPT] * config.train.batch_size)
-    engine = ScriptedEngine(lambda request: random_completion(request, COMPLETION, shape.vocabulary))
+    data = made_up_data(folder, config, [config.data.max_prompt_tokens] * config.train.batch_size)
+    length = config.sampling.max_completion_tokens
+    engine = ScriptedEngine(lambda request: random_completion(request, length, shape.vocabulary))
     before = resident_mib()
-    seconds = None
+    reference_seconds = update_seconds = None
     try:
         with training(config, data, lambda: engine) as trainer:
             if way == "naive":
@@ -147,11 +164,17 @@ def measure(way: str, config: Config, folder: Path) -> Result:
             trainer.iteration(1, last=2)
             torch.cuda.reset_peak_memory_stats() if on_gpu else forget_peak()
             metrics = trainer.iteration(2, last=2).metrics
-            seconds = metrics["time/reference"] + metrics["time/update"]
+            reference_seconds, update_seconds = metrics["time/reference"], metrics["time/update"]
     except torch.OutOfMemoryError:
         pass
     peak = torch.cuda.max_memory_allocated() if on_gpu else round((peak_mib() - before) * 2**20)
-    return Result(shape=shape, seconds=seconds, operations_a_second=rate, peak_bytes=peak)
+    return Result(
+        shape=shape,
+        reference_seconds=reference_seconds,
+        update_seconds=update_seconds,
+        operations_a_second=rate,
+        peak_bytes=peak,
+    )
 
 
 def computed(shape: Shape, config: Config, way: str, *, resident: bool) -> int:
@@ -171,7 +194,8 @@ def computed(shape: Shape, config: Config, way: str, *, resident: bool) -> int:
         )
     if way == "naive":
         tokens = micro_batch_tokens(config)
-        completion_tokens = tokens * COMPLETION // (PROMPT + COMPLETION)
+        completion = config.sampling.max_completion_tokens
+        completion_tokens = tokens * completion // (config.data.max_prompt_tokens + completion)
         backward["activations"] = tokens * shape.layers * layer_activations(shape, config)
         backward["logits"] = NAIVE_LOGITS * memory.FLOAT32 * completion_tokens * shape.vocabulary
     at_the_peak = max(sum(moment.values()) for moment in moments.values())
@@ -187,8 +211,7 @@ def table(results: dict[tuple[str, str], Result], workload: Workload) -> str:
         bytes_computed = computed(shape, config, way, resident=not torch.cuda.is_available())
         found = ["does not fit", "", "", f"{bytes_computed / GIB:.2f}", ""]
         if result.seconds is not None:
-            totals, sampled = [PROMPT + COMPLETION] * workload.sequences, [COMPLETION] * workload.sequences
-            operations = (2 + BACKWARD) * forward_flops(shape, totals, sampled)
+            operations = (2 + BACKWARD) * forward_flops(shape, *workload.lengths)
             share = operations / result.seconds / result.operations_a_second
             found[:3] = [f"{result.seconds:.2f}", f"{share:.0%}", f"{result.peak_bytes / GIB:.2f}"]
             found[4] = f"{result.peak_bytes / bytes_computed:.2f}"
@@ -198,9 +221,10 @@ def table(results: dict[tuple[str, str], Result], workload: Workload) -> str:
     rate = statistics.median(result.operations_a_second for result in results.values())
     header = ["shape", "parameters", "way", "step, s", "share of the product's rate", "peak, GiB"]
     return (
-        f"{on}, {config.model.dtype}, {workload.sequences} sequences of {PROMPT} + {COMPLETION} tokens, micro-batches "
-        f"of {micro_batch_tokens(config):,}, ZeRO-{config.train.zero_stage}; one large matrix product: "
-        f"{rate / 1e12:.3f} TFLOP/s\n\n" + markdown([*header, "computed, GiB", "measured / computed"], rows)
+        f"{on}, {config.model.dtype}, {workload.sequences} sequences of {workload.prompt} + {workload.completion} "
+        f"tokens, micro-batches of {micro_batch_tokens(config):,}, ZeRO-{config.train.zero_stage}; one large matrix "
+        f"product: {rate / 1e12:.3f} TFLOP/s\n\n"
+        + markdown([*header, "computed, GiB", "measured / computed"], rows)
     )
 
 

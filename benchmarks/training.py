@@ -126,5 +126,10 @@ def made_up_data(folder: Path, config: Config, lengths: Sequence[int]) -> Traini
     )
     renderer = PromptRenderer(folder, config.data)
     return TrainingData(
-        folder=folder, renderer=renderer, prompts=prompts, held_out=[], stage1=stage1, identity={}
+        folder=folder,
+        renderer=renderer,
+        prompts=prompts,
+        held_out=[],
+        stage1=stage1,
+        identity={"model": {}, "grader": ""},  # for a model's card, which nobody writes
     )

@@ -36,6 +36,17 @@ def parity_draw(data: TrainingData, config: Config, ranks: Ranks) -> Draw:
     )
 
 
+def scored(rollouts: Sequence[Rollout], scorer: Scorer, cut: Cutter) -> list[list[float]]:
+    """The scorer's number for each completion token of each rollout. A collective operation."""
+    sequences = [TokenSequence.of(row, rollout) for row, rollout in enumerate(rollouts)]
+    batches = cut([[sequence] for sequence in sequences])
+    found: dict[int, list[float]] = {}
+    for batch, values_K in zip(batches, scorer.score(batches), strict=True):
+        by_row = values_K.split([len(sequences[row].completion_token_ids) for row in batch.rows])
+        found |= {row: values.tolist() for row, values in zip(batch.rows, by_row, strict=True)}
+    return [found[row] for row in range(len(rollouts))]
+
+
 class ParityGate:
     """Ends training if the engine does not sample from the policy that is trained."""
 
@@ -75,21 +86,12 @@ class ParityGate:
         for name, scorer in self._scorers.items():
             if name == REFERENCE and turn.number:
                 continue  # no longer the policy's
-            gap = Gap.worst(self._ranks.gather([Gap.between(sampled, self._logprobs(scorer, rollouts))]))
+            gap = Gap.worst(self._ranks.gather([Gap.between(sampled, scored(rollouts, scorer, self._cut))]))
             said = self._refuse(
                 gap, f"{when} the engine ({self._config.engine.backend}) and the trainer's {name}"
             )
             if name == POLICY:
                 self._console.print(said)
-
-    def _logprobs(self, scorer: Scorer, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        sequences = [TokenSequence.of(row, rollout) for row, rollout in enumerate(rollouts)]
-        batches = self._cut([[sequence] for sequence in sequences])
-        found: dict[int, list[float]] = {}
-        for batch, values_K in zip(batches, scorer.score(batches), strict=True):
-            by_row = values_K.split([len(sequences[row].completion_token_ids) for row in batch.rows])
-            found |= {row: values.tolist() for row, values in zip(batch.rows, by_row, strict=True)}
-        return [found[row] for row in range(len(rollouts))]
 
     def _refuse(self, gap: Gap, sides: str) -> str:
         return refuse_gap(

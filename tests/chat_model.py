@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from benchmarks.tiny_model import save_tiny_model
 from common.demo.base_model import build_tokenizer
-from tests.conftest import save_tiny_model
 
 TEMPLATE = (
     "{%- for message in messages %}"

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 import tests.warm
-from common.demo.base_model import build_tokenizer
+from benchmarks.tiny_model import save_tiny_model
 
 if TYPE_CHECKING:
     from tests.stage1_runs import Engines
@@ -35,6 +35,7 @@ LONGEST_FILES = (
     "test_other_split",
     "test_resume",
     "test_rollout_groups",
+    "test_gpu_benchmark",
     "test_engines",
     "test_stage1",
     "test_lora",
@@ -87,54 +88,6 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tied"
     save_tiny_model(folder, seed=0, tied=True)
     return folder
-
-
-def save_tiny_model(
-    folder: Path, *, seed: int, context: int = 512, tied: bool = False, tokenizer: Any = None
-) -> None:
-    """Write the model that `tiny_model` (or `tied_model`, if tied) describes; another seed gives other weights."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    tokenizer = tokenizer or build_tokenizer()
-    width = 64
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-
-        def ids(*texts: str) -> list[int]:
-            encoded = [tokenizer.encode(text) for text in texts]
-            return [tokens[0] for tokens in encoded]
-
-        numbers = ids(*(str(number) for number in range(100)))
-        marker = ids(" #### 1")[0]
-        end = tokenizer.eos_token_id
-        classes = torch.zeros(len(tokenizer), dtype=torch.long)
-        classes[marker], classes[numbers] = 1, 2
-        share = torch.full((len(tokenizer), 3), 6e-6)
-        share[marker, 0], share[numbers[5:10], 0] = 0.7, 0.06
-        share[numbers[1:5], 1] = 0.25
-        share[end, 2], share[marker, 2], share[numbers[7], 2] = 0.6, 0.3, 0.1
-        if not tied:
-            model.model.embed_tokens.weight[torch.arange(len(tokenizer)), classes] += 1.0
-            # The final norm turns a one-hot row into one of length sqrt(width).
-            model.lm_head.weight[:, :3] += share.log() / width**0.5
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.formula import WatchedUpdate
 from common.errors import UserError
 from common.grading import GraderPool
 from stage2_train.config import Config
@@ -22,7 +23,7 @@ from stage2_train.sources.offline import OfflineSource
 from stage2_train.sources.pipeline import drawing
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer
-from tests.train_steps import ScriptedEngine, WatchedUpdate
+from tests.train_steps import ScriptedEngine
 
 ITERATIONS = 3
 RESUMED_AFTER = 2

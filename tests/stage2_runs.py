@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from benchmarks.tiny_model import write_questions
 from common.data.prompts import load_prompts
 from common.data.rendering import PromptRenderer
 from common.grading import fingerprint
@@ -20,18 +21,6 @@ from stage2_train.config import Config
 NUM_SAMPLES = 4
 GRADED = ([0.0, 0.25, 0.5, 0.75], [1.0, 0.0, 0.5, 0.25], [1.0, 0.75, 0.25, 0.0], [1.0, 0.5, 0.75, 0.25])
 REWARDS = ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])
-
-
-def write_questions(path: Path, count: int, *, first: int = 0) -> None:
-    """A .jsonl of questions whose answers, 1 to 4, the tiny model gives now and then."""
-    rows = (
-        {
-            "prompt": f"Tom has {number} apples." + " Tom buys more." * (number % 3),
-            "answer": f"{number % 4 + 1}",
-        }
-        for number in range(first, first + count)
-    )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def tiny_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Config:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from benchmarks.tiny_model import save_tiny_model
 from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.runs import run_paths
@@ -25,7 +26,7 @@ from stage2_train.critic_job.run import run_critic
 from stage2_train.critic_job.states import is_held_out
 from stage2_train.critic_job.values import state_values
 from tests import warm
-from tests.conftest import ROOT, RunCli, save_tiny_model
+from tests.conftest import ROOT, RunCli
 from tests.stage2_runs import as_toml, tiny_config
 from tests.step_tables import GOOD, write_solutions
 

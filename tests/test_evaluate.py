@@ -19,6 +19,7 @@ import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny_model import save_tiny_model
 from common.config import DataConfig, SamplingParams
 from common.data.prompts import load_prompts
 from common.data.rendering import PromptRenderer
@@ -35,7 +36,6 @@ from stage2_train.evaluation import figures
 from stage2_train.evaluation.divergence import Scoring
 from stage2_train.evaluation.figures import bootstrap_interval, compare, pass_at_k, sign_flip_p_value
 from stage2_train.evaluation.run import evaluate, show
-from tests.conftest import save_tiny_model
 from tests.fakes import IDENTITY, change_json, write_artifact
 from tests.stage2_runs import tiny_config
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from benchmarks.tiny_model import save_tiny_model, write_questions
 from common.runs import run_paths
 from common.store import sample_files
-from tests.conftest import save_tiny_model
 from tests.killing import JobServer
-from tests.stage2_runs import tiny_config, write_questions
+from tests.stage2_runs import tiny_config
 
 KILLS = 20
 PARTIAL = 3

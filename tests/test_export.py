@@ -13,13 +13,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from benchmarks.architectures import named, write_model
+from benchmarks.tiny_model import save_tiny_model
 from common.errors import UserError
 from common.evaluations import Results
 from common.files import write_text
 from common.runs import RunPaths
 from stage2_train.card import Trained
 from stage2_train.export import export_checkpoint, loadable_model
-from tests.conftest import RunCli, save_tiny_model
+from tests.conftest import RunCli
 from tests.killing import JobServer
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 from tests.test_lm_eval import figures

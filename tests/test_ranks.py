@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.formula import ByFormula, by_formula
 from stage2_train.config import Config
-from stage2_train.objectives import AStarPO
 from tests.stage2_runs import tiny_config, write_tiny_vstar
 from tests.train_steps import IN_CHUNKS
 from tests.training_jobs import ranks_found
@@ -70,17 +70,6 @@ class Outcome:
         ]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The formula's results: each step's loss, gradient norm and log-ratios by place; the weights after the last."""
-
-    losses: list[float]
-    norms: list[float]
-    log_ratios: list[dict[int, float]]
-    entropies: list[float]
-    weights: dict[str, Tensor]
-
-
 @pytest.fixture(scope="module")
 def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("ranks")
@@ -101,53 +90,16 @@ def outcome(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
 
 
 @pytest.fixture(scope="module")
-def reference(outcome: Outcome, tiny_model: Path) -> Reference:
-    """Algorithm 1's line 10 as it is written: all logits of one sequence after the other, plain AdamW."""
-    train = outcome.config.train
-    assert isinstance(train.objective, AStarPO)
+def reference(outcome: Outcome, tiny_model: Path) -> ByFormula:
     policy, initial = (
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2)
     )
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=train.learning_rate,
-        betas=train.adam_betas,
-        weight_decay=train.weight_decay,
-    )
-    found = Reference([], [], [], [], policy.state_dict())
-    for sequences in outcome.sequences(1, next(iter(CASES))):
-        losses, log_ratios, entropies = [], {}, []
-        for place, sequence in sequences.items():
-            prompt, completion = sequence["prompt"], sequence["completion"]
-            logprobs, entropy = completion_logprobs(policy, prompt, completion)
-            with torch.no_grad():
-                initially, _ = completion_logprobs(initial, prompt, completion)
-            log_ratio = (logprobs - initially).sum()
-            losses.append((train.objective.beta2 * log_ratio - (sequence["reward"] - sequence["vstar"])) ** 2)
-            log_ratios[place] = log_ratio.item()
-            entropies.extend(entropy.tolist())
-        loss = torch.stack(losses).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        found.norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), train.max_grad_norm)))
-        optimizer.step()
-        found.losses.append(loss.item())
-        found.log_ratios.append(log_ratios)
-        found.entropies.append(sum(entropies) / len(entropies))
-    return found
-
-
-def completion_logprobs(model: Any, prompt: list[int], completion: list[int]) -> tuple[Tensor, Tensor]:
-    """ln π of each token of a completion and the entropy there."""
-    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    log_softmax = logits.log_softmax(-1)
-    logprobs = log_softmax[torch.arange(len(completion)), torch.tensor(completion)]
-    return logprobs, -(log_softmax.exp() * log_softmax).sum(-1).detach()
+    return by_formula(policy, initial, outcome.sequences(1, next(iter(CASES))), outcome.config.train)
 
 
 @pytest.mark.parametrize(("processes", "case"), RUNS)
 def test_every_split_takes_the_steps_of_the_formula(
-    outcome: Outcome, reference: Reference, processes: int, case: str
+    outcome: Outcome, reference: ByFormula, processes: int, case: str
 ) -> None:
     """Each step's loss, gradient norm and log-ratios."""
     for step, sequences in enumerate(outcome.sequences(processes, case)):
@@ -163,7 +115,7 @@ def test_every_split_takes_the_steps_of_the_formula(
 
 @pytest.mark.parametrize(("processes", "case"), RUNS)
 def test_every_split_ends_with_the_weights_of_the_formula(
-    outcome: Outcome, reference: Reference, processes: int, case: str
+    outcome: Outcome, reference: ByFormula, processes: int, case: str
 ) -> None:
     for rank in outcome.ranks(processes, case):
         assert rank["weights"].keys() == outcome.start.keys() == reference.weights.keys()
@@ -176,7 +128,7 @@ def test_every_split_ends_with_the_weights_of_the_formula(
 
 @pytest.mark.parametrize(("processes", "case"), RUNS)
 def test_every_rank_reports_the_figures_of_the_whole_batch(
-    outcome: Outcome, reference: Reference, processes: int, case: str
+    outcome: Outcome, reference: ByFormula, processes: int, case: str
 ) -> None:
     whole = outcome.sequences(1, next(iter(CASES)))
     rewards = [[sequence["reward"] for sequence in step.values()] for step in whole]
@@ -206,7 +158,7 @@ def test_all_ranks_hold_the_very_same_weights(outcome: Outcome, processes: int, 
             assert torch.equal(weight, other[name]), name
 
 
-def test_the_cases_differ_in_what_they_are_meant_to_compare(outcome: Outcome, reference: Reference) -> None:
+def test_the_cases_differ_in_what_they_are_meant_to_compare(outcome: Outcome, reference: ByFormula) -> None:
     """Weights moved, gradients were clipped or not, lengths differ, and ranks had unequal numbers of slices."""
     for name, weight in reference.weights.items():
         assert float((weight - outcome.start[name]).abs().max()) > 50 * WEIGHTS_TOLERANCE, name

@@ -8,10 +8,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from benchmarks.tiny_model import save_tiny_model
 from common.runs import RunPaths, run_paths
 from common.vstar_file import read_vstar
 from tests import warm
-from tests.conftest import ROOT, save_tiny_model
+from tests.conftest import ROOT
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 

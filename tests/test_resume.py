@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.tiny_model import save_tiny_model
 from common.runs import RunPaths, run_paths
 from stage2_train.checkpoint import (
     ROLLOUTS,
@@ -31,7 +32,7 @@ from stage2_train.checkpoint import (
 from stage2_train.config import Config
 from stage2_train.ranks import ALONE
 from tests import warm
-from tests.conftest import ROOT, save_tiny_model
+from tests.conftest import ROOT
 from tests.killing import JobServer
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 from tests.train_steps import changed

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ class FakeLLM:
     def sleep(self, level: int) -> None:
         self.told.append(f"sleep {level}")
 
-    def wake_up(self, tags: list[str]) -> None:
+    def wake_up(self, tags: Sequence[str] = ("all",)) -> None:
         self.told.append(f"wake {' '.join(tags)}")
 
     def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
@@ -218,13 +218,15 @@ def fake(
     config = tiny_config(tmp_path, tiny_model, engine={"sleep_while_training": True})
     renderer = PromptRenderer(tiny_model, config.data)
     engine = build_engine(config, tiny_model, renderer, beside_trainer=beside_trainer)
-    yield engine, vars(engine)["llm"]
+    llm = vars(engine)["llm"]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: llm.told.append("empty_cache"))
+    yield engine, llm
     gc.unfreeze()
 
 
 @pytest.mark.parametrize("fake", [(True, True)], indirect=True)
 def test_an_engine_sleeps_until_it_is_given_weights(fake: tuple[RolloutEngine, FakeLLM]) -> None:
-    """Weights are loaded before there is room for the key-value cache, and into memory that is there."""
+    """Weights are loaded before there is room for the key-value cache, and into memory that torch has given back."""
     engine, llm = fake
     load = ["reload_weights", "a"]
     assert llm.options["enable_sleep_mode"]
@@ -240,7 +242,20 @@ def test_an_engine_sleeps_until_it_is_given_weights(fake: tuple[RolloutEngine, F
     for _ in range(2):
         engine.load_weights([("a", torch.ones(1))])
     awake = [*load, "reset_prefix_cache"]
-    assert llm.told == ["wake weights", *load, "wake kv_cache", "reset_prefix_cache", *awake]
+    woken = ["empty_cache", "wake weights", *load, "wake kv_cache", "reset_prefix_cache"]
+    assert llm.told == [*woken, *awake]
+
+
+@pytest.mark.parametrize("fake", [(True, True)], indirect=True)
+def test_a_sleeping_engine_wakes_before_it_is_closed(fake: tuple[RolloutEngine, FakeLLM]) -> None:
+    """What it frees is there: vLLM's allocator would free memory twice that sleep has already given back."""
+    engine, llm = fake
+    engine.sleep()
+    engine.close()
+    assert llm.told == ["sleep 2", "empty_cache", "wake all", "empty_cache"]
+    engine.close()
+    assert llm.told[-1] == "empty_cache"
+    assert llm.told.count("wake all") == 1
 
 
 def test_what_vllm_cannot_load_is_one_line(

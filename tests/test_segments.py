@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from benchmarks.tiny_model import save_tiny_model
 from common.engines import LOCAL
 from common.errors import UserError
 from common.provenance import ACCEPTED, Provenance, read_provenance
@@ -28,7 +29,7 @@ from stage1_vstar.segments.rows import rows_of
 from stage1_vstar.segments.run import States, run_segments
 from stage1_vstar.segments.states import Sample, choose, states_of
 from stage2_train.config import Config
-from tests.conftest import RunCli, save_tiny_model
+from tests.conftest import RunCli
 from tests.fakes import SteppingEngines, tiny_config
 from tests.stage1_runs import write_questions
 

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from benchmarks.tiny_model import save_tiny_model
 from common.errors import UserError
 from common.provenance import read_provenance
 from common.runs import WHOLE, Shard, exclusive_run, run_paths
@@ -19,7 +20,7 @@ from common.sampling.missing import Missing
 from common.seeds import derive_seed
 from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
-from tests.conftest import RunCli, save_tiny_model
+from tests.conftest import RunCli
 from tests.fakes import EngineDied, ScriptedEngine, rows_of_samples, sample_rows, tiny_config
 from tests.stage1_runs import QUESTIONS, Engines, rows_of, run, stored
 from tests.stage1_runs import write_questions as write_questions

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.tiny_model import save_tiny_model
 from common.errors import UserError
 from common.provenance import differences
 from common.runs import RunPaths, run_paths
@@ -35,7 +36,6 @@ from stage2_train.resume import is_finished, origin, with_defaults
 from stage2_train.run import run_stage2
 from stage2_train.split import Split
 from tests import warm
-from tests.conftest import save_tiny_model
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:(torch|tensorboard|deepspeed)\..*")

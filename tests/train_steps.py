@@ -5,30 +5,25 @@ drawn from their seeds, not from a model, so that every process count trains on 
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.formula import WatchedUpdate
 from common.config import SamplingParams
 from common.data.rendering import PromptRenderer
 from common.grading import GraderPool
-from common.rollout import Completion, Rollout, SampleRequest
+from common.rollout import Completion, SampleRequest
 from stage2_train import learner, logprobs
-from stage2_train.batch import Batch, Step
-from stage2_train.checkpoint import POLICY
 from stage2_train.config import Config
 from stage2_train.data import TrainingData, prepare
 from stage2_train.ranks import Ranks, join_ranks
-from stage2_train.records import LOG_RATIO, Records, SequenceRecord
 from stage2_train.sources.pipeline import RolloutPipeline, drawing
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw
-from stage2_train.update import Update
 
 IN_CHUNKS = "ZeRO-3, logits in chunks"
 FIGURES = ("loss/regression", "kl/sequence", "reward/mean", "train/gradient_norm", "policy/entropy")
@@ -94,48 +89,6 @@ def held_out_accuracy(trainer: Trainer[RolloutPipeline], number: int) -> float:
     rollouts = trainer.source.now(draw, number)
     solved = trainer.ranks.gather([rollout.is_solved for rollout in rollouts])
     return sum(solved) / len(solved)
-
-
-@dataclass(frozen=True)
-class TakenStep:
-    """An optimizer step that was taken, and its records as they were after it."""
-
-    step: Step
-    norm: float
-    records: list[SequenceRecord]
-
-    def of(self, trainer: Trainer[Any], rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        """This rank's number of slices, its sequences by place, and the gradient norm."""
-        assert trainer.data.stage1 is not None
-        return {
-            "slices": len(self.step.slices),
-            "norm": self.norm,
-            "sequences": {
-                trainer.places[row]: {
-                    "prompt": list(rollouts[row].prompt.token_ids),
-                    "completion": list(rollouts[row].completion.token_ids),
-                    "reward": rollouts[row].reward,
-                    "vstar": trainer.data.stage1.vstar[rollouts[row].prompt.id],
-                    "loss": self.records[row].figures["loss/regression"],
-                    "log_ratio": self.records[row].figures[LOG_RATIO],
-                }
-                for row in sorted(self.step.rows)
-            },
-        }
-
-
-class WatchedUpdate(Update):
-    """A trainer's update, and what it was given. Of judged completions only: their rows are those of the rollouts."""
-
-    def __init__(self, trainer: Trainer[Any]) -> None:
-        super().__init__(trainer.parts.update.parts, trainer.ranks)
-        self.steps: list[TakenStep] = []
-        trainer.parts = replace(trainer.parts, update=self)
-
-    def __call__(self, step: Step, batch: Batch, records: Records) -> dict[str, float]:
-        norms = super().__call__(step, batch, records)
-        self.steps.append(TakenStep(step, norms[POLICY], deepcopy(records.all)))
-        return norms
 
 
 def changed(config: Config, change: dict[str, dict[str, Any]]) -> Config:

@@ -251,6 +251,7 @@ class VllmEngine:
         assert self.llm is not None, "the engine is closed"
         if self._adapter is not None:
             if self._is_asleep:
+                torch.cuda.empty_cache()  # as below
                 self.llm.wake_up()
                 self._is_asleep = False
             with _in_one_line(
@@ -260,6 +261,8 @@ class VllmEngine:
             self.llm.reset_prefix_cache()
             return
         if self._is_asleep:
+            # vLLM takes its memory from the driver, which knows nothing of what torch keeps for the trainer.
+            torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])  # its content is undefined until it is written below
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
@@ -290,6 +293,11 @@ class VllmEngine:
     def close(self) -> None:
         """Free the model's memory; leaves the trainer's torch.distributed groups as they are."""
         llm, self.llm = self.llm, None
+        if llm is not None and self._is_asleep:
+            # Its allocator would give back once more what it gave back when it fell asleep.
+            torch.cuda.empty_cache()
+            llm.wake_up()
+            self._is_asleep = False
         if llm is not None and self._is_guest:
             # vLLM's own shutdown would destroy torch.distributed, which belongs to the trainer.
             client: Any = llm.llm_engine.engine_core
