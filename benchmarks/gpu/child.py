@@ -11,7 +11,7 @@ from pathlib import Path
 import cli  # noqa: F401  the thread settings of the command line
 from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.parts import PARTS
-from common.processes import die_with_launcher
+from common.lifetime import die_with
 
 
 def main(name: str, file: Path, folder: Path) -> None:
@@ -31,7 +31,7 @@ def main(name: str, file: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    die_with_launcher()  # and free the GPU
+    die_with(os.getppid())  # and free the GPU
     part, into, place = sys.argv[1:]
     main(part, Path(into), Path(place))
     sys.stdout.flush()
