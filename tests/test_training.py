@@ -185,7 +185,7 @@ def test_figures_are_of_a_run_that_samples_grades_and_learns(finished: Finished)
     )
     parts = ("time/rollout", "time/reference", "time/update", "time/weight_sync")
     for row in rows:
-        assert 0.8 * row["time/iteration"] < sum(row[part] for part in parts) <= row["time/iteration"]
+        assert 0.4 * row["time/iteration"] < sum(row[part] for part in parts) <= row["time/iteration"]
         tokens = row["completion/tokens_mean"] * 16
         assert row["throughput/completion_tokens_per_second"] == pytest.approx(tokens / row["time/iteration"])
         assert 0.1 < row["memory/peak_gib"] < 16
