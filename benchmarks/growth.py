@@ -59,6 +59,31 @@ MODEL = {
 }
 
 
+STATE = pl.DataFrame(
+    {
+        "prefix": "",
+        "prefix_token_ids": [[]],
+        "step": 0,
+        "solutions": [[0]],
+        "is_terminal": False,
+        "num_completions": 4,
+        "rewards": [[1.0, 1.0, 0.0, 0.0]],
+        "outcomes": [["correct", "correct", "wrong", "wrong"]],
+        "completion_tokens": [[20] * 4],
+        "value": 0.5,
+        "value_se": standard_error(2, 4),
+        "action_texts": [["one", "two"]],
+        "action_token_ids": [[[1, 2], [3]]],
+        "action_counts": [[2, 2]],
+        "action_ends": [[False, False]],
+        "action_values": [[0.75, 0.25]],
+        "action_samples": [[2, 2]],
+    },
+    schema_overrides=polars_schema(SEGMENTS),
+)
+"""What all states have in common."""
+
+
 def configured(folder: Path) -> Config:
     """The run in that folder."""
     return Config.model_validate(
@@ -98,54 +123,36 @@ def make(folder: Path, count: int) -> None:
 def samples_of(prompts: Sequence[Prompt], rng: np.random.Generator) -> pl.DataFrame:
     """The samples of some prompts; each is right with a probability of its prompt's own."""
     solved = rng.random((len(prompts), NUM_SAMPLES)) < rng.random((len(prompts), 1))
-    rows = [
+    indices = pl.DataFrame({"sample_index": range(NUM_SAMPLES)})
+    rows = columns_of(prompts).join(indices, how="cross").with_columns(pl.Series("solved", solved.ravel()))
+    samples = rows.select(
+        pl.exclude("solved"),
+        pl.concat_str(pl.lit(TEXT), "sample_index").alias("completion"),
+        pl.lit(120).alias("completion_tokens"),
+        pl.when("solved").then(pl.lit("correct")).otherwise(pl.lit("wrong")).alias("outcome"),
+        pl.col("solved").cast(pl.Float64).alias("reward"),
+    )
+    schema = polars_schema(SAMPLES.schema)
+    return pl.concat([pl.DataFrame(schema=schema), samples], how="diagonal_relaxed").cast(schema)
+
+
+def columns_of(prompts: Sequence[Prompt]) -> pl.DataFrame:
+    """The columns that every table has of a prompt."""
+    return pl.DataFrame(
         {
-            "prompt_id": prompt.id,
-            "sample_index": index,
-            "prompt": prompt.text,
-            "answer": prompt.answer,
-            "prompt_token_hash": prompt.token_hash,
-            "completion": f"{TEXT}{index}",
-            "completion_tokens": 120,
-            "outcome": "correct" if is_solved else "wrong",
-            "reward": float(is_solved),
+            "prompt_id": [prompt.id for prompt in prompts],
+            "prompt": [prompt.text for prompt in prompts],
+            "answer": [prompt.answer for prompt in prompts],
+            "prompt_token_hash": [prompt.token_hash for prompt in prompts],
         }
-        for prompt, ours in zip(prompts, solved.tolist(), strict=True)
-        for index, is_solved in enumerate(ours)
-    ]
-    return pl.DataFrame(rows, schema=polars_schema(SAMPLES.schema))
+    )
 
 
 def states_of(prompts: Sequence[Prompt]) -> pl.DataFrame:
     """The prompt itself as a state, with two next steps."""
-    rows = [
-        {
-            "prompt_id": prompt.id,
-            "prompt": prompt.text,
-            "answer": prompt.answer,
-            "prompt_token_hash": prompt.token_hash,
-            "state_id": state_id(prompt.id, ()),
-            "prefix": "",
-            "prefix_token_ids": [],
-            "step": 0,
-            "solutions": [0],
-            "is_terminal": False,
-            "num_completions": 4,
-            "rewards": [1.0, 1.0, 0.0, 0.0],
-            "outcomes": ["correct", "correct", "wrong", "wrong"],
-            "completion_tokens": [20] * 4,
-            "value": 0.5,
-            "value_se": standard_error(2, 4),
-            "action_texts": ["one", "two"],
-            "action_token_ids": [[1, 2], [3]],
-            "action_counts": [2, 2],
-            "action_ends": [False, False],
-            "action_values": [0.75, 0.25],
-            "action_samples": [2, 2],
-        }
-        for prompt in prompts
-    ]
-    return pl.DataFrame(rows, schema=polars_schema(SEGMENTS))
+    names = [state_id(prompt.id, ()) for prompt in prompts]
+    rows = columns_of(prompts).with_columns(pl.Series("state_id", names)).join(STATE, how="cross")
+    return rows.select(SEGMENTS.names)
 
 
 def commands(folder: Path) -> dict[str, Callable[[], object]]:
