@@ -1,6 +1,6 @@
-"""Bookkeeping at 1,000 to 1,000,000 prompts: seconds, memory, files and bytes of everything but the models.
+"""Bookkeeping at 1,000 to 1,000,000 prompts: time, memory, files and bytes of everything but the models.
 
-    .venv/bin/python -m benchmarks.growth                          (half an hour, 20 GiB of disk)
+    .venv/bin/python -m benchmarks.growth                          (ten minutes, 1 GiB of disk)
     .venv/bin/python -m benchmarks.growth --prompts 1000 10000
 
 Makes a run whose samples are all there, NUM_SAMPLES of some 500 characters for each prompt, and a table of one state
@@ -175,12 +175,12 @@ def commands(folder: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def measured(folder: Path, command: str) -> tuple[float, float]:
-    """The seconds that a command takes, and the peak of memory in MiB; for a process of its own."""
+def measured(folder: Path, command: str) -> tuple[float, float, float]:
+    """A command's seconds, CPU seconds, and peak of memory in MiB; for a process of its own."""
     work = commands(folder)[command]
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - began, peak_mib()
+    return time.perf_counter() - began, time.process_time() - cpu_began, peak_mib()
 
 
 def sizes(paths: RunPaths) -> Iterator[str]:
@@ -195,17 +195,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     chosen = parser.parse_args()
-    times, memory, disk = [], [], []
+    figures = {"seconds": 1, "CPU seconds": 1, "peak memory, MiB": 0}
+    tables: dict[str, list[list[str]]] = {title: [] for title in figures}
+    disk = []
     for count in chosen.prompts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             os.environ["ASTAR_PO_ARTIFACTS"] = str(folder / "artifacts")
             alone(make, folder, count)
             found = {command: alone(measured, folder, command) for command in commands(folder)}
-            times.append([f"{count:,}", *(f"{seconds:,.1f}" for seconds, _ in found.values())])
-            memory.append([f"{count:,}", *(f"{peak:,.0f}" for _, peak in found.values())])
+            for place, (title, digits) in enumerate(figures.items()):
+                row = (f"{each[place]:,.{digits}f}" for each in found.values())
+                tables[title].append([f"{count:,}", *row])
             disk.append([f"{count:,}", *sizes(run_paths(configured(folder).run))])
-    for title, rows in (("seconds", times), ("peak memory, MiB", memory)):
+    for title, rows in tables.items():
         print(f"\n{title}:\n\n{markdown(['prompts', *found], rows)}")
     heads = ["prompts", "files of samples", "samples, MiB", "vstar, MiB", "segments, MiB", "advantages, MiB"]
     print(f"\ndisk:\n\n{markdown(heads, disk)}")
