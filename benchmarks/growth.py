@@ -1,6 +1,6 @@
-"""Bookkeeping at 1,000 to 1,000,000 prompts: seconds, memory, files and bytes of everything but the models.
+"""Bookkeeping at 1,000 to 1,000,000 prompts: time, memory, files and bytes of everything but the models.
 
-    .venv/bin/python -m benchmarks.growth                          (half an hour, 20 GiB of disk)
+    .venv/bin/python -m benchmarks.growth                          (ten minutes, 1 GiB of disk)
     .venv/bin/python -m benchmarks.growth --prompts 1000 10000
 
 Makes a run whose samples are all there, NUM_SAMPLES of some 500 characters for each prompt, and a table of one state
@@ -59,6 +59,31 @@ MODEL = {
 }
 
 
+STATE = pl.DataFrame(
+    {
+        "prefix": "",
+        "prefix_token_ids": [[]],
+        "step": 0,
+        "solutions": [[0]],
+        "is_terminal": False,
+        "num_completions": 4,
+        "rewards": [[1.0, 1.0, 0.0, 0.0]],
+        "outcomes": [["correct", "correct", "wrong", "wrong"]],
+        "completion_tokens": [[20] * 4],
+        "value": 0.5,
+        "value_se": standard_error(2, 4),
+        "action_texts": [["one", "two"]],
+        "action_token_ids": [[[1, 2], [3]]],
+        "action_counts": [[2, 2]],
+        "action_ends": [[False, False]],
+        "action_values": [[0.75, 0.25]],
+        "action_samples": [[2, 2]],
+    },
+    schema_overrides=polars_schema(SEGMENTS),
+)
+"""What all states have in common."""
+
+
 def configured(folder: Path) -> Config:
     """The run in that folder."""
     return Config.model_validate(
@@ -98,54 +123,36 @@ def make(folder: Path, count: int) -> None:
 def samples_of(prompts: Sequence[Prompt], rng: np.random.Generator) -> pl.DataFrame:
     """The samples of some prompts; each is right with a probability of its prompt's own."""
     solved = rng.random((len(prompts), NUM_SAMPLES)) < rng.random((len(prompts), 1))
-    rows = [
+    indices = pl.DataFrame({"sample_index": range(NUM_SAMPLES)})
+    rows = columns_of(prompts).join(indices, how="cross").with_columns(pl.Series("solved", solved.ravel()))
+    samples = rows.select(
+        pl.exclude("solved"),
+        pl.concat_str(pl.lit(TEXT), "sample_index").alias("completion"),
+        pl.lit(120).alias("completion_tokens"),
+        pl.when("solved").then(pl.lit("correct")).otherwise(pl.lit("wrong")).alias("outcome"),
+        pl.col("solved").cast(pl.Float64).alias("reward"),
+    )
+    schema = polars_schema(SAMPLES.schema)
+    return pl.concat([pl.DataFrame(schema=schema), samples], how="diagonal_relaxed").cast(schema)
+
+
+def columns_of(prompts: Sequence[Prompt]) -> pl.DataFrame:
+    """The columns that every table has of a prompt."""
+    return pl.DataFrame(
         {
-            "prompt_id": prompt.id,
-            "sample_index": index,
-            "prompt": prompt.text,
-            "answer": prompt.answer,
-            "prompt_token_hash": prompt.token_hash,
-            "completion": f"{TEXT}{index}",
-            "completion_tokens": 120,
-            "outcome": "correct" if is_solved else "wrong",
-            "reward": float(is_solved),
+            "prompt_id": [prompt.id for prompt in prompts],
+            "prompt": [prompt.text for prompt in prompts],
+            "answer": [prompt.answer for prompt in prompts],
+            "prompt_token_hash": [prompt.token_hash for prompt in prompts],
         }
-        for prompt, ours in zip(prompts, solved.tolist(), strict=True)
-        for index, is_solved in enumerate(ours)
-    ]
-    return pl.DataFrame(rows, schema=polars_schema(SAMPLES.schema))
+    )
 
 
 def states_of(prompts: Sequence[Prompt]) -> pl.DataFrame:
     """The prompt itself as a state, with two next steps."""
-    rows = [
-        {
-            "prompt_id": prompt.id,
-            "prompt": prompt.text,
-            "answer": prompt.answer,
-            "prompt_token_hash": prompt.token_hash,
-            "state_id": state_id(prompt.id, ()),
-            "prefix": "",
-            "prefix_token_ids": [],
-            "step": 0,
-            "solutions": [0],
-            "is_terminal": False,
-            "num_completions": 4,
-            "rewards": [1.0, 1.0, 0.0, 0.0],
-            "outcomes": ["correct", "correct", "wrong", "wrong"],
-            "completion_tokens": [20] * 4,
-            "value": 0.5,
-            "value_se": standard_error(2, 4),
-            "action_texts": ["one", "two"],
-            "action_token_ids": [[1, 2], [3]],
-            "action_counts": [2, 2],
-            "action_ends": [False, False],
-            "action_values": [0.75, 0.25],
-            "action_samples": [2, 2],
-        }
-        for prompt in prompts
-    ]
-    return pl.DataFrame(rows, schema=polars_schema(SEGMENTS))
+    names = [state_id(prompt.id, ()) for prompt in prompts]
+    rows = columns_of(prompts).with_columns(pl.Series("state_id", names)).join(STATE, how="cross")
+    return rows.select(SEGMENTS.names)
 
 
 def commands(folder: Path) -> dict[str, Callable[[], object]]:
@@ -168,12 +175,12 @@ def commands(folder: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def measured(folder: Path, command: str) -> tuple[float, float]:
-    """The seconds that a command takes, and the peak of memory in MiB; for a process of its own."""
+def measured(folder: Path, command: str) -> tuple[float, float, float]:
+    """A command's seconds, CPU seconds, and peak of memory in MiB; for a process of its own."""
     work = commands(folder)[command]
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - began, peak_mib()
+    return time.perf_counter() - began, time.process_time() - cpu_began, peak_mib()
 
 
 def sizes(paths: RunPaths) -> Iterator[str]:
@@ -188,17 +195,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     chosen = parser.parse_args()
-    times, memory, disk = [], [], []
+    figures = {"seconds": 1, "CPU seconds": 1, "peak memory, MiB": 0}
+    tables: dict[str, list[list[str]]] = {title: [] for title in figures}
+    disk = []
     for count in chosen.prompts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             os.environ["ASTAR_PO_ARTIFACTS"] = str(folder / "artifacts")
             alone(make, folder, count)
             found = {command: alone(measured, folder, command) for command in commands(folder)}
-            times.append([f"{count:,}", *(f"{seconds:,.1f}" for seconds, _ in found.values())])
-            memory.append([f"{count:,}", *(f"{peak:,.0f}" for _, peak in found.values())])
+            for place, (title, digits) in enumerate(figures.items()):
+                row = (f"{each[place]:,.{digits}f}" for each in found.values())
+                tables[title].append([f"{count:,}", *row])
             disk.append([f"{count:,}", *sizes(run_paths(configured(folder).run))])
-    for title, rows in (("seconds", times), ("peak memory, MiB", memory)):
+    for title, rows in tables.items():
         print(f"\n{title}:\n\n{markdown(['prompts', *found], rows)}")
     heads = ["prompts", "files of samples", "samples, MiB", "vstar, MiB", "segments, MiB", "advantages, MiB"]
     print(f"\ndisk:\n\n{markdown(heads, disk)}")

@@ -1,12 +1,14 @@
-"""`rescore` and `filter` of many prompts against DuckDB, a plain pandas script, and only reading and writing the file.
+"""`rescore` and `filter` of many prompts against DuckDB, a plain pandas script, and only reading and writing the file;
+the time of `inspect`, `sweep` and `report`.
 
     .venv/bin/python -m benchmarks.rescore
 
 Writes a vstar.parquet of PROMPTS prompts × 8 rewards. Then runs in turn, each in a process of its own: our command;
 DuckDB with the same columns in SQL; the floor, in which pyarrow reads each row group and writes it unchanged; and ten
 lines of pandas and numpy, which hold the table in memory and so get a file of PANDAS_PROMPTS. All write Parquet with
-zstd at level 1. Only ours checks the invariants of every row. Prints Markdown tables. If other jobs share the machine,
-CPU seconds are more reliable than wall-clock seconds.
+zstd at level 1. Only ours checks the invariants of every row. The commands that only read get READ_PROMPTS, with
+rewards of 0 and 1, and for `sweep` of 0 and 2 too, whose subsets it draws at random. Prints Markdown tables. If other
+jobs share the machine, CPU seconds are more reliable than wall-clock seconds.
 """
 
 import argparse
@@ -46,12 +48,20 @@ DUCKDB = {
         end as dropped_by) from source)""",
 }
 WAYS = ("ours", "DuckDB", "floor", "pandas")
+READING = {
+    "inspect": (1.0, ["inspect", "--json"]),
+    "report": (1.0, ["report"]),
+    "sweep": (1.0, ["sweep"]),
+    "sweep, rewards of 0 and 2": (2.0, ["sweep"]),
+}
+"""The reward of a correct sample, and the command."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=10_000_000)
     parser.add_argument("--pandas-prompts", type=int, default=1_000_000)
+    parser.add_argument("--read-prompts", type=int, default=1_000_000)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument(
         "--way", nargs=4, metavar=("WAY", "COMMAND", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS
@@ -78,10 +88,34 @@ def main() -> None:
             if command == "rescore":
                 refuse_other_values(folder / "ours.parquet", folder / "DuckDB.parquet")
             show(command, costs, prompts)
+        show_reading(folder, arguments.read_prompts, arguments.repetitions)
 
 
-def write_source(path: Path, prompts: int) -> None:
-    """A table of prompts of some 100 characters whose pass rates are distributed as Beta(0.6, 0.6)."""
+def show_reading(folder: Path, prompts: int, repetitions: int) -> None:
+    """The cost of each command of READING: medians of the repetitions."""
+    for reward in {reward for reward, _ in READING.values()}:
+        table = folder / f"correct-{reward:g}" / "vstar.parquet"
+        table.parent.mkdir(exist_ok=True)
+        write_source(table, prompts, reward)
+    costs: dict[str, list[Finished]] = {name: [] for name in READING}
+    for _, name in rotations(list(READING), repetitions):
+        reward, command = READING[name]
+        arguments = [sys.executable, "cli.py", *command, "--run", f"correct-{reward:g}"]
+        costs[name].append(
+            run(arguments, folder / "reading.log", {"ASTAR_PO_ARTIFACTS": str(folder.absolute())})
+        )
+    rows = [
+        [name, *(f"{figure:,.1f}" for figure in medians(many)[:2]), f"{medians(many)[2]:,.0f}"]
+        for name, many in costs.items()
+    ]
+    print(f"\n{markdown([f'{prompts:,} prompts', 'wall s', 'CPU s', 'peak MiB'], rows)}")
+
+
+def write_source(path: Path, prompts: int, reward: float = 1.0) -> None:
+    """A table of prompts of some 100 characters whose pass rates are distributed as Beta(0.6, 0.6).
+
+    `reward` is that of a correct sample.
+    """
     rng = np.random.default_rng(prompts)
     letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
     words = np.array(["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(3000)])
@@ -102,7 +136,7 @@ def write_source(path: Path, prompts: int) -> None:
                     "answer": rng.integers(0, 10_000, count).astype(str),
                     "prompt_token_hash": [digits[48 * i + 32 : 48 * i + 48] for i in range(count)],
                     "num_samples": np.full(count, NUM_SAMPLES, np.int32),
-                    "rewards": correct_PN.astype(np.float64),
+                    "rewards": correct_PN * reward,
                     "outcomes": outcomes[
                         np.where(correct_PN, 0, rng.choice([1, 1, 1, 2, 3], shape))
                     ].tolist(),
@@ -183,16 +217,21 @@ def refuse_other_values(ours: Path, theirs: Path) -> None:
     assert max(largest) < 1e-9, f"V̂* or its standard error differs from DuckDB's by {largest}"
 
 
+def medians(many: list[Finished]) -> list[float]:
+    """Wall-clock seconds, CPU seconds and peak memory in MiB."""
+    return [
+        statistics.median(getattr(cost, name) for cost in many)
+        for name in ("seconds", "cpu_seconds", "peak_mib")
+    ]
+
+
 def show(command: str, costs: dict[str, list[Finished]], prompts: dict[str, int]) -> None:
     """One row per way: medians of the repetitions, and the ratio to ours; pandas is scaled up to our file."""
     rows = []
     ours: list[float] = []
     for way, many in costs.items():
         scale = prompts["ours"] / prompts[way]
-        figures = [
-            scale * statistics.median(getattr(cost, name) for cost in many)
-            for name in ("seconds", "cpu_seconds", "peak_mib")
-        ]
+        figures = [scale * figure for figure in medians(many)]
         ours = ours or figures
         label = way if scale == 1 else f"{way}, {prompts[way]:,} prompts × {scale:g}"
         wall, cpu, peak = figures

@@ -4,8 +4,9 @@
 
 Everything around the networks is real: an engine in a process of its own that gets weights at every iteration, drawing
 ahead, the grader's processes, the watchdog, metrics.jsonl and TensorBoard, completions to read, checkpoints. The engine
-and the networks are scripted. Prints, at every tenth of the iterations, the memory of this process and of the engine's,
-and how many files, threads and open files there are. metrics.jsonl and TensorBoard's file have to grow.
+and the networks are scripted. Prints, at every tenth of the iterations, the table so far: the memory of this process
+and of the engine's, and how many files, threads and open files there are. metrics.jsonl and TensorBoard's file have to
+grow.
 """
 
 import argparse
@@ -98,12 +99,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=100_000)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as job:
-        rows = soak(Path(folder), chosen.iterations, job)
-    print(markdown(["iteration", *rows[0][1]], [[f"{number:,}", *row.values()] for number, row in rows]))
+        rows = []
+        for number, counted in soak(Path(folder), chosen.iterations, job):
+            rows.append([f"{number:,}", *counted.values()])
+            print(markdown(["iteration", *counted], rows), flush=True)
 
 
-def soak(folder: Path, iterations: int, job: ExitStack) -> list[tuple[int, dict[str, str]]]:
-    """Run that many iterations; returns what was counted at each tenth of them."""
+def soak(folder: Path, iterations: int, job: ExitStack) -> Iterator[tuple[int, dict[str, str]]]:
+    """Run that many iterations; yields what is counted at each tenth of them."""
     config = Config.model_validate(
         {
             "run": "soak",
@@ -134,7 +137,7 @@ def soak(folder: Path, iterations: int, job: ExitStack) -> list[tuple[int, dict[
     console = Terminal(file=io.StringIO(), quiet=True)
     log = job.enter_context(closing(MetricsLog(config, paths, console, first_iteration=0, last=iterations)))
     job.enter_context(Watchdog(ALONE, timedelta(minutes=10)))
-    counted, began = [], time.monotonic()
+    began = time.monotonic()
     for number in range(1, iterations + 1):
         metrics: Metrics = {}
         with timed("iteration", metrics):
@@ -154,8 +157,7 @@ def soak(folder: Path, iterations: int, job: ExitStack) -> list[tuple[int, dict[
             parts = {"state": cast(Learner, SmallLearner())}
             checkpoint.write(paths.checkpoints, state, parts, ALONE, keep=2)
         if number % max(1, iterations // 10) == 0 or number == min(1000, iterations):
-            counted.append((number, figures(paths, engine, number / (time.monotonic() - began))))
-    return counted
+            yield number, figures(paths, engine, number / (time.monotonic() - began))
 
 
 def figures(paths: RunPaths, engine: LocalWorker, rate: float) -> dict[str, str]:

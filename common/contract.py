@@ -4,12 +4,11 @@ Each kind of Parquet file of this project has one Contract. Rows that break it a
 error names the rule, the number of rows that break it and the first of them.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
@@ -18,16 +17,20 @@ import pyarrow.parquet as pq
 
 from common.errors import DamagedFile, UserError
 from common.files import atomic_path
+from common.overlap import ahead, behind
 from common.provenance import Migrations, Provenance, read_provenance
 
 BATCH_ROWS = 65_536
 """Rows in memory at a time when a table is streamed, and rows per written row group."""
 
-_READ_BYTES = 1 << 20
-"""Bytes of each column's compressed data at a time; by default pyarrow keeps everything that it has read of a file."""
+_DICTIONARY_BYTES = 1 << 17
+"""Bytes of a row group's distinct values at which a column is written without a dictionary: ids and prompts."""
 
 _VIEWS = pl.CompatLevel.newest()
 """The text type that polars exports without copying."""
+
+_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+"""The errors of reading a damaged file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,9 @@ class Contract:
     def write(self, frame: pl.DataFrame, provenance: Provenance, path: Path) -> None:
         """Write a file atomically, if every row satisfies every rule."""
         self.validate(frame, path)
-        table = frame.select(self.schema.names).to_arrow().cast(self.stamped(provenance))
-        with atomic_path(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        with self._new_file(path, provenance) as add:
+            for rows in frame.iter_slices(BATCH_ROWS):
+                add(rows)
 
     def read(self, path: Path) -> tuple[pl.DataFrame, Provenance]:
         """Read a file of any format version and check every rule.
@@ -92,7 +95,7 @@ class Contract:
         provenance = self.provenance(path)
         try:
             frame = self._with_later_columns(pl.read_parquet(path, glob=False))
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except _UNREADABLE as error:
             raise self._damaged(path, error) from error
         self.validate(frame, path)
         return frame.select(self.schema.names), provenance
@@ -105,19 +108,21 @@ class Contract:
         """
         columns = self.schema.names if columns is None else columns
         self.provenance(path)
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
-            table = self._with_later_columns(pl.DataFrame(file.schema_arrow.empty_table()))
-            self._refuse_other_table(table.schema, file.metadata.num_rows, path)
+        with path.open("rb") as file:
+            metadata = pq.read_metadata(file)
+            table = self._with_later_columns(pl.DataFrame(metadata.schema.to_arrow_schema().empty_table()))
+            self._refuse_other_table(table.schema, metadata.num_rows, path)
             rules = {name: rule for name, rule in self._rules().items() if _columns(rule) <= set(columns)}
             repeated = {
-                name: self._repeated(file, path, rule)
+                name: self._repeated(file, metadata.num_rows, path, rule)
                 for name, rule in rules.items()
                 if isinstance(rule, Unique)
             }
             check = _Check(rules, self._key(), path, repeated)
-            for rows in self._parts(file, path, columns):
-                if check.add(rows):
-                    yield rows
+            with closing(self._parts(file, path, columns)) as parts:
+                for rows in parts:
+                    if check.add(rows):
+                        yield rows
             check.conclude()
 
     @contextmanager
@@ -133,28 +138,38 @@ class Contract:
         about = set(self.schema.names if changed is None else changed)
         rules = {name: rule for name, rule in self._rules().items() if _columns(rule) & about}
         check = _Check(rules, self._key(), path)
-        schema = self.stamped(provenance)
-        behind: list[Future[None]] = []
-
-        with (
-            atomic_path(path) as temporary,
-            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
-            ThreadPoolExecutor(1) as thread,
-        ):
+        with self._new_file(path, provenance) as add:
 
             def write(rows: pl.DataFrame) -> None:
-                if rows.is_empty():
-                    return
-                check.add(rows)
-                table = rows.select(self.schema.names).to_arrow(compat_level=_VIEWS).cast(schema)
-                while behind:
-                    behind.pop().result()
-                behind.append(thread.submit(writer.write_table, table))
+                if not rows.is_empty():
+                    check.add(rows)
+                    add(rows)
 
             yield write
-            while behind:
-                behind.pop().result()
             check.conclude()
+
+    @contextmanager
+    def _new_file(self, path: Path, provenance: Provenance) -> Iterator[Callable[[pl.DataFrame], None]]:
+        """Yields a function that adds a row group; a thread writes it. The file appears when the context ends well."""
+        schema = pa.schema([field.with_type(_exported(field.type)) for field in self.schema])
+        # Readers take the Parquet columns' types. Bounds of texts and lists help none, and cost a tenth of the time.
+        numbers = [field.name for field in schema if pa.types.is_primitive(field.type)]
+        with (
+            atomic_path(path) as temporary,
+            pq.ParquetWriter(
+                temporary,
+                schema,
+                compression="zstd",
+                store_schema=False,
+                write_statistics=numbers,
+                dictionary_pagesize_limit=_DICTIONARY_BYTES,
+            ) as writer,
+            behind(writer.write_table) as write,
+        ):
+            writer.add_key_value_metadata(provenance.metadata(self.version))
+            yield lambda rows: write(
+                rows.select(self.schema.names).to_arrow(compat_level=_VIEWS).cast(schema)
+            )
 
     def stamped(self, provenance: Provenance) -> pa.Schema:
         """The schema of a new file, with its provenance as metadata."""
@@ -202,29 +217,27 @@ class Contract:
             f"cannot read {path}: {str(error).splitlines()[0]}; remove it and make it again with `{self.remedy}`"
         )
 
-    def _parts(self, file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    def _parts(self, file: BinaryIO, path: Path, columns: Sequence[str]) -> Generator[pl.DataFrame]:
         """These columns of an open file, BATCH_ROWS at a time; while one part is in use, the next is read."""
-        stored = [name for name in columns if name in file.schema_arrow.names]
-        parts = map(pl.DataFrame, file.iter_batches(BATCH_ROWS, columns=stored))
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(next, parts, None)
-            while True:
-                try:
-                    part = ahead.result()
-                except (pa.ArrowException, OSError) as error:
-                    raise self._damaged(path, error) from error
-                if part is None:
-                    return
-                ahead = thread.submit(next, parts, None)
-                yield self._with_later_columns(part).select(columns)
+        metadata = pq.read_metadata(file)
+        file.seek(0)  # polars takes what follows
+        names = metadata.schema.to_arrow_schema().names
+        table = pl.scan_parquet(file, glob=False).select(name for name in columns if name in names)
+        starts = range(0, metadata.num_rows, BATCH_ROWS)
+        with closing(ahead(table.slice(start, BATCH_ROWS).collect() for start in starts)) as parts:
+            try:
+                for part in parts:
+                    yield self._with_later_columns(part).select(columns)
+            except _UNREADABLE as error:
+                raise self._damaged(path, error) from error
 
-    def _repeated(self, file: pq.ParquetFile, path: Path, rule: Unique) -> pl.Series:
+    def _repeated(self, file: BinaryIO, height: int, path: Path, rule: Unique) -> pl.Series:
         """The keys that appear more than once. Holds an 8-byte hash per row; keys with equal hashes are compared."""
 
         def keys() -> Iterator[pl.Series]:
             return (part.select(rule.key).to_series() for part in self._parts(file, path, rule.columns))
 
-        hashes = np.empty(file.metadata.num_rows, dtype=np.uint64)
+        hashes = np.empty(height, dtype=np.uint64)
         filled = 0
         for part in keys():
             hashes[filled : filled + len(part)] = part.hash().to_numpy()
@@ -309,3 +322,12 @@ def _columns(rule: Rule) -> set[str]:
 def polars_schema(schema: pa.Schema) -> pl.Schema:
     """The same columns as polars names them."""
     return pl.DataFrame(schema.empty_table()).schema
+
+
+def _exported(kind: pa.DataType) -> pa.DataType:
+    """The type as polars exports it without copying."""
+    if pa.types.is_string(kind):
+        return pa.string_view()
+    if pa.types.is_list(kind):
+        return pa.large_list(kind.value_field.with_type(_exported(kind.value_type)))
+    return kind

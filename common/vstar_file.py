@@ -36,6 +36,8 @@ VSTAR = pa.schema(
 _TOLERANCE = 1e-9
 
 
+_is_known = pl.any_horizontal(*(pl.element() == outcome for outcome in OUTCOMES))
+
 _solved = pl.col("outcomes").list.count_matches(Outcome.CORRECT.value)
 
 _rounding = _TOLERANCE * (1 + pl.col("rewards").list.eval(pl.element().abs()).list.max())
@@ -70,9 +72,7 @@ def _contract(range_name: str, in_range: pl.Expr) -> Contract:
         "rewards are finite": pl.col("rewards")
         .list.eval(pl.element().is_finite().fill_null(False))
         .list.all(),
-        "outcomes are known": (
-            pl.col("outcomes").list.eval(pl.element().is_in(OUTCOMES).fill_null(False)).list.all()
-        ),
+        "outcomes are known": pl.col("outcomes").list.eval(_is_known.fill_null(False)).list.all(),
         "pass_rate is the share of correct outcomes": (
             (pl.col("pass_rate") - _solved / pl.col("num_samples")).abs() < _TOLERANCE
         ),

@@ -4,7 +4,8 @@ A run with N samples is a subset of the larger run, drawn without replacement fr
 subsets this module computes V̂*, its bias and spread, the prompts that the filter drops, and the loss that stage 2
 starts from. For rewards of 0 and 1 only the number of correct samples in a subset matters: all subsets are weighted
 exactly (by the hypergeometric distribution), and prompts with the same counts are computed together. Other rewards
-take SUBSETS random subsets of each prompt. V̂* is the paper's plug-in. sweep_view.py prints and draws the results.
+take random subsets of each prompt: SUBSETS, or fewer if there are many prompts. V̂* is the paper's plug-in.
+sweep_view.py prints and draws the results.
 
 Shapes: _U unit (one prompt, or prompts with the same counts), _O its possible subsets, _N samples of a subset,
 _M all samples of a prompt, _H bins.
@@ -14,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 
 import numpy as np
 import polars as pl
@@ -27,6 +29,9 @@ BETAS = (math.inf, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0)
 
 SUBSETS = 100
 """Number of random subsets of each prompt, if rewards are not 0 or 1."""
+
+MOST_SUBSETS = 2_000_000
+"""Number of random subsets of all prompts, above which each prompt has fewer than SUBSETS, but at least two."""
 
 SEED = 0
 
@@ -175,6 +180,8 @@ class Subsets:
     """
 
     probability_UO: Floats
+    spread: float
+    """The factor from the variance over these subsets to that over all possible ones: above 1 if they are a sample."""
     unsolved_UO: Floats
     rest_mean_UO: Floats
     rest_square_UO: Floats
@@ -207,6 +214,7 @@ class Counted:
 
         return Subsets(
             probability_UO=probability_UO / probability_UO.sum(axis=1, keepdims=True),
+            spread=1.0,
             unsolved_UO=np.broadcast_to(1.0 * (correct_O == 0), probability_UO.shape),
             rest_mean_UO=rest_mean_UO,
             rest_square_UO=rest_mean_UO,
@@ -237,10 +245,11 @@ class Listed:
         shape = samples_UON.shape[:2]
         return Subsets(
             probability_UO=np.full(shape, 1 / shape[1]),
+            spread=1.0 if whole else shape[1] / (shape[1] - 1),
             unsolved_UO=1.0 - correct_UOM[:, :, :num_samples].max(axis=2),
             rest_mean_UO=np.full(shape, np.nan) if whole else rest_UOR.mean(axis=2),
             rest_square_UO=np.full(shape, np.nan) if whole else (rest_UOR**2).mean(axis=2),
-            vstar=lambda beta1: _vstar(samples_UON, beta1),
+            vstar=cache(lambda beta1: _vstar(samples_UON, beta1)),
         )
 
 
@@ -262,6 +271,7 @@ def units(rows: pl.DataFrame) -> Iterator[Counted | Listed]:
     )
     binary = bool((rows["rewards"].explode() == rows["correct"].explode()).all())
     random = np.random.default_rng(SEED)
+    subsets = max(2, min(SUBSETS, MOST_SUBSETS // rows.height))
     for (size,), group in rows.sort("num_samples", maintain_order=True).group_by(
         "num_samples", maintain_order=True
     ):
@@ -280,7 +290,7 @@ def units(rows: pl.DataFrame) -> Iterator[Counted | Listed]:
                 correct_U=cells["correct"].to_numpy(),
             )
             continue
-        for part in group.iter_slices(max(1, _CHUNK // (SUBSETS * size))):
+        for part in group.iter_slices(max(1, _CHUNK // (subsets * size))):
             shape = (part.height, size)
             correct_UM = part["correct"].explode().to_numpy().reshape(shape)
             yield Listed(
@@ -290,7 +300,7 @@ def units(rows: pl.DataFrame) -> Iterator[Counted | Listed]:
                 solved_U=correct_UM.max(axis=1),
                 rewards_UM=part["rewards"].explode().to_numpy().reshape(shape),
                 correct_UM=correct_UM,
-                order_UOM=random.random((part.height, SUBSETS, size)).argsort(axis=2),
+                order_UOM=random.random((part.height, subsets, size)).argsort(axis=2),
             )
 
 
@@ -303,11 +313,12 @@ class Mean:
     variance: float = 0.0
 
     def add(
-        self, values_UO: Floats, probability_UO: Floats, prompts_U: Floats, weight_U: Floats | float = 1.0
+        self, values_UO: Floats, subsets: Subsets, prompts_U: Floats, weight_U: Floats | float = 1.0
     ) -> None:
         """Add the prompts of some units, each weighing `weight_U`."""
-        mean_U = (values_UO * probability_UO).sum(axis=1)
-        variance_U = ((values_UO - mean_U[:, None]) ** 2 * probability_UO).sum(axis=1)
+        mean_U = (values_UO * subsets.probability_UO).sum(axis=1)
+        squares_U = ((values_UO - mean_U[:, None]) ** 2 * subsets.probability_UO).sum(axis=1)
+        variance_U = squares_U * subsets.spread
         self.weight += float((prompts_U * weight_U).sum())
         self.total += float((prompts_U * weight_U * mean_U).sum())
         self.variance += float((prompts_U * np.square(weight_U) * variance_U).sum())
@@ -339,7 +350,7 @@ class ColumnSums:
     saved: Mean = field(default_factory=Mean)
 
     def add(self, unit: Counted | Listed, subsets: Subsets) -> None:
-        by = (subsets.probability_UO, unit.prompts_U)
+        by = (subsets, unit.prompts_U)
         self.dropped.add(subsets.unsolved_UO, *by)
         self.dropped_solvable.add(subsets.unsolved_UO * unit.solved_U[:, None], *by)
         self.saved.add(subsets.unsolved_UO, *by, unit.tokens_U)
@@ -375,7 +386,7 @@ class CellSums:
         """`full_U` is V̂* of all samples, `reward_U` their mean reward."""
         vstar_UO = subsets.vstar(beta1)
         error_UO = vstar_UO - full_U[:, None]
-        by = (subsets.probability_UO, unit.prompts_U)
+        by = (subsets, unit.prompts_U)
         self.vstar.add(vstar_UO, *by)
         self.vstar_squared.add((vstar_UO - self.lowest) ** 2, *by)
         self.error.add(error_UO, *by)
@@ -392,7 +403,7 @@ class CellSums:
         """E (r − V̂*)² with r from outside the subset: V̂* was not made of it, as in training."""
         vstar_UO = subsets.vstar(beta1)
         loss_UO = subsets.rest_square_UO - 2 * vstar_UO * subsets.rest_mean_UO + vstar_UO**2
-        self.loss.add(loss_UO, subsets.probability_UO, unit.prompts_U)
+        self.loss.add(loss_UO, subsets, unit.prompts_U)
 
     def quantile(self, share: float) -> float:
         """The mean of V̂* in the narrow bin where this share of the mass is reached; exact if V̂* has few values."""

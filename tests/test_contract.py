@@ -1,5 +1,6 @@
 """The contract machine by itself, with a table that has nothing to do with V̂*."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,6 +156,68 @@ def test_a_table_that_is_new_is_checked_by_all_rules_while_it_is_written(tmp_pat
     assert FRUIT.read(tmp_path / "new.parquet")[0].equals(fruit())
     with pytest.raises(UserError, match="“all fruit is of one year”"):
         write(fruit(year=[2024, 2024, 2023]))
+
+
+def test_a_file_in_the_old_form_and_in_todays_hold_the_same(tmp_path: Path) -> None:
+    ids = pa.list_(pa.field("item", pa.int32(), nullable=False))
+    schema = pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("texts", pa.list_(pa.string()), nullable=False),
+            pa.field("numbers", pa.list_(pa.float64())),
+            pa.field("ids", ids, nullable=False),
+            pa.field("lists", pa.list_(ids), nullable=False),
+            pa.field("flag", pa.bool_()),
+        ]
+    )
+    nested = replace(FRUIT, schema=schema, invariants={"a key appears once": Unique(["key"])})
+    rows = {
+        "key": ["a", "b" * 200, ""],
+        "texts": [["x", None, "y" * 100], [], [""]],
+        "numbers": [None, [1.5, float("nan"), None], []],
+        "ids": [[1, 2], [], [3]],
+        "lists": [[[1], []], [], [[2, 3]]],
+        "flag": [True, None, False],
+    }
+    table = pa.table(rows, schema=nested.stamped(PROVENANCE))
+    pq.write_table(table, tmp_path / "old.parquet", compression="zstd")
+    with nested.writer(tmp_path / "new.parquet", PROVENANCE) as write:
+        for part in nested.scan(tmp_path / "old.parquet"):
+            write(part)
+    old, new = (pq.read_table(tmp_path / name) for name in ("old.parquet", "new.parquet"))
+    assert new.schema.equals(old.schema, check_metadata=True)
+    assert pl.DataFrame(new).equals(pl.DataFrame(old))
+    assert nested.read(tmp_path / "new.parquet")[0].equals(nested.read(tmp_path / "old.parquet")[0])
+
+
+def test_a_file_that_is_replaced_while_it_is_scanned_is_read_to_its_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.contract.BATCH_ROWS", 1)
+    parts = FRUIT.scan(path)
+    read = [next(parts)]
+    FRUIT.write(fruit(grams=[1.0, 1.0, 1.0]), PROVENANCE, path)
+    assert pl.concat([*read, *parts]).equals(fruit())
+
+
+def test_an_error_of_the_writing_thread_is_one_line_and_leaves_the_old_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    before = path.read_bytes()
+
+    def double_the_weight() -> None:
+        with FRUIT.writer(path, PROVENANCE, changed=["grams"]) as write:
+            for rows in FRUIT.scan(path):
+                write(rows.with_columns(pl.col("grams") * 2))
+
+    with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
+        double_the_weight()
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_an_older_version_is_brought_to_todays_and_lacks_what_came_later(path: Path) -> None:

@@ -124,6 +124,24 @@ def test_random_subsets_of_other_rewards_agree_with_exact_ones(tmp_path: Path) -
             assert getattr(there, name).mean == pytest.approx(getattr(here, name).mean, abs=0.004)
 
 
+def test_two_random_subsets_of_each_of_many_prompts_tell_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates_P = np.random.default_rng(3).random(4000) ** 2
+    rows = graded(tmp_path / "vstar.parquet", rates_P, 8, seed=4)
+    rows = rows.with_columns(rewards=pl.col("rewards").list.eval(pl.element() * 2))
+    many = sweep(rows, [1.0], [2, 8])
+    monkeypatch.setattr("stage1_vstar.sweep.MOST_SUBSETS", 8000)
+    few = sweep(rows, [1.0], [2, 8])
+    for one, two in zip(many.cells, few.cells, strict=True):
+        assert two.vstar.mean == pytest.approx(one.vstar.mean, abs=0.02)
+        assert two.bias == pytest.approx(one.bias, abs=0.02)
+        assert two.prompt_sd == pytest.approx(one.prompt_sd, rel=0.04)
+        assert two.vstar.sd == pytest.approx(one.vstar.sd, rel=0.04)
+        assert two.loss.sd == pytest.approx(one.loss.sd, rel=0.08)
+    assert few.column(2).dropped.sd == pytest.approx(many.column(2).dropped.sd, rel=0.04)
+
+
 @pytest.mark.parametrize("name", ["rows", "halves"])
 def test_all_samples_are_one_subset_so_that_nothing_varies(name: str, request: pytest.FixtureRequest) -> None:
     figures = sweep(request.getfixturevalue(name), BETAS, [6])
