@@ -64,6 +64,7 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         "-c",
+        callback=_here,
         help="The run's configuration, a TOML file; configs/ has examples.",
         show_default="configs/demo.toml",
     ),
@@ -310,6 +311,7 @@ def critic(
         Path | None,
         typer.Option(
             metavar="FILE",
+            callback=_here,
             help="Train nothing: measure how well the trained critic finds the first wrong steps of the solutions in "
             "a file in ProcessBench's format.",
         ),
@@ -494,7 +496,9 @@ def evaluate(
     lm_eval: Annotated[
         Path | None,
         typer.Option(
-            "--lm-eval", help="Also write the results to this folder, as lm-evaluation-harness does."
+            "--lm-eval",
+            callback=_here,
+            help="Also write the results to this folder, as lm-evaluation-harness does.",
         ),
     ] = None,
 ) -> None:
@@ -571,10 +575,15 @@ def report(run: RunName = "demo") -> None:
 
 @app.command(short_help="Compare objectives or settings over several seeds.")
 def compare(
-    study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study; see configs/studies/.")],
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY.toml", callback=_here, help="The study; see configs/studies/.")
+    ],
     results: Annotated[
         Path | None,
-        typer.Option(help="The folder of the finished runs' records; by default artifacts/STUDY/results."),
+        typer.Option(
+            callback=_here,
+            help="The folder of the finished runs' records; by default artifacts/STUDY/results.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -847,7 +856,10 @@ def export_segments(
 @app.command("import-segments", short_help="Take labelled steps of others as a run's states.")
 def import_segments(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Rows of TRL's stepwise format, Math-Shepherd or PRM800K.")
+        Path,
+        typer.Argument(
+            metavar="FILE", callback=_here, help="Rows of TRL's stepwise format, Math-Shepherd or PRM800K."
+        ),
     ],
     config: ConfigFile = DEMO,
     run: Run = None,
