@@ -151,16 +151,17 @@ DEMO = Path(__file__).parent / "configs" / "demo.toml"
 def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None) -> None:
     """Pre-train the demo's tiny reference model from scratch (about a minute, no download)."""
     from common.demo.base_model import build_base_model
-    from common.runs import run_paths
+    from common.runs import exclusive_run, run_paths
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    path = run_paths(settings.run).base_model
-    if path.exists():
-        console.print(f"nothing to do: {path} exists")
-        return
-    with _libraries_logged(settings.run):
-        build_base_model(path, seed=settings.seed, progress=console.print)
+    paths = run_paths(settings.run)
+    if not paths.base_model.exists():
+        with _libraries_logged(settings.run), exclusive_run(paths, "base-model"):
+            if not paths.base_model.exists():  # another job may have made it meanwhile
+                build_base_model(paths.base_model, seed=settings.seed, progress=console.print)
+                return
+    console.print(f"nothing to do: {paths.base_model} exists")
 
 
 @app.command(short_help="Stage 1: sample completions, grade them, estimate V̂*.")
@@ -949,7 +950,6 @@ def _advantages_path(
     """
     from common.runs import run_paths
 
-    paths = run_paths(run)
     own = {"--advantages": advantages_file is not None, **own}
     others = {"--vstar": vstar_file is not None, **others}
     ours, theirs = ([name for name, is_given in options.items() if is_given] for options in (own, others))
@@ -957,8 +957,11 @@ def _advantages_path(
         raise UserError(
             f"{ours[0]} is for a table of advantages and {theirs[0]} for V̂*; leave one of them out"
         )
-    is_only = not theirs and not paths.vstar.exists() and paths.advantages.exists()
-    return (advantages_file or paths.advantages) if ours or is_only else None
+    if theirs or advantages_file is not None:
+        return advantages_file
+    paths = run_paths(run)
+    is_only = not paths.vstar.exists() and paths.advantages.exists()
+    return paths.advantages if ours or is_only else None
 
 
 def _vstar_path(run: str, vstar_file: Path | None) -> Path:

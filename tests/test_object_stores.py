@@ -25,7 +25,7 @@ from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
 from tests.conftest import RunCli
 from tests.fakes import EngineDied, ScriptedEngine, tiny_config
-from tests.object_store import KEY, SECRET, Machines, Store, environment, s3_server
+from tests.object_store import KEY, SECRET, Machines, Store, environment, s3_server, store_of_test
 from tests.stage1_runs import QUESTIONS, Engines, rows_of, run, stored
 
 NUM_SAMPLES = 4
@@ -38,18 +38,8 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def store(
-    server: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Store:
-    """A prefix of this test's own, which ASTAR_PO_ARTIFACTS names."""
-    from s3fs import S3FileSystem
-
-    S3FileSystem.clear_instance_cache()
-    for name, value in environment(server).items():
-        monkeypatch.setenv(name, value)
-    found = Store(server, re.sub(r"\W+", "-", request.node.name))
-    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", found.url)
-    return found
+def store(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Store:
+    return store_of_test(server, request.node.name, monkeypatch)
 
 
 @pytest.fixture

@@ -112,14 +112,6 @@ def published_folder(temporary: Path, folder: Path) -> Iterator[None]:
         yield
 
 
-def _version_seen(file: Path, url: str) -> str | None:
-    """The version that this process has read or written, None for none; of a file that it never looked for, today's."""
-    if url not in _seen and not any(file.is_relative_to(path) for path, _ in _fetched):
-        found = objects.listing(url).get("")
-        return found and found.version
-    return _seen.get(url)
-
-
 def forget(path: Path, *, keep: Iterable[str] = ()) -> None:
     """Remove a file or folder from the store, its last file first, but for the names to `keep`."""
     if (url := url_of(path)) is None:
@@ -158,6 +150,14 @@ def renamed(source: Path, target: Path) -> None:
     for name in objects.listing(url):
         objects.copy(f"{url}/{name}".rstrip("/"), f"{named(target)}/{name}".rstrip("/"))
     forget(source)
+
+
+def _version_seen(file: Path, url: str) -> str | None:
+    """The version that this process has read or written, None for none; of a file that it never looked for, today's."""
+    if url not in _seen and not any(file.is_relative_to(path) for path, _ in _fetched):
+        found = objects.listing(url).get("")
+        return None if found is None else found.version
+    return _seen.get(url)
 
 
 def _fetch(path: Path, url: str, whole: bool) -> None:

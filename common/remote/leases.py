@@ -60,7 +60,7 @@ class _Lease:
     def __init__(self, run: str, part: str) -> None:
         self.run = run
         self.url = f"{run}/{FOLDER}/{part}.{uuid.uuid4().hex}.json"
-        self._note = {"holder": f"{os.getpid()} on {platform.node()}", "copy": _copy_id()}
+        self._note = {"holder": f"{os.getpid()} on {platform.node()}", "copy": copy_id()}
         self._version: str | None = None
         self._since = 0.0
         self._is_lost = False
@@ -139,7 +139,7 @@ def _note(url: str) -> dict[str, str]:
     return dict(json.loads(objects.read(url) or b"{}"))
 
 
-def _copy_id() -> str:
+def copy_id() -> str:
     """A name that only this machine's copies have."""
     file = cache() / ".id"
     file.parent.mkdir(parents=True, exist_ok=True)
