@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.evaluations import Results, read_results
 from common.files import new_folder, write_text
 from common.processes import Finished
-from common.remote.copies import fetched
+from common.remote.copies import fetched, given
 from common.remote.places import here, shown
 from common.rounds import run_rounds
 from common.runs import exclusive_run, run_paths
@@ -196,14 +196,11 @@ def test_a_study_that_was_killed_continues_on_another_machine(
     store.put("studies/study.toml", b'study = "s"\nconfig = "run.toml"\nseeds = [0]\n[[arms]]\nname = "A"\n')
     place = f"{store.url}/studies/study.toml"
 
-    def study(commands: Commands) -> None:
-        compare(
-            here(place),
-            load_with_inputs,
-            Terminal(quiet=True),
-            results=here(f"{store.url}/records"),
-            execute=commands,
-        )
+    def study(commands: Commands, **options: bool) -> str:
+        output, records = io.StringIO(), given(f"{store.url}/records")
+        console = Terminal(file=output, width=200)
+        compare(given(place), load_with_inputs, console, results=records, execute=commands, **options)
+        return output.getvalue()
 
     first, second = Commands(dies_after=2), Commands()
     with pytest.raises(Killed):
@@ -215,7 +212,8 @@ def test_a_study_that_was_killed_continues_on_another_machine(
     assert {"records/A-seed0.json", "s/report.html", "s/tables.md"} <= set(store.names())
     assert all(len(rows) == len(set(rows)) for rows in drawn(assert_clean(store, tmp_path)).values())
     machines.use("third")
-    study(Commands(dies_after=0))
+    assert "A, seed 0: done" in study(second, dry_run=True)
+    assert len(second.done) == 3
 
 
 def test_a_second_machine_is_refused_while_one_is_at_work(
