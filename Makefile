@@ -13,6 +13,9 @@ ifndef RUN
 RUN := $(shell $(PYTHON) -c 'import re, sys, tomllib; run = tomllib.load(open(sys.argv[1], "rb"))["run"]; \
 	print(run if re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", run) else "")' $(call quoted,$(CONFIG)) 2>/dev/null)
 endif
+ifneq ($(findstring ://,$(CONFIG)),)
+$(error CONFIG=$(CONFIG): make reads the config itself: give a file of this machine)
+endif
 NPROC ?= 1
 STUDY ?= configs/studies/demo-short.toml
 ROUNDS ?= 3
@@ -149,4 +152,5 @@ lock: $(INSTALLED)-stage1 ## Pin the requirements anew
 	@$(BIN)/pip install -q uv && PATH="$(BIN):$$PATH" requirements/lock.sh
 
 clean: ## Remove a run's artifacts (RUN=…)
-	$(if $(RUN),,$(error RUN is empty: name the run to remove, make clean RUN=...))rm -rf -- $(FOLDER)
+	$(if $(RUN),,$(error RUN is empty: name the run to remove, make clean RUN=...))$(if $(findstring ://,$(ARTIFACTS)),$(error \
+		$(ARTIFACTS)/$(RUN) is in an object store: remove it there))rm -rf -- $(FOLDER)

@@ -64,6 +64,7 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         "-c",
+        callback=_here,
         help="The run's configuration, a TOML file; configs/ has examples.",
         show_default="configs/demo.toml",
     ),
@@ -150,16 +151,17 @@ DEMO = Path(__file__).parent / "configs" / "demo.toml"
 def base_model(config: ConfigFile = DEMO, run: Run = None, overrides: Overrides = None) -> None:
     """Pre-train the demo's tiny reference model from scratch (about a minute, no download)."""
     from common.demo.base_model import build_base_model
-    from common.runs import run_paths
+    from common.runs import exclusive_run, run_paths
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    path = run_paths(settings.run).base_model
-    if path.exists():
-        console.print(f"nothing to do: {path} exists")
-        return
-    with _libraries_logged(settings.run):
-        build_base_model(path, seed=settings.seed, progress=console.print)
+    paths = run_paths(settings.run)
+    if not paths.base_model.exists():
+        with _libraries_logged(settings.run), exclusive_run(paths, "base-model"):
+            if not paths.base_model.exists():  # another job may have made it meanwhile
+                build_base_model(paths.base_model, seed=settings.seed, progress=console.print)
+                return
+    console.print(f"nothing to do: {paths.base_model} exists")
 
 
 @app.command(short_help="Stage 1: sample completions, grade them, estimate V̂*.")
@@ -310,6 +312,7 @@ def critic(
         Path | None,
         typer.Option(
             metavar="FILE",
+            callback=_here,
             help="Train nothing: measure how well the trained critic finds the first wrong steps of the solutions in "
             "a file in ProcessBench's format.",
         ),
@@ -494,7 +497,9 @@ def evaluate(
     lm_eval: Annotated[
         Path | None,
         typer.Option(
-            "--lm-eval", help="Also write the results to this folder, as lm-evaluation-harness does."
+            "--lm-eval",
+            callback=_here,
+            help="Also write the results to this folder, as lm-evaluation-harness does.",
         ),
     ] = None,
 ) -> None:
@@ -571,10 +576,15 @@ def report(run: RunName = "demo") -> None:
 
 @app.command(short_help="Compare objectives or settings over several seeds.")
 def compare(
-    study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study; see configs/studies/.")],
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY.toml", callback=_here, help="The study; see configs/studies/.")
+    ],
     results: Annotated[
         Path | None,
-        typer.Option(help="The folder of the finished runs' records; by default artifacts/STUDY/results."),
+        typer.Option(
+            callback=_here,
+            help="The folder of the finished runs' records; by default artifacts/STUDY/results.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -847,7 +857,10 @@ def export_segments(
 @app.command("import-segments", short_help="Take labelled steps of others as a run's states.")
 def import_segments(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Rows of TRL's stepwise format, Math-Shepherd or PRM800K.")
+        Path,
+        typer.Argument(
+            metavar="FILE", callback=_here, help="Rows of TRL's stepwise format, Math-Shepherd or PRM800K."
+        ),
     ],
     config: ConfigFile = DEMO,
     run: Run = None,
@@ -937,7 +950,6 @@ def _advantages_path(
     """
     from common.runs import run_paths
 
-    paths = run_paths(run)
     own = {"--advantages": advantages_file is not None, **own}
     others = {"--vstar": vstar_file is not None, **others}
     ours, theirs = ([name for name, is_given in options.items() if is_given] for options in (own, others))
@@ -945,8 +957,11 @@ def _advantages_path(
         raise UserError(
             f"{ours[0]} is for a table of advantages and {theirs[0]} for V̂*; leave one of them out"
         )
-    is_only = not theirs and not paths.vstar.exists() and paths.advantages.exists()
-    return (advantages_file or paths.advantages) if ours or is_only else None
+    if theirs or advantages_file is not None:
+        return advantages_file
+    paths = run_paths(run)
+    is_only = not paths.vstar.exists() and paths.advantages.exists()
+    return paths.advantages if ours or is_only else None
 
 
 def _vstar_path(run: str, vstar_file: Path | None) -> Path:

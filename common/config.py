@@ -26,6 +26,7 @@ from pydantic import (
 
 from common.errors import UserError
 from common.grading import GraderConfig
+from common.remote.copies import fetched
 from common.runs import RUN_NAME
 from common.section import Section
 from common.segments.config import AdvantagesConfig, CriticConfig, SegmentsConfig
@@ -425,7 +426,7 @@ INCLUDE = "include"
 def _document(path: Path, including: Sequence[Path] = ()) -> dict[str, Any]:
     """A TOML file, with those that it includes beneath it; paths are relative to it. Raises UserError."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        document = tomllib.loads(fetched(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         by = f", which {including[-1]} includes" if including else "; give one of configs/*.toml"
         raise UserError(f"cannot read the config {path}: {error.strerror}{by}") from error

@@ -16,6 +16,7 @@ from common.beta_binomial import dropped_share, fit_prior
 from common.doubts import doubts
 from common.model.reading import describe_model
 from common.provenance import ACCEPTED
+from common.remote.places import shown
 from common.terminal.console import Terminal
 from common.value import estimate_vstar
 from common.vstar_file import estimator_of, read_vstar
@@ -82,7 +83,7 @@ def describe(path: Path) -> Description:
     few, many, samples = rows.select(sizes.min(), sizes.max().alias("max"), sizes.sum().alias("sum")).row(0)
     width, bias, solvable_dropped = _uncertainty(rows)
     return Description(
-        path=str(path),
+        path=shown(str(path)),
         prompts=rows.height,
         kept=int(rows["keep"].sum()),
         samples=samples,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import atomic_path, file_digest, write_text
+from common.remote.places import shown
 from common.report.sweep_files import SamplesDigest, sweep_file
 from common.vstar_file import read_vstar
 from stage1_vstar.sweep import SweepFile, parse_betas, parse_sizes, sweep
@@ -34,6 +35,8 @@ def run_sweep(source: Path, *, beta1: Sequence[str] = (), num_samples: Sequence[
             with atomic_path(sweep_file(source, suffix)) as temporary:
                 save(figure, temporary, suffix)
                 drawings[suffix] = file_digest(temporary)
-    swept = SweepFile(path=str(source), samples=samples.hexdigest(), drawings=drawings, figures=figures)
+    swept = SweepFile(
+        path=shown(str(source)), samples=samples.hexdigest(), drawings=drawings, figures=figures
+    )
     write_text(sweep_file(source, "json"), swept.to_json() + "\n")
     return swept

@@ -17,6 +17,8 @@ from common.config import HELD_OUT, LOCAL_FILES, DataConfig
 from common.documents import read_metrics
 from common.evaluations import REFERENCE, TRAINED, Figures, Results, markdown, read_results
 from common.provenance import context, versions
+from common.remote.copies import modified
+from common.remote.places import here
 from common.runs import RunPaths
 from stage2_train.config import Config
 from stage2_train.data import TrainingData
@@ -221,9 +223,9 @@ def evaluations_of(paths: RunPaths, iteration: int) -> list[Figures]:
     if _trained_iterations(paths) == iteration:
         names[os.path.realpath(paths.model)] = TRAINED
     theirs = [
-        each.model_copy(update={"model": names[os.path.realpath(each.path)]})
+        each.model_copy(update={"model": names[os.path.realpath(here(each.path))]})
         for each in results.results
-        if os.path.realpath(each.path) in names
+        if os.path.realpath(here(each.path)) in names
     ]
     return [*(each for each in results.results if each.model == REFERENCE), *theirs] if theirs else []
 
@@ -231,7 +233,7 @@ def evaluations_of(paths: RunPaths, iteration: int) -> list[Figures]:
 def _trained_iterations(paths: RunPaths) -> int | None:
     """The iterations of the run's model, if its results are not older."""
     try:
-        if paths.results("json").stat().st_mtime < paths.trained_with.stat().st_mtime:
+        if modified(paths.results("json")) < modified(paths.trained_with):
             return None
         found: int = json.loads(paths.trained_with.read_bytes())["iterations"]
     except (OSError, ValueError, KeyError, TypeError):

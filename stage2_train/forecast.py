@@ -22,6 +22,7 @@ from common.errors import UserError, cause
 from common.model.files import reference_model
 from common.model.reading import describe_model, read_model
 from common.model.weights import AGAIN, refuse_pointer
+from common.remote.places import shown
 from common.terminal.console import Terminal
 from common.value import Floats
 from common.vstar_file import read_vstar
@@ -69,7 +70,7 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
     completions = visits * config.train.objective.group_size
     batch = expected_first_batch(rows, config.train)
     return {
-        "path": str(vstar_file),
+        "path": shown(str(vstar_file)),
         "model": model,
         "eos_token_ids": provenance.identity["prompt"]["eos_token_ids"],
         "foreseen": foresight(config, folder),

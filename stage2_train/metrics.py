@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 import torch
 
 from common.documents import read_metrics
 from common.files import write_text, writing_to
-from common.remote.copies import published
+from common.remote.places import url_of
 from common.runs import RunPaths
 from common.terminal.console import Terminal
 from common.terminal.progress import progress_bar
@@ -74,12 +75,15 @@ class MetricsLog:
         self._task = self._bar.add_task("", total=last, completed=max(0, first_iteration - 1))
         kept = [line for line, values in read_metrics(paths.metrics) if values["iteration"] < first_iteration]
         write_text(paths.metrics, "".join(kept))
-        self._file = paths.metrics.open("a", encoding="utf-8")
+        self._file = self._opened()
         self._stored = time.monotonic()
         with writing_to(paths.tensorboard):
             self._board = TensorBoardFile(paths.tensorboard, first_step=first_iteration)
         self._wandb = WandbLog(config, console) if config.train.wandb_project is not None else None
         self._bar.start()
+
+    def _opened(self) -> TextIO:
+        return self._paths.metrics.open("a+", encoding="utf-8")
 
     def close(self) -> None:
         """Flush everything; failures to write have been reported before."""
@@ -113,8 +117,13 @@ class MetricsLog:
     def store(self) -> None:
         """Put the lines so far where the run is, if that is a URL. Raises UserError if it cannot be reached."""
         self._stored = time.monotonic()
-        with published(self._paths.metrics, self._paths.metrics):
-            pass  # it is written in place
+        if url_of(self._paths.metrics) is None:
+            return
+        # Another command of this machine may have put what the store has in the file's place.
+        self._file.seek(0)
+        write_text(self._paths.metrics, self._file.read())
+        self._file.close()
+        self._file = self._opened()
 
     def _line(self, iteration: int, metrics: Metrics) -> str:
         parts = [f"{iteration:>5}/{self._last}"]

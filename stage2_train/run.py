@@ -17,6 +17,8 @@ from common.files import write_text, writing_to
 from common.packages import refuse_missing
 from common.parity import PARITY
 from common.provenance import ACCEPTED, Allowance
+from common.remote.leases import copy_id
+from common.remote.places import url_of
 from common.runs import RunPaths, exclusive_run, run_paths
 from common.terminal.console import Terminal
 from stage2_train import preflight
@@ -54,6 +56,7 @@ def run_stage2(
     paths = run_paths(config.run)
     table = _table(config, vstar_file, advantages_file)
     ranks = join_ranks(config.seed)
+    _refuse_several_copies(paths, ranks)
     if not ranks.is_main:
         console = Terminal(quiet=True)
     data = prepare(config, table, allow_mismatch, ranks)
@@ -98,6 +101,15 @@ def run_stage2(
             write_text(paths.model / CARD, card)
             write_text(paths.trained_with, json.dumps(trained_with, indent=2))
     console.print(f"{paths.model}: the trained policy in Hugging Face format")
+
+
+def _refuse_several_copies(paths: RunPaths, ranks: Ranks) -> None:
+    """Raise UserError if the run is at a URL and its ranks have different copies: they write a checkpoint together."""
+    if (url := url_of(paths.root)) is not None and len(copies := set(ranks.gather([copy_id()]))) > 1:
+        raise UserError(
+            f"{url} has {len(copies)} copies on the nodes of this job, and a checkpoint would be divided among them: "
+            "set ASTAR_PO_CACHE to one folder that all nodes share"
+        )
 
 
 def _train(

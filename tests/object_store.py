@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import select
 import socket
 import sys
@@ -91,6 +92,18 @@ class Store:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(self.read(name))
         return folder
+
+
+def store_of_test(server: str, test: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A prefix of a test's own, which ASTAR_PO_ARTIFACTS names."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    for name, value in environment(server).items():
+        monkeypatch.setenv(name, value)
+    found = Store(server, re.sub(r"\W+", "-", test))
+    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", found.url)
+    return found
 
 
 class Machines:

@@ -142,6 +142,27 @@ def test_clean_removes_nothing_but_a_run(run: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "kept"]
 
 
+def test_with_runs_at_a_url_make_runs_the_same_commands_and_removes_nothing() -> None:
+    url = "s3://bucket/runs"
+    (line,) = [
+        line
+        for line in make("-n", "vstar", f"ASTAR_PO_ARTIFACTS={url}").splitlines()
+        if "cli.py vstar" in line
+    ]
+    assert shlex.split(line)[2:] == ["vstar", "--config", "configs/demo.toml", "--run", "demo"]
+    for arguments, reason in (
+        (("clean", "RUN=mine"), f"{url}/mine is in an object store: remove it there"),
+        (
+            ("vstar", "CONFIG=s3://bucket/mine.toml"),
+            "make reads the config itself: give a file of this machine",
+        ),
+    ):
+        result = run_make(*arguments, artifacts=url)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.count("\n") == 1
+        assert reason in result.stderr
+
+
 def test_paths_may_have_spaces_and_any_characters(tmp_path: Path) -> None:
     config = tmp_path / "it's my gén.toml"
     config.write_text((ROOT / "configs" / "demo.toml").read_text(encoding="utf-8"), encoding="utf-8")

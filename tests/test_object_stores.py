@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import polars as pl
@@ -25,7 +26,7 @@ from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
 from tests.conftest import RunCli
 from tests.fakes import EngineDied, ScriptedEngine, tiny_config
-from tests.object_store import KEY, SECRET, Machines, Store, environment, s3_server
+from tests.object_store import KEY, SECRET, Machines, Store, environment, s3_server, store_of_test
 from tests.stage1_runs import QUESTIONS, Engines, rows_of, run, stored
 
 NUM_SAMPLES = 4
@@ -38,18 +39,8 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def store(
-    server: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Store:
-    """A prefix of this test's own, which ASTAR_PO_ARTIFACTS names."""
-    from s3fs import S3FileSystem
-
-    S3FileSystem.clear_instance_cache()
-    for name, value in environment(server).items():
-        monkeypatch.setenv(name, value)
-    found = Store(server, re.sub(r"\W+", "-", request.node.name))
-    monkeypatch.setenv("ASTAR_PO_ARTIFACTS", found.url)
-    return found
+def store(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Store:
+    return store_of_test(server, request.node.name, monkeypatch)
 
 
 @pytest.fixture
@@ -311,6 +302,32 @@ def test_the_second_of_two_jobs_is_refused_on_every_machine(machines: Machines, 
     with exclusive_run(run_paths("one"), "vstar"):
         pass
     assert store.names() == []
+
+
+@pytest.mark.parametrize("then", ["gives way", "holds it", "stays"])
+def test_of_jobs_that_come_at_the_same_time_one_gets_the_run(
+    machines: Machines, store: Store, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    rival, pauses = "one/.leases/vstar-1-of-1.rival.json", []
+
+    def asks(is_held: bool) -> None:
+        store.put(rival, json.dumps({"holder": "7 elsewhere", "copy": "other", "is_held": is_held}).encode())
+
+    def pause(seconds: float) -> None:
+        assert [name for name in store.names() if ".leases" in name] == [rival], "this job gave way"
+        pauses.append(seconds)
+        if then == "gives way":
+            store.remove(rival)
+        elif then == "holds it":
+            asks(is_held=True)
+
+    asks(is_held=False)
+    monkeypatch.setattr(leases, "sleep", pause)
+    refusal = pytest.raises(UserError, match=r"another vstar job \(process 7 elsewhere\) is writing to")
+    with nullcontext() if then == "gives way" else refusal, exclusive_run(run_paths("one"), "vstar"):
+        assert then == "gives way"
+    assert len(pauses) == (leases.ATTEMPTS - 1 if then == "stays" else 1)
+    assert store.names() == ([] if then == "gives way" else [rival])
 
 
 @pytest.fixture

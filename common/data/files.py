@@ -20,6 +20,8 @@ import pyarrow as pa
 from common.config import COMPRESSED, LOCAL_FILES, DataConfig, data_suffix
 from common.data.cells import number_of, rows_of
 from common.errors import UserError, first_line
+from common.remote.copies import given
+from common.remote.places import url_of
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -41,16 +43,16 @@ def local_files(data: DataConfig) -> list[Path] | None:
     """
     if not isinstance(data.path, str):
         return [file for path in data.path for file in _files_at(path, data)]
-    folder = Path(data.path).expanduser()
+    folder = given(data.path).expanduser()
     if folder.is_dir():
         is_clone = data.name is not None or not data.split.isalpha() or (folder / "README.md").is_file()
         return None if is_clone else _files_in(folder, data)
-    looks_local = data.is_file or folder.exists() or data.path.startswith((".", "/", "~"))
+    looks_local = data.is_file or folder.exists() or url_of(folder) or data.path.startswith((".", "/", "~"))
     return _files_at(data.path, data) if looks_local else None
 
 
 def _files_at(path: str, data: DataConfig) -> list[Path]:
-    place = Path(path).expanduser()
+    place = given(path).expanduser()
     if place.is_dir():
         return _files_in(place, data)
     if place.is_file():

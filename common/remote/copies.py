@@ -3,6 +3,7 @@
 A copied file's modification time is no time: it is a hash of the version that the store has.
 """
 
+import errno
 import hashlib
 import os
 import platform
@@ -26,7 +27,9 @@ _WITH_SEAL = re.compile(
     r"((?:runs/[^/]+/)?(?:checkpoints/iteration-\d+|exported/\d+|model|critic|base_model))/.*"
 )
 """The names, relative to a run or a study, in folders that exist once their last file, the seal, is there."""
-_NOT_SHARED = {"libraries.log", "tensorboard", "loadable_model"}
+_NOT_SHARED = re.compile(r".*\.log|tensorboard|loadable_model")
+_UNFINISHED = re.compile(r"\..*\.tmp")
+"""The names of folders that are being filled: they are stored whole, when they are."""
 _DAMAGED = "damaged"
 
 _seen: dict[str, str] = {}
@@ -70,7 +73,7 @@ def published(temporary: Path, target: Path) -> Iterator[None]:
     Raises UserError if another job has changed the file since this process read it, or the store cannot be reached.
     """
     url = url_of(target)
-    if url is None or target.name.startswith("."):
+    if url is None or target.name.startswith(".") or any(map(_UNFINISHED.fullmatch, target.parts)):
         yield
         return
     leases.refuse_void(url)
@@ -78,7 +81,7 @@ def published(temporary: Path, target: Path) -> Iterator[None]:
         if _NAMED_BY_CONTENT.fullmatch(target.name):
             version = objects.put(url, temporary)
         else:
-            version = objects.replace(url, temporary, _seen.get(url))
+            version = objects.replace(url, temporary, _version_seen(target, url))
         _note(url, temporary, version)
         yield
 
@@ -131,6 +134,15 @@ def forget_unfinished(folder: Path) -> None:
     objects.remove([f"{url.rpartition('/')[0]}/{name}" for name in sorted(unfinished)])
 
 
+def modified(path: Path) -> float:
+    """When a file was last written, in seconds since the epoch. Raises OSError or UserError if it is not there."""
+    if (url := url_of(path)) is None:
+        return path.stat().st_mtime
+    if (found := objects.listing(url).get("")) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return found.modified
+
+
 def renamed(source: Path, target: Path) -> None:
     """Move a file or folder in the store, as the caller moves its copy."""
     if (url := url_of(source)) is None:
@@ -138,6 +150,14 @@ def renamed(source: Path, target: Path) -> None:
     for name in objects.listing(url):
         objects.copy(f"{url}/{name}".rstrip("/"), f"{named(target)}/{name}".rstrip("/"))
     forget(source)
+
+
+def _version_seen(file: Path, url: str) -> str | None:
+    """The version that this process has read or written, None for none; of a file that it never looked for, today's."""
+    if url not in _seen and not any(file.is_relative_to(path) for path, _ in _fetched):
+        found = objects.listing(url).get("")
+        return None if found is None else found.version
+    return _seen.get(url)
 
 
 def _fetch(path: Path, url: str, whole: bool) -> None:
@@ -190,14 +210,19 @@ def _remove_copy(file: Path, root: Path) -> None:
 def _files(folder: Path) -> Iterator[Path]:
     """The files below a folder, but for hidden ones and those that are not shared."""
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in _NOT_SHARED and name[0] != "."]
-        yield from (Path(place, name) for name in files if name not in _NOT_SHARED and name[0] != ".")
+        folders[:] = filter(_is_shared, folders)
+        yield from (Path(place, name) for name in filter(_is_shared, files))
+
+
+def _is_shared(name: str) -> bool:
+    """Whether a file or folder of this name is the same on all machines."""
+    return name[0] != "." and _NOT_SHARED.fullmatch(name) is None
 
 
 def _is_there(name: str, names: Collection[str]) -> bool:
     """Whether an object is part of the run: not hidden, not set aside, in no folder whose last file is missing."""
-    parts = name.split("/")
-    if any(part.startswith(".") for part in parts) or _DAMAGED in parts:
+    parts = name.split("/") if name else []
+    if not all(map(_is_shared, parts)) or _DAMAGED in parts:
         return False
     found = _WITH_SEAL.fullmatch(name)
     return found is None or f"{found[1]}/{_seal(Path(found[1]))}" in names

@@ -1,19 +1,23 @@
 """Leases: one job at a time holds a run at a URL, or a part of it, wherever the jobs are.
 
 A lease is an object <run>/.leases/<part>.<id>.json that its job renews. Each job first puts its own, then looks for
-others: of two jobs that come at the same time, at least one sees the other. Ages are differences between the times that
-the store gives its objects, so the clocks of the machines do not matter.
+others: of two jobs that come at the same time, at least one sees the other. If both do, both give way, and ask again
+after random times: a lease says whether its job holds the run or only asks for it. Ages are differences between the
+times that the store gives its objects, so the clocks of the machines do not matter.
 """
 
 import json
 import os
 import platform
+import random
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import sleep
+from typing import Any
 
 from common.errors import UserError
 from common.remote import objects
@@ -24,6 +28,10 @@ SECONDS = 60.0
 """The time after which a lease that was not renewed is void."""
 RENEWALS = 4
 """Renewals in that time."""
+ATTEMPTS = 8
+"""How often a job asks for a run that others ask for."""
+PAUSE_SECONDS = 1.0
+"""The longest time before it asks again, after the first attempt; after the second twice as long, and so on."""
 FOLDER = ".leases"
 
 
@@ -60,7 +68,7 @@ class _Lease:
     def __init__(self, run: str, part: str) -> None:
         self.run = run
         self.url = f"{run}/{FOLDER}/{part}.{uuid.uuid4().hex}.json"
-        self._note = {"holder": f"{os.getpid()} on {platform.node()}", "copy": _copy_id()}
+        self._note = {"holder": f"{os.getpid()} on {platform.node()}", "copy": copy_id(), "is_held": False}
         self._version: str | None = None
         self._since = 0.0
         self._is_lost = False
@@ -69,19 +77,39 @@ class _Lease:
     def claim(self, job: str, is_rival: Callable[[str], bool]) -> None:
         """Raise UserError if another job holds a rival part; void leases of rivals are removed."""
         self.renew()
+        attempts = 1
+        while (
+            (rival := self._rival(is_rival)) is not None and not rival.get("is_held") and attempts < ATTEMPTS
+        ):
+            self.remove()
+            sleep(random.SystemRandom().uniform(0, attempts * PAUSE_SECONDS))
+            self.renew()
+            attempts += 1
+        if rival is None:
+            self._note["is_held"] = True
+            self.renew()
+            return
+        raise UserError(
+            f"another {job} job (process {rival.get('holder', 'unknown')}) is writing to {self.run}; wait for it or "
+            f"choose another --run. If it was killed, its claim ends {SECONDS:g} seconds after that"
+        )
+
+    def _rival(self, is_rival: Callable[[str], bool]) -> dict[str, Any] | None:
+        """What the lease of a rival says, one that holds the run if there is one; removes void ones."""
         found = objects.listing(f"{self.run}/{FOLDER}")
         now = found[self.url.rpartition("/")[2]].modified
+        rival: dict[str, Any] | None = None
         for name, other in found.items():
             url = f"{self.run}/{FOLDER}/{name}"
             if url == self.url or not is_rival(name.split(".")[0]):
                 continue
-            note = _note(url)
+            if (note := _note(url)) is None:
+                continue  # it has just given way
             if note.get("copy") != self._note["copy"] and now - other.modified <= SECONDS:
-                raise UserError(
-                    f"another {job} job (process {note.get('holder', 'unknown')}) is writing to {self.run}; wait for "
-                    f"it or choose another --run. If it was killed, its claim ends {SECONDS:g} seconds after that"
-                )
-            objects.remove([url])
+                rival = note if rival is None or note.get("is_held") else rival
+            else:
+                objects.remove([url])
+        return rival
 
     def renew(self) -> None:
         """Put the lease again. Raises UserError if the store cannot be reached, or has it no more."""
@@ -99,6 +127,7 @@ class _Lease:
         """Remove the lease, if it was ever stored."""
         if self._version is not None:
             objects.remove([self.url])
+            self._version = None
 
     def ensure(self) -> None:
         """Raise UserError if the lease is void or has been removed."""
@@ -134,12 +163,13 @@ class _Lease:
             thread.join()
 
 
-def _note(url: str) -> dict[str, str]:
-    """The content of a lease; empty if it has just been removed."""
-    return dict(json.loads(objects.read(url) or b"{}"))
+def _note(url: str) -> dict[str, Any] | None:
+    """The content of a lease; None if it has just been removed."""
+    content = objects.read(url)
+    return None if content is None else dict(json.loads(content))
 
 
-def _copy_id() -> str:
+def copy_id() -> str:
     """A name that only this machine's copies have."""
     file = cache() / ".id"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -54,9 +54,10 @@ def named(path: Path) -> str:
 
 
 def shown(text: str) -> str:
-    """A text with URLs in place of the copies that stand for them."""
+    """A text with URLs in place of the copies that stand for them, but for logs, which are in the copy alone."""
     folder = str(cache())
-    return re.sub(re.escape(folder) + r"/([a-z][a-z0-9+.-]*)/", r"\1://", text) if folder in text else text
+    copy = re.escape(folder) + r"/([a-z][a-z0-9+.-]*)/(?!\S*\.log\b)"
+    return re.sub(copy, r"\1://", text) if folder in text else text
 
 
 def without_secrets(text: str) -> str:

@@ -130,7 +130,7 @@ class Plan:
 
         Its record is the round's: a round that is done again is evaluated again.
         """
-        models = [*([REFERENCE] if number == 1 else []), str(paths.model.absolute())]
+        models = [*([REFERENCE] if number == 1 else []), named(paths.model)]
         return Step(
             name="evaluate-all",
             paths=paths,

@@ -5,7 +5,6 @@ a command continues, or finds that nothing is left to do, or begins anew if its 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -187,12 +186,8 @@ def _share(source: Path, target: Path) -> None:
     for file in source.glob("*/*.parquet"):
         place = target / file.relative_to(source)
         if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file, place)
-            except OSError:  # another file system, or one without links
-                with atomic_path(place) as temporary:
-                    shutil.copyfile(file, temporary)
+            with atomic_path(place) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 def _refuse_changed(now: RunConfig, before: RunConfig) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.provenance import ACCEPTED
+from common.remote.places import shown
 from common.segments.advantages import ADVANTAGE_ERROR, with_advantage_error
 from common.segments.files import ADVANTAGES_TABLE
 from common.terminal.console import Terminal
@@ -59,7 +60,7 @@ def describe_advantages(path: Path) -> AdvantagesDescription:
     gap = rows["gap"]
     quartiles = {name: gap.quantile(share) for name, share in (("25 %", 0.25), ("50 %", 0.5), ("75 %", 0.75))}
     return AdvantagesDescription(
-        path=str(path),
+        path=shown(str(path)),
         prompts=rows["prompt_id"].n_unique(),
         states=rows.height,
         kept=int(rows["keep"].sum()),

@@ -17,6 +17,7 @@ from common.model.files import network_hash
 from common.model.weights import stored_weights
 from common.parity import draw_compared
 from common.provenance import Provenance, context, sampler_identity, sampling_identity
+from common.remote.places import shown
 from common.rollout import Completion, Prompt
 from common.runs import run_paths
 from common.sampling.generate import generate_samples
@@ -113,7 +114,7 @@ class Drawing:
             "revision": None,
             **sampler_identity(config.engine.backend, config.model.dtype, made["versions"]),
         }
-        return Provenance(identity=identity, context={**made, "model_path": str(model.folder)})
+        return Provenance(identity=identity, context={**made, "model_path": shown(str(model.folder))})
 
     def _pool(self, benchmark: Benchmark) -> GraderPool:
         spec = benchmark.grader.spec

@@ -17,6 +17,7 @@ from common.evaluations import PROMPTS, REFERENCE, Comparison, Figures, Results,
 from common.grading import UNJUDGED, Outcome, fingerprint
 from common.model.files import model_identity, reference_model
 from common.provenance import STRICT, Provenance, context, read_provenance
+from common.remote.places import shown
 from common.runs import exclusive_run, run_paths
 from common.terminal.console import Terminal
 from stage2_train.config import Config
@@ -175,7 +176,7 @@ def _figures(
     figures = Figures.model_validate(
         {
             "model": model.name,
-            "path": str(model.folder),
+            "path": shown(str(model.folder)),
             "benchmark": benchmark.name,
             "grader": fingerprint(benchmark.grader),
             "sampling": (benchmark.draws.get(SAMPLED) or benchmark.draws["greedy"]).sampling.identity(),
