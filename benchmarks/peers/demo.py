@@ -33,10 +33,12 @@ CONFIG = Path("configs/demo.toml")
 OURS: dict[str, dict[str, object]] = {
     "our A*-PO": {},
     "our GRPO": {
-        "train.objective": '{ name = "grpo", group_size = 2, kl = 0.0, entropy = 0.0, average = "token" }'
+        "train.objective": '{ name = "grpo", group_size = 2, kl = 0.0, entropy = 0.0, average = "token" }',
+        "train.batch_size": 128,
+        "train.mini_batch_size": 64,
     },
 }
-"""By the trainer's name, its settings besides the demo's."""
+"""By the trainer's name, its settings besides the demo's: GRPO draws as many completions, two for each prompt."""
 THEIRS = {"TRL A2PO": "a2po", "TRL GRPO": "grpo"}
 TRAINERS = (*OURS, *THEIRS)
 ACCURACIES = (0.7, 0.8, 0.9)
