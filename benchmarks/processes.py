@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing import get_context
@@ -15,8 +16,9 @@ from typing import ParamSpec, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-POLL_SECONDS = 0.05
-POLLS_BETWEEN_SHARES = 10
+POLL_SECONDS = 0.2
+"""Listing all processes takes milliseconds, which those that are measured need."""
+POLLS_BETWEEN_SHARES = 5
 """What a process shares with others changes rarely, and takes the kernel some milliseconds to count."""
 
 P = ParamSpec("P")
@@ -66,7 +68,8 @@ def run(command: Iterable[object], log: Path, environment: Mapping[str, str] | N
                     shared = {pid: _shared_mib(pid) for pid in living}
                 # A child just forked still shows its parent's memory as its own.
                 peak = max(peak, sum(peak_mib(pid) - shared[pid] for pid in living & earlier))
-                time.sleep(POLL_SECONDS)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
         finally:
             process.kill()  # where this process is interrupted
         seconds = time.time() - began
