@@ -60,9 +60,12 @@ def test_a_warm_program_sees_what_a_cold_one_does_and_ends_like_it(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_warm_program_can_be_waited_for_and_killed(tmp_path: Path, number: signal.Signals) -> None:
-    (tmp_path / "program.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    program = "import time; print('begun', flush=True); time.sleep(60)"
+    # A shell lets its background jobs ignore Ctrl-C, and so what they start; a warm program is told anew.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     ended: list[Any] = []
     for cold in (True, False):
+        (tmp_path / "program.py").write_text(heeding + program if cold else program)
         with warm.popen(
             [tmp_path / "program.py"],
             stdout=subprocess.PIPE,
