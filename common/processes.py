@@ -92,20 +92,17 @@ def start(
     warm: WarmStarts | None,
     stdin: int | None = None,
     stdout: int | None = None,
-    own_session: bool = True,
     ends_with_thread: bool = False,
 ) -> Process:
     """Start a program of this Python, warm if `warm` can; its output and errors go to `stdout`, by default this one's.
 
-    By default it gets no input and, with `own_session`, no Ctrl-C of the terminal. With `ends_with_thread` it is killed
-    when this thread ends, however that happens; one that starts warm ends with its server in any case.
+    By default it gets no input, and never the terminal's Ctrl-C, which is for this process. With `ends_with_thread` it
+    is killed when this thread ends, however that happens; one that starts warm ends with its server in any case.
     """
     with open(os.devnull, "rb") as nothing:
         given = nothing.fileno() if stdin is None else stdin
         if warm is not None:
-            order = Order(
-                program=command[1:], environment=environment, folder=os.getcwd(), own_session=own_session
-            )
+            order = Order(program=command[1:], environment=environment, folder=os.getcwd())
             return warm.start(order, given, *((1, 2) if stdout is None else (stdout, stdout)))
         return ColdProcess(
             subprocess.Popen(
@@ -114,7 +111,7 @@ def start(
                 stdout=stdout,
                 stderr=stdout,
                 env=environment,
-                start_new_session=own_session,
+                start_new_session=True,
                 preexec_fn=partial(die_with, os.getpid()) if ends_with_thread else None,
             )
         )
@@ -158,9 +155,10 @@ def execute(
         except BaseException:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
-                if process.wait(ENDING_SECONDS) is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                process.wait(ENDING_SECONDS)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has left behind
+            process.wait()
             raise
         seconds = time.monotonic() - began
     assert ended is not None

@@ -18,6 +18,11 @@ def own_models(config: RunConfig) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path is not None and OWN in path}
 
 
+def makes_base_model(config: RunConfig) -> bool:
+    """Whether the run's reference is the demo's, which `base-model` makes in the run's folder."""
+    return config.model.path == f"{OWN}/base_model"
+
+
 class Loader(Protocol):
     """Loads a run's config from a TOML file and overrides; also says which commands make what its training reads."""
 

@@ -104,7 +104,7 @@ def serve(control: socket.socket) -> Forked | None:
             if not ready:
                 _import(waiting.popleft())
             for key, _ in ready:
-                if isinstance(key.data, Child) and isinstance(key.fileobj, int):
+                if isinstance(key.fileobj, int):  # the pidfd of a fork that has ended
                     selector.unregister(key.fileobj)
                     os.close(key.fileobj)
                     key.data.ended()
@@ -114,22 +114,38 @@ def serve(control: socket.socket) -> Forked | None:
                 assert isinstance(client, socket.socket)
                 text, files, *_ = socket.recv_fds(client, LONGEST_MESSAGE, 4)
                 if text:
-                    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                    if (pid := os.fork()) == 0:
-                        _let_go(selector, [ours, socket.socket(fileno=files[3])])
-                        return Forked(Order(**json.loads(text)), files[:3], theirs, server)
-                    theirs.close()
-                    for file in files[:3]:
-                        os.close(file)
-                    child = Child(pid, socket.socket(fileno=files[3]), ordered_by=key.data)
-                    child.tell({"pid": pid})
-                    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, child)
-                    selector.register(ours, selectors.EVENT_READ, child)
+                    forked = _fork(Order(**json.loads(text)), files, key.data, selector, server)
+                    if forked is not None:
+                        return forked
                 elif client is control:
                     return None
                 else:  # the program has ended, or has no need of it
                     selector.unregister(client)
                     client.close()
+
+
+def _fork(
+    order: Order,
+    files: Sequence[int],
+    ordered_by: Child | None,
+    selector: selectors.BaseSelector,
+    server: int,
+) -> Forked | None:
+    """Fork; returns in the fork what it is to do, and in the server None. The last file is for reports."""
+    *standard, reporting = files
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reports = socket.socket(fileno=reporting)
+    if (pid := os.fork()) == 0:
+        _let_go(selector, [ours, reports])
+        return Forked(order, standard, theirs, server)
+    theirs.close()
+    for file in standard:
+        os.close(file)
+    child = Child(pid, reports, ordered_by)
+    child.tell({"pid": pid})
+    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, child)
+    selector.register(ours, selectors.EVENT_READ, child)
+    return None
 
 
 def _import(library: str) -> None:
@@ -146,7 +162,7 @@ def _import(library: str) -> None:
 def _end_those_of(child: Child, selector: selectors.BaseSelector) -> None:
     """Kill the forks that a program has ordered: they end with it, as they end with the server."""
     for key in selector.get_map().values():
-        if isinstance(key.data, Child) and isinstance(key.fileobj, int) and key.data.ordered_by is child:
+        if isinstance(key.fileobj, int) and key.data.ordered_by is child:
             signal.pidfd_send_signal(key.fileobj, signal.SIGKILL)
 
 

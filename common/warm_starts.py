@@ -36,7 +36,7 @@ class Order:
     """A program to start."""
 
     program: Sequence[str]
-    """A file, or `-m` and a module, and the arguments; as under `python -P`, the current folder is not searched."""
+    """As after `python`: a file, or `-m` and a module, after `-P` where its folder is not to be searched; arguments."""
     environment: Mapping[str, str]
     folder: str
     own_session: bool = True
@@ -93,6 +93,9 @@ class WarmProcess:
 class ServerLost(RuntimeError):
     """The process that is forked has died."""
 
+    def __init__(self, output: str = "") -> None:
+        super().__init__(f"the process that programs are forked from has died{output and f': {output}'}")
+
 
 @dataclass(frozen=True, slots=True)
 class WarmStarts:
@@ -107,7 +110,7 @@ class WarmStarts:
             try:
                 socket.send_fds(self._control, [order.text()], [stdin, stdout, stderr, theirs.fileno()])
             except ConnectionError as error:
-                raise ServerLost("the process that programs are forked from has died") from error
+                raise ServerLost from error
         return WarmProcess(_message(ours)["pid"], ours)
 
 
@@ -117,7 +120,7 @@ def _message(reports: socket.socket) -> dict[str, Any]:
     except ConnectionError:
         text = b""
     if not text:
-        raise ServerLost("the process that programs are forked from has died")
+        raise ServerLost
     message: dict[str, Any] = json.loads(text)
     return message
 
@@ -129,8 +132,9 @@ def warm_starts(environment: Mapping[str, str] | None = None) -> Iterator[WarmSt
     Programs end with their server, and with the program that has ordered them. `environment` is the new server's own,
     by default this process's.
     """
-    if not CAN_FORK or (found := inherited()) is not None:
-        yield found if CAN_FORK else None
+    found = inherited()
+    if found is not None or not CAN_FORK:
+        yield found
         return
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, tempfile.TemporaryFile() as output:
@@ -148,7 +152,7 @@ def warm_starts(environment: Mapping[str, str] | None = None) -> Iterator[WarmSt
             yield WarmStarts(ours)
         except ServerLost as error:
             output.seek(0)
-            raise ServerLost(f"{error}: {output.read().decode(errors='replace')[-_SHOWN:]}") from error
+            raise ServerLost(output.read().decode(errors="replace")[-_SHOWN:]) from error
         finally:
             process.kill()  # it may be importing
             process.wait()

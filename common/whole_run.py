@@ -6,7 +6,8 @@ from pathlib import Path
 from common.config import RunConfig
 from common.errors import UserError
 from common.processes import program, show
-from common.runs import OWN, run_paths
+from common.runs import run_paths
+from common.settings import makes_base_model
 from common.steps import BY_SEVERAL
 from common.warm_starts import warm_starts
 
@@ -40,7 +41,6 @@ def run_all(
 
 def commands_of(config: RunConfig, before_training: Sequence[str]) -> list[str]:
     """The commands of a run in their order; the demo's base model only if it is not there, as it takes no other."""
-    is_demo = config.model.path == f"{OWN}/base_model"
-    lacks_base = is_demo and not run_paths(config.run).base_model.exists()
+    lacks_base = makes_base_model(config) and not run_paths(config.run).base_model.exists()
     evaluation = ["evaluate"] if config.is_evaluated else []
     return [*(["base-model"] if lacks_base else []), *before_training, "train", *evaluation, "report"]

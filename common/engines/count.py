@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.config import EngineConfig, RunConfig
+from common.errors import UserError
 from common.model.reading import read_model
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -36,6 +37,15 @@ def fitting(config: Config, most: int, samples: int) -> Config:
 def small(folder: Path) -> bool:
     """Whether an engine on a CPU is busier with Python than with the model in `folder`, so that one a core pays."""
     return read_model(folder).parameters <= SMALL
+
+
+def of_each_rank(engines: int, ranks: int) -> int:
+    """The part of a rank of training. Raises UserError if the engines cannot be divided."""
+    if engines % ranks:
+        raise UserError(
+            f"engine.engines {engines} cannot be divided among the {ranks} processes of training; choose a multiple"
+        )
+    return engines // ranks
 
 
 def devices_of(engine: EngineConfig) -> int:

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 
 from common.config import EngineConfig, RunConfig
 from common.data.rendering import PromptRenderer
-from common.engines.count import cores, visible_devices
+from common.engines.count import cores, of_each_rank, visible_devices
 from common.engines.fleet import EngineFleet
 from common.engines.orders import Order, Reply
 from common.engines.protocol import EngineBuilder, RolloutEngine
@@ -171,18 +171,13 @@ def shares_beside(
     count = engine.engines
     if count == "auto":
         count = ranks * max(1, len(spare) // (ranks * each))
-    if count % ranks:
-        raise UserError(
-            f"engine.engines {count} cannot be divided among the {ranks} processes of training on this machine; choose "
-            "a multiple"
-        )
+    mine = of_each_rank(count, ranks)
     if devices and count * each > len(spare):
         raise UserError(
             f'engine.placement "own processes" needs GPUs that training leaves free: {count} engines of {each} need '
             f"{count * each}, found {len(devices)} of which {ranks} train; train with fewer processes"
         )
-    mine = spare[rank * each * (count // ranks) :]
-    return shares_of(count // ranks, mine, each, max(1, cores // (2 * ranks)))
+    return shares_of(mine, spare[rank * each * mine :], each, max(1, cores // (2 * ranks)))
 
 
 def shares_of(count: int, devices: Sequence[str], devices_each: int, cores: int) -> list[Share]:

@@ -21,7 +21,7 @@ import torch
 
 from common.config import EngineConfig, RunConfig
 from common.data.rendering import PromptRenderer
-from common.engines.count import fitting, small
+from common.engines.count import fitting, of_each_rank, small
 from common.engines.fleet import EngineFleet
 from common.engines.orders import Order, Reply
 from common.engines.protocol import EngineBuilder, EngineSource, LowRank, RolloutEngine
@@ -198,12 +198,7 @@ def _beside_trainer(engine: EngineConfig) -> int:
     if engine.engines == "auto":
         gpus = int(ray.cluster_resources().get("GPU", 0))
         return max(1, gpus // (ranks * engine.tensor_parallel_size))
-    if engine.engines % ranks:
-        raise UserError(
-            f"engine.engines {engine.engines} cannot be divided among the {ranks} processes of training; choose a "
-            "multiple"
-        )
-    return engine.engines // ranks
+    return of_each_rank(engine.engines, ranks)
 
 
 def _fleet(

@@ -13,7 +13,7 @@ from common.evaluations import REFERENCE, TRAINED
 from common.remote.places import named
 from common.runs import OWN, RunPaths, run_paths
 from common.seeds import derive_seed
-from common.settings import own_models
+from common.settings import makes_base_model, own_models
 from common.steps import BY_SEVERAL
 
 
@@ -68,7 +68,7 @@ class Plan:
     @property
     def base_model(self) -> Step | None:
         """The step that makes the demo's reference; None for a run with another one."""
-        if self.config.model.path != f"{OWN}/base_model":
+        if not makes_base_model(self.config):
             return None
         return Step(
             name="base-model", paths=self.paths, arguments=_with_config("base-model", self.paths.settings)
