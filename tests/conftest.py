@@ -13,6 +13,7 @@ import tests.warm
 from benchmarks.tiny_model import save_tiny_model
 
 if TYPE_CHECKING:
+    from tests.object_store import Machines, Store
     from tests.stage1_runs import Engines
 
 # Read when torch is imported. Threads that spin while they wait take the cores from the tests' other processes.
@@ -146,3 +147,30 @@ def engines(monkeypatch: pytest.MonkeyPatch, artifacts: Path) -> Iterator["Engin
     from tests.stage1_runs import scripted_engines
 
     yield from scripted_engines(monkeypatch, artifacts)
+
+
+@pytest.fixture(scope="module")
+def s3_address() -> Iterator[str]:
+    """An S3 server on this machine."""
+    from tests.object_store import s3_server
+
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def store(s3_address: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> "Store":
+    """A prefix of this test's own in an object store."""
+    from tests.object_store import store_of_test
+
+    return store_of_test(s3_address, request.node.name, monkeypatch)
+
+
+@pytest.fixture
+def machines(store: "Store", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Machines":
+    """Machines that share the store; the test begins on "first"."""
+    from tests.object_store import Machines
+
+    found = Machines(tmp_path / "machines", monkeypatch)
+    found.use("first")
+    return found

@@ -26,6 +26,10 @@ ROOT = Path(__file__).parents[1]
 FRAGMENT_SAMPLES = 10
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that the process still meant to do happens."""
+
+
 class JobServer:
     """The test's end: starts jobs one at a time."""
 

@@ -41,7 +41,7 @@ from tests import warm
 from tests.chromium import Browser, needs_chromium
 from tests.conftest import ROOT, RunCli
 from tests.fakes import sample_rows, write_artifact
-from tests.killing import kill_five_times
+from tests.killing import Killed, kill_five_times
 from tests.step_tables import state, write_segments
 from tests.tiny_config import write_config
 
@@ -71,10 +71,6 @@ A_STAR = '[[arms]]\nname = "A*-PO"\nsettings = { "train.objective.name" = "astar
 GRPO = '[[arms]]\nname = "GRPO"\nsettings = { "train.objective.name" = "grpo" }\n'
 BY_N = '[[arms]]\nname = "N"\nvary = { "vstar.num_samples" = [1, 4, 2] }\n'
 BY_BETA = '[[arms]]\nname = "β1"\nvary = { "vstar.beta1" = [inf, 0.25] }\n'
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that the process still meant to do happens."""
 
 
 class Commands:

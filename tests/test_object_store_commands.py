@@ -4,7 +4,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -34,7 +34,8 @@ from stage2_train.run import _refuse_several_copies
 from tests import warm
 from tests.conftest import ROOT
 from tests.fakes import tiny_config
-from tests.object_store import KEY, SECRET, Machines, Store, s3_server, store_of_test
+from tests.killing import Killed
+from tests.object_store import KEY, SECRET, Machines, Store
 from tests.stage1_runs import QUESTIONS, Engines, run
 from tests.test_compare import evaluated
 from tests.tiny_config import write_config
@@ -50,29 +51,6 @@ split = [" "]
 learning_rate = 1e-3
 batch_size = 8
 """
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that the process still meant to do happens."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def store(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Store:
-    return store_of_test(server, request.node.name, monkeypatch)
-
-
-@pytest.fixture
-def machines(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
-    """The test begins on the machine "first"."""
-    found = Machines(tmp_path / "machines", monkeypatch)
-    found.use("first")
-    return found
 
 
 Command = Callable[..., str]

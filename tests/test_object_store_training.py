@@ -25,7 +25,7 @@ from tests import warm
 from tests.conftest import ROOT
 from tests.fakes import ScriptedEngine
 from tests.killing import JobServer
-from tests.object_store import KEY, SECRET, CuttingProxy, Machines, Store, environment, s3_server
+from tests.object_store import KEY, SECRET, CuttingProxy, Machines, Store, environment
 from tests.stage1_runs import Engines, run
 from tests.stage2_runs import NUM_SAMPLES, as_toml, tiny_config, write_tiny_vstar
 from tests.test_resume import assert_same
@@ -34,14 +34,8 @@ PROMPTS = 32
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def proxy(server: str) -> Iterator[CuttingProxy]:
-    found = CuttingProxy(server)
+def proxy(s3_address: str) -> Iterator[CuttingProxy]:
+    found = CuttingProxy(s3_address)
     yield found
     found.close()
 
@@ -57,7 +51,7 @@ def jobs(proxy: CuttingProxy, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def store(
-    server: str, proxy: CuttingProxy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    s3_address: str, proxy: CuttingProxy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Store:
     """A prefix of this test's own, behind the proxy."""
     from s3fs import S3FileSystem
@@ -67,7 +61,7 @@ def store(
     for name, value in {**environment(proxy.address), "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)
     proxy.cut_after(None)
-    return Store(server, re.sub(r"\W+", "-", request.node.name))
+    return Store(s3_address, re.sub(r"\W+", "-", request.node.name))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,29 +26,10 @@ from stage1_vstar.filter import drop_rules, filter_prompts
 from stage1_vstar.rescore import rescore
 from tests.conftest import RunCli
 from tests.fakes import EngineDied, ScriptedEngine, tiny_config
-from tests.object_store import KEY, SECRET, Machines, Store, environment, s3_server, store_of_test
+from tests.object_store import KEY, SECRET, Machines, Store, environment
 from tests.stage1_runs import QUESTIONS, Engines, rows_of, run, stored
 
 NUM_SAMPLES = 4
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def store(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Store:
-    return store_of_test(server, request.node.name, monkeypatch)
-
-
-@pytest.fixture
-def machines(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
-    """The test begins on the machine "first"."""
-    found = Machines(tmp_path / "machines", monkeypatch)
-    found.use("first")
-    return found
 
 
 @pytest.fixture

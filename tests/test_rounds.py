@@ -42,7 +42,7 @@ from tests import warm
 from tests.chromium import Browser, needs_chromium
 from tests.conftest import ROOT, RunCli
 from tests.fakes import CONTEXT, IDENTITY, sample_rows, write_artifact
-from tests.killing import kill_five_times
+from tests.killing import Killed, kill_five_times
 from tests.tiny_config import write_config
 
 CONFIG = """
@@ -70,10 +70,6 @@ format = "word_problems"
 split = "test"
 limit = 8
 """
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that the process still meant to do happens."""
 
 
 class Commands:
