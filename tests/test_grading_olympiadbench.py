@@ -1,6 +1,7 @@
 r"""The OlympiadBench rule: answers in any order, tolerances, units; its authors' examples and all of its answers."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,17 @@ def test_minervas_answers_are_accepted_and_right_by_the_rule_math() -> None:
         assert rule_math.validate_gold(gold) is None, gold
         assert rule_math.grade("", rf"\boxed{{{gold}}}", gold).outcome is Outcome.CORRECT, gold
     assert len(rows) == 272
+
+
+def test_minervas_powers_of_ten_are_right_in_standard_form_and_wrong_with_another_exponent() -> None:
+    golds = [rule_math.extract_gold(row["solution"]) for row in read(MINERVA)]
+    floats = [match for gold in golds if (match := re.fullmatch(r"(-?[0-9.]+)e(-?[0-9]+)", gold))]
+    for each in floats:
+        digits, exponent = each[1], int(each[2])
+        for power, outcome in ((exponent, Outcome.CORRECT), (exponent + 1, Outcome.WRONG)):
+            box = rf"\boxed{{{digits} \times 10^{{{power}}}}}"
+            assert rule_math.grade("", box, each[0]).outcome is outcome, (box, each[0])
+    assert len(floats) == 58
 
 
 def test_a_slow_comparison_costs_its_own_grade_alone() -> None:
