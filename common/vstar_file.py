@@ -123,6 +123,16 @@ def read_vstar(path: Path) -> tuple[pl.DataFrame, Provenance]:
     return _contract_of(read_provenance(path)).read(path)
 
 
+def rows_to_train_on(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """The rows that a table keeps. Raises UserError if there are none."""
+    kept = rows.filter("keep")
+    if kept.is_empty():
+        raise UserError(
+            f"{path}: no prompt is left to train on; run `python cli.py filter` with milder rules"
+        )
+    return kept
+
+
 def scan_vstar(path: Path, columns: Sequence[str] = VSTAR.names) -> Iterator[pl.DataFrame]:
     """The rows of vstar.parquet as `read_vstar` gives them, in bounded memory, see `Contract.scan`."""
     return _contract_of(read_provenance(path)).scan(path, columns)

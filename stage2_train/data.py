@@ -36,7 +36,7 @@ from common.rollout import Prompt
 from common.runs import run_paths
 from common.seeds import derive_seed
 from common.table_origin import prompts_of, refuse_other_identity
-from common.vstar_file import read_vstar
+from common.vstar_file import read_vstar, rows_to_train_on
 from stage2_train.advantages import Advantages, read_advantages
 from stage2_train.config import Config, TrainConfig
 from stage2_train.evaluation.plan import benchmarks_of, roomy
@@ -240,11 +240,7 @@ def _from_stage1(
         advice="V̂* holds for its own model, template, sampling and grader only: use those, make it again "
         "with another --run",
     )
-    kept = rows.filter("keep")
-    if kept.is_empty():
-        raise UserError(
-            f"{file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
-        )
+    kept = rows_to_train_on(rows, file)
     _refuse_nothing_to_learn(kept, file, allowance)
     _refuse_unfit_rewards(kept["rewards"], config.train, file)
     prompts = prompts_of(kept, config.data, renderer, file, allowance)

@@ -25,11 +25,11 @@ from common.model.weights import AGAIN, refuse_pointer
 from common.remote.places import shown
 from common.terminal.console import Terminal
 from common.value import Floats
-from common.vstar_file import read_vstar
+from common.vstar_file import read_vstar, rows_to_train_on
 from stage2_train.config import Config
 from stage2_train.first_batch import ALARM_LEVEL, LEVEL, Expectation, expected_first_batch
 from stage2_train.memory import memory_per_gpu, read_shape
-from stage2_train.preflight import foresight
+from stage2_train.preflight import foresight, refuse_uneven_split
 
 TOKENIZED_PROMPTS = 2000
 """The mean number of prompt tokens is taken over this many prompts, chosen at random."""
@@ -48,21 +48,13 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
             'forecast is for runs that draw completions; train.rollouts = "stage1" reads those of stage 1, whose '
             "number and lengths `python cli.py inspect` shows"
         )
-    if config.train.mini_batch_size % gpus:
-        raise UserError(
-            f"--gpus {gpus}: train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over "
-            f"{gpus} processes; choose a divisor"
-        )
+    refuse_uneven_split(config, gpus)
     if not (math.isfinite(gpu_gib) and gpu_gib > 0):
         raise UserError(
             f"--gpu-memory {gpu_gib:g} is not an amount of memory; give one GPU's, in GiB, such as 80"
         )
     rows, provenance = read_vstar(vstar_file)
-    kept = rows.filter("keep")
-    if kept.is_empty():
-        raise UserError(
-            f"{vstar_file}: no prompt is left to train on; run `python cli.py filter` with milder rules"
-        )
+    kept = rows_to_train_on(rows, vstar_file)
     folder = reference_model(config)
     model = read_model(folder).document()
     turns = config.train.iterations_over(kept.height)

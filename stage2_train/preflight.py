@@ -13,6 +13,15 @@ from stage2_train.config import Config
 from stage2_train.objectives.protocol import TrainsCritic
 
 
+def refuse_uneven_split(config: Config, processes: int) -> None:
+    """Raise UserError unless each process trains on equally many completions of an optimizer step."""
+    if config.train.mini_batch_size % processes:
+        raise UserError(
+            f"train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over {processes} processes; "
+            "choose a multiple of their number"
+        )
+
+
 def refuse_first(config: Config, folder: Path) -> None:
     """Raise UserError for the first thing that training refuses."""
     for problem in _problems(config, folder):

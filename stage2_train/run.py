@@ -51,7 +51,7 @@ def run_stage2(
     All user mistakes are checked before a model loads. `observers` see each iteration right after engine and trainer
     have been compared. Raises UserError.
     """
-    _refuse_uneven_split(config, launched_processes())
+    preflight.refuse_uneven_split(config, launched_processes())
     _refuse_missing_packages(config)
     paths = run_paths(config.run)
     table = _table(config, vstar_file, advantages_file)
@@ -200,11 +200,3 @@ def _refuse_missing_packages(config: Config) -> None:
         refuse_missing("peft", "train.lora is set", "make setup")
     if config.train.wandb_project is not None:
         refuse_missing("wandb", "train.wandb_project is set", ".venv/bin/pip install wandb")
-
-
-def _refuse_uneven_split(config: Config, processes: int) -> None:
-    if config.train.mini_batch_size % processes:
-        raise UserError(
-            f"train.mini_batch_size {config.train.mini_batch_size} cannot be split evenly over {processes} processes; "
-            "choose a multiple"
-        )

@@ -5,6 +5,7 @@ import torch
 
 from common.config import SamplingParams
 from common.engines.transformers_engine import _SeededSampler, drawn_tokens
+from common.errors import UserError
 
 HIGHEST = 1 - 2**-53
 VOCABULARY = 151_936
@@ -63,3 +64,16 @@ def test_log_probs_of_the_tokens_that_are_left_sum_to_one(cut: dict[str, float],
     chances = dict(zip(tokens, sampler.logprobs[0].exp().tolist(), strict=True))
     assert sorted(chances) == list(range(left))
     assert sum(chances.values()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_the_users_to_know_of(broken: float, temperature: float) -> None:
+    scores_BV = torch.zeros(2, 5)
+    sampling = SamplingParams(max_completion_tokens=1, temperature=temperature)
+    sampler = _SeededSampler([1, 2], sampling, torch.device("cpu"))
+    scores_BV[0, 3] = -torch.inf  # a token that the model rules out
+    sampler(None, scores_BV)  # type: ignore[arg-type]
+    scores_BV[1, 3] = broken
+    with pytest.raises(UserError, match=r"logits are not finite: .*lower train\.learning_rate"):
+        sampler(None, scores_BV)  # type: ignore[arg-type]

@@ -680,7 +680,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is_forecast(tiny_model: 
     config = tiny_config(tmp_path, tiny_model)
     vstar = tmp_path / "vstar.parquet"
     write_tiny_vstar(config, vstar)
-    with pytest.raises(UserError, match=r"--gpus 3: train\.mini_batch_size 8 cannot be split evenly"):
+    with pytest.raises(UserError, match=r"train\.mini_batch_size 8 cannot be split evenly over 3 processes"):
         forecast(config, vstar, gpus=3, gpu_gib=80)
     for size in (float("inf"), float("nan"), 0.0, -1.0):
         with pytest.raises(UserError, match=r"--gpu-memory .* is not an amount of memory"):

@@ -69,6 +69,13 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
     assert not re.search("hush|user:", str(refused.value))
 
 
+def test_a_stores_address_belongs_elsewhere() -> None:
+    with pytest.raises(
+        UserError, match="host and a port: write s3://bucket/prefix, and set AWS_ENDPOINT_URL"
+    ):
+        here("s3://localhost:9000/bucket/prefix")
+
+
 @pytest.mark.parametrize("url", ["s3://bucket//x", "s3://bucket/../x", "s3://"])
 def test_a_url_that_names_no_folder_is_refused(url: str) -> None:
     with pytest.raises(UserError, match="write it as s3://bucket/prefix"):

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 from common.config import RunConfig, SamplingParams
 from common.data.rendering import PromptRenderer
 from common.engines.endings import Endings
+from common.errors import UserError
 from common.model.checkpoint_names import CheckpointNames
 from common.model.files import model_numbers
 from common.model.pretrained import load_causal_lm
@@ -177,6 +178,12 @@ class _SeededSampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores_BV = scores.float()
+        if not scores_BV.amax(-1).isfinite().all():  # the largest of a row with a NaN is NaN
+            raise UserError(
+                "the model's logits are not finite: if it is being trained, lower train.learning_rate or raise "
+                "train.warmup_steps, and start again under another --run; if it is as given, set model.dtype = "
+                '"float32"'
+            )
         if self._temperature > 0:
             scores_BV = scores_BV / self._temperature
             for warp in self._warpers:

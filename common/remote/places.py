@@ -8,6 +8,7 @@ from common.errors import UserError
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(?!/)(.*)|(file)://(/.*)", re.DOTALL)
 """Also with one slash, as pathlib writes it."""
+_HOST_AND_PORT = re.compile(r"[^/:?#]+:[0-9]+(?=/|$)")
 _USER_OR_QUERY = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^/\s@'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?")
 
 
@@ -28,6 +29,11 @@ def here(text: str) -> Path:
     if found[3]:
         return Path(found[4])
     scheme, rest = found[1], found[2]
+    if "@" not in rest and _HOST_AND_PORT.match(rest):
+        raise UserError(
+            f"{text} names a host and a port: write {scheme}://bucket/prefix, and set AWS_ENDPOINT_URL to the "
+            "address of an S3 store elsewhere"
+        )
     if set("@:") & set(rest.partition("/")[0]) or set("?#") & set(rest):
         shown = re.split(r"[?#]", rest.rpartition("@")[2])[0]
         raise UserError(
