@@ -341,6 +341,13 @@ def test_rescore_changes_the_values_and_says_what_it_did(config: Config) -> None
     assert ADVANTAGES_TABLE.read(table)[0].equals(before)
 
 
+@pytest.mark.parametrize("change", [filter_states, rescore_advantages])
+def test_a_table_of_states_is_no_table_of_advantages(config: Config, tmp_path: Path, change: Any) -> None:
+    with pytest.raises(UserError, match=r"segments\.parquet lacks the columns values_from, .*cli\.py advantages"):
+        change(run_paths(config.run).segments, tmp_path / "other.parquet")
+    assert not (tmp_path / "other.parquet").exists()
+
+
 def test_rescore_to_a_critic_that_was_never_asked_is_refused(config: Config) -> None:
     run(changed(config, values="monte_carlo"))
     table = run_paths(config.run).advantages

@@ -25,10 +25,10 @@ from common.table_origin import prompts_of
 
 PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
 COLUMNS = (
-    *("state_id", *PROMPT, "prefix_token_ids", "step", "solutions"),
+    *("state_id", *PROMPT, "prefix_token_ids", "solutions"),
     *("is_terminal", "num_completions", "rewards", "outcomes", "value"),
 )
-KEPT = ("prompt_id", "step", "solutions", "is_terminal", "value")
+KEPT = ("prompt_id", "solutions", "is_terminal", "value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +51,10 @@ class CriticData:
     """The states of a table, and the trajectories through them."""
 
     table: pl.DataFrame
-    """One row per state: the columns KEPT, and `noise`, the variance of its value as a mean of so many completions.
+    """One row per state: the columns KEPT, the number of `tokens` after the prompt, and `noise`.
 
-    `noise` is 0 for a terminal state, whose reward is exact, and missing where fewer than two completions were judged.
+    `noise` is the variance of its value as a mean of so many completions: 0 for a terminal state, whose reward is exact,
+    and missing where fewer than two completions were judged.
     """
     training: Sequence[Trajectory]
     held_out: Sequence[Trajectory]
@@ -97,7 +98,7 @@ def read_critic_data(
         raise UserError(
             f"{path} has no prompt to train on: critic.held_out = {held_out:g} holds all {len(token_ids)} out; lower it"
         )
-    kept = table.select(*KEPT, noise=_noise(table))
+    kept = table.select(*KEPT, tokens=pl.col("prefix_token_ids").list.len(), noise=_noise(table))
     return CriticData(table=kept, training=parts[False], held_out=parts[True])
 
 
