@@ -343,7 +343,9 @@ def test_rescore_changes_the_values_and_says_what_it_did(config: Config) -> None
 
 @pytest.mark.parametrize("change", [filter_states, rescore_advantages])
 def test_a_table_of_states_is_no_table_of_advantages(config: Config, tmp_path: Path, change: Any) -> None:
-    with pytest.raises(UserError, match=r"segments\.parquet lacks the columns values_from, .*cli\.py advantages"):
+    with pytest.raises(
+        UserError, match=r"segments\.parquet lacks the columns values_from, .*cli\.py advantages"
+    ):
         change(run_paths(config.run).segments, tmp_path / "other.parquet")
     assert not (tmp_path / "other.parquet").exists()
 

@@ -14,9 +14,8 @@ from common.provenance import Allowance, Provenance, sampling_identity
 from common.runs import run_paths
 from common.segments.critic import refuse_longer
 from common.segments.files import SEGMENTS_TABLE
-from common.table_origin import prompts_of, refuse_other_steps
+from common.table_origin import PROMPT, prompt_rows, prompts_of, refuse_other_steps
 
-PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
 COLUMNS = (*PROMPT, "prefix_token_ids", "action_token_ids", "action_ends")
 
 PromptTokens = Mapping[str, "array[int]"]
@@ -38,9 +37,9 @@ def checked_prompts(
     refuse_other_steps(identity, provenance, segments, allowance)
     theirs, lengths = [], []
     for rows in SEGMENTS_TABLE.scan(segments, COLUMNS):
-        theirs.append(rows.select(PROMPT).unique("prompt_id", maintain_order=True))
+        theirs.append(prompt_rows(rows))
         lengths.append(_lengths(rows))
-    known = pl.concat(theirs).unique("prompt_id", maintain_order=True)
+    known = prompt_rows(pl.concat(theirs))
     prompts = {
         prompt.id: prompt.token_ids
         for prompt in prompts_of(known, config.data, renderer, segments, allowance)

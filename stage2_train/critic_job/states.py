@@ -21,9 +21,8 @@ from common.grading import UNJUDGED
 from common.provenance import STRICT, Allowance
 from common.seeds import derive_seed
 from common.segments.files import SEGMENTS_TABLE
-from common.table_origin import prompts_of
+from common.table_origin import PROMPT, prompt_rows, prompts_of
 
-PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
 COLUMNS = (
     *("state_id", *PROMPT, "prefix_token_ids", "solutions"),
     *("is_terminal", "num_completions", "rewards", "outcomes", "value"),
@@ -53,8 +52,8 @@ class CriticData:
     table: pl.DataFrame
     """One row per state: the columns KEPT, the number of `tokens` after the prompt, and `noise`.
 
-    `noise` is the variance of its value as a mean of so many completions: 0 for a terminal state, whose reward is exact,
-    and missing where fewer than two completions were judged.
+    `noise` is the variance of the value as a mean of so many completions: 0 for a terminal state, whose reward is
+    exact, and missing where fewer than two completions were judged.
     """
     training: Sequence[Trajectory]
     held_out: Sequence[Trajectory]
@@ -87,8 +86,8 @@ def read_critic_data(
     train on.
     """
     table = pl.concat(SEGMENTS_TABLE.scan(path, COLUMNS))
-    known = table.select(PROMPT).unique("prompt_id", maintain_order=True)
-    token_ids = {prompt.id: prompt.token_ids for prompt in prompts_of(known, data, renderer, path, allowance)}
+    prompts = prompts_of(prompt_rows(table), data, renderer, path, allowance)
+    token_ids = {prompt.id: prompt.token_ids for prompt in prompts}
     table = table.filter(pl.col("prompt_id").is_in(list(token_ids))).with_row_index("state")
     parts: dict[bool, list[Trajectory]] = {False: [], True: []}
     for (prompt_id,), rows in table.group_by("prompt_id", maintain_order=True):
