@@ -309,6 +309,20 @@ def test_states_of_another_origin_are_refused_before_the_critic_loads_or_accepte
     run(other, critic, ["prompt.template", "prompt.tokens"])
     accepted = ADVANTAGES_TABLE.provenance(paths.advantages).context["accepted_mismatches"]
     assert [line.split()[0] for line in accepted] == ["prompt.template", "prompt.tokens"]
+    assert "nothing to do" in run(other, critic), "what was accepted stays accepted"
+
+
+def test_a_finished_table_of_another_origin_is_refused_too(config: Config) -> None:
+    run(config)
+    before = run_paths(config.run).advantages.read_bytes()
+    data = config.data.model_copy(update={"template": "{prompt} Answer:"})
+    other = config.model_copy(update={"data": data})
+    for again in (other, changed(other, min_gap=0.3)):
+        with pytest.raises(UserError, match=r"does not belong to this run: prompt.template is"):
+            run(again)
+    with pytest.raises(UserError, match=r"--allow-mismatch nonsense: there is no such field"):
+        run(config, allow_mismatch=["nonsense"])
+    assert run_paths(config.run).advantages.read_bytes() == before
 
 
 def test_a_run_without_states_is_told_how_to_make_them(config: Config) -> None:

@@ -22,19 +22,25 @@ PromptTokens = Mapping[str, "array[int]"]
 """The tokens of each prompt, by its id."""
 
 
-def checked_prompts(
-    config: RunConfig, segments: Path, provenance: Provenance, allowance: Allowance, critic: Path | None
-) -> PromptTokens:
-    """The prompts of a table of states, which is read whole, in bounded memory.
-
-    Raises UserError if the table was not made as this run's config says, or if a state that the critic is asked for is
-    beyond its context.
-    """
+def renderer_of(
+    config: RunConfig, segments: Path, provenance: Provenance, allowance: Allowance
+) -> PromptRenderer:
+    """The run's renderer. Raises UserError if the table of states was not made as the run's config says."""
     folder = reference_model(config)
     renderer = PromptRenderer(folder, config.data)
     model = model_identity(folder, run_paths(config.run).known_weights)
     identity = sampling_identity(config, renderer, model, fingerprint(config.grader))
     refuse_other_steps(identity, provenance, segments, allowance)
+    return renderer
+
+
+def checked_prompts(
+    config: RunConfig, segments: Path, renderer: PromptRenderer, allowance: Allowance, critic: Path | None
+) -> PromptTokens:
+    """The prompts of a table of states, which is read whole, in bounded memory.
+
+    Raises UserError if they have other tokens now, or if a state that the critic is asked for is beyond its context.
+    """
     theirs, lengths = [], []
     for rows in SEGMENTS_TABLE.scan(segments, COLUMNS):
         theirs.append(prompt_rows(rows))
