@@ -176,8 +176,9 @@ class Contract:
         return self.schema.with_metadata(provenance.metadata(self.version))
 
     def provenance(self, path: Path) -> Provenance:
-        """The provenance of a file, see `read_provenance`."""
-        return read_provenance(path, self.version, self.migrations, self.remedy)
+        """The provenance of a file, see `read_provenance`. Raises UserError for a table of another kind."""
+        needed = [field.name for field in self.schema if not field.nullable]
+        return read_provenance(path, self.version, self.migrations, self.remedy, needed)
 
     def _rules(self) -> dict[str, Rule]:
         present = {

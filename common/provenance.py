@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -187,21 +187,26 @@ def read_provenance(
     newest: int = SCHEMA_VERSION,
     migrations: Migrations = MIGRATIONS,
     made_by: str = VSTAR_COMMAND,
+    columns: Sequence[str] = (),
 ) -> Provenance:
     """The provenance of a file of any version up to the newest, without reading its rows; by default of stage 1's.
 
-    Raises UserError if it has none, and for a path at which no regular file can be.
+    Raises UserError if it has none, if it lacks any of these columns, as a table of another kind does, and for a path
+    at which no regular file can be.
     """
     if (obstacle := obstacle_at(path)) is not None:
         raise UserError(f"cannot read {path}: {obstacle}")
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        schema = pq.read_schema(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; make it with `{made_by}`") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedFile(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    metadata = schema.metadata or {}
     if METADATA_KEY not in metadata:
         raise UserError(f"{path} carries no provenance; it was not written by `{made_by}`")
+    if missing := [name for name in columns if name not in schema.names]:
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; make it again with `{made_by}`")
     document = json.loads(metadata[METADATA_KEY])
     version = document["schema_version"]
     if version > newest:

@@ -13,6 +13,8 @@ from common.errors import UserError
 from common.provenance import Allowance, Provenance
 from common.rollout import Prompt
 
+PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
+"""The columns of a row's prompt."""
 PROMPT_TOKENS = "prompt.tokens"
 """The name by which --allow-mismatch accepts prompts with other tokens."""
 
@@ -50,6 +52,11 @@ def refuse_other_steps(
         advice="values of steps are those of one model, template, sampling and grader: use those, make the table "
         "again with another --run",
     )
+
+
+def prompt_rows(rows: pl.DataFrame) -> pl.DataFrame:
+    """The prompts of a table's rows, each once."""
+    return rows.select(PROMPT).unique("prompt_id", maintain_order=True)
 
 
 def prompts_of(

@@ -13,7 +13,7 @@ from common.data.messages import turns_of
 from common.errors import UserError
 from common.files import atomic_path
 from common.grading.reference import reference_of
-from common.provenance import Provenance, read_provenance
+from common.provenance import Provenance
 from common.segments.files import SEGMENTS_COMMAND, SEGMENTS_TABLE
 
 COLUMNS = ("prompt_id", "prompt", "answer", "prefix", "step", "solutions", "value")
@@ -49,9 +49,7 @@ def export_segments(
             return value
         return value > 0 if at_least is None else value >= at_least
 
-    provenance = read_provenance(
-        source, SEGMENTS_TABLE.version, SEGMENTS_TABLE.migrations, SEGMENTS_TABLE.remedy
-    )
+    provenance = SEGMENTS_TABLE.provenance(source)
     rows = [
         row for _, states in table.group_by("prompt_id", maintain_order=True) for row in _rows(states, label)
     ]

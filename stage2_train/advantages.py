@@ -17,13 +17,12 @@ from common.model.files import model_numbers
 from common.provenance import Allowance
 from common.rollout import Completion, Prompt, Rollout
 from common.segments.files import ADVANTAGES_TABLE
-from common.table_origin import prompts_of, refuse_other_steps
+from common.table_origin import prompt_rows, prompts_of, refuse_other_steps
 from common.value import Counts
 from stage2_train.config import Config
 from stage2_train.objectives.protocol import LearnsOffline
 from stage2_train.sources.batches import Group
 
-_PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
 _STATE = ("state_id", "prompt_id", "prefix_token_ids", "action_token_ids", "action_counts", "advantages")
 
 
@@ -141,8 +140,8 @@ def read_advantages(
         values_from = part["values_from"][0]
         kept = part.filter("keep")
         states.append(kept.select(_STATE))
-        theirs.append(kept.select(_PROMPT).unique("prompt_id", maintain_order=True))
-    rows, known = pl.concat(states), pl.concat(theirs).unique("prompt_id", maintain_order=True)
+        theirs.append(prompt_rows(kept))
+    rows, known = pl.concat(states), prompt_rows(pl.concat(theirs))
     if rows.is_empty():
         raise UserError(
             f"{file}: no state is left to train on; run `python cli.py filter` with a smaller --min-gap"

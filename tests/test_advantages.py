@@ -309,6 +309,20 @@ def test_states_of_another_origin_are_refused_before_the_critic_loads_or_accepte
     run(other, critic, ["prompt.template", "prompt.tokens"])
     accepted = ADVANTAGES_TABLE.provenance(paths.advantages).context["accepted_mismatches"]
     assert [line.split()[0] for line in accepted] == ["prompt.template", "prompt.tokens"]
+    assert "nothing to do" in run(other, critic), "what was accepted stays accepted"
+
+
+def test_a_finished_table_of_another_origin_is_refused_too(config: Config) -> None:
+    run(config)
+    before = run_paths(config.run).advantages.read_bytes()
+    data = config.data.model_copy(update={"template": "{prompt} Answer:"})
+    other = config.model_copy(update={"data": data})
+    for again in (other, changed(other, min_gap=0.3)):
+        with pytest.raises(UserError, match=r"does not belong to this run: prompt.template is"):
+            run(again)
+    with pytest.raises(UserError, match=r"--allow-mismatch nonsense: there is no such field"):
+        run(config, allow_mismatch=["nonsense"])
+    assert run_paths(config.run).advantages.read_bytes() == before
 
 
 def test_a_run_without_states_is_told_how_to_make_them(config: Config) -> None:
@@ -339,6 +353,15 @@ def test_rescore_changes_the_values_and_says_what_it_did(config: Config) -> None
     with pytest.raises(UserError, match="there are no values of magic; choose one of critic, monte_carlo"):
         rescore_advantages(table, table, "magic")
     assert ADVANTAGES_TABLE.read(table)[0].equals(before)
+
+
+@pytest.mark.parametrize("change", [filter_states, rescore_advantages])
+def test_a_table_of_states_is_no_table_of_advantages(config: Config, tmp_path: Path, change: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"segments\.parquet lacks the columns values_from, .*cli\.py advantages"
+    ):
+        change(run_paths(config.run).segments, tmp_path / "other.parquet")
+    assert not (tmp_path / "other.parquet").exists()
 
 
 def test_rescore_to_a_critic_that_was_never_asked_is_refused(config: Config) -> None:

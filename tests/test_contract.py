@@ -242,6 +242,12 @@ def test_the_remedy_is_the_contracts_own(path: Path) -> None:
     assert refusal(path) == f"{path} carries no provenance; it was not written by `pick fruit`"
 
 
+def test_a_table_of_another_kind_has_no_provenance_here_whatever_its_version(path: Path) -> None:
+    write_unchecked(fruit().drop("grams"), path, version=9)
+    with pytest.raises(UserError, match=r"lacks the columns grams; make it again with `pick fruit`"):
+        FRUIT.provenance(path)
+
+
 def test_a_damaged_file_is_named_with_the_remedy(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4:40] = bytes(36)

@@ -121,6 +121,6 @@ def test_the_label_of_a_chosen_solution_is_the_first_step_after_which_no_complet
         ("at once", 1, [4], 0.0),
     ]
     table = pl.DataFrame(
-        rows, schema=["prompt_id", "step", "solutions", "value"], orient="row"
+        rows, schema=["prompt_id", "tokens", "solutions", "value"], orient="row"
     ).with_row_index("state")
     assert labelled_solutions(table) == [([1, 2, 3], 1), ([1, 4], NONE_WRONG), ([8], 0)]

@@ -24,6 +24,8 @@ from common.terminal.console import Terminal
 from stage1_vstar.export_segments import export_segments
 from stage1_vstar.import_segments import import_segments
 from stage2_train.config import Config
+from stage2_train.critic_job.figures import labelled_solutions
+from stage2_train.critic_job.states import read_critic_data
 from tests.conftest import RunCli
 from tests.fakes import CONTEXT, IDENTITY, tiny_config
 
@@ -475,6 +477,18 @@ def test_solutions_that_cut_the_same_text_differently_keep_their_steps_in_order(
     rows = pl.read_ndjson(tmp_path / "b.jsonl")
     assert rows["completions"].to_list() == [["a", "b", "c"], ["a\nb", "d", "e"]]
     assert rows["labels"].to_list() == [[1.0, 0.5, 1.0], [0.5, 1.0, 0.0]]
+
+
+def test_the_first_wrong_step_of_a_solution_that_shares_a_state_with_a_coarser_one_is_its_own(
+    tiny_model: Path, artifacts: Path, tmp_path: Path
+) -> None:
+    coarse = {"prompt": "1?", "completions": ["a\nb"], "labels": [False]}
+    fine = {"prompt": "1?", "completions": ["a", "b"], "labels": [True, False]}
+    config, table = config_of(tiny_model), run_paths("test").segments
+    import_segments(config, write_rows(tmp_path / "a.jsonl", [coarse, fine]), Terminal(quiet=True))
+    assert SEGMENTS_TABLE.read(table)[0]["step"].to_list() == [1, 1]
+    data = read_critic_data(table, config.data, PromptRenderer(tiny_model, config.data), 0.0)
+    assert [label for _, label in labelled_solutions(data.states(data.training))] == [1, 0]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -1,8 +1,9 @@
 """Cut a solution into steps, at tokens.
 
-A step ends with the first token after which the text holds a separator, such as a line break, outside of code, tables
-and displayed formulas. Whether a step ends is decided by the text so far alone, as the policy sees it. A step is never
-blank: separators that follow each other belong to one end, or to the beginning of the next step.
+A step ends with the first token after which the text holds a separator, such as a line break, outside of code,
+displayed formulas and LaTeX environments. Whether a step ends is decided by the text so far alone, as the policy sees
+it. Only the last step can be blank: separators that follow each other belong to one end, or to the beginning of the
+next step.
 """
 
 import re

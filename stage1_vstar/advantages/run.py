@@ -24,7 +24,7 @@ from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE, SEGMENTS_TABLE
 from common.terminal.console import Terminal
 from common.value import Floats, Ragged
 from stage1_vstar.advantages.rescore import rescore_advantages
-from stage1_vstar.advantages.successors import checked_prompts, successors
+from stage1_vstar.advantages.successors import checked_prompts, renderer_of, successors
 from stage1_vstar.advantages.values import KeptValues, LoadCritic
 from stage1_vstar.table import with_dropped
 
@@ -103,7 +103,10 @@ def run_advantages(
                 "that folder and run `python cli.py critic` for one of these states"
             )
     with exclusive_run(paths, "advantages"):
-        if (before := _context_of(paths.advantages, console)) is not None and _has_all(before, origin):
+        before = _context_of(paths.advantages, console)
+        allowance = Allowance(allow_mismatch, before.get(ACCEPTED, []) if before else [])
+        renderer = renderer_of(config, segments, provenance, allowance)
+        if before is not None and _has_all(before, origin):
             if (before["values"], before["min_gap"]) == (settings.values, settings.min_gap):
                 console.print(f"nothing to do: {paths.advantages} is complete")
             else:
@@ -112,10 +115,7 @@ def run_advantages(
                 )
                 console.print(line)
             return
-        allowance = Allowance(allow_mismatch)
-        prompts = checked_prompts(
-            config, segments, provenance, allowance, paths.critic if is_critics else None
-        )
+        prompts = checked_prompts(config, segments, renderer, allowance, paths.critic if is_critics else None)
         digest = f"{origin['critic']} {config.model.dtype}"
         values = KeptValues(paths.critic_values, paths.critic, digest, load_critic)
         context: dict[str, Any] = {**origin, "values": settings.values, "min_gap": settings.min_gap}

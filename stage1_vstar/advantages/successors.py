@@ -14,33 +14,38 @@ from common.provenance import Allowance, Provenance, sampling_identity
 from common.runs import run_paths
 from common.segments.critic import refuse_longer
 from common.segments.files import SEGMENTS_TABLE
-from common.table_origin import prompts_of, refuse_other_steps
+from common.table_origin import PROMPT, prompt_rows, prompts_of, refuse_other_steps
 
-PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
 COLUMNS = (*PROMPT, "prefix_token_ids", "action_token_ids", "action_ends")
 
 PromptTokens = Mapping[str, "array[int]"]
 """The tokens of each prompt, by its id."""
 
 
-def checked_prompts(
-    config: RunConfig, segments: Path, provenance: Provenance, allowance: Allowance, critic: Path | None
-) -> PromptTokens:
-    """The prompts of a table of states, which is read whole, in bounded memory.
-
-    Raises UserError if the table was not made as this run's config says, or if a state that the critic is asked for is
-    beyond its context.
-    """
+def renderer_of(
+    config: RunConfig, segments: Path, provenance: Provenance, allowance: Allowance
+) -> PromptRenderer:
+    """The run's renderer. Raises UserError if the table of states was not made as the run's config says."""
     folder = reference_model(config)
     renderer = PromptRenderer(folder, config.data)
     model = model_identity(folder, run_paths(config.run).known_weights)
     identity = sampling_identity(config, renderer, model, fingerprint(config.grader))
     refuse_other_steps(identity, provenance, segments, allowance)
+    return renderer
+
+
+def checked_prompts(
+    config: RunConfig, segments: Path, renderer: PromptRenderer, allowance: Allowance, critic: Path | None
+) -> PromptTokens:
+    """The prompts of a table of states, which is read whole, in bounded memory.
+
+    Raises UserError if they have other tokens now, or if a state that the critic is asked for is beyond its context.
+    """
     theirs, lengths = [], []
     for rows in SEGMENTS_TABLE.scan(segments, COLUMNS):
-        theirs.append(rows.select(PROMPT).unique("prompt_id", maintain_order=True))
+        theirs.append(prompt_rows(rows))
         lengths.append(_lengths(rows))
-    known = pl.concat(theirs).unique("prompt_id", maintain_order=True)
+    known = prompt_rows(pl.concat(theirs))
     prompts = {
         prompt.id: prompt.token_ids
         for prompt in prompts_of(known, config.data, renderer, segments, allowance)

@@ -158,17 +158,18 @@ def labelled_solutions(states: pl.DataFrame) -> list[tuple[list[int], int]]:
     """The chosen solutions: the numbers of the states after each step, and the label that Monte-Carlo values give.
 
     It is the index of the first step after which the value is 0. A solution whose prompt has the value 0 is left out:
-    no step made it worse. `states` is of `CriticData.states`.
+    no step made it worse. `states` is of `CriticData.states`; a solution's are in the order of their tokens, since
+    imported solutions that share a state may count its steps differently.
     """
     solutions = (
         states.explode("solutions")
-        .sort("step")
+        .sort("tokens")
         .group_by("prompt_id", "solutions", maintain_order=True)
-        .agg("state", "step", "value")
+        .agg("state", "tokens", "value")
     )
     found = []
-    for numbers, steps, values in solutions.select("state", "step", "value").iter_rows():
-        start = 1 if steps[0] == 0 else 0
+    for numbers, tokens, values in solutions.select("state", "tokens", "value").iter_rows():
+        start = 1 if tokens[0] == 0 else 0
         if len(numbers) > start and not (start and values[0] == 0):
             label = next((at for at, value in enumerate(values[start:]) if value == 0), NONE_WRONG)
             found.append((numbers[start:], label))

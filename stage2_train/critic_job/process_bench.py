@@ -136,10 +136,11 @@ def run_process_bench(config: Config, console: Terminal, file: Path) -> None:
     solutions = read_process_bench(file)
     known = read_document(folder / FIGURES, CriticFigures, f"remove {folder}, and train the critic again")
     renderer = PromptRenderer(reference_model(config), config.data)
+    trajectories = trajectories_of(solutions, renderer, config.segments.separators)
     found = evaluate_solutions(
         TrainedCritic(folder, config),
         solutions,
-        trajectories_of(solutions, renderer, config.segments.separators),
+        trajectories,
         file=file,
         thresholds=(DEFAULT_THRESHOLD, known.threshold),
     )

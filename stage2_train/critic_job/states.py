@@ -21,14 +21,13 @@ from common.grading import UNJUDGED
 from common.provenance import STRICT, Allowance
 from common.seeds import derive_seed
 from common.segments.files import SEGMENTS_TABLE
-from common.table_origin import prompts_of
+from common.table_origin import PROMPT, prompt_rows, prompts_of
 
-PROMPT = ("prompt_id", "prompt", "answer", "prompt_token_hash")
 COLUMNS = (
-    *("state_id", *PROMPT, "prefix_token_ids", "step", "solutions"),
+    *("state_id", *PROMPT, "prefix_token_ids", "solutions"),
     *("is_terminal", "num_completions", "rewards", "outcomes", "value"),
 )
-KEPT = ("prompt_id", "step", "solutions", "is_terminal", "value")
+KEPT = ("prompt_id", "solutions", "is_terminal", "value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +50,10 @@ class CriticData:
     """The states of a table, and the trajectories through them."""
 
     table: pl.DataFrame
-    """One row per state: the columns KEPT, and `noise`, the variance of its value as a mean of so many completions.
+    """One row per state: the columns KEPT, the number of `tokens` after the prompt, and `noise`.
 
-    `noise` is 0 for a terminal state, whose reward is exact, and missing where fewer than two completions were judged.
+    `noise` is the variance of the value as a mean of so many completions: 0 for a terminal state, whose reward is
+    exact, and missing where fewer than two completions were judged.
     """
     training: Sequence[Trajectory]
     held_out: Sequence[Trajectory]
@@ -86,8 +86,8 @@ def read_critic_data(
     train on.
     """
     table = pl.concat(SEGMENTS_TABLE.scan(path, COLUMNS))
-    known = table.select(PROMPT).unique("prompt_id", maintain_order=True)
-    token_ids = {prompt.id: prompt.token_ids for prompt in prompts_of(known, data, renderer, path, allowance)}
+    prompts = prompts_of(prompt_rows(table), data, renderer, path, allowance)
+    token_ids = {prompt.id: prompt.token_ids for prompt in prompts}
     table = table.filter(pl.col("prompt_id").is_in(list(token_ids))).with_row_index("state")
     parts: dict[bool, list[Trajectory]] = {False: [], True: []}
     for (prompt_id,), rows in table.group_by("prompt_id", maintain_order=True):
@@ -97,7 +97,7 @@ def read_critic_data(
         raise UserError(
             f"{path} has no prompt to train on: critic.held_out = {held_out:g} holds all {len(token_ids)} out; lower it"
         )
-    kept = table.select(*KEPT, noise=_noise(table))
+    kept = table.select(*KEPT, tokens=pl.col("prefix_token_ids").list.len(), noise=_noise(table))
     return CriticData(table=kept, training=parts[False], held_out=parts[True])
 
 
