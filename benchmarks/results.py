@@ -55,6 +55,13 @@ class Study:
         """The machines of its runs."""
         return "; ".join(dict.fromkeys(record.conditions.machine for record in self.summary.records.values()))
 
+    def value(self, arm: str, title: str) -> str:
+        """A figure of the main table, for the text."""
+        column = next(each for each in self.summary.columns() if each.title == title)
+        found = self.summary.mean(next(each for each in self.summary.arms if each.name == arm), column.of)
+        assert found is not None, f"{arm} has no {title}"
+        return found.text(column.digits)
+
     def main(self) -> str:
         return self.summary.main_table().markdown()
 

@@ -4,7 +4,7 @@ One model is in memory at a time, and a few thousand completions. Shapes: _S sam
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from common.parity import Gap, engine_logprobs, judged
 from common.rollout import Completion, Prompt
 from common.store import SampleStore
 from common.terminal.console import Terminal
+from common.terminal.progress import Advance
 from stage2_train.batch import TokenSequence, token_batches
 from stage2_train.config import Config
 from stage2_train.logprobs import LogprobModel, load_model, token_logprobs
@@ -101,20 +102,33 @@ class Scoring:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._module: LogprobModel = load_model(folder, config).to(self._device).eval()
 
-    def of(self, drawn: Drawn) -> NDArray[np.float64]:
+    def of(self, drawn: Drawn, console: Terminal) -> NDArray[np.float64]:
         """ln π of each completion, in the order of `drawn.sequences`."""
-        sums = [logprobs_K.sum() for _, some in drawn.sequences() for logprobs_K in self.by_token(some)]
+        total = len(drawn.prompts) * drawn.num_samples
+
+        def state(done: int) -> str:
+            return f"{self._folder}: log-probs of {done:,}/{total:,} completions"
+
+        with Advance(console, total, state) as progress:
+            sums = [
+                logprobs_K.sum()
+                for _, some in drawn.sequences()
+                for logprobs_K in self.by_token(some, progress.by)
+            ]
         return np.array(sums, dtype=np.float64)
 
     @torch.no_grad()
-    def by_token(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float64]]:
-        """The log-probs of each completion's tokens, arrays of shape (K,)."""
+    def by_token(
+        self, sequences: Sequence[TokenSequence], advance: Callable[[int], None] = lambda _: None
+    ) -> list[NDArray[np.float64]]:
+        """The log-probs of each completion's tokens, arrays of shape (K,); tells how many are done at a time."""
         found: dict[int, NDArray[np.float64]] = {}
         budget = self._config.train.tokens_per_micro_batch
         for batch in token_batches([[sequence] for sequence in sequences], budget, pad_token_id=0):
             logprobs_K = token_logprobs(self._module, batch.to(self._device)).logprobs_K.double().cpu()
             parts = logprobs_K.split([len(sequences[row].completion_token_ids) for row in batch.rows])
             found |= {row: part.numpy() for row, part in zip(batch.rows, parts, strict=True)}
+            advance(len(batch.rows))
         return [found[row] for row in range(len(sequences))]
 
     def say_whether_engine_agrees(

@@ -146,7 +146,7 @@ def _divergences(
                 prompts=model.prompts[benchmark.name],
                 num_samples=benchmark.kl_draw.num_samples,
             )
-            ours[place] = scoring.of(drawn[place])
+            ours[place] = scoring.of(drawn[place], console)
         del scoring
     if not ours:
         return {}
@@ -154,7 +154,7 @@ def _divergences(
         names = ", ".join(f"sampling.{key}" for key in config.sampling.cut_by)
         console.print(f"KL is of the whole models, without {names}, on completions that were drawn with it")
     scoring = Scoring(reference.folder, config)
-    return {place: divergence(each, ours[place], scoring.of(each)) for place, each in drawn.items()}
+    return {place: divergence(each, ours[place], scoring.of(each, console)) for place, each in drawn.items()}
 
 
 def _figures(
