@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from common.config import EngineConfig, RunConfig
 from common.data.rendering import PromptRenderer
 from common.engines.count import cores, of_each_rank, visible_devices
 from common.engines.fleet import EngineFleet
-from common.engines.orders import Order, Reply
+from common.engines.orders import LoadWeights, Order, Reply, SharedWeights
 from common.engines.protocol import EngineBuilder, RolloutEngine
 from common.engines.weight_files import WeightFiles
 from common.engines.worker import serve
@@ -84,7 +85,8 @@ class LocalWorker:
                 stdin=theirs.fileno(),
             )
         self._connection = Connection(ours.detach())
-        self._tell((build, log))
+        # It reads this once it has imported what that takes. No order comes before: it is not ready.
+        threading.Thread(target=self._tell, args=(_pickled((build, log)),), daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -93,11 +95,11 @@ class LocalWorker:
 
     def send(self, order: Order) -> None:
         """Like Worker.send. It does not wait for the engine: a thread of the process is always reading."""
-        self._tell(order)
+        self._tell(_pickled(order))
 
-    def _tell(self, message: object) -> None:
+    def _tell(self, message: bytes) -> None:
         with suppress(OSError):  # its death is heard by who receives
-            self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+            self._connection.send_bytes(message)
 
     def receive(self) -> list[Reply]:
         """Like Worker.receive."""
@@ -117,10 +119,9 @@ class LocalWorker:
 
     def close(self) -> None:
         """Like Worker.close."""
-        if self._process.wait(0) is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # with what the engine has started
-            self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with what the engine has started, or left behind
+        self._process.wait()
 
 
 def fleet_of_machine(
@@ -200,6 +201,10 @@ def _environment() -> dict[str, str]:
     return {**others, "PYTHONPATH": os.pathsep.join(path)}
 
 
+def _pickled(message: object) -> bytes:
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+
+
 def main() -> None:
     """The process of a worker."""
     connection = Connection(os.dup(0))
@@ -209,16 +214,22 @@ def main() -> None:
     orders: SimpleQueue[Order] = SimpleQueue()
 
     def listen() -> None:
+        shared: deque[SharedWeights] = deque(maxlen=2)  # the job frees the older once the newer are loaded
         try:
             while True:
-                orders.put(pickle.loads(connection.recv_bytes()))
+                order = pickle.loads(connection.recv_bytes())
+                if isinstance(order, LoadWeights):
+                    shared.append(order.weights)
+                orders.put(order)
         except (EOFError, OSError):  # the job is gone
+            for weights in shared:
+                weights.discard()
             os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=listen, daemon=True).start()
 
     def reply(message: Reply) -> None:
-        connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        connection.send_bytes(_pickled(message))
 
     with libraries_logged(log):
         serve(build, orders, reply)
