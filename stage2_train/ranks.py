@@ -158,7 +158,8 @@ def join_ranks(seed: int) -> Ranks:
     """Initialise torch.distributed, before any vLLM engine, whose group would otherwise be taken for the job's.
 
     Under torchrun the launcher's environment gives the rank; without it the job is this process alone, whatever RANK
-    and MASTER_ADDR say. Raises UserError if the other processes cannot be reached.
+    and MASTER_ADDR say. Raises UserError if the other processes cannot be reached, or if there are more on this machine
+    than it has GPUs.
     """
     expected = launched_processes()
     if expected == 1:
@@ -169,6 +170,11 @@ def join_ranks(seed: int) -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"there are more processes of training on this machine than GPUs, which are {gpus}: start as many as "
+                "GPUs (NPROC, --nproc-per-node)"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:

@@ -462,6 +462,8 @@ def test_engines_share_gpus_or_cores() -> None:
         UserError, match=r"engines 3 × tensor_parallel_size 2 needs 6 GPUs, found 4; choose at most 2"
     ):
         shares_of(3, four, 2, cores=16)
+    with pytest.raises(UserError, match=r"size 8 needs 16 GPUs, found 4; lower tensor_parallel_size"):
+        shares_of(2, four, 8, cores=16)
 
 
 # Real engines.

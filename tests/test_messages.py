@@ -199,6 +199,16 @@ def test_a_launch_that_lacks_something_says_what_instead_of_waiting(
         join_ranks(0)
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, text in whole.items():
+        monkeypatch.setenv(key, text)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"more processes of training on this machine than GPUs, which are 2"):
+        join_ranks(0)
+
+
 def test_processes_of_a_job_say_the_same_thing_once_and_those_of_a_later_job_say_it_again(
     tmp_path: Path, terminal: int
 ) -> None:

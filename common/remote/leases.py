@@ -117,11 +117,23 @@ class _Lease:
             before = time.monotonic()
             content = json.dumps({**self._note, "renewed": time.time()}).encode()
             try:
-                self._version = objects.write(self.url, content, self._version)
+                self._version = self._put(content)
             except ChangedMeanwhile:
                 self._is_lost = True
                 raise
             self._since = before
+
+    def _put(self, content: bytes) -> str:
+        """Put the lease in place of the last one; returns its version. Raises ChangedMeanwhile if it is not there.
+
+        Others only remove it: another version is a renewal of this job whose answer was lost.
+        """
+        try:
+            return objects.write(self.url, content, self._version)
+        except ChangedMeanwhile:
+            if (found := objects.listing(self.url).get("")) is None:
+                raise
+            return objects.write(self.url, content, found.version)
 
     def remove(self) -> None:
         """Remove the lease, if it was ever stored."""
