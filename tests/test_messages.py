@@ -200,7 +200,13 @@ def test_a_launch_that_lacks_something_says_what_instead_of_waiting(
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    whole = {
+        "WORLD_SIZE": "4",
+        "RANK": "2",
+        "LOCAL_RANK": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     for key, text in whole.items():
         monkeypatch.setenv(key, text)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -190,7 +190,9 @@ def shares_of(count: int, devices: Sequence[str], devices_each: int, cores: int)
         of_each = "" if devices_each == 1 else f" × tensor_parallel_size {devices_each}"
         most = len(devices) // devices_each
         advice = f"choose at most {most} engines, or leave it out" if most else "lower tensor_parallel_size"
-        raise UserError(f"engine.engines {count}{of_each} needs {needed} GPUs, found {len(devices)}; {advice}")
+        raise UserError(
+            f"engine.engines {count}{of_each} needs {needed} GPUs, found {len(devices)}; {advice}"
+        )
     return [Share(devices=devices[start : start + devices_each]) for start in range(0, needed, devices_each)]
 
 
