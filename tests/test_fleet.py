@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from common.config import EngineConfig, SamplingParams
 from common.engines.count import with_engines
 from common.engines.fleet import EngineFleet
 from common.engines.local_workers import LocalWorker, Share, shares_of
-from common.engines.orders import Begin, Draw, Drawn, Order, Ready, Reply
+from common.engines.orders import Begin, Done, Draw, Drawn, LoadWeights, Order, Ready, Reply
 from common.engines.weight_files import WeightFiles
 from common.errors import EngineFailed, UserError
 from common.rollout import Completion, SampleRequest
@@ -229,6 +229,8 @@ class Drawing:
         self._stream = 0
 
     def send(self, order: Order) -> None:
+        if isinstance(order, LoadWeights):
+            self.replies.put(Done())
         if isinstance(order, Begin):
             self._stream = order.stream
         if isinstance(order, Draw):
@@ -260,6 +262,23 @@ def test_a_job_outlives_the_loss_of_many_engines_at_once() -> None:
         found = [each.token_ids[0] for each in fleet.generate(requests(1000), SAMPLING)]
     assert sorted(found) == list(range(1000))
     assert len(node.workers) == 24
+
+
+def test_new_weights_are_shared_when_the_old_ones_are_gone() -> None:
+    """Both together may be too much for the memory that they are in."""
+    shared: list[WeightFiles] = []
+
+    def share(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightFiles:
+        assert not [weights for weights in shared if weights.folder.exists()]
+        shared.append(WeightFiles.write(tensors))
+        return shared[-1]
+
+    fleet = EngineFleet(lambda _: cast(Any, Drawing()), 2, engine=ENGINE, share=share)
+    with closing(cast(Any, fleet)):
+        for value in range(3):
+            fleet.load_weights([("a", torch.full((2,), float(value)))])
+        assert shared[-1].folder.exists()
+    assert len(shared) == 3
 
 
 class Stillborn(Drawing):

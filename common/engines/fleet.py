@@ -201,10 +201,12 @@ class EngineFleet:
 
     def load_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
         """Replace the weights of all engines. An engine that is started again later gets them too."""
-        before, self._weights = self._weights, self._share(named_tensors)
+        self._wait_for_answers()  # of those that are still reading the old ones
+        if self._weights is not None:  # there may be no room for both
+            self._weights.discard()
+            self._weights = None
+        self._weights = self._share(named_tensors)
         self._order_all(LoadWeights(self._weights))
-        if before is not None:
-            before.discard()
 
     def sleep(self) -> None:
         """Free the engines' memory until the next `load_weights`."""
@@ -217,6 +219,9 @@ class EngineFleet:
                 place.worker.send(order)
                 place.heard = time.monotonic()
                 place.unanswered += 1
+        self._wait_for_answers()
+
+    def _wait_for_answers(self) -> None:
         while any(place.unanswered for place in self._places):
             self._handle(self._next_event())
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -215,16 +214,16 @@ def main() -> None:
     orders: SimpleQueue[Order] = SimpleQueue()
 
     def listen() -> None:
-        shared: deque[SharedWeights] = deque(maxlen=2)  # the job frees the older once the newer are loaded
+        shared: SharedWeights | None = None
         try:
             while True:
                 order = pickle.loads(connection.recv_bytes())
                 if isinstance(order, LoadWeights):
-                    shared.append(order.weights)
+                    shared = order.weights
                 orders.put(order)
         except (EOFError, OSError):  # the job is gone
-            for weights in shared:
-                weights.discard()
+            if shared is not None:
+                shared.discard()
             os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=listen, daemon=True).start()
