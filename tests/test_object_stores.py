@@ -419,7 +419,9 @@ def test_a_store_that_cannot_be_reached_is_named_without_credentials(store: Stor
 
 def test_an_address_that_is_no_url_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "minio:9000")
-    with pytest.raises(UserError, match=rf"^cannot reach {store.url}/test: Invalid endpoint: minio:9000; check"):
+    with pytest.raises(
+        UserError, match=rf"^cannot reach {store.url}/test: Invalid endpoint: minio:9000; check"
+    ):
         objects.listing(f"{store.url}/test")
 
 

@@ -114,7 +114,7 @@ class _Lease:
     def renew(self) -> None:
         """Put the lease again. Raises UserError if the store cannot be reached, or has it no more."""
         with self._lock:
-            before = time.monotonic()
+            before = _clock()
             content = json.dumps({**self._note, "renewed": time.time()}).encode()
             try:
                 self._version = self._put(content)
@@ -144,7 +144,7 @@ class _Lease:
     def ensure(self) -> None:
         """Raise UserError if the lease is void or has been removed."""
         try:
-            if not self._is_lost and time.monotonic() - self._since > SECONDS:
+            if not self._is_lost and _clock() - self._since > SECONDS:
                 self.renew()
         except ChangedMeanwhile:
             pass
@@ -173,6 +173,11 @@ class _Lease:
             _held.remove(self)
             ended.set()
             thread.join()
+
+
+def _clock() -> float:
+    """Seconds, with those for which the machine was suspended where the system counts them."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _note(url: str) -> dict[str, Any] | None:
