@@ -39,7 +39,8 @@ OPTIONS = --config $(call quoted,$(CONFIG)) $(if $(RUN),--run $(RUN)) $(ARGS)
 INSTALLED := $(VENV)/.$(ACCELERATOR)
 # The demo's config points at a base model of its own making; other configs bring theirs.
 BASE_MODEL := $(if $(shell grep -s '{run}/base_model' -- $(call quoted,$(CONFIG))),yes)
-LAUNCH = $(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC) --)
+# As in common/processes.py.
+LAUNCH = $(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(NPROC) --shutdown-timeout 3600 --)
 IF_MISSING = [ -e $(FOLDER)/$(1) ] ||
 MAKE_BASE_MODEL = $(if $(BASE_MODEL),$(call IF_MISSING,base_model) $(BIN)/python cli.py base-model $(OPTIONS))
 

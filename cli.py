@@ -117,7 +117,8 @@ ExecutorName = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Of the Ray cluster, such as ray-head:6379, or auto; by default one is started on this machine."
+        help="Of the Ray cluster, such as ray-head:6379, or auto; by default $RAY_ADDRESS, or this machine's, which is "
+        "started if there is none."
     ),
 ]
 MinGap = Annotated[

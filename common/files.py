@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import UserError
+from common.lifetime import is_alive
 from common.remote.copies import forget, published, published_folder
 
 
@@ -161,9 +162,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of killed writers: of dead processes of this machine, and any older than a day."""
     for file in folder.glob(".*.tmp"):
         host, _, process = file.name.removesuffix(".tmp").rpartition(".")
-        dead = (
-            host.endswith(f".{platform.node()}") and process.isdigit() and not Path("/proc", process).exists()
-        )
+        is_ours = host.endswith(f".{platform.node()}") and process.isdigit()
+        dead = is_ours and not is_alive(int(process))
         with suppress(FileNotFoundError):
             if dead or time.time() - file.stat().st_mtime > LEFTOVER_SECONDS:
                 file.unlink()

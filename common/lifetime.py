@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends. Only Linux can do this."""
+"""Processes that end with the one that started them, however that ends, which only Linux can do; who is alive."""
 
 import ctypes
 import os
@@ -15,6 +15,17 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it had ended before
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine has not ended."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def has_launcher() -> bool:

@@ -24,6 +24,9 @@ Execute = Callable[[Sequence[str], Path, Mapping[str, str]], "Finished"]
 
 ENDING_SECONDS = 120.0
 """The time that an interrupted command gets to write its checkpoint."""
+PATIENCE_SECONDS = 3600
+"""The time that torch's launcher gives its processes to end, by default 30 s: too short for an iteration and a
+checkpoint."""
 POLL_SECONDS = 0.05
 _LINES_SHOWN = 3
 
@@ -44,8 +47,9 @@ class Finished(BaseModel):
 
 def program(processes: int = 1) -> list[str]:
     """The beginning of a command: cli.py in one process, or in several under torch's launcher."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return [sys.executable, *launcher, str(REPOSITORY / "cli.py")]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher += ["--shutdown-timeout", str(PATIENCE_SECONDS)]
+    return [sys.executable, *(launcher if processes > 1 else ()), str(REPOSITORY / "cli.py")]
 
 
 @dataclass(slots=True)

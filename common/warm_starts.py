@@ -26,8 +26,22 @@ from common.runs import REPOSITORY
 CONTROL = "ASTAR_PO_WARM"
 """The variable that tells a program its own id and the number of its socket to the server."""
 LONGEST_MESSAGE = 1 << 20
-HAS_GPU = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd"))
-CAN_FORK = sys.platform == "linux" and not HAS_GPU
+HAS_GPU = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))
+"""Also one of Windows, whose Linux has the last."""
+
+
+def can_fork() -> bool:
+    """Whether programs are forked here: on Linux without a GPU, if it tells when a process ends (from 5.3 on)."""
+    if sys.platform != "linux" or HAS_GPU:
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # an older one, or a container that does not allow it
+        return False
+    return True
+
+
+CAN_FORK = can_fork()
 _SHOWN = 2000
 
 

@@ -11,11 +11,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from common.errors import RankLost, UserError, first_line
 
 PATIENCE = timedelta(hours=24)
 """How long a collective operation waits before it fails. Long before, the watchdog ends a job that hangs."""
+MEETING = timedelta(minutes=15)
+"""How long a rank waits for the others at the start, as long as torchrun waits for the other nodes."""
 
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Socket closed", "Timed out waiting")
 """What gloo says when a peer is gone."""
@@ -154,11 +157,21 @@ def _refuse_incomplete_launch(processes: int) -> None:
         )
 
 
+def _join(processes: int, backend: str) -> None:
+    """Initialise torch.distributed once all ranks are there: it would wait for a missing one as long as PATIENCE."""
+    store, rank, _ = next(rendezvous("env://", timeout=MEETING))
+    store.set(f"rank {rank}", "is there")
+    store.wait([f"rank {other}" for other in range(processes)], MEETING)
+    store.set_timeout(PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
+
+
 def join_ranks(seed: int) -> Ranks:
     """Initialise torch.distributed, before any vLLM engine, whose group would otherwise be taken for the job's.
 
     Under torchrun the launcher's environment gives the rank; without it the job is this process alone, whatever RANK
-    and MASTER_ADDR say. Raises UserError if the other processes cannot be reached.
+    and MASTER_ADDR say. Raises UserError if the other processes cannot be reached, or if there are more on this machine
+    than it has GPUs.
     """
     expected = launched_processes()
     if expected == 1:
@@ -169,14 +182,20 @@ def join_ranks(seed: int) -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"there are more processes of training on this machine than GPUs, which are {gpus}: start as many as "
+                "GPUs (NPROC, --nproc-per-node)"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+            _join(expected, "nccl" if on_gpu else "gloo")
         except (dist.DistError, ValueError) as error:
             raise UserError(
-                f"rank {os.environ['RANK']} of {expected} found no others at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} ({error}); start all with torchrun, or unset RANK and WORLD_SIZE"
+                f"rank {os.environ['RANK']} of {expected} has not met the others at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} ({first_line(error)}): look at the output of the other nodes; start all "
+                "with torchrun, or unset RANK and WORLD_SIZE"
             ) from error
     assert dist.get_world_size() == expected, (
         f"{dist.get_world_size()} ranks joined, the launcher started {expected}"

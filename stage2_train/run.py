@@ -56,11 +56,11 @@ def run_stage2(
     paths = run_paths(config.run)
     table = _table(config, vstar_file, advantages_file)
     ranks = join_ranks(config.seed)
-    _refuse_several_copies(paths, ranks)
     if not ranks.is_main:
         console = Terminal(quiet=True)
-    data = prepare(config, table, allow_mismatch, ranks)
     with noticing_lost_ranks(ranks), ExitStack() as job:
+        _refuse_several_copies(paths, ranks)
+        data = prepare(config, table, allow_mismatch, ranks)
         regime: Regime
         if data.units is None:
             regime = Online(config, data, ranks, build_engine, job)

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -84,18 +84,21 @@ class Watchdog:
             if phase is None:
                 continue
             if self._store is not None:
-                self._store.set(str(self._ranks.rank), json.dumps([phase.name, phase.since]))
+                with suppress(RuntimeError):  # it is gone, with the node of the main rank
+                    self._store.set(str(self._ranks.rank), json.dumps([phase.name, phase.since]))
             if time.time() - phase.since > self._limit:
                 self._end(phase)
 
     def _known(self) -> dict[int, Phase]:
-        """The phases of all ranks that have noted one."""
+        """The phases of all ranks that have noted one; {} without a store."""
         ranks = [str(rank) for rank in range(self._ranks.world_size)] if self._store is not None else []
-        return {
-            int(rank): Phase(*json.loads(self._store.get(rank)))
-            for rank in ranks
-            if self._store.check([rank])
-        }
+        with suppress(RuntimeError):
+            return {
+                int(rank): Phase(*json.loads(self._store.get(rank)))
+                for rank in ranks
+                if self._store.check([rank])
+            }
+        return {}
 
     def _end(self, phase: Phase) -> NoReturn:
         """End the process. The rank whose phase began first is the one that the others wait for."""

@@ -6,6 +6,8 @@ time, and `refuse` while it is built.
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -70,3 +72,15 @@ class NumberEngine:
 
 def number_engine(folder: Path, seconds: float) -> NumberEngine:
     return NumberEngine(folder, seconds)
+
+
+def large_engine(folder: Path, tokenizer: bytes) -> NumberEngine:
+    return NumberEngine(folder, 0.0)
+
+
+def engine_with_child(folder: Path) -> NumberEngine:
+    """Dies while it is built, after it has started a process."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    (folder / f"child-{child.pid}").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError

@@ -1,6 +1,7 @@
 """The examples for clusters: what they start, with stand-ins for Slurm's and our programs."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -57,20 +58,40 @@ def test_training_meets_on_the_first_node(checkout: Path) -> None:
         "SLURM_NNODES": "2",
         "SLURM_JOB_ID": "17",
         "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "64",
     }
     found = submitted(checkout, "slurm-train.sbatch", CONFIG="mine.toml", **job)
     assert found.stdout == (
         "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node7:29500 --rdzv-id 17 "
-        "cli.py train --config mine.toml\n"
+        "--shutdown-timeout 290 cli.py train --config mine.toml\n"
     ), found.stderr
 
 
 @pytest.mark.parametrize("script", ["slurm-vstar.sbatch", "slurm-train.sbatch"])
 def test_a_forgotten_config_is_named(checkout: Path, script: str) -> None:
-    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "17"}
+    job = {
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "17",
+        "SLURM_CPUS_PER_TASK": "64",
+    }
     found = submitted(checkout, script, **job)
     assert found.returncode != 0
     assert "set CONFIG to the run" in found.stderr
+
+
+def test_the_signal_before_the_limit_reaches_the_program() -> None:
+    """Slurm sends it to what srun has started, unless told to send it to the script itself, which `exec` replaces."""
+    for script, started, warned in (
+        ("slurm-vstar", "exec .venv", "B:TERM@"),
+        ("slurm-train", "exec srun", "TERM@"),
+    ):
+        text = (CLUSTER / f"{script}.sbatch").read_text()
+        assert f"\n{started}" in text
+        assert f"\n#SBATCH --signal={warned}" in text
+    (limit,) = re.findall(r"--signal=TERM@(\d+)", text)
+    (patience,) = re.findall(r"--shutdown-timeout (\d+)", text)
+    assert int(patience) < int(limit)
 
 
 def test_tasks_of_skypilot_name_commands_and_targets_that_exist() -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import polars as pl
@@ -23,7 +24,8 @@ from stage2_train.config import Config
 from stage2_train.critic_job import run as critic_run
 from stage2_train.critic_job.process_bench import ProcessBenchSolution, run_process_bench, trajectories_of
 from stage2_train.critic_job.run import run_critic
-from stage2_train.critic_job.states import is_held_out
+from stage2_train.critic_job.states import Trajectory, is_held_out
+from stage2_train.critic_job.training import CriticTraining
 from stage2_train.critic_job.values import state_values
 from tests import warm
 from tests.conftest import ROOT, RunCli
@@ -282,6 +284,28 @@ def test_an_adapter_is_merged_into_the_critic(tiny_model: Path, artifacts: Path,
     values = torch.tensor(state_values(one.folder, one.tokens(held_out), config))
     brier = float(((values - torch.tensor(held_out["value"].to_list())) ** 2).mean())
     assert figures_of(one)["held_out"]["all"]["brier"] == pytest.approx(brier, rel=1e-4)
+
+
+def test_a_step_that_hangs_ends_the_job(
+    tiny_model: Path, artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = prepared(tmp_path, tiny_model, train={"hang_minutes": 0.005})
+    said: list[str] = []
+    hangs = Event()
+
+    def leave(status: int, message: str, *, unless_said: bool) -> None:
+        said.append(message)
+        if "hangs in update" in message:
+            hangs.set()
+
+    def step(self: CriticTraining, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        assert hangs.wait(60), said
+        raise ConnectionAbortedError
+
+    monkeypatch.setattr("stage2_train.watchdog.leave", leave)
+    monkeypatch.setattr(CriticTraining, "step", step)
+    with pytest.raises(ConnectionAbortedError):
+        run(config)
 
 
 def test_a_job_that_fails_leaves_nothing_and_the_same_command_starts_over(

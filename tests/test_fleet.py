@@ -1,32 +1,39 @@
 """Several engines in processes of their own: the same completions as one, whatever happens to the processes."""
 
 import os
+import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 from typing import Any, cast
 
 import pytest
 import torch
 
+from common import processes
 from common.config import EngineConfig, SamplingParams
 from common.engines.count import with_engines
 from common.engines.fleet import EngineFleet
 from common.engines.local_workers import LocalWorker, Share, shares_of
+from common.engines.orders import Begin, Done, Draw, Drawn, LoadWeights, Order, Ready, Reply
 from common.engines.weight_files import WeightFiles
 from common.errors import EngineFailed, UserError
-from common.rollout import SampleRequest
+from common.rollout import Completion, SampleRequest
 from common.runs import REPOSITORY, run_paths
 from common.vstar_file import read_vstar
+from common.warm_starts import Process
 from stage2_train.config import Config
 from tests.fakes import tiny_config
-from tests.fleet_engines import number_engine
+from tests.fleet_engines import engine_with_child, large_engine, number_engine
 from tests.stage1_runs import run, stored, write_questions
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
@@ -193,6 +200,101 @@ def test_an_engine_that_hangs_is_started_again(
     )
 
 
+class Node:
+    """Workers of which half are lost at once, before the others have drawn anything; then all work."""
+
+    def __init__(self, engines: int) -> None:
+        self._engines = engines
+        self.workers: list[Drawing] = []
+
+    def launch(self, number: int) -> "Drawing":
+        self.workers.append(Drawing())
+        lost = self.workers[: self._engines // 2]
+        if len(self.workers) == self._engines:
+            for worker in lost:
+                worker.replies.put(None)
+        if len(self.workers) == self._engines + len(lost):  # all have been replaced
+            for worker in self.workers[len(lost) :]:
+                worker.begin.set()
+        return self.workers[-1]
+
+
+class Drawing:
+    """A worker that draws at once, when it may begin."""
+
+    def __init__(self) -> None:
+        self.replies: SimpleQueue[Reply | None] = SimpleQueue()
+        self.replies.put(Ready())
+        self.begin = Event()
+        self._stream = 0
+
+    def send(self, order: Order) -> None:
+        if isinstance(order, LoadWeights):
+            self.replies.put(Done())
+        if isinstance(order, Begin):
+            self._stream = order.stream
+        if isinstance(order, Draw):
+            for each in order.requests:
+                completion = Completion(key=each.key, token_ids=(each.seed,), text="", truncated=False)
+                self.replies.put(Drawn(self._stream, (completion,)))
+
+    def receive(self) -> list[Reply]:
+        reply = self.replies.get()
+        if reply is None:
+            raise EOFError
+        if isinstance(reply, Drawn):
+            self.begin.wait()
+        return [reply]
+
+    def cause_of_death(self) -> str:
+        return "is lost"
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_job_outlives_the_loss_of_many_engines_at_once() -> None:
+    node = Node(16)
+    fleet = EngineFleet(
+        lambda number: cast(Any, node.launch(number)), 16, engine=ENGINE, share=WeightFiles.write
+    )
+    with closing(cast(Any, fleet)):
+        found = [each.token_ids[0] for each in fleet.generate(requests(1000), SAMPLING)]
+    assert sorted(found) == list(range(1000))
+    assert len(node.workers) == 24
+
+
+def test_new_weights_are_shared_when_the_old_ones_are_gone() -> None:
+    """Both together may be too much for the memory that they are in."""
+    shared: list[WeightFiles] = []
+
+    def share(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightFiles:
+        assert not [weights for weights in shared if weights.folder.exists()]
+        shared.append(WeightFiles.write(tensors))
+        return shared[-1]
+
+    fleet = EngineFleet(lambda _: cast(Any, Drawing()), 2, engine=ENGINE, share=share)
+    with closing(cast(Any, fleet)):
+        for value in range(3):
+            fleet.load_weights([("a", torch.full((2,), float(value)))])
+        assert shared[-1].folder.exists()
+    assert len(shared) == 3
+
+
+class Stillborn(Drawing):
+    """A worker that dies while it starts."""
+
+    def receive(self) -> list[Reply]:
+        raise EOFError
+
+
+def test_engines_that_only_die_end_the_job() -> None:
+    with pytest.raises(
+        EngineFailed, match=r"engines have died 6 times without a completion; the last one is lost"
+    ):
+        EngineFleet(lambda _: cast(Any, Stillborn()), 2, engine=ENGINE, share=WeightFiles.write)
+
+
 class NeverReady:
     """A worker that has been asked for, and does not come."""
 
@@ -221,6 +323,7 @@ JOB = """
 import sys
 from functools import partial
 from pathlib import Path
+import torch
 from common.engines.fleet import EngineFleet
 from common.engines.local_workers import LocalWorker, Share
 from common.engines.weight_files import WeightFiles
@@ -229,23 +332,97 @@ from tests.test_fleet import ENGINE, SAMPLING, requests
 folder = Path(sys.argv[1])
 build = partial(number_engine, folder, 0.01)
 fleet = EngineFleet(lambda _: LocalWorker(build, Share(), folder / "log"), 2, engine=ENGINE, share=WeightFiles.write)
+fleet.load_weights(iter([("a", torch.ones(3))]))
 for number, completion in enumerate(fleet.generate(requests(10**6), SAMPLING)):
     if number == 100:
-        print("drawing", flush=True)
+        print(fleet._weights.folder, flush=True)
 """
 
 
-def test_the_processes_end_with_a_job_that_is_killed(tmp_path: Path) -> None:
+def test_the_processes_end_with_a_job_that_is_killed_and_free_its_shared_memory(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", JOB, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     ) as job:
         assert job.stdout is not None
-        assert job.stdout.readline() == "drawing\n"
+        weights = Path(job.stdout.readline().strip())
+        assert list(weights.iterdir())
         assert all(map(is_alive, pids(tmp_path)))
         job.kill()
     deadline = time.monotonic() + 10
     while any(map(is_alive, pids(tmp_path))):
         assert time.monotonic() < deadline
+    assert not weights.exists()
+
+
+def test_what_a_killed_job_has_left_in_shared_memory_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.engines.weight_files.SHARED_MEMORY", tmp_path)
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    host = platform.node()
+    left = tmp_path / f"astar-po-{host}-{ended.pid}-weights-a"
+    others = [
+        f"astar-po-{host}-1-weights-b",
+        f"astar-po-other-{ended.pid}-weights-c",
+        "astar-po",
+        "of-others",
+    ]
+    for folder in (left, *(tmp_path / name for name in others)):
+        folder.mkdir()
+        (folder / "00000.safetensors").touch()
+    ours = WeightFiles.write([("a", torch.ones(2))])
+    assert {path.name for path in tmp_path.iterdir()} == {*others, ours.folder.name}
+    again = WeightFiles.write([("a", torch.ones(2))])
+    assert [name for name, _ in ours] == ["a"]
+    for weights in (ours, again):
+        weights.discard()
+
+
+def test_shared_memory_without_room_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.engines.weight_files.SHARED_MEMORY", tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*/astar-po-.*-weights-.*: File too large"):
+            WeightFiles.write([("a", torch.ones(1000))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_engine_has_started_ends_with_it(tmp_path: Path) -> None:
+    worker = LocalWorker(partial(engine_with_child, tmp_path), Share(), tmp_path / "log")
+    with pytest.raises(EOFError):
+        worker.receive()
+    assert worker.cause_of_death().startswith("died of SIGKILL")
+    (child,) = pids(tmp_path, "child")
+    assert is_alive(child)
+    worker.close()
+    deadline = time.monotonic() + 10
+    while is_alive(child):
+        assert time.monotonic() < deadline
+
+
+def test_a_process_is_not_waited_for_until_it_has_read_what_to_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer is larger than what a socket holds, and a process reads it once it has imported everything."""
+    stopped = []
+
+    def start_and_stop(*arguments: Any, **options: Any) -> Process:
+        process = processes.start(*arguments, **options)
+        os.kill(process.pid, signal.SIGSTOP)
+        stopped.append(process.pid)
+        return process
+
+    monkeypatch.setattr("common.engines.local_workers.start", start_and_stop)
+    worker = LocalWorker(partial(large_engine, tmp_path, bytes(10**7)), Share(), tmp_path / "log")
+    os.kill(stopped[0], signal.SIGCONT)
+    assert worker.receive() == [Ready()]
+    worker.close()
 
 
 # How many, and with what.
@@ -304,6 +481,8 @@ def test_engines_share_gpus_or_cores() -> None:
         UserError, match=r"engines 3 × tensor_parallel_size 2 needs 6 GPUs, found 4; choose at most 2"
     ):
         shares_of(3, four, 2, cores=16)
+    with pytest.raises(UserError, match=r"size 8 needs 16 GPUs, found 4; lower tensor_parallel_size"):
+        shares_of(2, four, 8, cores=16)
 
 
 # Real engines.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import parse_args
 
+from common.processes import PATIENCE_SECONDS
 from tests.conftest import ROOT
 
 
@@ -81,6 +82,7 @@ def test_training_makes_the_artifact_that_is_missing_and_uses_as_many_processes_
     (arguments,) = re.findall(r"torchrun (.*cli\.py train.*)", commands)
     launcher = parse_args(arguments.split())
     assert launcher.nproc_per_node == "4"
+    assert launcher.shutdown_timeout == PATIENCE_SECONDS
     assert launcher.training_script == "cli.py"
     assert launcher.training_script_args[:2] == ["train", "--config"]
 

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,41 @@ def test_a_launch_that_lacks_something_says_what_instead_of_waiting(
         else:
             monkeypatch.setenv(key, text)
     with pytest.raises(UserError, match=rf"{name} is .* torchrun"):
+        join_ranks(0)
+
+
+def test_a_rank_does_not_wait_for_ever_for_one_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    whole = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    for key, text in whole.items():
+        monkeypatch.setenv(key, text)
+    monkeypatch.setattr("stage2_train.ranks.MEETING", timedelta(seconds=0.1))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    with pytest.raises(UserError, match=rf"rank 0 of 2 has not met the others at 127.0.0.1:{port} \("):
+        join_ranks(0)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {
+        "WORLD_SIZE": "4",
+        "RANK": "2",
+        "LOCAL_RANK": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    for key, text in whole.items():
+        monkeypatch.setenv(key, text)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"more processes of training on this machine than GPUs, which are 2"):
         join_ranks(0)
 
 

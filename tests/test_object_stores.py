@@ -385,6 +385,21 @@ def test_a_job_whose_lease_was_taken_puts_nothing_any_more(
     assert store.read("one/config.json") == b"{}"
 
 
+def test_a_renewal_whose_answer_was_lost_takes_no_lease_away(machines: Machines, store: Store) -> None:
+    with exclusive_run(run_paths("one"), "vstar"):
+        [name] = [name for name in store.names() if ".leases" in name]
+        store.put(name, store.read(name) + b" ")  # what this job has put, as far as the store knows
+        [lease] = leases._held
+        lease.renew()
+        write_text(run_paths("one").config, "{}")
+        store.remove(name)
+        with pytest.raises(UserError):
+            lease.renew()
+        with pytest.raises(UserError, match="another job has taken the run over"):
+            write_text(run_paths("one").config, "changed")
+    assert store.read("one/config.json") == b"{}"
+
+
 def test_a_store_that_cannot_be_reached_is_named_without_credentials(store: Store, tmp_path: Path) -> None:
     arguments = ["inspect", "--run", "test"]
     closed = {**environment("http://me:hidden@127.0.0.1:9"), "AWS_MAX_ATTEMPTS": "1"}
@@ -400,6 +415,14 @@ def test_a_store_that_cannot_be_reached_is_named_without_credentials(store: Stor
     assert result.stderr.count("\n") == 1
     for secret in (KEY, SECRET, "hidden"):
         assert secret not in result.stderr
+
+
+def test_an_address_that_is_no_url_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "minio:9000")
+    with pytest.raises(
+        UserError, match=rf"^cannot reach {store.url}/test: Invalid endpoint: minio:9000; check"
+    ):
+        objects.listing(f"{store.url}/test")
 
 
 def test_the_command_line_takes_urls_and_shows_them(

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -146,19 +146,83 @@ def test_an_address_without_a_cluster_is_refused(run_cli: RunCli, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("engines", "ranks", "each"), [("auto", "1", 1), ("auto", "2", 1), (2, "1", 2), (2, "2", 1), (4, "2", 2)]
+    ("engines", "ranks", "each"), [("auto", 1, 1), ("auto", 2, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)]
 )
 def test_the_ranks_of_training_share_the_engines(
-    cluster: None, monkeypatch: pytest.MonkeyPatch, engines: int | str, ranks: str, each: int
+    cluster: None, engines: int | str, ranks: int, each: int
 ) -> None:
     from common.engines.ray_workers import _beside_trainer
 
-    monkeypatch.setenv("WORLD_SIZE", ranks)
-    assert _beside_trainer(EngineConfig.model_validate({"engines": engines})) == each
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert _beside_trainer(EngineConfig.model_validate({"engines": engines}), ranks) == each
     if engines != "auto":
         with pytest.raises(UserError, match=r"engine.engines [24] cannot be divided among the 3 processes"):
-            _beside_trainer(EngineConfig.model_validate({"engines": engines}))
+            _beside_trainer(EngineConfig.model_validate({"engines": engines}), 3)
+
+
+Nodes = Sequence[dict[str, float]]
+
+
+def of(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the cluster have these nodes, and one that is lost."""
+    found = [{"Alive": True, "Resources": node} for node in nodes]
+    lost = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, lost])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size", "engines", "resources"),
+    [
+        ([{"CPU": 8}], 1, 2, {"num_cpus": 4}),
+        ([{"CPU": 8}], 1, 20, {"num_cpus": 1}),
+        ([{"CPU": 2}, {"CPU": 2}], 1, 1, {"num_cpus": 2}),  # not 4, which no node has
+        ([{"CPU": 8}, {"CPU": 2}], 1, 2, {"num_cpus": 4}),
+        ([{"CPU": 8}, {"CPU": 6}], 1, 3, {"num_cpus": 4}),
+        ([{}, {"CPU": 2}], 1, 1, {"num_cpus": 2}),
+        ([{"CPU": 8}, {"CPU": 8, "GPU": 4}], 4, 1, {"num_gpus": 4, "num_cpus": 1}),
+    ],
+)
+def test_an_engine_asks_for_what_one_node_has(
+    monkeypatch: pytest.MonkeyPatch, nodes: Nodes, size: int, engines: int, resources: dict[str, int]
+) -> None:
+    from common.engines.ray_workers import _resources
+
+    of(nodes, monkeypatch)
+    assert _resources(EngineConfig(tensor_parallel_size=size), engines) == resources
+
+
+def test_an_engine_of_more_gpus_than_a_node_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.engines.ray_workers import _resources
+
+    of([{"CPU": 8, "GPU": 2}] * 4, monkeypatch)
+    with pytest.raises(
+        UserError, match=r"tensor_parallel_size 4: no node of the Ray cluster has as many GPUs"
+    ):
+        _resources(EngineConfig(tensor_parallel_size=4), 2)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size", "engines"),
+    [
+        ([{"GPU": 8}, {"GPU": 8}], 1, 16),
+        ([{"GPU": 3}, {"GPU": 3}], 2, 2),
+        ([{"CPU": 4}, {"CPU": 4}], 1, 8),
+    ],
+)
+def test_a_cluster_is_used_as_far_as_its_nodes_have_room(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: Nodes,
+    size: int,
+    engines: int,
+) -> None:
+    from common.engines.ray_workers import _sized
+
+    of(nodes, monkeypatch)
+    config = tiny_config(
+        tiny_model, write_questions(tmp_path / "questions.jsonl"), engine={"tensor_parallel_size": size}
+    )
+    assert _sized(config, tiny_model, 10**6).engine.engines == engines
 
 
 def test_training_on_ray_needs_engines_of_its_own(run_cli: RunCli, tmp_path: Path, tiny_model: Path) -> None:

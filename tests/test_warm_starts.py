@@ -1,5 +1,6 @@
 """Commands that start warm end as cold ones do, and cost what they and the programs they started have cost."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,11 +13,20 @@ import pytest
 
 from common.errors import UserError
 from common.processes import execute, executing_warm, program, show
-from common.warm_starts import CAN_FORK, WarmStarts, warm_starts
+from common.warm_starts import CAN_FORK, WarmStarts, can_fork, warm_starts
 from tests import warm as started
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="programs are not forked here")
+
+
+def test_where_the_end_of_a_process_is_not_told_programs_start_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(pid: int) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    assert can_fork()
+    monkeypatch.setattr("os.pidfd_open", refused)
+    assert not can_fork()
 
 
 @pytest.fixture(scope="module")

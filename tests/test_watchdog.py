@@ -4,10 +4,14 @@ import re
 import time
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from stage2_train.ranks import ALONE
+from stage2_train.ranks import ALONE, Ranks
 from stage2_train.watchdog import Watchdog, in_phase
 from tests.killing import JobServer
 from tests.stage2_runs import tiny_config, write_tiny_vstar
@@ -33,6 +37,29 @@ def test_a_phase_that_takes_too_long_ends_the_process(monkeypatch: pytest.Monkey
                 time.sleep(0.6)
     assert said
     assert re.match(r"error: rank 0 hangs in rollout, for 0.0 minutes; the limit is 0.00\d+ minutes", said[0])
+
+
+class LostStore:
+    """The store of ranks whose main one is gone."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+
+def test_a_rank_ends_in_time_without_the_store_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Event()
+    messages: list[str] = []
+
+    def leave(status: int, message: str, *, unless_said: bool) -> None:
+        messages.append(message)
+        said.set()
+
+    monkeypatch.setattr("stage2_train.watchdog.leave", leave)
+    dog = Watchdog(Ranks(1, 1, torch.device("cpu")), timedelta(seconds=0.2))
+    monkeypatch.setattr(dog, "_store", LostStore())
+    with dog, in_phase("update"):
+        assert said.wait(60)
+    assert messages[0].startswith("error: rank 1 hangs in update, for 0.0 minutes; the limit is")
 
 
 def test_nothing_is_watched_between_phases(monkeypatch: pytest.MonkeyPatch) -> None:

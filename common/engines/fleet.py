@@ -7,7 +7,7 @@ so the completions are the same. Where processes run, and how messages reach the
 
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 10.0
 MOST_DEATHS = 3
-"""Deaths of engines, without a completion between them or with the same request unfinished, that end the job."""
+"""Deaths that end the job: of each engine without a completion between them, or in a row with the same request
+unfinished."""
 
 
 class Worker(Protocol):
@@ -127,7 +128,8 @@ class EngineFleet:
         self._stream = 0
         self._looked = time.monotonic()
         self._fruitless = 0
-        self._deaths: Counter[Hashable] = Counter()
+        self._deaths: dict[Hashable, int] = {}
+        """Of the requests that the last engine to die has left unfinished: how many in a row have died with them."""
         self._places: list[Place] = []
         try:
             for number in range(count):
@@ -199,10 +201,12 @@ class EngineFleet:
 
     def load_weights(self, named_tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
         """Replace the weights of all engines. An engine that is started again later gets them too."""
-        before, self._weights = self._weights, self._share(named_tensors)
+        self._wait_for_answers()  # of those that are still reading the old ones
+        if self._weights is not None:  # there may be no room for both
+            self._weights.discard()
+            self._weights = None
+        self._weights = self._share(named_tensors)
         self._order_all(LoadWeights(self._weights))
-        if before is not None:
-            before.discard()
 
     def sleep(self) -> None:
         """Free the engines' memory until the next `load_weights`."""
@@ -215,6 +219,9 @@ class EngineFleet:
                 place.worker.send(order)
                 place.heard = time.monotonic()
                 place.unanswered += 1
+        self._wait_for_answers()
+
+    def _wait_for_answers(self) -> None:
         while any(place.unanswered for place in self._places):
             self._handle(self._next_event())
 
@@ -270,13 +277,17 @@ class EngineFleet:
         """Start an engine again; returns its unfinished requests. Raises EngineFailed after too many deaths."""
         lost = list(place.unfinished.values())
         self._fruitless += 1
-        self._deaths.update(request.key for request in lost)
-        worst = max(self._deaths.values(), default=0)
-        if max(self._fruitless, worst) >= MOST_DEATHS:
-            (key, _), *_ = self._deaths.most_common(1) or [("", 0)]
-            each_time = f", each time with the request {key} unfinished" if worst >= MOST_DEATHS else ""
+        self._deaths = {request.key: self._deaths.get(request.key, 0) + 1 for request in lost}
+        worst = max(self._deaths, key=self._deaths.__getitem__, default=None)
+        is_requests_fault = worst is not None and self._deaths[worst] >= MOST_DEATHS
+        if is_requests_fault or self._fruitless >= MOST_DEATHS * len(self._places):
+            how_often = (
+                f"{MOST_DEATHS} times, each time with the request {worst} unfinished"
+                if is_requests_fault
+                else f"{self._fruitless} times without a completion"
+            )
             raise EngineFailed(
-                f"engines have died {MOST_DEATHS} times{each_time}; the last one {reason}; start the job again: it "
+                f"engines have died {how_often}; the last one {reason}; start the job again: it "
                 "goes on from what is kept; if it fails again, lower engine.max_num_seqs or engine.engines for more "
                 'memory, or set engine.backend = "transformers"'
             )

@@ -22,7 +22,7 @@ from common.config import EngineConfig, RunConfig
 from common.data.rendering import PromptRenderer
 from common.engines.count import cores, of_each_rank, visible_devices
 from common.engines.fleet import EngineFleet
-from common.engines.orders import Order, Reply
+from common.engines.orders import LoadWeights, Order, Reply, SharedWeights
 from common.engines.protocol import EngineBuilder, RolloutEngine
 from common.engines.weight_files import WeightFiles
 from common.engines.worker import serve
@@ -84,7 +84,8 @@ class LocalWorker:
                 stdin=theirs.fileno(),
             )
         self._connection = Connection(ours.detach())
-        self._tell((build, log))
+        # It reads this once it has imported what that takes. No order comes before: it is not ready.
+        threading.Thread(target=self._tell, args=(_pickled((build, log)),), daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -93,11 +94,11 @@ class LocalWorker:
 
     def send(self, order: Order) -> None:
         """Like Worker.send. It does not wait for the engine: a thread of the process is always reading."""
-        self._tell(order)
+        self._tell(_pickled(order))
 
-    def _tell(self, message: object) -> None:
+    def _tell(self, message: bytes) -> None:
         with suppress(OSError):  # its death is heard by who receives
-            self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+            self._connection.send_bytes(message)
 
     def receive(self) -> list[Reply]:
         """Like Worker.receive."""
@@ -117,10 +118,9 @@ class LocalWorker:
 
     def close(self) -> None:
         """Like Worker.close."""
-        if self._process.wait(0) is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # with what the engine has started
-            self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with what the engine has started, or left behind
+        self._process.wait()
 
 
 def fleet_of_machine(
@@ -187,9 +187,10 @@ def shares_of(count: int, devices: Sequence[str], devices_each: int, cores: int)
     needed = count * devices_each
     if needed > len(devices):
         of_each = "" if devices_each == 1 else f" × tensor_parallel_size {devices_each}"
+        most = len(devices) // devices_each
+        advice = f"choose at most {most} engines, or leave it out" if most else "lower tensor_parallel_size"
         raise UserError(
-            f"engine.engines {count}{of_each} needs {needed} GPUs, found {len(devices)}; choose at most "
-            f"{max(1, len(devices) // devices_each)} engines, or leave it out"
+            f"engine.engines {count}{of_each} needs {needed} GPUs, found {len(devices)}; {advice}"
         )
     return [Share(devices=devices[start : start + devices_each]) for start in range(0, needed, devices_each)]
 
@@ -198,6 +199,10 @@ def _environment() -> dict[str, str]:
     path = [str(REPOSITORY), *(os.path.abspath(entry) for entry in sys.path)]
     others = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
     return {**others, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def _pickled(message: object) -> bytes:
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
 def main() -> None:
@@ -209,16 +214,22 @@ def main() -> None:
     orders: SimpleQueue[Order] = SimpleQueue()
 
     def listen() -> None:
+        shared: SharedWeights | None = None
         try:
             while True:
-                orders.put(pickle.loads(connection.recv_bytes()))
+                order = pickle.loads(connection.recv_bytes())
+                if isinstance(order, LoadWeights):
+                    shared = order.weights
+                orders.put(order)
         except (EOFError, OSError):  # the job is gone
+            if shared is not None:
+                shared.discard()
             os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=listen, daemon=True).start()
 
     def reply(message: Reply) -> None:
-        connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        connection.send_bytes(_pickled(message))
 
     with libraries_logged(log):
         serve(build, orders, reply)

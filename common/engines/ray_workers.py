@@ -123,10 +123,12 @@ class RayWeights:
 
 @contextmanager
 def ray_engines(address: str | None) -> Iterator[EngineSource]:
-    """Engines on a Ray cluster: the one at the address, or without one a new one on this machine.
+    """Engines on a Ray cluster: the one at the address, by default at $RAY_ADDRESS, else that of this machine.
 
-    It is connected to when the first engine is needed. Raises UserError then if there is none at the address.
+    It is connected to when the first engine is needed. Raises UserError then if there is none at the address; on this
+    machine one is started if there is none.
     """
+    address = address or os.environ.get("RAY_ADDRESS")
 
     def sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
         _connect(address)
@@ -141,9 +143,10 @@ def ray_engines(address: str | None) -> Iterator[EngineSource]:
         adapter: LowRank | None = None,
     ) -> EngineFleet:
         _connect(address)
-        count = _beside_trainer(config.engine) if beside_trainer else config.engine.engines
+        ranks = int(os.environ.get("WORLD_SIZE", "1")) if beside_trainer else 1
+        count = _beside_trainer(config.engine, ranks) if beside_trainer else config.engine.engines
         assert isinstance(count, int), "a number has been chosen"
-        return _fleet(config, folder, renderer, count, adapter)
+        return _fleet(config, folder, renderer, count, _resources(config.engine, count * ranks), adapter)
 
     try:
         yield EngineSource(build=build, sized=sized)
@@ -178,39 +181,58 @@ def _refuse_closed_port(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
 
 
+def _room(kind: str, each: int) -> int:
+    """How many engines fit on the nodes that are there now, with so many GPUs or cores each; an engine is on one."""
+    return sum(int(node["Resources"].get(kind, 0)) // each for node in ray.nodes() if node["Alive"])
+
+
 def _sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
     """Like with_engines, for the GPUs or cores of the cluster."""
-    engine, cluster = config.engine, ray.cluster_resources()
-    gpus = int(cluster.get("GPU", 0))
-    if engine.engines == "auto":
-        on_cpus = int(cluster["CPU"]) if small(folder) else len(ray.nodes())
-        most = gpus // engine.tensor_parallel_size if gpus else on_cpus
-        return fitting(config, most, samples)
-    return config
+    if config.engine.engines != "auto":
+        return config
+    if _room("GPU", 1):
+        return fitting(config, _room("GPU", config.engine.tensor_parallel_size), samples)
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return fitting(config, _room("CPU", 1) if small(folder) else nodes, samples)
 
 
-def _beside_trainer(engine: EngineConfig) -> int:
-    """The number of engines of this rank of training: its part of the cluster's GPUs, or without any one.
+def _beside_trainer(engine: EngineConfig, ranks: int) -> int:
+    """The number of engines of a rank of training: its part of the cluster's GPUs, or without any one.
 
     Raises UserError if a configured number cannot be divided among the ranks.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if engine.engines == "auto":
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        return max(1, gpus // (ranks * engine.tensor_parallel_size))
+        return max(1, _room("GPU", engine.tensor_parallel_size) // ranks)
     return of_each_rank(engine.engines, ranks)
 
 
+def _resources(engine: EngineConfig, engines: int) -> dict[str, int]:
+    """What Ray is to reserve for each of so many engines. Raises UserError if no node has as many GPUs.
+
+    Ray would wait for such a node without a word.
+    """
+    if not _room("GPU", 1):
+        cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        return {"num_cpus": next((each for each in range(cores, 0, -1) if _room("CPU", each) >= engines), 1)}
+    if not _room("GPU", engine.tensor_parallel_size):
+        raise UserError(
+            f"engine.tensor_parallel_size {engine.tensor_parallel_size}: no node of the Ray cluster has as many GPUs, "
+            "and an engine is on one node; choose fewer, or add such a node"
+        )
+    return {"num_gpus": engine.tensor_parallel_size, "num_cpus": 1}
+
+
 def _fleet(
-    config: RunConfig, folder: Path, renderer: PromptRenderer, count: int, adapter: LowRank | None
+    config: RunConfig,
+    folder: Path,
+    renderer: PromptRenderer,
+    count: int,
+    resources: dict[str, int],
+    adapter: LowRank | None,
 ) -> EngineFleet:
     from common.engines import build_engine
 
     engine = config.engine
-    cluster = ray.cluster_resources()
-    resources = {"num_gpus": engine.tensor_parallel_size, "num_cpus": 1}
-    if not cluster.get("GPU"):
-        resources = {"num_cpus": max(1, int(cluster["CPU"]) // count)}
     alone = config.model_copy(
         update={"engine": engine.model_copy(update={"engines": 1, "placement": "inside"})}
     )

@@ -1,5 +1,7 @@
 """Weights for the processes of this machine: files in its shared memory."""
 
+import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -11,6 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common.files import writing_to
+from common.lifetime import is_alive
+
 SHARED_MEMORY = Path("/dev/shm")
 BYTES_A_PART = 2**30
 
@@ -18,9 +23,14 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 def new_folder_in_memory(kind: str) -> Path:
-    """A new folder: in shared memory, where there is one."""
-    root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    return Path(tempfile.mkdtemp(prefix=f"astar-po-{kind}-", dir=root))
+    """A new folder: in shared memory, where there is one. Removes those of processes that were killed."""
+    root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    ours = f"astar-po-{platform.node()}-"
+    for folder in root.iterdir():
+        process = folder.name.removeprefix(ours).partition("-")[0]
+        if folder.name.startswith(ours) and process.isdecimal() and not is_alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{ours}{os.getpid()}-{kind}-", dir=root))
 
 
 def in_parts(named_tensors: NamedTensors) -> Iterator[dict[str, torch.Tensor]]:
@@ -48,11 +58,12 @@ class WeightFiles:
 
     @classmethod
     def write(cls, named_tensors: NamedTensors) -> Self:
-        """Write weights to a new folder."""
+        """Write weights to a new folder. Raises UserError if there is no room for them."""
         found = cls(new_folder_in_memory("weights"))
         try:
-            for number, part in enumerate(in_parts(named_tensors)):
-                save_file(part, found.folder / f"{number:05d}.safetensors")
+            with writing_to(found.folder):
+                for number, part in enumerate(in_parts(named_tensors)):
+                    save_file(part, found.folder / f"{number:05d}.safetensors")
         except BaseException:
             found.discard()
             raise

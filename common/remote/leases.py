@@ -114,14 +114,26 @@ class _Lease:
     def renew(self) -> None:
         """Put the lease again. Raises UserError if the store cannot be reached, or has it no more."""
         with self._lock:
-            before = time.monotonic()
+            before = _clock()
             content = json.dumps({**self._note, "renewed": time.time()}).encode()
             try:
-                self._version = objects.write(self.url, content, self._version)
+                self._version = self._put(content)
             except ChangedMeanwhile:
                 self._is_lost = True
                 raise
             self._since = before
+
+    def _put(self, content: bytes) -> str:
+        """Put the lease in place of the last one; returns its version. Raises ChangedMeanwhile if it is not there.
+
+        Others only remove it: another version is a renewal of this job whose answer was lost.
+        """
+        try:
+            return objects.write(self.url, content, self._version)
+        except ChangedMeanwhile:
+            if (found := objects.listing(self.url).get("")) is None:
+                raise
+            return objects.write(self.url, content, found.version)
 
     def remove(self) -> None:
         """Remove the lease, if it was ever stored."""
@@ -132,7 +144,7 @@ class _Lease:
     def ensure(self) -> None:
         """Raise UserError if the lease is void or has been removed."""
         try:
-            if not self._is_lost and time.monotonic() - self._since > SECONDS:
+            if not self._is_lost and _clock() - self._since > SECONDS:
                 self.renew()
         except ChangedMeanwhile:
             pass
@@ -161,6 +173,11 @@ class _Lease:
             _held.remove(self)
             ended.set()
             thread.join()
+
+
+def _clock() -> float:
+    """Seconds, with those for which the machine was suspended where the system counts them."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _note(url: str) -> dict[str, Any] | None:

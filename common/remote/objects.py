@@ -177,6 +177,8 @@ def _is_of_store(error: Exception) -> bool:
     """Whether the store is the cause, and not for example the local disk."""
     if isinstance(error, OSError):
         return error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, ValueError):  # an AWS_ENDPOINT_URL that is no URL
+        return True
     return type(error).__module__.partition(".")[0] in _LIBRARIES
 
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ from stage2_train.critic_job.states import CriticData, read_critic_data
 from stage2_train.critic_job.training import CriticTraining
 from stage2_train.export import loadable_model
 from stage2_train.metrics import Metrics
-from stage2_train.ranks import Ranks, join_ranks
+from stage2_train.ranks import Ranks, join_ranks, noticing_lost_ranks
+from stage2_train.watchdog import Watchdog, in_phase
 
 SETTING = "critic.learning_rate"
 PROMPTS_FOR_THRESHOLD = 200
@@ -88,17 +90,19 @@ def run_critic(
     if not ranks.is_main:
         console = Terminal(quiet=True)
     allowance = Allowance(allow_mismatch)
-    inputs = _prepare(config, segments or paths.segments, paths, ranks, allowance)
-    if is_finished(paths.critic, inputs.trained_with):
-        console.print(f"nothing to do: {paths.critic} has been trained with this config and table")
-        return
-    with ExitStack() as job:
+    with noticing_lost_ranks(ranks), ExitStack() as job:
+        inputs = _prepare(config, segments or paths.segments, paths, ranks, allowance)
+        if is_finished(paths.critic, inputs.trained_with):
+            console.print(f"nothing to do: {paths.critic} has been trained with this config and table")
+            return
         if ranks.is_main:
             job.enter_context(exclusive_run(paths, "critic"))
+        job.enter_context(Watchdog(ranks, timedelta(minutes=config.train.hang_minutes)))
         _describe(inputs.states, ranks, console)
-        critic = Critic(
-            inputs.model, config, ranks, learning_rate=config.critic.learning_rate, setting=SETTING
-        )
+        with in_phase("loading the models"):
+            critic = Critic(
+                inputs.model, config, ranks, learning_rate=config.critic.learning_rate, setting=SETTING
+            )
         budget, padding = config.train.tokens_per_micro_batch, inputs.renderer.pad_token_id
         training = CriticTraining(critic, inputs.states, budget, padding, ranks)
         metrics = _train(training, inputs.states, config, console)
@@ -188,7 +192,8 @@ def _train(training: CriticTraining, states: CriticData, config: Config, console
     with progress_bar(console) as bar:
         task = bar.add_task("", total=len(steps))
         for number, step in enumerate(steps, start=1):
-            found = training.step(step)
+            with in_phase("update"):
+                found = training.step(step)
             metrics.append(found)
             if number % every == 0 or number == len(steps):
                 console.print(
