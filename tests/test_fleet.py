@@ -222,6 +222,8 @@ class Node:
 class Drawing:
     """A worker that draws at once, when it may begin."""
 
+    begins_at_once = True
+
     def __init__(self) -> None:
         self.replies: SimpleQueue[Reply | None] = SimpleQueue()
         self.replies.put(Ready())
@@ -251,6 +253,41 @@ class Drawing:
 
     def close(self) -> None:
         pass
+
+
+class Stuck(Drawing):
+    """Never gets ready."""
+
+    def __init__(self, begins_at_once: bool) -> None:
+        super().__init__()
+        self.begins_at_once = begins_at_once
+
+    def receive(self) -> list[Reply]:
+        Event().wait()
+        return []
+
+
+@pytest.mark.parametrize("begins_at_once", [True, False])
+def test_an_engine_that_hangs_while_it_starts_is_started_again_but_not_one_that_waits_for_a_machine(
+    begins_at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.engines.fleet.WATCH_SECONDS", 0.01)
+    launched: list[Drawing] = []
+
+    def launch(_: int) -> Drawing:
+        launched.append(Drawing() if launched else Stuck(begins_at_once))
+        launched[-1].begin.set()
+        return launched[-1]
+
+    hang_seconds = 0.1
+    engine = ENGINE.model_copy(update={"hang_minutes": hang_seconds / 60})
+    with closing(
+        cast(Any, EngineFleet(cast(Any, launch), 2, engine=engine, share=WeightFiles.write))
+    ) as fleet:
+        deadline = time.monotonic() + 10 * hang_seconds
+        while time.monotonic() < deadline and len(launched) == 2:
+            assert len(list(fleet.generate(requests(100), SAMPLING))) == 100
+    assert len(launched) == (3 if begins_at_once else 2)
 
 
 def test_a_job_outlives_the_loss_of_many_engines_at_once() -> None:

@@ -46,6 +46,9 @@ unfinished."""
 class Worker(Protocol):
     """A process with an engine: takes orders and replies to them in their order."""
 
+    begins_at_once: bool
+    """Whether it begins to build its engine now, and does not wait for a machine first."""
+
     def send(self, order: Order) -> None:
         """Send an order; one that is sent to a dead process is lost."""
         ...
@@ -75,19 +78,23 @@ class Place:
     worker: Worker
     life: int = 0
     """How often it was started again."""
+    is_starting: bool = True
+    """Whether its process has not said anything yet."""
     is_ready: bool = False
     is_drawing: bool = False
     """Whether it expects more requests."""
     unfinished: dict[Hashable, SampleRequest] = field(default_factory=dict)
     unanswered: int = 0
     """Orders besides those to draw, and the one to start, that it has not replied to."""
-    heard: float = 0.0
+    heard: float = field(default_factory=time.monotonic)
     """When it last replied, or began to have something to do."""
 
     @property
     def is_busy(self) -> bool:
         """Whether a reply is due."""
-        return self.is_ready and bool(self.unfinished or self.unanswered)
+        if not self.is_ready:
+            return self.is_starting and self.worker.begins_at_once
+        return bool(self.unfinished or self.unanswered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +309,7 @@ class EngineFleet:
         place.unanswered = 0
         place.unfinished.clear()
         place.worker = self._launch(place.number)
+        place.heard, place.is_starting = time.monotonic(), True
         self._listen(place)
         return lost
 
@@ -314,6 +322,7 @@ class EngineFleet:
             while True:
                 for reply in worker.receive():
                     place.heard = time.monotonic()
+                    place.is_starting = False
                     self._events.put(Event(place, life, reply))
         except EOFError:
             self._events.put(Event(place, life, Failed(worker.cause_of_death(), is_final=False)))

@@ -70,6 +70,8 @@ class Share:
 class LocalWorker:
     """A worker in a child process, which ends with this one."""
 
+    begins_at_once = True
+
     def __init__(self, build: Callable[[], RolloutEngine], share: Share, log: Path) -> None:
         """Start it, warm where this process was; `build` builds its engine there.
 

@@ -73,6 +73,8 @@ _Actor: Any = ray.remote(concurrency_groups={ORDERS: 1, REPLIES: 1})(EngineActor
 class RayWorker:
     """A worker that is an actor."""
 
+    begins_at_once = False
+
     def __init__(self, build: Callable[[], RolloutEngine], **resources: Any) -> None:
         """Ask Ray for an actor, which begins once there are resources for it."""
         self._actor: Any = _Actor.options(**resources).remote(build)
