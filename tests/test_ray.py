@@ -236,7 +236,7 @@ def test_training_on_ray_needs_engines_of_its_own(run_cli: RunCli, tmp_path: Pat
 def test_training_with_actors_is_that_of_an_engine_inside_even_if_one_is_killed(
     tmp_path: Path, tiny_model: Path, artifacts: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The last test of this file: it ends the cluster."""
+    """It ends the cluster: only tests that need none come after it."""
     from common.engines.ray_workers import ray_engines
 
     inside = trained(configured(tmp_path, tiny_model, "inside"))
@@ -246,3 +246,17 @@ def test_training_with_actors_is_that_of_an_engine_inside_even_if_one_is_killed(
     assert len(killer.killed) == 1
     assert "engine 1 of 1 is lost (" in capfd.readouterr().err
     assert_same_training(actors, inside)
+
+
+def test_several_processes_of_training_do_not_each_start_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.engines.ray_workers import ray_engines
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(UserError, match="ray start --head`, and give its address with --address"),
+        ray_engines(None),
+    ):
+        pass
+    with ray_engines("head:6379"):
+        assert not ray.is_initialized(), "it is connected to when the first engine is needed"

@@ -128,9 +128,16 @@ def ray_engines(address: str | None) -> Iterator[EngineSource]:
     """Engines on a Ray cluster: the one at the address, by default at $RAY_ADDRESS, else that of this machine.
 
     It is connected to when the first engine is needed. Raises UserError then if there is none at the address; on this
-    machine one is started if there is none.
+    machine one is started if there is none. Raises UserError at once for several processes of training without an
+    address: each would start one.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and address is None:
+        raise UserError(
+            f"{ranks} processes train with --executor ray, and each would start a cluster: start one with `ray start "
+            "--head`, and give its address with --address"
+        )
 
     def sized(config: RunConfig, folder: Path, samples: int) -> RunConfig:
         _connect(address)
@@ -145,10 +152,10 @@ def ray_engines(address: str | None) -> Iterator[EngineSource]:
         adapter: LowRank | None = None,
     ) -> EngineFleet:
         _connect(address)
-        ranks = int(os.environ.get("WORLD_SIZE", "1")) if beside_trainer else 1
         count = _beside_trainer(config.engine, ranks) if beside_trainer else config.engine.engines
         assert isinstance(count, int), "a number has been chosen"
-        return _fleet(config, folder, renderer, count, _resources(config.engine, count * ranks), adapter)
+        jobs = ranks if beside_trainer else 1
+        return _fleet(config, folder, renderer, count, _resources(config.engine, count * jobs), adapter)
 
     try:
         yield EngineSource(build=build, sized=sized)
