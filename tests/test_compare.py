@@ -666,6 +666,42 @@ def test_a_record_of_other_settings_or_a_damaged_one_is_refused(
         run(study(HEAD, A_STAR), Commands())
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "change"),
+    [
+        ('"train.lora" = { rank = 4 }\n', "", "train.lora was a table and is not set"),
+        ("", '"train.lora" = {}\n', "train.lora was not set and is a table"),
+    ],
+)
+def test_a_record_with_a_table_that_its_arm_has_not_is_refused(
+    study: Callable[..., Path], before: str, now: str, change: str
+) -> None:
+    one_seed = HEAD.replace("[0, 1]", "[0]") + "[settings]\n"
+    run(study(one_seed, before, A_STAR), Commands())
+    with pytest.raises(UserError, match=change):
+        run(study(one_seed, now, A_STAR), Commands())
+
+
+def test_a_record_of_another_number_of_processes_is_refused_and_nothing_of_its_run_is_used(
+    study: Callable[..., Path], artifacts: Path
+) -> None:
+    one, four = HEAD.replace("[0, 1]", "[0]"), HEAD.replace("[0, 1]", "[0]") + "processes = 4\n"
+    run(study(one, A_STAR), Commands())
+    path = artifacts / "methods" / "results" / "Astar-PO-seed0.json"
+    with pytest.raises(UserError, match="processes was 1 and is 4; remove it"):
+        run(study(four, A_STAR), Commands())
+    recorded = json.loads(path.read_text())
+    del recorded["config"]["processes"]  # as an earlier version wrote it
+    path.write_text(json.dumps(recorded))
+    run(study(one, A_STAR), Commands())
+    with pytest.raises(UserError, match="processes was not set and is 4; remove it"):
+        run(study(four, A_STAR), Commands())
+    path.unlink()
+    again = Commands()
+    run(study(four, A_STAR), again)
+    assert [line.split()[0] for line in again.done] == ["train", "evaluate"]
+
+
 def test_the_command_says_a_mistake_in_one_line(run_cli: RunCli, study: Callable[..., Path]) -> None:
     result = run_cli("compare", study(HEAD, "seed = 3\n", A_STAR))
     assert result.returncode == 2
@@ -814,6 +850,19 @@ def test_arms_are_compared_seed_by_seed(study: Callable[..., Path]) -> None:
     assert name == "GRPO"
     assert cells[0].text == "+0.100 ± 0.000", "the spread of seeds cancels"
     assert cells[3].text == "2.00 × (2.00–2.00)"
+
+
+def test_a_comparison_says_of_how_many_common_seeds_it_is(study: Callable[..., Path]) -> None:
+    path = study(HEAD.replace("[0, 1]", "[0, 1, 2]"), "targets = [0.8]\n", A_STAR, GRPO)
+    summary = summary_of(path, {"A*-PO": [0.9, 0.9, 0.9], "GRPO": [0.8, 0.8]})
+    curves = {("A*-PO", 0): 0.9, ("A*-PO", 1): 0.9, ("A*-PO", 2): 0.9, ("GRPO", 0): 0.8, ("GRPO", 1): 0.7}
+    records = {key: with_curve(summary.records[key], [0.4, last]) for key, last in curves.items()}
+    sheet = Summary(plan=summary.plan, records=records).paired_table()
+    assert sheet is not None
+    ((_, cells),) = sheet.rows
+    found = {title: cell.text for title, cell in zip(sheet.header, cells, strict=True)}
+    assert found["time, ratio"] == "1.00 × (1.00–1.00)", "of the two seeds that both have"
+    assert found["time to 0.8, ratio"].endswith(" ×, in 1 of 2"), "the other never got there"
 
 
 @pytest.fixture

@@ -124,8 +124,10 @@ class Run:
     arm: Arm
     seed: int
     config: RunConfig
+    processes: int
+    """Processes that train."""
     digest: str
-    """A hash of its whole config."""
+    """A hash of its whole config, and of the processes if there are several."""
     reference: str
     """The run whose folder holds the results of the reference model."""
     base: str | None
@@ -135,13 +137,14 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The values of its config by dotted key, as JSON has them."""
-        return flat(json.loads(self.config.to_json()))
+        """The values of its config by dotted key, as JSON has them, and the study's `processes`."""
+        return {**flat(json.loads(self.config.to_json())), "processes": self.processes}
 
     @property
     def chosen(self) -> Collection[str]:
         """The keys whose values are not the defaults."""
-        return flat(json.loads(self.config.model_dump_json(exclude_defaults=True))).keys()
+        keys = flat(json.loads(self.config.model_dump_json(exclude_defaults=True))).keys()
+        return keys | ({"processes"} if self.processes > 1 else set())
 
     @property
     def title(self) -> str:
@@ -203,7 +206,7 @@ def read_plan(path: Path, load: Loader) -> Plan:
         raise UserError(f"{path}: the arms {names} have the same name, or one in files; rename one of them")
     if (repeated_seed := _repeated([str(seed) for seed in file.seeds])) is not None:
         raise UserError(f"{path}: seed {repeated_seed} is there twice; list each seed once")
-    runs = [_run(arm, seed, config, path, load) for seed in file.seeds for arm in arms]
+    runs = [_run(arm, seed, file, path, load) for seed in file.seeds for arm in arms]
     if same := _repeated([run.digest for run in runs]):
         names = " and ".join(f'"{run.arm.name}"' for run in runs if run.digest == same)
         raise UserError(f"{path}: the arms {names} have the same settings; remove one of them")
@@ -259,7 +262,8 @@ def _arms(file: StudyFile, path: Path) -> Iterator[Arm]:
             )
 
 
-def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
+def _run(arm: Arm, seed: int, file: StudyFile, path: Path, load: Loader) -> Run:
+    config = path.parent / file.config
     try:
         loaded, inputs = load(config, arm.overrides(seed), "study")
     except UserError as error:
@@ -272,14 +276,16 @@ def _run(arm: Arm, seed: int, config: Path, path: Path, load: Loader) -> Run:
     evaluated = {
         key: value for key, value in document.items() if key not in ("run", "train", *_BEFORE_TRAINING)
     }
+    several = {"processes": file.processes} if file.processes > 1 else {}
     return Run(
         arm=arm,
         seed=seed,
         config=loaded,
-        digest=_digest(document),
+        processes=file.processes,
+        digest=_digest(document | several),
         reference=f"reference-seed{seed}-{_digest(evaluated)[:8]}",
         base=f"base-seed{seed}" if own_models(loaded) else None,
-        table=_table(loaded, document, inputs),
+        table=_table(loaded, document, inputs, several),
     )
 
 
@@ -290,9 +296,9 @@ _SAMPLES = ("model", "data", "sampling", "grader", "engine", "seed")
 
 
 def _table(
-    config: RunConfig, document: Mapping[str, Any], inputs: Sequence[str]
+    config: RunConfig, document: Mapping[str, Any], inputs: Sequence[str], several: Mapping[str, int]
 ) -> VstarTable | AdvantagesTable | None:
-    """The table that training reads, which the commands `inputs` make."""
+    """The table that training reads, which the commands `inputs` make; `several` are the processes, if not one."""
 
     def shared(name: str, **others: Any) -> str:
         return f"{name}-seed{config.seed}-{_digest({key: document[key] for key in _SAMPLES} | others)[:8]}"
@@ -310,7 +316,7 @@ def _table(
         states = shared("states", **own)
         has_critic = "critic" in inputs
         train = {key: document["train"].get(key) for key in sorted(CRITIC_TRAIN_KEYS)}
-        critic = shared("critic", **own, critic=document["critic"], train=train)
+        critic = shared("critic", **own, critic=document["critic"], train=train, **several)
         return AdvantagesTable(
             states=states,
             values=critic if has_critic else states,

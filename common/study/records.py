@@ -137,7 +137,7 @@ def read_record(folder: Path, run: Run) -> Record | None:
         return None
     record = read_document(path, Record, "remove it: the run is then measured again")
     if (key := _changed(record.config, run)) is not None:
-        before, now = (shown(config.get(key, "not set")) for config in (record.config, run.settings))
+        before, now = (_value_of(config, key) for config in (record.config, run.settings))
         raise UserError(
             f'{path} is the result of other settings than those of the arm "{run.arm.name}" now: {key} was {before} '
             f"and is {now}; remove it, rename the arm, or choose another --results folder"
@@ -147,14 +147,31 @@ def read_record(folder: Path, run: Run) -> Record | None:
 
 def _changed(config: Mapping[str, Any], run: Run) -> str | None:
     """The first key whose value is not the recorded one. A key that did not exist then may have its default."""
+    settings = run.settings
+    if (table := _table_of_one(config, settings) or _table_of_one(settings, config)) is not None:
+        return table
     return next(
         (
             key
-            for key, value in run.settings.items()
+            for key, value in settings.items()
             if (config[key] != value if key in config else key in run.chosen)
         ),
         None,
     )
+
+
+def _table_of_one(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """A key with a table in one of two configs, such as train.lora, and without a value in the other."""
+    tables = {key[:place] for key in one for place, letter in enumerate(key) if letter == "."}
+    return next((key for key in other if key in tables), None)
+
+
+def _value_of(config: Mapping[str, Any], key: str) -> str:
+    """The value of a key, for people."""
+    if any(name.startswith(f"{key}.") for name in config):
+        return "a table"
+    value = config.get(key)
+    return "not set" if value is None else shown(value)
 
 
 def write_record(folder: Path, run: Run, record: Record) -> None:

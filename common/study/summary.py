@@ -225,7 +225,9 @@ class Summary:
     def _difference(self, arm: Arm, first: Arm, column: Column) -> Cell:
         ours, theirs = self.values(arm, column.of), self.values(first, column.of)
         mean = Mean.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-        return Cell(text="–" if mean is None else mean.text(column.digits, signed=True))
+        if mean is None:
+            return Cell(text="–")
+        return Cell(text=mean.text(column.digits, signed=True) + _part(mean, self._common(arm, first)))
 
     def _ratio(self, arm: Arm, first: Arm, column: Column) -> Cell:
         ours, theirs = self.values(arm, column.of), self.values(first, column.of)
@@ -235,7 +237,11 @@ class Summary:
         text = f"{math.exp(mean.value):.2f} ×"
         if mean.half is not None:
             text += f" ({math.exp(mean.value - mean.half):.2f}–{math.exp(mean.value + mean.half):.2f})"
-        return Cell(text=text)
+        return Cell(text=text + _part(mean, self._common(arm, first)))
+
+    def _common(self, arm: Arm, first: Arm) -> int:
+        """How many seeds both have."""
+        return len(self.of_arm(arm).keys() & self.of_arm(first).keys())
 
     def _table(self, title: str, columns: Sequence[Column]) -> Sheet:
         ranked = [self._cells(column) for column in columns]
@@ -257,9 +263,12 @@ class Summary:
 
 def _text(mean: Mean | None, count: int, digits: int) -> str:
     """The mean of a figure; of how many seeds, if some of `count` lack it."""
-    if mean is None:
-        return "–"
-    return mean.text(digits) + (f", in {mean.count} of {count}" if mean.count < count else "")
+    return "–" if mean is None else mean.text(digits) + _part(mean, count)
+
+
+def _part(mean: Mean, count: int) -> str:
+    """Of how many seeds a mean is, if some of `count` lack the figure."""
+    return f", in {mean.count} of {count}" if mean.count < count else ""
 
 
 def _accuracy(title: str, benchmark: str, figure: Callable[[Figures], float | None]) -> Column:
