@@ -94,6 +94,14 @@ def test_the_page_has_a_table_per_benchmark_and_the_comparison(trained: RunPaths
     assert "trained − reference: +0.555 (95 % interval +0.500 to +0.600, p 0.0002)" in page
 
 
+def test_the_table_has_every_k_that_was_sampled(trained: RunPaths) -> None:
+    found = json.loads(trained.results("json").read_text())
+    found["results"][1]["pass_at_k"] = {"1": 0.9876, "2": 0.99, "32": 0.999}
+    trained.results("json").write_text(json.dumps(found))
+    rows = [re.findall(r"[^\s│]+", line) for line in report(trained).splitlines() if "pass@" in line]
+    assert rows[1:] == [["pass@2", "–", "0.990"], ["pass@8", "1.000", "–"], ["pass@32", "–", "0.999"]]
+
+
 def test_the_curves_are_drawn_as_png_and_svg_and_the_svg_is_the_same_every_time(trained: RunPaths) -> None:
     report(trained)
     first = (trained.report / "training.svg").read_text()

@@ -1,6 +1,6 @@
 """The figures of `evaluate`, models side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from common.evaluations import Comparison, Figures, Results
@@ -26,16 +26,17 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return "–" if interval is None else "{:.3f}–{:.3f}".format(*interval)
 
 
-_ROWS: dict[str, Callable[[Figures], str]] = {
-    "greedy accuracy": lambda figures: _number(figures.greedy_accuracy),
-    "  95 % interval ": lambda figures: _interval(figures.greedy_accuracy_interval_95),
-    "pass@1, sampled": lambda figures: _number(figures.pass_at_1),
-    "  95 % interval": lambda figures: _interval(figures.pass_at_1_interval_95),
-    "pass@8": lambda figures: _number(figures.pass_at_k.get("8")),
-    "KL(π‖π_ref), nats": lambda figures: _number(figures.kl_sequence),
-    "tokens per completion": lambda figures: f"{figures.completion_tokens_mean:.1f}",
-    "truncated": lambda figures: f"{figures.truncated:.1%}",
-}
+def _rows(figures: Sequence[Figures]) -> Iterator[tuple[str, list[str]]]:
+    """The labels, and a cell of each of these."""
+    yield "greedy accuracy", [_number(each.greedy_accuracy) for each in figures]
+    yield "  95 % interval", [_interval(each.greedy_accuracy_interval_95) for each in figures]
+    yield "pass@1, sampled", [_number(each.pass_at_1) for each in figures]
+    yield "  95 % interval", [_interval(each.pass_at_1_interval_95) for each in figures]
+    for k in sorted({int(k) for each in figures for k in each.pass_at_k} - {1}):
+        yield f"pass@{k}", [_number(each.pass_at_k.get(str(k))) for each in figures]
+    yield "KL(π‖π_ref), nats", [_number(each.kl_sequence) for each in figures]
+    yield "tokens per completion", [f"{each.completion_tokens_mean:.1f}" for each in figures]
+    yield "truncated", [f"{each.truncated:.1%}" for each in figures]
 
 
 def evaluated(results: Results) -> list[Evaluated]:
@@ -43,13 +44,12 @@ def evaluated(results: Results) -> list[Evaluated]:
     tables = []
     for benchmark in dict.fromkeys(each.benchmark for each in results.results):
         figures = [each for each in results.results if each.benchmark == benchmark]
-        rows = [(label, [cell(each) for each in figures]) for label, cell in _ROWS.items()]
         tables.append(
             Evaluated(
                 benchmark=benchmark.replace("_", "-"),
                 prompts=figures[0].prompts,
                 models=[each.model for each in figures],
-                rows=[(label.rstrip(), cells) for label, cells in rows if set(cells) != {"–"}],
+                rows=[(label, cells) for label, cells in _rows(figures) if set(cells) != {"–"}],
                 comparisons=[_line(each) for each in results.comparisons if each.benchmark == benchmark],
             )
         )
