@@ -214,12 +214,18 @@ class Trained:
                 yield name, version
 
 
-def evaluations_of(paths: RunPaths, iteration: int) -> list[Figures]:
-    """The figures of `evaluate` for the reference and the model after that iteration."""
+def evaluations_of(paths: RunPaths, iteration: int, *, is_exported: bool) -> list[Figures]:
+    """The figures of `evaluate` for the reference and the model after that iteration.
+
+    `is_exported`: the folder to which `evaluate` exports checkpoints has this one.
+    """
     results = read_results(paths)
     if results is None:
         return []
-    names = {os.path.realpath(paths.exported(iteration)): f"iteration {iteration}"}
+    names = {}
+    exported = paths.exported(iteration)
+    if is_exported and _is_evaluated(paths, exported):
+        names[os.path.realpath(exported)] = f"iteration {iteration}"
     if _trained_iterations(paths) == iteration:
         names[os.path.realpath(paths.model)] = TRAINED
     theirs = [
@@ -232,13 +238,21 @@ def evaluations_of(paths: RunPaths, iteration: int) -> list[Figures]:
 
 def _trained_iterations(paths: RunPaths) -> int | None:
     """The iterations of the run's model, if its results are not older."""
+    if not _is_evaluated(paths, paths.model):
+        return None
     try:
-        if modified(paths.results("json")) < modified(paths.trained_with):
-            return None
         found: int = json.loads(paths.trained_with.read_bytes())["iterations"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found
+
+
+def _is_evaluated(paths: RunPaths, model: Path) -> bool:
+    """Whether the results are not older than a model, and so not those of another in its place."""
+    try:
+        return modified(paths.results("json")) >= modified(model / RunPaths.TRAINED_WITH)
+    except OSError:
+        return False
 
 
 def _data_rows(what: str, data: DataConfig, count: int | None) -> Iterable[Cell]:

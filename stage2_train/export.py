@@ -109,9 +109,12 @@ def _write(checkpoint: Path, folder: Path) -> None:
     del weights
     trained = dict(network.named_weights())
     refuse_broken(broken_weight(trained), "train.learning_rate")
-    card = Trained.of(run, config, state["iteration"], made_with, evaluations_of(run, state["iteration"]))
+    number = state["iteration"]
+    is_exported = _is_export_of(run.exported(number), checkpoint)
+    figures = evaluations_of(run, number, is_exported=is_exported)
+    card = Trained.of(run, config, number, made_with, figures)
     record = {
-        "iterations": state["iteration"],
+        "iterations": number,
         "origin": state["origin"],
         "checkpoint": file_digest(checkpoint / MANIFEST),
     }

@@ -138,6 +138,7 @@ def test_the_card_has_the_results_of_evaluate_for_its_own_iteration(run: RunPath
         export_checkpoint(checkpoint_of(run, iteration), tmp_path / name)
         return (tmp_path / name / "README.md").read_text(encoding="utf-8")
 
+    loadable_model(checkpoint_of(run, 1))
     rows = [
         figures(model="reference", path="base", greedy_accuracy=0.125),
         figures(model="trained", path=str(run.model)),
@@ -152,6 +153,13 @@ def test_the_card_has_the_results_of_evaluate_for_its_own_iteration(run: RunPath
     assert "| trained |" not in first
     os.utime(run.trained_with, (time.time() + 60,) * 2)  # trained after it was evaluated
     assert "Accuracy by `evaluate`" not in written(2, "later")
+    manifest = checkpoint_of(run, 1) / "manifest.json"  # the run has started over
+    manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert "Accuracy by `evaluate`" not in written(1, "other")
+    card = loadable_model(checkpoint_of(run, 1)) / "README.md"
+    assert "Accuracy by `evaluate`" not in card.read_text(encoding="utf-8")
+    os.utime(run.exported(1) / RunPaths.TRAINED_WITH, (time.time() + 60,) * 2)
+    assert "Accuracy by `evaluate`" not in written(1, "again"), "it was not evaluated since"
 
 
 def test_where_a_model_is_asked_for_a_checkpoint_is_exported_once(run: RunPaths, tiny_model: Path) -> None:
