@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel
 
+from common.config import HELD_OUT
 from common.contract import Contract, Unique
 from common.documents import read_document
 from common.files import write_text
@@ -128,13 +129,23 @@ def write_results(paths: RunPaths, results: Results, rows: pl.DataFrame, provena
 
 
 def markdown(results: Results) -> str:
-    """A table with one row per model and one column per benchmark, and one of the comparisons."""
+    """A table with one row per model and one column per benchmark, and one of the comparisons.
+
+    KL is of one benchmark: of held-out prompts if it was measured on them.
+    """
     benchmarks = list(dict.fromkeys(each.benchmark for each in results.results))
     models = list(dict.fromkeys(each.model for each in results.results))
     cells = {(each.model, each.benchmark): _cell(each) for each in results.results}
-    kl = {each.model: each.kl_sequence for each in reversed(results.results) if each.kl_sequence is not None}
+    with_kl = {each.benchmark for each in results.results if each.kl_sequence is not None}
+    ranked = sorted(benchmarks, key=HELD_OUT.__ne__)
+    kl_on = next((name for name in ranked if name in with_kl), None)
+    kl = {
+        each.model: each.kl_sequence
+        for each in results.results
+        if each.benchmark == kl_on and each.kl_sequence is not None
+    }
     lines = _table(
-        ["model", *benchmarks, "KL, nats per completion"],
+        ["model", *benchmarks, f"KL, nats per completion{f', {kl_on}' if kl_on else ''}"],
         [
             [
                 model,

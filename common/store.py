@@ -59,8 +59,8 @@ _SAMPLES = pa.schema(
 )
 """`completion_raw` holds the completion, lone surrogates included, where `completion` (UTF-8) has no place for them.
 
-`completion_ids` holds the token ids if log-probs are computed later: in evaluations that measure KL, and of samples
-that training reads (vstar.keep_token_ids).
+`completion_ids` holds the token ids if log-probs may be computed later: in evaluations, and of samples that training
+reads (vstar.keep_token_ids).
 """
 
 _GRADES = pa.schema(

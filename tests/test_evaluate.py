@@ -27,15 +27,19 @@ from common.engines import LOCAL
 from common.errors import UserError
 from common.evaluations import PROMPTS, Figures
 from common.model.files import model_identity
-from common.rollout import Completion, SampleRequest
+from common.provenance import read_provenance
+from common.rollout import Completion, Prompt, SampleRequest
 from common.runs import run_paths
+from common.store import SAMPLES, add_fragment
 from common.terminal.console import Terminal
 from stage2_train.batch import TokenSequence
 from stage2_train.config import Config, load_config
 from stage2_train.evaluation import figures
 from stage2_train.evaluation.divergence import Scoring
 from stage2_train.evaluation.figures import bootstrap_interval, compare, pass_at_k, sign_flip_p_value
+from stage2_train.evaluation.plan import benchmarks_of
 from stage2_train.evaluation.run import evaluate, show
+from tests.conftest import ROOT
 from tests.fakes import IDENTITY, change_json, write_artifact
 from tests.stage2_runs import tiny_config
 
@@ -487,7 +491,7 @@ def test_a_benchmark_has_data_a_grader_and_a_sampling_of_its_own(
     document = json.loads(run_paths(both.run).results("json").read_text())
     assert {each["benchmark"] for each in document["results"]} == {"held_out", "hot", "math"}
     table = run_paths(both.run).results("md").read_text()
-    assert "| model | held_out | math | hot |" in table or "| model | held_out | hot | math |" in table
+    assert "| model | held_out | hot | math | KL, nats per completion, held_out |" in table
     with pytest.raises(UserError, match="no benchmark 'cold'; use one of held_out, hot, math"):
         evaluate(both, {"model": tiny_model}, quiet(), benchmarks=["cold"])
 
@@ -510,6 +514,29 @@ def test_kl_is_measured_on_completions_drawn_as_in_training_whatever_the_benchma
     (ours,) = evaluate(both, {"reference": tiny_model}, quiet(), benchmarks=["hot"]).results
     assert ours.kl_sequence == 0.0
     assert len(engine.drawn) == count + 5 + 10, "no completions for the reference's KL"
+
+
+def test_results_keep_their_places_and_kl_is_of_one_benchmark(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path / "other", seed=1)
+    data = {"format": "generic", "path": str(held_out_of(config).path)}
+    both = with_benchmarks(config, hot={"data": data, "num_samples": 2, "sampling": {"temperature": 0.6}})
+    models = {"reference": tiny_model, "other": tmp_path / "other"}
+    evaluate(both, {"other": models["other"]}, quiet(), benchmarks=["hot"])
+    evaluate(both, models, quiet())
+    paths = run_paths(both.run)
+    document = json.loads(paths.results("json").read_text())
+    rows, _ = PROMPTS.read(paths.results("parquet"))
+    evaluate(both, {"reference": tiny_model}, quiet(), benchmarks=["hot"])
+    assert json.loads(paths.results("json").read_text()) == document
+    assert PROMPTS.read(paths.results("parquet"))[0].equals(rows)
+    kl = {(each["model"], each["benchmark"]): each["kl_sequence"] for each in document["results"]}
+    assert kl["other", "hot"] != kl["other", "held_out"]
+    lines = paths.results("md").read_text().splitlines()
+    cells = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines if " | " in line}
+    assert cells["| model"] == "KL, nats per completion, held_out |"
+    assert cells["| other"] == f"{kl['other', 'held_out']:.3f} |"
 
 
 def test_two_models_are_compared_on_the_same_prompts(
@@ -552,6 +579,98 @@ def test_a_comparison_is_paired_and_agrees_with_scipy() -> None:
         compare("b", frame("a", [[True]]), frame("z", [[True]]).with_columns(prompt_id=pl.lit("9")), seed=0)
         is None
     )
+
+
+def test_models_that_were_graded_or_sampled_otherwise_are_not_compared(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path / "other", seed=1)
+    models = {"reference": tiny_model, "trained": tmp_path / "other"}
+    data = {"format": "generic", "path": str(held_out_of(config).path)}
+
+    def compared(**benchmark: Any) -> list[str]:
+        """The benchmarks on which the trained model is compared, after it alone was evaluated with these settings."""
+        own = with_benchmarks(config, exam={"data": data, "num_samples": 2} | benchmark)
+        now = {"trained": models["trained"]}
+        assert not evaluate(own, now, quiet(), benchmarks=["exam"]).comparisons
+        stored = json.loads(run_paths(own.run).results("json").read_text())
+        return [each["benchmark"] for each in stored["comparisons"]]
+
+    both = with_benchmarks(config, exam={"data": data, "num_samples": 2})
+    assert len(evaluate(both, models, quiet()).comparisons) == 2
+    (only,) = evaluate(both, models, quiet(), benchmarks=["exam"]).comparisons
+    assert only.benchmark == "exam", "the other one is not of this command"
+    assert compared(num_samples=4) == ["held_out", "exam"]
+    assert compared(sampling={"temperature": 0.5}) == ["held_out"]
+    assert compared(grader={"name": "math"}) == ["held_out"]
+    assert compared(num_samples=0) == ["held_out"]
+
+
+def test_kl_can_be_measured_on_samples_that_were_not_drawn_for_it(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
+) -> None:
+    """The training temperature becomes the one that a benchmark was sampled with."""
+    save_tiny_model(tmp_path / "other", seed=1)
+    data = {"format": "generic", "path": str(held_out_of(config).path)}
+    cold = {"data": data, "greedy": False, "num_samples": 2, "sampling": {"temperature": 0.5}}
+    before = with_benchmarks(config, cold=cold)
+    models = {"other": tmp_path / "other"}
+    evaluate(before, models, quiet(), benchmarks=["cold"])
+    count = len(engine.drawn)
+    sampling = before.sampling.model_copy(update={"temperature": 0.5})
+    now = before.model_copy(update={"sampling": sampling})
+    (result,) = evaluate(now, models, quiet(), benchmarks=["cold"]).results
+    assert result.kl_sequence
+    assert len(engine.drawn) == count
+    store = run_paths(now.run).evaluations / "samples"
+    (part,) = (file for folder in store.glob("cold-sampled-*") for file in folder.glob("part-*.parquet"))
+    rows = SAMPLES.read(part)[0].to_dicts()
+    provenance = read_provenance(part)
+    part.unlink()
+    add_fragment(part.parent, "part", [row | {"completion_ids": None} for row in rows], SAMPLES, provenance)
+    with pytest.raises(UserError, match=r"cold-sampled-.* holds completions without their token ids"):
+        evaluate(now, models, quiet(), benchmarks=["cold"])
+
+
+def test_a_prompt_that_is_too_long_for_one_model_is_not_kept_from_another(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    change_json(other / "tokenizer_config.json", of_another_tokenizer=True)
+
+    def shortened(data: DataConfig, settings: Config, renderer: PromptRenderer) -> list[Prompt]:
+        renderers.append(renderer)
+        return load_prompts(data, settings, renderer)[len(renderers) == 1 :]
+
+    renderers: list[PromptRenderer] = []
+    monkeypatch.setattr("stage2_train.evaluation.plan.load_prompts", shortened)
+    found = evaluate(config, {"one": tiny_model, "other": other}, quiet())
+    assert [each.prompts for each in found.results] == [4, 5]
+    assert [each.prompts for each in found.comparisons] == [4]
+
+
+def test_the_papers_benchmarks_are_those_of_its_appendix(tmp_path: Path) -> None:
+    """A.6: greedy decoding, but for the competitions 32 samples at temperature 0.6 and top-p 0.95."""
+    (tmp_path / "run.toml").write_text(
+        f"include = [{json.dumps(str(ROOT / 'configs' / 'benchmarks' / 'paper.toml'))}]\n"
+        'run = "x"\nmodel = { path = "m" }\ngrader = { name = "gsm8k" }\ndata = { path = "b.jsonl" }\n'
+    )
+    found = {each.name: each for each in benchmarks_of(load_config(tmp_path / "run.toml"))}
+    greedy = {"math500": "math", "minerva": "math", "olympiadbench": "olympiadbench", "gsm8k": "gsm8k"}
+    competitions = ["amc2023", "aime2024", "aime2025", "hmmt_feb_2024", "hmmt_feb_2025"]
+    assert list(found) == [*greedy, *competitions]
+    assert {name: found[name].grader.name for name in greedy} == greedy
+    assert all(set(found[name].draws) == {"greedy", "policy"} for name in greedy)
+    distilled = benchmarks_of(load_config(ROOT / "configs" / "openr1-r1-distill-qwen-1.5b.toml"))
+    table_2 = {each.name: each for each in distilled if each.name != "held_out"}
+    assert list(table_2) == competitions[1:]
+    for each in [*(found[name] for name in competitions), *table_2.values()]:
+        draw = each.draws["sampled"]
+        assert set(each.draws) == {"sampled", "policy"}
+        assert (draw.num_samples, draw.sampling.temperature, draw.sampling.top_p) == (32, 0.6, 0.95)
+    for name, each in table_2.items():
+        shown = found[name].data.model_copy(update={"template": "openr1"})
+        assert each.data == shown, "the same data, shown as in training (Table 4)"
 
 
 def test_an_included_file_gives_benchmarks_to_a_config(tmp_path: Path) -> None:

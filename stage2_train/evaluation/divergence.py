@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+from common.errors import UserError
 from common.parity import Gap, engine_logprobs, judged
 from common.rollout import Completion, Prompt
 from common.store import SampleStore
@@ -35,7 +36,10 @@ class Drawn:
     num_samples: int
 
     def sequences(self) -> Iterator[tuple[list[str], list[TokenSequence]]]:
-        """Their tokens with their prompts' ids, some at a time, always in the same order."""
+        """Their tokens with their prompts' ids, some at a time, always in the same order.
+
+        Raises UserError if they were stored without tokens.
+        """
         prompts = {prompt.id: prompt for prompt in self.prompts}
         ids = list(prompts)
         step = max(1, AT_A_TIME // self.num_samples)
@@ -46,6 +50,11 @@ class Drawn:
                 ["prompt_id", "sample_index"], keep="first", maintain_order=True
             )
             rows = rows.sort("prompt_id", "sample_index", maintain_order=True)
+            if rows["completion_ids"].has_nulls():
+                raise UserError(
+                    f"{self.store.folder} holds completions without their token ids, which an earlier version left out "
+                    "and KL needs; remove that folder: they are drawn again"
+                )
             yield (
                 rows["prompt_id"].to_list(),
                 [

@@ -27,7 +27,7 @@ from common.seeds import derive_seed
 from common.store import SampleStore, set_aside_damaged
 from common.terminal.console import Terminal
 from stage2_train.config import Config
-from stage2_train.evaluation.plan import GREEDY, Benchmark, Draw, Model, roomy
+from stage2_train.evaluation.plan import GREEDY, SAMPLED, Benchmark, Draw, Model, roomy
 
 
 class Drawing:
@@ -87,7 +87,7 @@ class Drawing:
                 draw.sampling,
                 derive_seed(self._config.seed, "evaluate"),
                 self._console,
-                keep_token_ids=draw is benchmark.kl_draw,
+                keep_token_ids=True,  # KL may be measured on them later, and another grader may read them
             )
         return store.grades(table, draw.num_samples)
 
@@ -171,7 +171,7 @@ def rows_of(prompts: Sequence[Prompt], grades: dict[str, pl.DataFrame]) -> pl.Da
             how="left",
             maintain_order="left",
         )
-    samples = grades.get("sampled")
+    samples = grades.get(SAMPLED)
     many = {"outcome": "outcomes", "reward": "rewards", "completion_tokens": "completion_tokens"}
     if samples is None:
         empty = {"outcomes": pl.String, "rewards": pl.Float64, "completion_tokens": pl.Int32}

@@ -130,17 +130,14 @@ def models_of(config: Config, folders: Mapping[str, Path], benchmarks: Sequence[
 def _read_prompts(config: Config, models: Sequence[Model], benchmark: Benchmark) -> None:
     """Read a benchmark's prompts, once per tokenizer, and try its grader out on their reference answers."""
     by_rendering: dict[str, list[Prompt]] = {}
-    usable: set[str] = set()
     for model in models:
         renderer = model.renderers[benchmark.name]
         rendering = f"{model.identity['tokenizer']} {renderer.identity()}"
         if rendering not in by_rendering:
             own = config.model_copy(update={"grader": benchmark.grader})
             prompts = load_prompts(benchmark.data, own, renderer)
-            if not by_rendering:
-                with GraderPool(benchmark.grader) as pool:
-                    usable = {prompt.id for prompt in usable_prompts(prompts, benchmark.data, pool)}
-            prompts = [prompt for prompt in prompts if prompt.id in usable]
+            with GraderPool(benchmark.grader) as pool:
+                prompts = usable_prompts(prompts, benchmark.data, pool)
             refuse_none_usable(prompts, benchmark.data)
             by_rendering[rendering] = prompts
         model.prompts[benchmark.name] = by_rendering[rendering]

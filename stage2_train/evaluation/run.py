@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -25,6 +26,7 @@ from stage2_train.evaluation.divergence import Divergence, Drawn, Scoring, diver
 from stage2_train.evaluation.drawing import Drawing, rows_of
 from stage2_train.evaluation.figures import compare, drawn_figures
 from stage2_train.evaluation.plan import (
+    GREEDY,
     POLICY,
     SAMPLED,
     Benchmark,
@@ -179,7 +181,7 @@ def _figures(
             "path": shown(str(model.folder)),
             "benchmark": benchmark.name,
             "grader": fingerprint(benchmark.grader),
-            "sampling": (benchmark.draws.get(SAMPLED) or benchmark.draws["greedy"]).sampling.identity(),
+            "sampling": (benchmark.draws.get(SAMPLED) or benchmark.draws[GREEDY]).sampling.identity(),
             **drawn_figures(rows, seed=config.seed),
             **(
                 {
@@ -200,34 +202,44 @@ def _record(config: Config, found: Mapping[Place, tuple[Figures, pl.DataFrame]])
     """Write the results, beside those of other models and benchmarks that are there; returns those found now."""
     paths = run_paths(config.run)
     old = read_results(paths)
-    kept = [each for each in old.results if (each.model, each.benchmark) not in found] if old else []
-    parts = [rows for _, rows in found.values()]
-    if kept:
+    figures = {(each.model, each.benchmark): each for each in (old.results if old else [])}
+    parts: dict[Any, pl.DataFrame] = {}
+    if not figures.keys() <= found.keys():
         before, _ = PROMPTS.read(paths.results("parquet"))
-        places = pl.DataFrame(
-            [(each.model, each.benchmark) for each in kept], schema=["model", "benchmark"], orient="row"
-        )
-        parts.insert(0, before.join(places, on=["model", "benchmark"], how="semi", maintain_order="left"))
-    rows = pl.concat(parts)
-    figures = [*kept, *(each for each, _ in found.values())]
-    results = Results(results=figures, comparisons=_comparisons(rows, seed=config.seed))
+        parts |= before.partition_by("model", "benchmark", maintain_order=True, as_dict=True)
+    # Those that are there keep their places.
+    figures |= {place: each for place, (each, _) in found.items()}
+    parts |= {place: rows for place, (_, rows) in found.items()}
+    rows = pl.concat([parts[place] for place in figures if place in parts])
+    results = Results(
+        results=list(figures.values()), comparisons=_comparisons(figures, rows, seed=config.seed)
+    )
     provenance = Provenance(
         identity={"benchmarks": config.evaluate.model_dump(mode="json")}, context=context(config)
     )
     write_results(paths, results, rows, provenance)
-    names = {place[0] for place in found}
     return Results(
         results=[each for each, _ in found.values()],
-        comparisons=[each for each in results.comparisons if {each.first, each.second} <= names],
+        comparisons=[
+            each
+            for each in results.comparisons
+            if {(each.first, each.benchmark), (each.second, each.benchmark)} <= found.keys()
+        ],
     )
 
 
-def _comparisons(rows: pl.DataFrame, *, seed: int) -> list[Comparison]:
-    """Each pair of models on each benchmark, in the order of the rows."""
+def _comparisons(figures: Mapping[Place, Figures], rows: pl.DataFrame, *, seed: int) -> list[Comparison]:
+    """Each pair of models on each benchmark, in the order of the rows, if both were sampled and graded alike.
+
+    Figures of an earlier command may be of another grader or sampling.
+    """
+    measured = {place: (each.grader, each.sampling) for place, each in figures.items()}
     found = []
     for (benchmark,), some in rows.group_by("benchmark", maintain_order=True):
-        by_model = [part for _, part in some.group_by("model", maintain_order=True)]
-        for first, second in combinations(by_model, 2):
+        by_model = [(str(name), part) for (name,), part in some.group_by("model", maintain_order=True)]
+        for (one, first), (other, second) in combinations(by_model, 2):
+            if measured[one, str(benchmark)] != measured[other, str(benchmark)]:
+                continue
             comparison = compare(str(benchmark), first, second, seed=seed)
             found += [comparison] if comparison else []
     return found
