@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.files import atomic_path, write_text
 from common.report.panels import Figures
+from common.report.sheet import Sheet
 from common.study.figures import study_figures
 from common.study.page import REMARK
 from common.study.plan import read_plan
@@ -55,26 +56,28 @@ class Study:
         """The machines of its runs."""
         return "; ".join(dict.fromkeys(record.conditions.machine for record in self.summary.records.values()))
 
-    def value(self, arm: str, title: str) -> str:
-        """A figure of the main table, for the text."""
-        column = next(each for each in self.summary.columns() if each.title == title)
-        found = self.summary.mean(next(each for each in self.summary.arms if each.name == arm), column.of)
-        assert found is not None, f"{arm} has no {title}"
-        return found.text(column.digits)
-
     def main(self) -> str:
-        return self.summary.main_table().markdown()
+        return self._markdown(self.summary.main_table())
 
     def speed(self) -> str:
-        sheet = self.summary.speed_table()
-        return "" if sheet is None else sheet.markdown()
+        return self._markdown(self.summary.speed_table())
 
     def paired(self) -> str:
-        sheet = self.summary.paired_table()
-        return "" if sheet is None else sheet.markdown()
+        return self._markdown(self.summary.paired_table())
 
     def costs(self) -> str:
-        return self.summary.cost_table().markdown()
+        return self._markdown(self.summary.cost_table())
+
+    def _markdown(self, sheet: Sheet | None) -> str:
+        return "" if sheet is None else sheet.markdown()
+
+    def value(self, arm: str, title: str) -> str:
+        """A cell of the tables, for the text: of the first table that has a column of this title."""
+        summary = self.summary
+        tables = (summary.main_table(), summary.speed_table(), summary.paired_table(), summary.cost_table())
+        sheet = next(each for each in tables if each is not None and title in each.header)
+        cells = next(cells for name, cells in sheet.rows if name == arm)
+        return cells[sheet.header.index(title)].text
 
     def has(self, name: str) -> bool:
         """Whether the records allow this figure."""
