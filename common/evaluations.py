@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -14,6 +15,7 @@ from common.documents import read_document
 from common.files import write_text
 from common.grading import OUTCOMES
 from common.provenance import Provenance
+from common.remote.copies import modified
 from common.runs import RunPaths
 
 EVALUATE_COMMAND = "python cli.py evaluate"
@@ -118,6 +120,14 @@ def read_results(paths: RunPaths) -> Results | None:
     return read_document(
         paths.results("json"), Results, f"remove it, or make it again with `{EVALUATE_COMMAND}`"
     )
+
+
+def is_evaluated(paths: RunPaths, model: Path) -> bool:
+    """Whether the results are not older than a model, and so not those of another in its place."""
+    try:
+        return modified(paths.results("json")) >= modified(model / RunPaths.TRAINED_WITH)
+    except OSError:
+        return False
 
 
 def write_results(paths: RunPaths, results: Results, rows: pl.DataFrame, provenance: Provenance) -> None:

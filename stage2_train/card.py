@@ -15,9 +15,8 @@ from huggingface_hub import ModelCardData
 
 from common.config import HELD_OUT, LOCAL_FILES, DataConfig
 from common.documents import read_metrics
-from common.evaluations import REFERENCE, TRAINED, Figures, Results, markdown, read_results
+from common.evaluations import REFERENCE, TRAINED, Figures, Results, is_evaluated, markdown, read_results
 from common.provenance import context, versions
-from common.remote.copies import modified
 from common.remote.places import here
 from common.runs import RunPaths
 from stage2_train.config import Config
@@ -224,7 +223,7 @@ def evaluations_of(paths: RunPaths, iteration: int, *, is_exported: bool) -> lis
         return []
     names = {}
     exported = paths.exported(iteration)
-    if is_exported and _is_evaluated(paths, exported):
+    if is_exported and is_evaluated(paths, exported):
         names[os.path.realpath(exported)] = f"iteration {iteration}"
     if _trained_iterations(paths) == iteration:
         names[os.path.realpath(paths.model)] = TRAINED
@@ -238,21 +237,13 @@ def evaluations_of(paths: RunPaths, iteration: int, *, is_exported: bool) -> lis
 
 def _trained_iterations(paths: RunPaths) -> int | None:
     """The iterations of the run's model, if its results are not older."""
-    if not _is_evaluated(paths, paths.model):
+    if not is_evaluated(paths, paths.model):
         return None
     try:
         found: int = json.loads(paths.trained_with.read_bytes())["iterations"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found
-
-
-def _is_evaluated(paths: RunPaths, model: Path) -> bool:
-    """Whether the results are not older than a model, and so not those of another in its place."""
-    try:
-        return modified(paths.results("json")) >= modified(model / RunPaths.TRAINED_WITH)
-    except OSError:
-        return False
 
 
 def _data_rows(what: str, data: DataConfig, count: int | None) -> Iterable[Cell]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -100,6 +101,18 @@ def test_the_table_has_every_k_that_was_sampled(trained: RunPaths) -> None:
     trained.results("json").write_text(json.dumps(found))
     rows = [re.findall(r"[^\s│]+", line) for line in report(trained).splitlines() if "pass@" in line]
     assert rows[1:] == [["pass@2", "–", "0.990"], ["pass@8", "1.000", "–"], ["pass@32", "–", "0.999"]]
+
+
+def test_figures_of_a_model_that_was_trained_again_are_said_to_be_old(trained: RunPaths) -> None:
+    trained.model.mkdir()
+    trained.trained_with.write_text("{}")
+    evaluated = trained.results("json").stat().st_mtime
+    os.utime(trained.trained_with, (evaluated - 60,) * 2)
+    assert "warning" not in report(trained)
+    os.utime(trained.trained_with, (evaluated + 60,) * 2)
+    line = "`trained` was evaluated before the last training of the run: run `python cli.py evaluate` again"
+    assert f"warning: {line}" in report(trained)
+    assert line in (trained.report / "report.html").read_text()
 
 
 def test_the_curves_are_drawn_as_png_and_svg_and_the_svg_is_the_same_every_time(trained: RunPaths) -> None:

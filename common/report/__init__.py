@@ -9,7 +9,7 @@ from rich.table import Table
 
 from common.documents import read_metrics
 from common.errors import UserError
-from common.evaluations import read_results
+from common.evaluations import EVALUATE_COMMAND, TRAINED, is_evaluated, read_results
 from common.files import atomic_path
 from common.report.curves import draw_training
 from common.report.evaluations import Evaluated, evaluated
@@ -17,6 +17,8 @@ from common.report.page import write_page
 from common.report.stage1 import read_stage1
 from common.runs import RunPaths
 from common.terminal.console import Terminal
+
+_OLD = f"`{TRAINED}` was evaluated before the last training of the run: run `{EVALUATE_COMMAND}` again"
 
 
 def write_report(paths: RunPaths, console: Terminal, *, before_training: Sequence[str] = ("vstar",)) -> None:
@@ -33,9 +35,12 @@ def write_report(paths: RunPaths, console: Terminal, *, before_training: Sequenc
             f"{', '.join(f'`python cli.py {command}`' for command in commands)} first"
         )
     results = read_results(paths)
-    evaluations = evaluated(results) if results else []
+    is_old = paths.trained_with.exists() and not is_evaluated(paths, paths.model)
+    evaluations = evaluated(results, of_trained=[_OLD] if is_old else ()) if results else []
     for each in evaluations:
         console.print(_table(each))
+        if _OLD in each.notes:
+            console.print(f"warning: {_OLD}")
     if metrics:
         for suffix in ("png", "svg"):
             with atomic_path(paths.curves(suffix)) as temporary:

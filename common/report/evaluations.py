@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from common.evaluations import Comparison, Figures, Results
+from common.evaluations import TRAINED, Comparison, Figures, Results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,8 +14,8 @@ class Evaluated:
     prompts: int
     models: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
-    comparisons: Sequence[str]
-    """One line for each pair of models."""
+    notes: Sequence[str]
+    """One line for each pair of models, and what else there is to say."""
 
 
 def _number(value: float | None) -> str:
@@ -39,18 +39,23 @@ def _rows(figures: Sequence[Figures]) -> Iterator[tuple[str, list[str]]]:
     yield "truncated", [f"{each.truncated:.1%}" for each in figures]
 
 
-def evaluated(results: Results) -> list[Evaluated]:
-    """A table for each benchmark; rows without a figure are left out."""
+def evaluated(results: Results, *, of_trained: Sequence[str] = ()) -> list[Evaluated]:
+    """A table for each benchmark; rows without a figure are left out.
+
+    `of_trained` are notes on the figures of the run's trained model.
+    """
     tables = []
     for benchmark in dict.fromkeys(each.benchmark for each in results.results):
         figures = [each for each in results.results if each.benchmark == benchmark]
+        models = [each.model for each in figures]
+        notes = [_line(each) for each in results.comparisons if each.benchmark == benchmark]
         tables.append(
             Evaluated(
                 benchmark=benchmark.replace("_", "-"),
                 prompts=figures[0].prompts,
-                models=[each.model for each in figures],
+                models=models,
                 rows=[(label, cells) for label, cells in _rows(figures) if set(cells) != {"–"}],
-                comparisons=[_line(each) for each in results.comparisons if each.benchmark == benchmark],
+                notes=[*notes, *(of_trained if TRAINED in models else ())],
             )
         )
     return tables
