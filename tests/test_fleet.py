@@ -335,6 +335,8 @@ def test_engines_that_only_die_end_the_job() -> None:
 class NeverReady:
     """A worker that has been asked for, and does not come."""
 
+    begins_at_once = False
+
     def receive(self) -> list[Any]:
         time.sleep(60)
         return []
