@@ -39,8 +39,8 @@ def write_report(paths: RunPaths, console: Terminal, *, before_training: Sequenc
     evaluations = evaluated(results, of_trained=[_OLD] if is_old else ()) if results else []
     for each in evaluations:
         console.print(_table(each))
-        if _OLD in each.notes:
-            console.print(f"warning: {_OLD}")
+    if any(_OLD in each.notes for each in evaluations):
+        console.print(f"warning: {_OLD}")
     if metrics:
         for suffix in ("png", "svg"):
             with atomic_path(paths.curves(suffix)) as temporary:
