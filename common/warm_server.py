@@ -152,8 +152,9 @@ def _import(library: str) -> None:
     """Import a library. If it fails or is not installed, the programs that need it say so themselves."""
     try:
         import_module(library)
-        if library == "common.engines.vllm_engine":  # vLLM reads the variables when it is imported
+        if library == "common.engines.vllm_engine":  # vLLM reads both when it is imported
             sys.modules[library].set_environment("float32")
+            sys.modules[library].leave_uncompiled()
     except Exception:  # noqa: BLE001
         traceback.print_exc()
     gc.freeze()

@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import UserError
 from common.processes import execute, executing_warm, program, show
-from common.warm_starts import CAN_FORK, WarmStarts, can_fork, warm_starts
+from common.warm_starts import CAN_FORK, HAS_GPU, WarmStarts, can_fork, warm_starts
 from tests import warm as started
 from tests.conftest import ROOT
 
@@ -104,6 +104,39 @@ if sys.argv[1:]:
 """
     execute([*command(tmp_path, asks), "again"], tmp_path / "log", {"PYTHONPATH": str(ROOT)}, warm)
     assert (tmp_path / "log").read_text() == "True\nFalse\n"
+
+
+COUNTS = """
+import sys
+import torch
+from torch._dynamo.utils import counters
+from common.engines.vllm_engine import leave_uncompiled
+is_there = "vllm.v1.worker.cpu_worker" in sys.modules
+leave_uncompiled()
+from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+batched_count_greater_than(torch.eye(3), torch.zeros(3, 1))
+print(is_there, sum(counters["inductor"].values()), sum(counters["aot_autograd"].values()))
+"""
+
+
+@pytest.mark.skipif(HAS_GPU, reason="helpers are compiled on a GPU")
+@pytest.mark.parametrize("is_cold", [True, False], ids=["cold", "warm"])
+def test_helpers_of_the_sampler_are_not_compiled_on_a_cpu(
+    warm: WarmStarts, tmp_path: Path, is_cold: bool
+) -> None:
+    """They were where the server had imported them: 2 to 10 s, and an error without a C++ compiler."""
+    counts, log = command(tmp_path, COUNTS), tmp_path / "log"
+
+    def said() -> str:
+        log.unlink(missing_ok=True)
+        execute(counts, log, {"PYTHONPATH": str(ROOT)}, None if is_cold else warm)
+        return log.read_text()
+
+    if is_cold:
+        assert said() == "False 0 0\n"
+    else:
+        wait_until(lambda: said().startswith("True"))  # the server imports between two programs
+        assert said() == "True 0 0\n"
 
 
 ORDERS_AND_WAITS = """

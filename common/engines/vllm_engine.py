@@ -68,8 +68,8 @@ class VllmEngine:
             refuse_wrong_size(ranks_per_engine, processes, folder)
             self._group = SharedEngine(ranks_per_engine)
         set_environment(config.model.dtype)
+        leave_uncompiled()
         import vllm
-        from vllm.platforms import current_platform
 
         self._renderer = renderer
         self._eos_token_ids = frozenset(renderer.eos_token_ids)
@@ -88,9 +88,7 @@ class VllmEngine:
         else:
             options["enforce_eager"] = True
             options["kv_cache_memory_bytes"] = round(config.engine.cpu_kv_cache_gib * 2**30)
-            # Compiling two small helpers of the sampler takes ten seconds, more than it saves on a CPU.
-            current_platform.simple_compile_backend = "eager"
-            rotate_heads_on_a_cpu()  # imports a function that would be compiled
+            rotate_heads_on_a_cpu()
             if config.model.dtype == "float32" and model_numbers(folder).get("kv_lora_rank") is not None:
                 # Of its two kernels for latent attention, the one for CPUs with AMX knows bfloat16 alone.
                 options["attention_backend"] = "CPU_MLA"
@@ -391,3 +389,14 @@ def set_environment(dtype: str) -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+
+
+def leave_uncompiled() -> None:
+    """Keep vLLM from compiling small helpers of its sampler on a CPU: call it before they are imported.
+
+    Compiling takes ten seconds, or two with a cache, more than it saves, and needs a C++ compiler.
+    """
+    from vllm.platforms import current_platform
+
+    if not torch.cuda.is_available():
+        current_platform.simple_compile_backend = "eager"
