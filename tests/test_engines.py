@@ -5,6 +5,7 @@ models do: none of it may touch what is sampled.
 """
 
 import json
+import os
 import random
 import shutil
 import weakref
@@ -26,6 +27,8 @@ from common.rollout import Completion, SampleRequest
 from stage2_train.batch import TokenSequence, token_batches
 from stage2_train.config import Config
 from stage2_train.logprobs import LogprobModel, token_logprobs
+from tests import warm
+from tests.conftest import ROOT
 from tests.rollout_ranks import requests
 from tests.stage2_runs import tiny_config
 
@@ -517,3 +520,40 @@ def test_a_tied_output_layer_follows_the_embedding_at_every_weight_synchronisati
         completions = sample(engine, batch)
         assert trainer_gap(module, batch, completions) < TOLERANCE
     engine.close()
+
+
+FREED = """
+import sys, weakref
+from pathlib import Path
+import torch.distributed as dist
+from common.data.rendering import PromptRenderer
+from common.engines import build_engine
+from tests.stage2_runs import tiny_config
+
+folder, scratch, kind = sys.argv[1:]
+if kind == "beside a trainer":
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
+config = tiny_config(Path(scratch), Path(folder))
+held = []
+for _ in range(3):
+    engine = build_engine(config, Path(folder), PromptRenderer(Path(folder), config.data), beside_trainer=True)
+    runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    print([ref().shape for ref in held if ref() is not None])
+    large = [*runner.model.parameters(), *runner.kv_caches]
+    held = [weakref.ref(tensor) for tensor in large if tensor.ndim > 1]
+    assert len(held) > 3
+    del runner, large
+    engine.close()
+    assert not any(each().ndim > 2 for each in held if each() is not None), "the cache goes at once"
+"""
+
+
+@pytest.mark.parametrize("kind", ["alone", "beside a trainer"])
+def test_a_closed_engine_has_freed_its_memory_when_the_next_is_there(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "program.py").write_text(FREED)
+    ended = warm.run(
+        [tmp_path / "program.py", folder, tmp_path, kind], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert ended.stdout.splitlines() == ["[]"] * 3, ended.stderr

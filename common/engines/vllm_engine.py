@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,9 @@ class VllmEngine:
     In a training job several ranks may form one engine, each with a shard. They must then call `generate`,
     `load_weights` and `sleep` together, and read each `generate` to its end.
     """
+
+    _leftover: ClassVar[bool] = False
+    """Whether a closed engine's objects wait for the garbage collector."""
 
     def __init__(
         self,
@@ -100,6 +103,9 @@ class VllmEngine:
         self._adapter = None if adapter is None else VllmAdapter(adapter)
         if adapter is not None:
             options |= lora_options(adapter)
+        if VllmEngine._leftover:
+            gc.collect()
+            VllmEngine._leftover = False
         # vLLM collects garbage several times while it loads; frozen objects are not walked each time.
         gc.freeze()
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
@@ -289,30 +295,38 @@ class VllmEngine:
             self._is_asleep = True
 
     def close(self) -> None:
-        """Free the model's memory; leaves the trainer's torch.distributed groups as they are."""
+        """Free the model's memory; leaves the trainer's torch.distributed groups as they are.
+
+        On a CPU beside a trainer what is left for the garbage collector waits for the next engine: collecting walks the
+        objects of all libraries, a second at the end of each training.
+        """
         llm, self.llm = self.llm, None
-        if llm is not None and self._is_asleep:
+        if llm is None:
+            return
+        if self._is_asleep:
             # Its allocator would give back once more what it gave back when it fell asleep.
             torch.cuda.empty_cache()
             llm.wake_up()
             self._is_asleep = False
-        if llm is not None and self._is_guest:
+        client: Any = llm.llm_engine.engine_core
+        if not self._is_guest:
+            client.shutdown()
+        else:
             # vLLM's own shutdown would destroy torch.distributed, which belongs to the trainer.
-            client: Any = llm.llm_engine.engine_core
             client._finalizer.detach()
             client.engine_core.model_executor.shutdown()
             client.engine_core.scheduler.shutdown()
-            del client
             if self._group:
                 # The ranks of a group close together, and their process groups hold shared memory. A rank with its own
                 # engine may have to rebuild it alone, and a process group can only be made by all ranks.
                 from vllm.distributed import parallel_state
 
                 parallel_state.destroy_model_parallel()  # type: ignore[no-untyped-call]
-        del llm
+            VllmEngine._leftover = not torch.cuda.is_available()
+        del llm, client
         gc.unfreeze()
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
 
 
