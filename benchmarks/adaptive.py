@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.tables import markdown
-from common.beta_binomial import fit_prior_to_rewards
 from common.runs import run_paths
 from common.value import Floats, estimate_vstar
 from common.vstar_file import read_vstar
 from stage1_vstar.adaptive import ADAPTIVE, Allocation, Counts, Draw, Places, Rule, Z, allocate
+from stage1_vstar.beta_binomial import fit_prior_to_rewards
 from stage1_vstar.uncertainty import two_valued_vstar
 
 REPETITIONS = 20

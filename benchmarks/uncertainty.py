@@ -18,11 +18,11 @@ from scipy.special import betaincinv, gammaln, xlog1py, xlogy
 
 from benchmarks.comparisons import bootstrap_interval, delta_interval, drop_probability
 from benchmarks.tables import markdown
-from common.beta_binomial import BetaPrior, dropped_share, fit_prior
 from common.errors import UserError
 from common.runs import run_paths
 from common.value import estimate_vstar
 from common.vstar_file import ESTIMATORS, read_vstar
+from stage1_vstar.beta_binomial import BetaPrior, dropped_share, fit_prior
 from stage1_vstar.estimator import estimate
 from stage1_vstar.uncertainty import (
     Interval,

@@ -12,7 +12,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.beta_binomial import dropped_share, fit_prior
 from common.doubts import doubts
 from common.model.reading import describe_model
 from common.provenance import ACCEPTED
@@ -20,6 +19,7 @@ from common.remote.places import shown
 from common.terminal.console import Terminal
 from common.value import estimate_vstar
 from common.vstar_file import estimator_of, read_vstar
+from stage1_vstar.beta_binomial import dropped_share, fit_prior
 from stage1_vstar.table import success_groups
 from stage1_vstar.uncertainty import approximate_bias, interval, plugin_bias
 

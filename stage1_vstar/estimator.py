@@ -7,10 +7,10 @@ Shapes: _P prompt, _S sample (all prompts' samples, one after the other), _R pro
 
 import numpy as np
 
-from common.beta_binomial import BetaPrior, fit_prior, posterior_vstar
 from common.errors import UserError
 from common.value import Counts, Estimate, Floats, Ragged, estimate_vstar
 from common.vstar_file import known_estimator
+from stage1_vstar.beta_binomial import BetaPrior, fit_prior, posterior_vstar
 
 
 def estimate(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import polars as pl
 
-from common.beta_binomial import BetaPrior, fit_prior
 from common.errors import UserError
 from common.provenance import read_provenance
 from common.vstar_file import estimator_of, scan_vstar, vstar_writer
+from stage1_vstar.beta_binomial import BetaPrior, fit_prior
 from stage1_vstar.table import success_groups, with_vstar
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import polars as pl
 
-from common.beta_binomial import BetaPrior
 from common.grading import Outcome
+from stage1_vstar.beta_binomial import BetaPrior
 from stage1_vstar.estimator import estimate
 
 UNSOLVED = "pass@N = 0"

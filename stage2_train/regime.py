@@ -3,19 +3,22 @@
 Set-up chooses one of two: `Online` draws completions, `Offline` reads them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from common.data.held_out import remarks
 from common.engines import EngineBuilder, LowRank
 from common.grading import GraderPool
 from common.provenance import Allowance
+from common.rollout import Rollout
 from common.runs import RunPaths
 from common.terminal.console import Terminal
 from stage2_train.collate import Cutter
+from stage2_train.completions import write_completions
 from stage2_train.config import Config
 from stage2_train.data import TrainingData, usable
 from stage2_train.evaluation.plan import GREEDY, SAMPLED, Benchmark, benchmarks_of
@@ -28,10 +31,11 @@ from stage2_train.sources.pipeline import RolloutPipeline, drawing
 from stage2_train.sources.sampler import Sampler
 from stage2_train.train import Trainer, held_out_draw
 from stage2_train.watchers import (
-    BenchmarkAccuracy,
+    ACCURACY,
     Evaluation,
     FirstBatchCheck,
     FirstBatchDoubts,
+    Turn,
     Watcher,
 )
 
@@ -115,12 +119,12 @@ class Online:
         if data.held_out:
             watchers.append(
                 Evaluation(
+                    ACCURACY,
                     self._trainer.source,
                     held_out_draw(data.held_out, config, self._ranks),
                     self._ranks,
                     every=config.train.evaluate_every,
-                    completions=paths.completions,
-                    stage1=data.stage1,
+                    keep=partial(self._keep_completions, paths.completions),
                 )
             )
         if data.stage1 is None:
@@ -129,7 +133,20 @@ class Online:
             watchers.append(FirstBatchCheck(data.stage1.first_batch, console))
         return watchers
 
-    def _accuracy(self, benchmark: Benchmark, pool: GraderPool) -> BenchmarkAccuracy:
+    def _keep_completions(self, file: Path, turn: Turn, held_out: Sequence[Rollout]) -> None:
+        """A few of the iteration's completions, to read."""
+        stage1 = self.data.stage1
+        if self._ranks.is_main:
+            write_completions(
+                file,
+                turn.number,
+                training=turn.rollouts,
+                held_out=held_out,
+                pass_rate=stage1.pass_rate if stage1 else {},
+                vstar=stage1.vstar if stage1 else {},
+            )
+
+    def _accuracy(self, benchmark: Benchmark, pool: GraderPool) -> Evaluation:
         prompts = usable(self.data.benchmarks[benchmark.name], benchmark.data, pool, self._ranks)
         draw = benchmark.draws.get(SAMPLED) or benchmark.draws[GREEDY]
         share = replace(
@@ -139,9 +156,8 @@ class Online:
             pool=pool,
         )
         assert benchmark.every is not None, "training evaluates it"
-        return BenchmarkAccuracy(
-            benchmark.name, self._trainer.source, share, self._ranks, every=benchmark.every
-        )
+        metric = f"evaluate/{benchmark.name}/accuracy"
+        return Evaluation(metric, self._trainer.source, share, self._ranks, every=benchmark.every)
 
     def lines(self) -> list[str]:
         """Like Regime.lines."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import polars as pl
@@ -11,8 +10,6 @@ from common.doubts import doubts
 from common.grading import negative_rewards_warning
 from common.rollout import Rollout
 from common.terminal.console import Terminal
-from stage2_train.completions import write_completions
-from stage2_train.data import Stage1
 from stage2_train.first_batch import FirstBatch
 from stage2_train.metrics import Metrics, MetricsLog, timed
 from stage2_train.ranks import Ranks
@@ -49,55 +46,25 @@ class Watcher(Protocol):
 
 
 class Evaluation:
-    """Sampled accuracy on the held-out prompts, one completion each, and a few completions to read."""
+    """Accuracy on prompts that are not trained on, such as the held-out ones or a benchmark's."""
 
     def __init__(
         self,
+        metric: str,
         source: RolloutPipeline,
         draw: Draw,
         ranks: Ranks,
         *,
         every: int,
-        completions: Path,
-        stage1: Stage1 | None,
+        keep: Callable[[Turn, Sequence[Rollout]], None] = lambda turn, rollouts: None,
     ) -> None:
-        """`draw` is this rank's share of the held-out prompts."""
+        """`draw` is this rank's share of the prompts; `keep` gets each evaluation's rollouts and iteration."""
+        self._metric = metric
         self._source = source
         self._draw = draw
         self._ranks = ranks
         self._every = every
-        self._completions = completions
-        self._stage1 = stage1
-
-    def after(self, turn: Turn) -> None:
-        """Evaluate every `evaluate_every` iterations and after the last one."""
-        if turn.number % self._every and not turn.is_last:
-            return
-        with timed("evaluate", turn.metrics):
-            held_out = self._source.now(self._draw, turn.number)
-        solved = self._ranks.gather([rollout.is_solved for rollout in held_out])
-        turn.metrics[ACCURACY] = sum(solved) / len(solved)
-        if self._ranks.is_main:
-            write_completions(
-                self._completions,
-                turn.number,
-                training=turn.rollouts,
-                held_out=held_out,
-                pass_rate=self._stage1.pass_rate if self._stage1 else {},
-                vstar=self._stage1.vstar if self._stage1 else {},
-            )
-
-
-class BenchmarkAccuracy:
-    """Accuracy on a benchmark of the config, logged as evaluate/<name>/accuracy."""
-
-    def __init__(self, name: str, source: RolloutPipeline, draw: Draw, ranks: Ranks, *, every: int) -> None:
-        """`draw` is this rank's share of the benchmark's prompts."""
-        self._name = name
-        self._source = source
-        self._draw = draw
-        self._ranks = ranks
-        self._every = every
+        self._keep = keep
 
     def after(self, turn: Turn) -> None:
         """Evaluate every so many iterations and after the last one."""
@@ -106,7 +73,8 @@ class BenchmarkAccuracy:
         with timed("evaluate", turn.metrics):
             rollouts = self._source.now(self._draw, turn.number)
         solved = self._ranks.gather([rollout.is_solved for rollout in rollouts])
-        turn.metrics[f"evaluate/{self._name}/accuracy"] = sum(solved) / len(solved)
+        turn.metrics[self._metric] = sum(solved) / len(solved)
+        self._keep(turn, rollouts)
 
 
 class FirstBatchCheck:

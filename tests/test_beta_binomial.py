@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.comparisons import drop_probability
-from common.beta_binomial import (
+from common.errors import UserError
+from stage1_vstar.beta_binomial import (
     GROUPS,
     PARAMETER_RANGE,
     BetaPrior,
@@ -16,7 +17,6 @@ from common.beta_binomial import (
     fit_prior,
     posterior_vstar,
 )
-from common.errors import UserError
 from stage1_vstar.estimator import estimate
 from stage1_vstar.uncertainty import two_valued_vstar
 
