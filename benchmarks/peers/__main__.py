@@ -25,6 +25,13 @@ def main() -> int:
     parser.add_argument("workload", choices=["demo", "vocabulary", "grpo"])
     parser.add_argument("--repetitions", type=int, help="default: 3 for demo, 2 for vocabulary")
     parser.add_argument("--iterations", type=int, help="default: 40 for demo, 1 for vocabulary")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="demo: a setting for all trainers in place of the demo's",
+    )
     parser.add_argument("--write", action="store_true", help=f"grpo: keep TRL's answers in {grpo.GOLDEN}")
     arguments = parser.parse_args()
     folder = run_paths("peers").root.resolve() / arguments.workload
@@ -34,7 +41,8 @@ def main() -> int:
         return 0 if grpo.compare(folder, write=arguments.write) else 1
     before = os.getloadavg()[0]
     if arguments.workload == "demo":
-        table = demo.compare(arguments.repetitions or 3, arguments.iterations or 40, folder)
+        settings = dict(assignment.split("=", 1) for assignment in arguments.set)
+        table = demo.compare(arguments.repetitions or 3, arguments.iterations or 40, folder, settings)
     else:
         table = vocabulary.compare(arguments.repetitions or 2, arguments.iterations or 1, folder)
     print(f"\nload average before: {before:.1f}; median (range), ratio to ours by repetition\n\n{table}")

@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -67,8 +67,11 @@ class Run:
     peak_mib: float
 
 
-def compare(repetitions: int, iterations: int, folder: Path) -> str:
-    """Run every trainer `repetitions` times, in a changing order; returns the table."""
+def compare(repetitions: int, iterations: int, folder: Path, settings: Mapping[str, object]) -> str:
+    """Run every trainer `repetitions` times, in a changing order; returns the table.
+
+    `settings` are values of the config for all of them.
+    """
     base = run_paths("demo").base_model.resolve()
     if not base.is_dir():
         run([sys.executable, "cli.py", "base-model"], folder / "base_model.log", THREADS)
@@ -81,6 +84,7 @@ def compare(repetitions: int, iterations: int, folder: Path) -> str:
             "train.iterations": iterations,
             "train.evaluate_every": EVALUATE_EVERY,
             "evaluate.training_prompts": 512,
+            **settings,
         }
         place = folder / f"{trainer.replace(' ', '-').replace('*', '').lower()}-{repetition}"
         place.mkdir()
