@@ -16,6 +16,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from common.config import RunConfig, SamplingParams
 from common.data.rendering import PromptRenderer
+from common.engines.drawing import drawn_tokens, numbers, streams
 from common.engines.endings import Endings
 from common.errors import UserError
 from common.model.checkpoint_names import CheckpointNames
@@ -154,16 +155,12 @@ class _AtEnd(StoppingCriteria):
 class _SeededSampler(LogitsProcessor):
     """Samples inside greedy `generate`: draws each row's token and gives all other tokens a score of -inf.
 
-    `generate` itself draws a whole batch from one random stream. Here each row has its own, so that a sample does not
-    depend on its neighbours. A token is drawn by looking up one uniform number in the cumulative distribution, on the
-    device of the scores.
+    `generate` itself draws a whole batch from one random stream. Here each row has its own, see
+    common/engines/drawing.py.
     """
 
     def __init__(self, seeds: list[int], sampling: SamplingParams, device: torch.device) -> None:
-        limit = sampling.max_completion_tokens
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniform_B = [torch.rand(limit, generator=generator, dtype=torch.float64) for generator in generators]
-        self._uniform_BT = torch.stack(uniform_B).to(device)
+        self._numbers_BT = numbers(streams(seeds, sampling.max_completion_tokens)).to(device)
         self._temperature = sampling.temperature
         warpers: dict[str, Any] = {  # in vLLM's order
             "min_p": MinPLogitsWarper,
@@ -188,19 +185,9 @@ class _SeededSampler(LogitsProcessor):
             scores_BV = scores_BV / self._temperature
             for warp in self._warpers:
                 scores_BV = warp(input_ids, scores_BV)
-            drawn_B = drawn_tokens(scores_BV, self._uniform_BT[:, len(self.logprobs)])[:, None]
+            numbers_B = self._numbers_BT[:, len(self.logprobs)]
+            drawn_B = drawn_tokens(scores_BV.softmax(-1), numbers_B)[:, None]
         else:
             drawn_B = scores_BV.argmax(-1, keepdim=True)
         self.logprobs.append((scores_BV.gather(-1, drawn_B) - scores_BV.logsumexp(-1, keepdim=True))[:, 0])
         return cast(torch.FloatTensor, torch.full_like(scores, -torch.inf).scatter(-1, drawn_B, 0.0))
-
-
-def drawn_tokens(scores_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """Draw one token per row from softmax(scores): the first whose cumulative probability exceeds a number in [0, 1).
-
-    The sum is in float64, which is exact enough for the rarest tokens. A token of probability 0 is never drawn.
-    """
-    sum_BV = scores_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total_B = sum_BV[:, -1]
-    place_B = torch.minimum(uniform_B * total_B, total_B.nextafter(torch.zeros_like(total_B)))
-    return torch.searchsorted(sum_BV, place_B[:, None], right=True)[:, 0]

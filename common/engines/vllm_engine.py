@@ -23,6 +23,7 @@ from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.engines.vllm_adapter import VllmAdapter, lora_options
 from common.engines.vllm_repairs import (
     RenewedLayers,
+    draw_one_number_per_token,
     forget_packed_experts,
     repack_output_layer,
     rotate_heads_on_a_cpu,
@@ -72,6 +73,7 @@ class VllmEngine:
             self._group = SharedEngine(ranks_per_engine)
         set_environment(config.model.dtype)
         leave_uncompiled()
+        draw_one_number_per_token()
         import vllm
 
         self._renderer = renderer
