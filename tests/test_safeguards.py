@@ -233,7 +233,7 @@ def test_a_policy_that_is_driven_into_collapse_is_noticed_before_a_checkpoint_is
         train=train,
         engine={"backend": "transformers"},
         grader={"workers": 1},
-    )
+    ).model_copy(update={"seed": 2})  # with others it may fall silent in place of babbling
     write_tiny_vstar(config, tmp_path / "vstar.parquet")
     (tmp_path / "run.toml").write_text(as_toml(config), encoding="utf-8")
     files = ("--config", tmp_path / "run.toml", "--vstar", tmp_path / "vstar.parquet")
@@ -244,8 +244,7 @@ def test_a_policy_that_is_driven_into_collapse_is_noticed_before_a_checkpoint_is
     paths = run_paths(config.run)
     rows = [json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()]
     assert rows[-1]["iteration"] == int(stopped[1]) < 20
-    before, after = (rows[place]["completion/tokens_mean"] for place in (1, -1))
-    assert not before / 2 < after < 2 * before  # it babbles, or says nothing any more: the draws decide which
+    assert rows[-1]["completion/tokens_mean"] > 4 * rows[1]["completion/tokens_mean"]
     assert latest_state(paths.checkpoints)["iteration"] == int(stopped[1]) - 1
 
 

@@ -73,7 +73,6 @@ class VllmEngine:
             self._group = SharedEngine(ranks_per_engine)
         set_environment(config.model.dtype)
         leave_uncompiled()
-        draw_one_number_per_token()
         import vllm
 
         self._renderer = renderer
@@ -82,6 +81,7 @@ class VllmEngine:
         max_model_len = context_length(config, folder)
         options: dict[str, Any] = {}
         if on_gpu:
+            draw_one_number_per_token()
             share = (
                 config.engine.training_gpu_memory_utilization
                 if beside_trainer

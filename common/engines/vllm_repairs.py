@@ -153,9 +153,9 @@ def rotate_heads_on_a_cpu() -> None:
 
 
 def draw_one_number_per_token() -> None:
-    """Make vLLM draw as common/engines/drawing.py does where all requests have seeds; not on a CPU, see there.
+    """Make vLLM on a GPU draw as common/engines/drawing.py does, where all requests have seeds.
 
-    Only tried on a CPU, by calls of the method that vLLM uses on a GPU.
+    Only tried on a CPU so far, by calls of the method that vLLM uses on a GPU.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
