@@ -472,6 +472,16 @@ def test_figures_without_a_point_are_left_out(study: Callable[..., Path], artifa
     ]
 
 
+def test_a_figure_has_the_numbers_of_a_grid_by_size(study: Callable[..., Path]) -> None:
+    rates = "[2e-4, 1e-4, 4e-4]"
+    grid = f'[[arms]]\nname = "rate"\nvary = {{ "train.learning_rate" = {rates} }}\n'
+    accuracies = {"rate = 0.0002": [0.8], "rate = 0.0001": [0.7], "rate = 0.0004": [0.9]}
+    summary = summary_of(study(HEAD.replace("[0, 1]", "[0]"), grid), accuracies)
+    effect = next(figure for figure in study_figures(summary) if figure.name == "effect-train-learning_rate")
+    expected = "pass@1 by learning rate. rate: 0.700 at 0.0001, 0.800 at 0.0002, 0.900 at 0.0004."
+    assert expected in [panel.alt for panel in effect.panels]
+
+
 def test_other_data_or_sampling_is_another_stage_1(study: Callable[..., Path]) -> None:
     other = '[[arms]]\nname = "cold"\nsettings = { "sampling.temperature" = 0.5 }\n'
     tables = [run.table for run in plan_of(study(HEAD, A_STAR, other)).runs]
@@ -811,7 +821,9 @@ def test_the_time_to_an_accuracy_counts_stage_1_and_lies_between_evaluations() -
     assert made.seconds_to(0.5) == pytest.approx(20 + 5 + 5)
     assert made.seconds_to(0.7) == pytest.approx(20 + 5 + 20 + 5)
     assert made.seconds_to(0.4) == pytest.approx(25)
-    assert made.seconds_to(0.91) is None
+    assert made.iterations_to(0.5) == pytest.approx(5)
+    assert made.iterations_to(0.7) == pytest.approx(25)
+    assert made.seconds_to(0.91) is made.iterations_to(0.91) is None
     assert made.accuracy_at(3.0) == 0.4, "before the first iteration it is the reference's"
     assert made.accuracy_at(20 + 5 + 15) == pytest.approx(0.55)
     assert made.accuracy_at(1000.0) == 0.9
@@ -834,12 +846,29 @@ def test_the_table_of_speed_says_how_many_seeds_reach_an_accuracy(study: Callabl
     sheet = Summary(plan=summary.plan, records=records).speed_table()
     assert sheet is not None
     # The fastest run of each seed is GRPO's: 45 s.
-    assert sheet.header == ["time to 0.8, min", "pass@1 after 0.38 min", "pass@1 after 0.75 min"]
+    after = ["pass@1 after 0.38 min", "pass@1 after 0.75 min"]
+    assert sheet.header == ["time to 0.8, min", "iterations to 0.8", *after]
     cells = {name: [(cell.text, cell.rank) for cell in row] for name, row in sheet.rows}
     assert cells == {
-        "A*-PO": [("0.67 ± 0.00", None), ("0.450 ± 0.000", None), ("0.850 ± 0.000", 1)],
-        "GRPO": [("0.58, in 1 of 2", None), ("0.675 ± 0.000", 1), ("0.750 ± 0.635", None)],
+        "A*-PO": [("0.67 ± 0.00", None), ("20 ± 0", None), ("0.450 ± 0.000", None), ("0.850 ± 0.000", 1)],
+        "GRPO": [
+            ("0.58, in 1 of 2", None),
+            ("30, in 1 of 2", None),
+            ("0.675 ± 0.000", 1),
+            ("0.750 ± 0.635", None),
+        ],
     }
+
+
+def test_without_times_the_table_of_speed_has_iterations(study: Callable[..., Path]) -> None:
+    summary = summary_of(study(HEAD, "times = false\ntargets = [0.8]\n", A_STAR), {"A*-PO": [0.9, 0.9]})
+    records = {key: with_curve(each, [0.4, 0.6, 0.7, 0.9]) for key, each in summary.records.items()}
+    sheet = Summary(plan=summary.plan, records=records).speed_table()
+    assert sheet is not None
+    assert sheet.header == ["iterations to 0.8"]
+    assert [cell.text for _, row in sheet.rows for cell in row] == ["25 ± 0"]
+    without = summary_of(study(HEAD, "times = false\n", A_STAR), {"A*-PO": [0.9, 0.9]})
+    assert Summary(plan=without.plan, records=records).speed_table() is None
 
 
 def test_arms_are_compared_seed_by_seed(study: Callable[..., Path]) -> None:
@@ -861,6 +890,7 @@ def test_a_comparison_says_of_how_many_common_seeds_it_is(study: Callable[..., P
     assert sheet is not None
     ((_, cells),) = sheet.rows
     found = {title: cell.text for title, cell in zip(sheet.header, cells, strict=True)}
+    assert found["iterations to 0.8, ratio"] == "1.25 ×, in 1 of 2"
     assert found["time, ratio"] == "1.00 × (1.00–1.00)", "of the two seeds that both have"
     assert found["time to 0.8, ratio"].endswith(" ×, in 1 of 2"), "the other never got there"
 
@@ -905,8 +935,6 @@ def test_a_study_without_times_compares_none(
     drawn = " ".join(file.read_text() for file in folder.glob("*.svg"))
     assert "iteration" in drawn
     assert "time, " not in drawn
-    with pytest.raises(UserError, match=r"targets = .* would have no effect: times = false"):
-        plan_of(study(HEAD, "times = false\ntargets = [0.8]\n", A_STAR))
 
 
 @needs_chromium

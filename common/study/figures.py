@@ -1,6 +1,6 @@
 """The figures of a study, in the form of the paper's Figures 2 to 5: panels for the page, sheets of them as files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.report.panels import Figures, Panel
@@ -17,6 +17,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DARK = GREYS[:4]
 """The greys that a thin line is seen in."""
 SYMBOLS = {
+    "train.learning_rate": "learning rate",
     "vstar.num_samples": "N",
     "vstar.beta1": "β₁",
     "train.objective.beta2": "β₂",
@@ -213,16 +214,27 @@ def _effect(summary: Summary, key: str) -> Figures:
     )
 
 
+def _ordered(values: Iterable[Any]) -> list[str]:
+    """Different values as texts: numbers by size, others as the study has them."""
+    each = {shown(value): value for value in values}
+    if all(isinstance(value, int | float) for value in each.values()):
+        return sorted(each, key=lambda text: float(each[text]))
+    return list(each)
+
+
 def _by_value(summary: Summary, arms: Sequence[Arm], column: Column, symbol: str) -> Panel | None:
     """A figure by the key's value, one line for each grid; other arms that are in no grid are level lines."""
-    values = list(dict.fromkeys(shown(arm.value) for arm in arms))
+    values = _ordered(arm.value for arm in arms)
     grids = dict.fromkeys(arm.grid for arm in arms)
     level = [(arm, summary.mean(arm, column.of)) for arm in summary.arms if arm.grid is None]
     found = {
         grid: [
-            (values.index(shown(arm.value)), mean)
+            (place, mean)
+            for place, value in enumerate(values)
             for arm in arms
-            if arm.grid == grid and (mean := summary.mean(arm, column.of)) is not None
+            if arm.grid == grid
+            and shown(arm.value) == value
+            and (mean := summary.mean(arm, column.of)) is not None
         ]
         for grid in grids
     }

@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from common.config import RunConfig, Seed, read_config
 from common.errors import UserError
@@ -49,16 +49,10 @@ class StudyFile(Section):
     times: bool = True
     """Whether times are compared: false where the machine does other work meanwhile."""
     targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
-    """Held-out accuracies; the tables have the time until each."""
+    """Held-out accuracies; the tables have the time and the iterations until each."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """For all arms, as `--set` takes them."""
     arms: Annotated[tuple[ArmSection, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _targets_have_times(self) -> Self:
-        if not self.times:
-            self.refuse_unused("targets", because="times = false: no time is compared; leave out one of them")
-        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

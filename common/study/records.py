@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,18 @@ class Record(Document):
 
     def seconds_to(self, accuracy: float) -> float | None:
         """The time until this accuracy is reached first, on a line between the evaluations; None if it is not."""
+        return self._reached(accuracy, self.time)
+
+    def iterations_to(self, accuracy: float) -> float | None:
+        """The iterations until this accuracy, likewise."""
+        return self._reached(accuracy, lambda point: point.iteration)
+
+    def _reached(self, accuracy: float, of: Callable[[Point], float]) -> float | None:
         if not self.curve or max(self._accuracies) < accuracy:
             return None
         place = next(number for number, value in enumerate(self._accuracies) if value >= accuracy)
         pair = self.curve[max(place - 1, 0) : place + 1]
-        return float(
-            np.interp(accuracy, [point.accuracy for point in pair], [self.time(point) for point in pair])
-        )
+        return float(np.interp(accuracy, [point.accuracy for point in pair], [of(point) for point in pair]))
 
     @property
     def _accuracies(self) -> list[float]:

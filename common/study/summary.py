@@ -162,8 +162,9 @@ class Summary:
         return self._table(title, self.shown(COSTS))
 
     def targets(self) -> list[Column]:
-        """The time until each of the plan's accuracies is reached."""
-        return [self._time_to(accuracy) for accuracy in self.plan.targets]
+        """The time, and the iterations, until each of the plan's accuracies is reached."""
+        times = [self._time_to(accuracy) for accuracy in self.plan.targets]
+        return self.shown([*times, *(_iterations_to(accuracy) for accuracy in self.plan.targets)])
 
     def _time_to(self, accuracy: float) -> Column:
         unit, scale = self.unit
@@ -187,19 +188,25 @@ class Summary:
             digits=3,
             of=lambda record: record.accuracy_at(fastest.get(record.seed, 0.0) * part),
             better="high",
+            is_time=True,
         )
 
     def speed_table(self) -> Sheet | None:
-        """Time to an accuracy, and accuracy at an equal time.
+        """Time and iterations to an accuracy, and accuracy at an equal time.
 
-        None if the plan compares no times, or training was not evaluated often enough. Arms whose training is not
-        evaluated have neither.
+        None if training was not evaluated often enough, or the plan has no target and compares no times. Arms whose
+        training is not evaluated have none of them.
         """
         curves = [len(record.curve) for record in self.records.values() if record.curve]
-        if not self.plan.times or min(curves, default=0) < POINTS_OF_A_CURVE:
+        if min(curves, default=0) < POINTS_OF_A_CURVE:
             return None
-        columns = [*self.targets(), self._accuracy_at(0.5), self._accuracy_at(1.0)]
-        return self._table("Time to an accuracy, and accuracy at an equal time", columns)
+        columns = self.shown([*self.targets(), self._accuracy_at(0.5), self._accuracy_at(1.0)])
+        title = (
+            "Time to an accuracy, and accuracy at an equal time"
+            if self.plan.times
+            else "Iterations to an accuracy"
+        )
+        return self._table(title, columns) if columns else None
 
     def paired_table(self) -> Sheet | None:
         """Differences to the first arm on the seeds that both have; None if there are no two arms."""
@@ -269,6 +276,15 @@ def _text(mean: Mean | None, count: int, digits: int) -> str:
 def _part(mean: Mean, count: int) -> str:
     """Of how many seeds a mean is, if some of `count` lack the figure."""
     return f", in {mean.count} of {count}" if mean.count < count else ""
+
+
+def _iterations_to(accuracy: float) -> Column:
+    return Column(
+        title=f"iterations to {accuracy:g}",
+        digits=0,
+        of=lambda record: record.iterations_to(accuracy),
+        better="low",
+    )
 
 
 def _accuracy(title: str, benchmark: str, figure: Callable[[Figures], float | None]) -> Column:
