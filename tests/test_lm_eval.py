@@ -65,27 +65,27 @@ def test_each_model_has_a_file_of_its_own_with_its_benchmarks_as_tasks(tmp_path:
     assert document["model_name"] == "artifacts/mine/model"
     assert document["config"]["model_args"] == "pretrained=artifacts/mine/model"
     assert document["date"] == NOW.timestamp()
-    tasks = {"held_out", "math500"}
+    tasks = {"held_out", "held_out@4", "math500", "math500@4"}
     for key in ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples"):
         assert document[key].keys() == tasks, key
-    assert document["n-samples"]["math500"] == {"original": 500, "effective": 500}
-    assert document["n-shot"] == {"held_out": 3, "math500": 0}
-    config = document["configs"]["held_out"]
-    assert config["output_type"] == "generate_until"
-    assert config["generation_kwargs"]["max_gen_toks"] == 512
-    assert [metric["metric"] for metric in config["metric_list"]] == [
-        "exact_match",
-        "pass@1",
-        "pass@2",
-        "pass@4",
-    ]
-    assert all(metric["aggregation"] == "mean" for metric in config["metric_list"])
+    assert document["n-samples"]["math500@4"] == {"original": 500, "effective": 500}
+    assert document["n-shot"] == {"held_out": 3, "held_out@4": 3, "math500": 0, "math500@4": 0}
+    greedy, sampled = (document["configs"][task] for task in ("held_out", "held_out@4"))
+    drawn = {"max_gen_toks": 512, "until": ["\n"]}
+    assert greedy["generation_kwargs"] == {"do_sample": False, "temperature": 0.0, **drawn}
+    assert sampled["generation_kwargs"] == {"do_sample": True, "temperature": 1.0, "top_p": None, **drawn}
+    assert (greedy["repeats"], sampled["repeats"]) == (1, 4)
+    metrics = [[metric["metric"] for metric in config["metric_list"]] for config in (greedy, sampled)]
+    assert metrics == [["exact_match"], ["pass@1", "pass@2", "pass@4"]]
+    for config in (greedy, sampled):
+        assert config["output_type"] == "generate_until"
+        assert all(metric["aggregation"] == "mean" for metric in config["metric_list"])
     assert document["higher_is_better"]["held_out"]["exact_match"] is True
     assert table_of(document)[:4] == [
         ("held_out", "math/3", "none", "exact_match", 0.25, f"{0.05 / 1.959964:.4f}"),
-        ("held_out", "math/3", "none", "pass@1", 0.5, f"{0.1 / 1.959964:.4f}"),
-        ("held_out", "math/3", "none", "pass@2", 0.625, "N/A"),
-        ("held_out", "math/3", "none", "pass@4", 0.75, "N/A"),
+        ("held_out@4", "math/3", "none", "pass@1", 0.5, f"{0.1 / 1.959964:.4f}"),
+        ("held_out@4", "math/3", "none", "pass@2", 0.625, "N/A"),
+        ("held_out@4", "math/3", "none", "pass@4", 0.75, "N/A"),
     ]
 
 
@@ -95,3 +95,12 @@ def test_a_benchmark_without_samples_has_no_figures_of_samples(tmp_path: Path) -
     document = json.loads(file.read_text(encoding="utf-8"))
     assert document["results"]["held_out"].keys() == {"alias", "exact_match,none", "exact_match_stderr,none"}
     assert document["configs"]["held_out"]["generation_kwargs"]["do_sample"] is False
+
+
+def test_a_benchmark_that_is_sampled_only_keeps_its_name(tmp_path: Path) -> None:
+    sampled = figures(greedy_accuracy=None, greedy_accuracy_interval_95=None)
+    (file,) = write_lm_eval([sampled], tmp_path, NOW, {})
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert document["configs"].keys() == {"held_out"}
+    assert document["configs"]["held_out"]["repeats"] == 4
+    assert "exact_match,none" not in document["results"]["held_out"]

@@ -1,13 +1,15 @@
 """Results of `evaluate` in the file layout of EleutherAI's lm-evaluation-harness, for dashboards that read it.
 
-One file per model, <folder>/<model>/results_<time>.json, with one task per benchmark. `exact_match` is the greedy
-accuracy, `pass@k` is of samples. Standard errors follow from the 95 % intervals. Keys of the harness that have no
-meaning here are left out.
+One file per model, <folder>/<model>/results_<time>.json, with a task for each benchmark. A task of the harness draws in one
+way, so the n samples of a benchmark that also has greedy completions are a second task, `<benchmark>@n`. `exact_match`
+is the greedy accuracy, `pass@k` is of samples. Standard errors follow from the 95 % intervals. Keys of the harness that
+have no meaning here are left out.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,19 @@ UNKNOWN = "N/A"
 """The harness's text for an error that is not known."""
 NORMAL_95 = 1.959964
 """The half-width of a 95 % interval in standard errors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """What the harness calls a task: completions of a benchmark's prompts, drawn in one way."""
+
+    name: str
+    figures: Figures
+    shots: int
+    metrics: Mapping[str, tuple[float, float | None]]
+    """Each figure and its standard error, if that is known, by the harness's name."""
+    samples: int
+    """Per prompt; 0 for one greedy completion."""
 
 
 def write_lm_eval(
@@ -40,19 +55,16 @@ def write_lm_eval(
 def _document(results: Sequence[Figures], now: datetime, shots: Mapping[str, int]) -> dict[str, Any]:
     """The content of a model's file."""
     path = results[0].path
-    by_task = {each.benchmark: each for each in results}
-    metrics = {name: dict(_metrics(each)) for name, each in by_task.items()}
+    tasks = [task for each in results for task in _tasks(each, shots.get(each.benchmark, 0))]
     return {
-        "results": {name: {"alias": name, **_with_errors(found)} for name, found in metrics.items()},
-        "group_subtasks": {name: [] for name in by_task},
-        "configs": {
-            name: _task(each, list(metrics[name]), shots.get(name, 0)) for name, each in by_task.items()
-        },
-        "versions": {name: each.grader for name, each in by_task.items()},
-        "n-shot": {name: shots.get(name, 0) for name in by_task},
-        "higher_is_better": {name: dict.fromkeys(found, True) for name, found in metrics.items()},
+        "results": {task.name: {"alias": task.name, **_with_errors(task.metrics)} for task in tasks},
+        "group_subtasks": {task.name: [] for task in tasks},
+        "configs": {task.name: _config(task) for task in tasks},
+        "versions": {task.name: task.figures.grader for task in tasks},
+        "n-shot": {task.name: task.shots for task in tasks},
+        "higher_is_better": {task.name: dict.fromkeys(task.metrics, True) for task in tasks},
         "n-samples": {
-            name: {"original": each.prompts, "effective": each.prompts} for name, each in by_task.items()
+            task.name: {"original": task.figures.prompts, "effective": task.figures.prompts} for task in tasks
         },
         "config": {
             "model": "astar-po",
@@ -74,13 +86,21 @@ def _document(results: Sequence[Figures], now: datetime, shots: Mapping[str, int
     }
 
 
-def _metrics(figures: Figures) -> Iterator[tuple[str, tuple[float, float | None]]]:
-    """Each figure and its standard error, if that is known, by the harness's name."""
+def _tasks(figures: Figures, shots: int) -> Iterator[_Task]:
+    """The greedy completions of a benchmark and its samples, as far as there are."""
+    name = figures.benchmark
     if figures.greedy_accuracy is not None:
-        yield "exact_match", (figures.greedy_accuracy, _error(figures.greedy_accuracy_interval_95))
+        error = _error(figures.greedy_accuracy_interval_95)
+        metrics = {"exact_match": (figures.greedy_accuracy, error)}
+        yield _Task(name=name, figures=figures, shots=shots, metrics=metrics, samples=0)
+        name = f"{name}@{figures.samples_per_prompt}"
     if figures.pass_at_1 is not None:
-        yield "pass@1", (figures.pass_at_1, _error(figures.pass_at_1_interval_95))
-        yield from ((f"pass@{k}", (value, None)) for k, value in figures.pass_at_k.items() if k != "1")
+        error = _error(figures.pass_at_1_interval_95)
+        more = {f"pass@{k}": (value, None) for k, value in figures.pass_at_k.items() if k != "1"}
+        metrics = {"pass@1": (figures.pass_at_1, error), **more}
+        yield _Task(
+            name=name, figures=figures, shots=shots, metrics=metrics, samples=figures.samples_per_prompt
+        )
 
 
 def _with_errors(metrics: Mapping[str, tuple[float, float | None]]) -> dict[str, float | str]:
@@ -91,25 +111,25 @@ def _with_errors(metrics: Mapping[str, tuple[float, float | None]]) -> dict[str,
     return found
 
 
-def _task(figures: Figures, metrics: Sequence[str], shots: int) -> dict[str, Any]:
-    """A benchmark as the harness describes a task."""
-    sampling = figures.sampling
+def _config(task: _Task) -> dict[str, Any]:
+    """A task as the harness describes it."""
+    sampling = task.figures.sampling
+    drawn = {"temperature": sampling.get("temperature"), "top_p": sampling.get("top_p")}
     return {
-        "task": figures.benchmark,
+        "task": task.name,
         "output_type": "generate_until",
         "generation_kwargs": {
-            "do_sample": bool(figures.samples_per_prompt),
-            "temperature": sampling.get("temperature"),
-            "top_p": sampling.get("top_p"),
+            "do_sample": bool(task.samples),
+            **(drawn if task.samples else {"temperature": 0.0}),
             "max_gen_toks": sampling.get("max_completion_tokens"),
             "until": sampling.get("stop", []),
         },
-        "num_fewshot": shots,
-        "repeats": max(figures.samples_per_prompt, 1),
+        "num_fewshot": task.shots,
+        "repeats": max(task.samples, 1),
         "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in task.metrics
         ],
-        "metadata": {"version": figures.grader},
+        "metadata": {"version": task.figures.grader},
     }
 
 
