@@ -1,9 +1,9 @@
 """Results of `evaluate` in the file layout of EleutherAI's lm-evaluation-harness, for dashboards that read it.
 
-One file per model, <folder>/<model>/results_<time>.json, with a task for each benchmark. A task of the harness draws in one
-way, so the n samples of a benchmark that also has greedy completions are a second task, `<benchmark>@n`. `exact_match`
-is the greedy accuracy, `pass@k` is of samples. Standard errors follow from the 95 % intervals. Keys of the harness that
-have no meaning here are left out.
+One file per model, <folder>/<model>/results_<time>.json, with a task for each benchmark. A task of the harness draws
+in one way, so the n samples of a benchmark that also has greedy completions are a second task, `<benchmark>@n`.
+`exact_match` is the greedy accuracy, `pass@k` is of samples. Standard errors follow from the 95 % intervals. Keys of
+the harness that have no meaning here are left out.
 """
 
 import json
