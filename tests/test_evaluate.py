@@ -41,6 +41,7 @@ from stage2_train.evaluation.plan import benchmarks_of
 from stage2_train.evaluation.run import evaluate, show
 from tests.conftest import ROOT
 from tests.fakes import IDENTITY, change_json, write_artifact
+from tests.quantised import save_quantised
 from tests.stage2_runs import tiny_config
 
 
@@ -261,6 +262,41 @@ def test_weights_go_into_an_engine_of_their_own_network_alone(
     evaluate_all(config, tiny_model, tmp_path / "other", tmp_path / "trained")
     assert [len(exam.loaded) for exam in exams] == [0, 0, 0]
     assert all(exam.closed for exam in exams)
+
+
+def test_a_quantised_model_has_an_engine_of_its_own_and_no_kl(
+    config: Config, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path / "other", seed=1)
+    models = [
+        save_quantised(model, tmp_path / f"{model.name}-int8") for model in (tiny_model, tmp_path / "other")
+    ]
+    exams: list[ExamEngine] = []
+
+    def build(*_: Any, **__: Any) -> ExamEngine:
+        exams.append(ExamEngine(PromptRenderer(tiny_model, config.data), config))
+        return exams[-1]
+
+    engines_are(monkeypatch, build)
+    own = config.model_copy(update={"engine": config.engine.model_copy(update={"backend": "vllm"})})
+    found = evaluate_all(own, *models)
+    assert [each.kl_sequence for each in found] == [None, None]
+    assert [each.greedy_accuracy for each in found] == [0.2, 0.2]
+    assert [len(exam.loaded) for exam in exams] == [0, 0]
+    transformers = config.model_copy(
+        update={"engine": config.engine.model_copy(update={"backend": "transformers"})}
+    )
+    with pytest.raises(UserError, match=r"which only vLLM samples from here; set engine\.backend = \"vllm\""):
+        evaluate_all(transformers, *models)
+
+
+def test_a_quantised_reference_is_refused(
+    config: Config, tiny_model: Path, tmp_path: Path, engine: ExamEngine
+) -> None:
+    model = save_quantised(tiny_model, tmp_path / "int8")
+    own = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})})
+    with pytest.raises(UserError, match=r"is quantised .*: it cannot be trained"):
+        evaluate_all(own, tiny_model)
 
 
 class SpeakingEngine(ExamEngine):

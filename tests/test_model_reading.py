@@ -96,8 +96,11 @@ def test_weights_in_a_quantised_format_are_refused_whatever_the_config_says(fold
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"is quantised \(weights stored as F8_E4M3\): it cannot be trained"):
-        read_model(folder)
+    for may_be in (False, True):  # nothing says with which scales
+        with pytest.raises(
+            UserError, match=r"is quantised \(weights stored as F8_E4M3\): it cannot be trained"
+        ):
+            read_model(folder, may_be_quantised=may_be)
 
 
 # Where a completion ends.

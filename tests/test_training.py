@@ -36,6 +36,7 @@ from stage2_train.resume import is_finished, origin, with_defaults
 from stage2_train.run import run_stage2
 from stage2_train.split import Split
 from tests import warm
+from tests.quantised import save_quantised
 from tests.stage2_runs import as_toml, tiny_config, write_tiny_vstar
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:(torch|tensorboard|deepspeed)\..*")
@@ -278,6 +279,22 @@ def test_a_model_with_tied_embeddings_is_exported_whole_and_tied(tied_model: Pat
         assert torch.equal(weight, state[f"model.{name}"]), name
         assert not torch.equal(weight, reference.get_parameter(name)), name
     assert torch.equal(model.lm_head.weight, state["model.lm_head.weight"])
+
+
+def test_a_quantised_model_is_evaluated_by_vllm_without_kl(finished: Finished, tmp_path: Path) -> None:
+    workspace = finished.workspace
+    model = save_quantised(workspace.paths("whole").model, tmp_path / "int8")
+    process = warm.run(
+        [*workspace.command("evaluate"), "--model", str(model), "--json"],
+        env=workspace.environment("whole"),
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "int8 is quantised (quantization_config compressed-tensors): no KL" in process.stderr
+    (result,) = json.loads(process.stdout)["results"]
+    assert (result["prompts"], result["samples_per_prompt"]) == (5, 4)
+    assert 1 <= result["completion_tokens_mean"] <= 16
+    assert "kl_sequence" not in result
 
 
 def test_a_checkpoint_is_exported_loads_in_vllm_and_is_evaluated(finished: Finished, tmp_path: Path) -> None:

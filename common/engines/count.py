@@ -36,7 +36,7 @@ def fitting(config: Config, most: int, samples: int) -> Config:
 
 def small(folder: Path) -> bool:
     """Whether an engine on a CPU is busier with Python than with the model in `folder`, so that one a core pays."""
-    return read_model(folder).parameters <= SMALL
+    return read_model(folder, may_be_quantised=True).parameters <= SMALL
 
 
 def of_each_rank(engines: int, ranks: int) -> int:

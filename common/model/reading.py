@@ -35,6 +35,8 @@ class ModelReading:
     weights: Weights
     embedding_rows: int | None
     """Upper bound of the token ids that it can read."""
+    quantisation: str | None
+    """What its config says of quantised weights; None if it says nothing."""
 
     @property
     def kind(self) -> str:
@@ -64,24 +66,48 @@ class ModelReading:
         }
 
 
-def read_model(folder: Path) -> ModelReading:
+def read_model(folder: Path, *, may_be_quantised: bool = False) -> ModelReading:
     """Read the folder. Raises UserError for a model that cannot be trained: damaged, quantised, or no decoder."""
     numbers = model_numbers(folder)
     _refuse_other_kinds(folder, numbers.document)
     weights = read_weights(folder)
-    if quantised := sorted(
-        {
-            form
-            for name, form in weights.formats.items()
-            if form.startswith(QUANTISED_FORMATS) and name.endswith("weight")
-        }
-    ):
-        raise _quantised(folder, f"weights stored as {', '.join(quantised)}")
+    quantisation = _quantisation(numbers.document)
+    if quantisation is not None and not may_be_quantised:
+        raise _quantised(folder, quantisation)
+    if quantisation is None and (formats := _quantised_formats(weights)):
+        raise _quantised(folder, f"weights stored as {', '.join(formats)}")
     return ModelReading(
         folder=folder,
         numbers=numbers,
         weights=weights,
         embedding_rows=_embedding_rows(folder, numbers, weights),
+        quantisation=quantisation,
+    )
+
+
+def _quantisation(document: dict[str, Any]) -> str | None:
+    """What a config says of quantised weights."""
+    for key in QUANTISATION:
+        if quantisation := document.get(key):
+            method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+            return f"{key} {method}"
+    return None
+
+
+def _quantised_formats(weights: Weights) -> list[str]:
+    return sorted(
+        {
+            form
+            for name, form in weights.formats.items()
+            if form.startswith(QUANTISED_FORMATS) and name.endswith("weight")
+        }
+    )
+
+
+def _quantised(folder: Path, found: str) -> UserError:
+    return UserError(
+        f"{folder} is quantised ({found}): it cannot be trained, and V̂* of another model than the trained one is "
+        "worth nothing; use the model in bfloat16 or float32, without quantization_config"
     )
 
 
@@ -105,17 +131,6 @@ def _refuse_other_kinds(folder: Path, document: dict[str, Any]) -> None:
             f"{folder} is an encoder-decoder ({document['model_type']}), which cannot be trained here; use a "
             "causal language model"
         )
-    for key in QUANTISATION:
-        if quantisation := document.get(key):
-            method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
-            raise _quantised(folder, f"{key} {method}")
-
-
-def _quantised(folder: Path, found: str) -> UserError:
-    return UserError(
-        f"{folder} is quantised ({found}): it cannot be trained, and V̂* of another model than the trained one is "
-        "worth nothing; use the model in bfloat16 or float32, without quantization_config"
-    )
 
 
 def _embedding_rows(folder: Path, numbers: ModelNumbers, weights: Weights) -> int | None:

@@ -1,4 +1,4 @@
-"""Check that a model can be sampled from and trained, before a model loads or a token is drawn."""
+"""Check that a model can be sampled from, or also trained, before a model loads or a token is drawn."""
 
 from pathlib import Path
 
@@ -18,6 +18,26 @@ def read_trainable(folder: Path, config: RunConfig) -> ModelReading:
     """The description of the model in `folder`. Raises UserError unless both stages can use it."""
     model = read_model(folder)
     refuse_untrainable(folder, config)
+    return model
+
+
+def read_sampled(folder: Path, config: RunConfig) -> ModelReading:
+    """The description of a model that is sampled from alone, which vLLM can do if it is quantised.
+
+    Raises UserError for other models that cannot be trained.
+    """
+    from common.model.pretrained import refuse_generation_config
+
+    model = read_model(folder, may_be_quantised=True)
+    if model.quantisation is None:
+        refuse_untrainable(folder, config)
+    elif config.engine.backend != "vllm":
+        raise UserError(
+            f"{folder} is quantised ({model.quantisation}), which only vLLM samples from here; set engine.backend = "
+            '"vllm", or use the model in bfloat16 or float32'
+        )
+    else:
+        refuse_generation_config(folder)
     return model
 
 

@@ -127,8 +127,12 @@ class Drawing:
         if self._engine is not None and self._loaded == model.folder:
             return self._engine
         before, self._network = self._network, network_hash(model.folder)
-        # Its workers may be other processes, which weights in memory do not reach.
-        takes_weights = before == self._network and self._config.engine.tensor_parallel_size == 1
+        # Its workers may be other processes, which weights in memory do not reach; vLLM repacks quantised ones.
+        takes_weights = (
+            before == self._network
+            and self._config.engine.tensor_parallel_size == 1
+            and model.quantisation is None
+        )
         if self._engine is not None and not takes_weights:
             self._engine.close()
             self._engine = None
@@ -144,6 +148,8 @@ class Drawing:
         else:
             self._engine.load_weights(stored_weights(model.folder))
         self._loaded = model.folder
+        if model.quantisation is not None:
+            return self._engine
         temperature = self._config.sampling.temperature or 1.0
         self.checks[model.name] = draw_compared(self._engine, prompts, self._config, temperature=temperature)
         return self._engine

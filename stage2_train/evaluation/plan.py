@@ -11,7 +11,7 @@ from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.grading import GraderConfig, GraderPool
 from common.model.files import model_identity
-from common.model.trainable import read_trainable
+from common.model.trainable import read_sampled
 from common.model.weights import read_weights, weights_hash
 from common.rollout import Prompt
 from common.runs import run_paths
@@ -55,6 +55,8 @@ class Model:
     name: str
     folder: Path
     identity: dict[str, Any]
+    quantisation: str | None
+    """What says that its weights are quantised; None if they are not."""
     renderers: Mapping[str, PromptRenderer]
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
 
@@ -110,10 +112,16 @@ def _draws(config: Config, sampling: SamplingParams, *, greedy: bool, num_sample
 def read_model(config: Config, name: str, folder: Path, benchmarks: Sequence[Benchmark]) -> Model:
     """A model without its prompts. Raises UserError if it cannot be used."""
     known = run_paths(config.run).known_weights
-    read_trainable(folder, config)
+    reading = read_sampled(folder, config)
     weights_hash(read_weights(folder), known)  # refuses weights that are not finite
     renderers = {each.name: PromptRenderer(folder, each.data) for each in benchmarks}
-    return Model(name=name, folder=folder, identity=model_identity(folder, known), renderers=renderers)
+    return Model(
+        name=name,
+        folder=folder,
+        identity=model_identity(folder, known),
+        quantisation=reading.quantisation,
+        renderers=renderers,
+    )
 
 
 def models_of(config: Config, folders: Mapping[str, Path], benchmarks: Sequence[Benchmark]) -> list[Model]:

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.evaluations import PROMPTS, REFERENCE, Comparison, Figures, Results, read_results, write_results
 from common.grading import UNJUDGED, Outcome, fingerprint
 from common.model.files import model_identity, reference_model
+from common.model.trainable import read_trainable
 from common.provenance import STRICT, Provenance, context, read_provenance
 from common.remote.places import shown
 from common.runs import exclusive_run, run_paths
@@ -57,6 +58,7 @@ def evaluate(
     folder = reference_model(config)
     _refuse_other_reference(folder, config)
     models = models_of(config, folders, chosen)
+    read_trainable(folder, config)
     reference = read_model(config, REFERENCE, folder, chosen)
     for benchmark in chosen:
         if benchmark.name == HELD_OUT:
@@ -81,9 +83,15 @@ def evaluate(
 def _near_reference(
     reference: Model, models: Sequence[Model], benchmarks: Sequence[Benchmark], console: Terminal
 ) -> list[Model]:
-    """The models whose KL to the reference is defined: those with its tokenizer and its rendering of prompts."""
+    """The models whose KL to the reference can be measured.
+
+    They have its tokenizer and its rendering of prompts, and are not quantised: our log-probs are of plain weights.
+    """
     near = []
     for model in models:
+        if model.quantisation is not None:
+            console.print(f"{model.name} is quantised ({model.quantisation}): no KL")
+            continue
         same = model.identity["tokenizer"] == reference.identity["tokenizer"] and all(
             model.renderers[each.name].identity() == reference.renderers[each.name].identity()
             for each in benchmarks
