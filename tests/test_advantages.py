@@ -18,6 +18,7 @@ from common.provenance import Provenance
 from common.runs import exclusive_run, run_paths
 from common.segments.advantages import dropped_by, with_advantage_error, with_advantages
 from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE, standard_error
+from common.terminal import progress
 from common.terminal.console import Terminal
 from stage1_vstar.advantages import values as kept_values
 from stage1_vstar.advantages.filter import filter_states
@@ -182,9 +183,13 @@ def test_other_settings_need_no_model_as_long_as_segments_and_critic_are_the_sam
         assert provenance.context["min_gap"] == min_gap
     assert rows.equals(before)
     assert len(critic.seen) == asked
-    (paths.critic / "config.json").write_text('{"another": 1}')
-    run(config, critic)
+    bfloat16 = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    run(bfloat16, critic)
     assert len(critic.seen) == 2 * asked
+    assert "nothing to do" in run(bfloat16, critic)
+    (paths.critic / "config.json").write_text('{"another": 1}')
+    run(bfloat16, critic)
+    assert len(critic.seen) == 3 * asked
 
 
 def test_monte_carlo_values_need_no_critic(config: Config) -> None:
@@ -264,6 +269,18 @@ def test_values_of_another_critic_or_number_format_are_not_taken(config: Config)
     (paths.critic / "config.json").write_text('{"another": 1}')
     run(config, critic)
     assert critic.loads == 3
+
+
+def test_the_job_says_how_many_states_the_critic_has_valued(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_values, "STATES_A_PART", 10)
+    monkeypatch.setattr(progress, "LOG_SECONDS", -1.0)
+    critic = Critic()
+    said = run(config, critic)
+    total = len(critic.seen)
+    assert f"the critic's values of 10/{total} states, " in said
+    assert f"the critic's values of {total}/{total} states, 0 s left" in said
 
 
 def test_the_critic_is_loaded_once_for_all_parts_of_the_table(

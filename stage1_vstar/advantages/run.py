@@ -22,9 +22,10 @@ from common.segments.advantages import dropped_by, lists, with_advantages
 from common.segments.critic import refuse_missing_critic, trained_on
 from common.segments.files import ADVANTAGES, ADVANTAGES_TABLE, SEGMENTS_TABLE
 from common.terminal.console import Terminal
-from common.value import Floats, Ragged
+from common.terminal.progress import Advance
+from common.value import Ragged
 from stage1_vstar.advantages.rescore import rescore_advantages
-from stage1_vstar.advantages.successors import checked_prompts, renderer_of, successors
+from stage1_vstar.advantages.successors import PromptTokens, checked_prompts, renderer_of, successors
 from stage1_vstar.advantages.values import KeptValues, LoadCritic
 from stage1_vstar.table import with_dropped
 
@@ -96,7 +97,7 @@ def run_advantages(
         refuse_missing_critic(
             paths.critic, ', or take the Monte-Carlo values with advantages.values = "monte_carlo"'
         )
-        origin["critic"] = hash_files(paths.critic, WEIGHTS)
+        origin |= {"critic": hash_files(paths.critic, WEIGHTS), "critic_dtype": config.model.dtype}
         if trained_on(paths.critic) not in (None, origin["segments"]):
             console.print(
                 f"warning: the critic in {paths.critic} was trained on another table of states than {segments}; remove "
@@ -132,7 +133,7 @@ def run_advantages(
                     continue
                 column = NO_VALUES
                 if is_critics:
-                    column = critic_values(rows, values(successors(rows, prompts)))
+                    column = _critic_values(rows, values, prompts, console)
                 found = with_advantages(rows.with_columns(column), settings.values)
                 found = with_dropped(found, dropped_by(settings.min_gap))
                 counts.add(found)
@@ -171,16 +172,26 @@ def _context_of(path: Path, console: Terminal) -> dict[str, Any] | None:
 
 
 def _has_all(before: dict[str, Any], origin: dict[str, Any]) -> bool:
-    """Whether a table is of the same segments, and has the values of the same critic if one is wanted."""
-    names = [name for name, digest in origin.items() if digest is not None]
-    return all(before[name] == origin[name] for name in names)
+    """Whether a table is of the same segments, and has the values of the same critic if one is wanted.
+
+    Tables of earlier versions do not say in which dtype the critic computed.
+    """
+    return all(before.get(name, wanted) == wanted for name, wanted in origin.items() if wanted is not None)
 
 
-def critic_values(rows: pl.DataFrame, values: Floats) -> pl.Series:
-    """The column `critic_values`; `values` are those of the steps that do not end the solution, in their order."""
+def _critic_values(
+    rows: pl.DataFrame, values: KeptValues, prompts: PromptTokens, console: Terminal
+) -> pl.Series:
+    """The column `critic_values`: the critic is asked for the steps that do not end the solution."""
     ends_A = rows["action_ends"].explode().to_numpy()
     values_A = np.full(len(ends_A), np.nan)
-    values_A[~ends_A] = values
+    total = int((~ends_A).sum())
+
+    def state(done: int) -> str:
+        return f"the critic's values of {done:,}/{total:,} states"
+
+    with Advance(console, total, state) as progress:
+        values_A[~ends_A] = values(successors(rows, prompts), progress.by)
     return lists(
         "critic_values", values_A, Ragged(rows["action_ends"].list.len().to_numpy().astype(np.int64))
     )

@@ -36,12 +36,16 @@ class KeptValues:
         self._load = load
         self._score: Score | None = None
 
-    def __call__(self, states: Iterable["array[int]"]) -> Floats:
-        """The values of states, in their order. Raises UserError for one that is not finite."""
+    def __call__(self, states: Iterable["array[int]"], progress: Callable[[int], None]) -> Floats:
+        """The values of states, in their order; `progress` gets the number of states of each part that is done.
+
+        Raises UserError for a value that is not finite.
+        """
         rest = iter(states)
         parts = [np.empty(0)]
         while some := list(islice(rest, STATES_A_PART)):
             parts.append(self._of_part(some))
+            progress(len(some))
         return np.concatenate(parts)
 
     def _of_part(self, states: Sequence["array[int]"]) -> Floats:
