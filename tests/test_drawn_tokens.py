@@ -29,6 +29,17 @@ def test_a_token_without_a_probability_is_never_drawn() -> None:
     assert drawn([0.0, 1.0, 0.0], 0.0, 0.5, HIGHEST) == [1, 1, 1]
 
 
+def test_a_row_that_is_no_distribution_draws_a_token_of_the_vocabulary() -> None:
+    """vLLM looks its log-prob up, which is NaN too: agreement with the trainer says so."""
+    assert drawn([float("nan"), 0.5, 0.5], 0.0, 0.9) == [2, 2]
+
+
+def test_the_probabilities_stay_as_they_are() -> None:
+    probs_BV = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
+    drawn_tokens(probs_BV, torch.tensor([0.6], dtype=torch.float64))
+    assert probs_BV.tolist() == [[0.5, 0.25, 0.25]]
+
+
 def test_the_rarest_tokens_of_a_large_vocabulary_keep_their_share() -> None:
     """Behind a token of nearly all the probability each other one has 1e-9, which a sum in float32 would lose."""
     probs_V = torch.full((VOCABULARY,), 1e-9)
@@ -135,10 +146,15 @@ def test_logits_that_are_not_finite_are_the_users_to_know_of(broken: float, temp
 
 
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:(torch|vllm)\..*")
-def test_vllm_on_a_gpu_draws_what_the_transformers_engine_draws() -> None:
+def test_vllms_first_model_runner_draws_on_a_gpu_what_the_transformers_engine_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its method for GPUs, on a CPU. Where a request has no seed it draws as ever."""
+    from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
+    original: Any = topk_topp_sampler.random_sample
+    monkeypatch.setattr(topk_topp_sampler, "random_sample", original)  # put back at the end
     draw_one_number_per_token()
     draw_one_number_per_token()  # once is enough
     scores_TBV = torch.randn(6, 3, 1000, generator=torch.Generator().manual_seed(1))

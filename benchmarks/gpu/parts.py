@@ -75,7 +75,7 @@ def _reloads() -> list[Part]:
     ]
     other = Part(
         name="reload-graphs-qwen3",
-        what="the same for Qwen3, which runs in vLLM's second model runner, untied, not a multiple of 64",
+        what="the same for Qwen3, which runs in the second model runner of vLLM 0.24 too, untied, not a multiple of 64",
         module="reload",
         arguments={"eager": False, "tied": False, "odd": True, "architecture": "qwen3"},
     )

@@ -1,8 +1,11 @@
-"""How the transformers engine, and vLLM on a GPU, draw a token: a number is looked up in the cumulative distribution.
+"""How the transformers engine, and vLLM's first model runner on a GPU, draw a token: by its cumulative distribution.
 
 Each request has its own stream of numbers from 0 to 1, which depends on its seed alone: a sample is the same whatever
-else is in the batch. For requests with seeds vLLM itself draws noise for the whole vocabulary, row by row: on a GPU
-that is a launch per request and step. On a CPU it has a fast kernel, which it keeps.
+else is in the batch. One number is looked up for each token.
+
+For requests with seeds vLLM's first model runner draws noise for the whole vocabulary, row by row: on a GPU that is a
+launch per request and step. Its second one, which vLLM 0.32 takes for all models on a GPU with Triton, has a kernel for
+all rows, which it keeps. So has the first on a CPU.
 
 Shapes: B row, T token of a completion, V vocabulary.
 """
@@ -51,9 +54,10 @@ def next_state(generator: torch.Generator) -> int:
 def drawn_tokens(probs_BV: torch.Tensor, numbers_B: torch.Tensor) -> torch.Tensor:
     """Draw one token per row: the first whose cumulative probability exceeds the row's number in [0, 1).
 
-    The sum is in float64, which is exact enough for the rarest tokens. A token of probability 0 is never drawn.
+    The sum is in float64, which is exact enough for the rarest tokens. A token of probability 0 is never drawn. A row
+    with a NaN draws the last token: an id beyond the vocabulary would end the GPU's whole process.
     """
-    sum_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    sum_BV = probs_BV.to(torch.float64, copy=True).cumsum_(-1)
     total_B = sum_BV[:, -1]
     place_B = torch.minimum(numbers_B * total_B, total_B.nextafter(torch.zeros_like(total_B)))
-    return torch.searchsorted(sum_BV, place_B[:, None], right=True)[:, 0]
+    return torch.searchsorted(sum_BV, place_B[:, None], right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)

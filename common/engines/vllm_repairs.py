@@ -153,9 +153,10 @@ def rotate_heads_on_a_cpu() -> None:
 
 
 def draw_one_number_per_token() -> None:
-    """Make vLLM on a GPU draw as common/engines/drawing.py does, where all requests have seeds.
+    """Make vLLM's first model runner draw on a GPU as common/engines/drawing.py does, where all requests have seeds.
 
-    Only tried on a CPU so far, by calls of the method that vLLM uses on a GPU.
+    vLLM 0.24 takes that runner for some models, such as Qwen2; 0.32 with VLLM_USE_V2_MODEL_RUNNER=0 alone. Only tried
+    on a CPU so far, by calls of the method that it uses on a GPU.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
