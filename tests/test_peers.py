@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import grpo
+from benchmarks.peers.__main__ import main
 from benchmarks.peers.demo import seconds_to
 from benchmarks.peers.job import GRPOSteps
 from benchmarks.peers.vocabulary import BATCH_SIZE, LONGEST, completion_lengths
@@ -63,6 +64,30 @@ from common.grading import rule_gsm8k
 assert rule_gsm8k.grade("", "so #### 3", "3").reward == 1.0
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": "."})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["vocabulary", "--set", "vstar.num_samples=2"], "--set is for demo alone, not for vocabulary"),
+        (["demo", "--set", "vstar.num_samples"], "--set takes KEY=VALUE, found vstar.num_samples"),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused_before_earlier_results_go(
+    options: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    artifacts: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept = artifacts / "peers" / options[0] / "runs.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["peers", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert named in capsys.readouterr().err
+    assert kept.exists()
 
 
 @pytest.mark.parametrize("number", range(len(TRL_GRPO.options)), ids=map(grpo.name_of, TRL_GRPO.options))

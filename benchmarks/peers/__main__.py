@@ -34,6 +34,10 @@ def main() -> int:
     )
     parser.add_argument("--write", action="store_true", help=f"grpo: keep TRL's answers in {grpo.GOLDEN}")
     arguments = parser.parse_args()
+    if arguments.set and arguments.workload != "demo":
+        parser.error(f"--set is for demo alone, not for {arguments.workload}")
+    if wrong := [assignment for assignment in arguments.set if "=" not in assignment]:
+        parser.error(f"--set takes KEY=VALUE, found {wrong[0]}")
     folder = run_paths("peers").root.resolve() / arguments.workload
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
