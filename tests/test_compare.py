@@ -792,7 +792,7 @@ def summary_of(path: Path, figures: Mapping[str, Sequence[float]]) -> Summary:
 def test_the_table_has_means_ranks_and_the_reference(study: Callable[..., Path]) -> None:
     rebel = GRPO.replace("GRPO", "REBEL").replace("grpo", "rebel")
     summary = summary_of(
-        study(HEAD, A_STAR, GRPO, rebel), {"A*-PO": [0.9, 0.9], "GRPO": [0.8, 0.84], "REBEL": [0.7]}
+        study(HEAD, A_STAR, GRPO, rebel), {"A*-PO": [0.9, 0.9], "GRPO": [0.8, 0.84], "REBEL": [0.7, 0.7]}
     )
     sheet = summary.main_table()
     assert sheet.header == ["time, min", "memory, GiB", "KL(π‖π_ref)", "pass@1", "greedy", "tokens", "seeds"]
@@ -802,8 +802,15 @@ def test_the_table_has_means_ranks_and_the_reference(study: Callable[..., Path])
     assert cells["GRPO"]["pass@1"].text == "0.820 ± 0.254"
     assert [cells[name]["pass@1"].rank for name in ("A*-PO", "GRPO", "REBEL")] == [1, 2, None]
     assert [cells[name]["time, min"].rank for name in ("A*-PO", "GRPO", "REBEL")] == [1, None, 1]
-    assert cells["REBEL"]["seeds"].text == "1"
+    assert cells["REBEL"]["seeds"].text == "2"
     assert "| A\\*-PO | **1.00 ± 0.00** |" in sheet.markdown()
+
+
+def test_an_arm_with_fewer_seeds_than_another_has_no_rank(study: Callable[..., Path]) -> None:
+    summary = summary_of(study(HEAD, A_STAR, GRPO), {"A*-PO": [0.9, 0.7], "GRPO": [0.85]})
+    rows = dict(summary.main_table().rows)
+    assert [cell.text for cell in rows["GRPO"]][3] == "0.850"
+    assert [cell.rank for cell in rows["GRPO"]] == [None] * 7
 
 
 def with_curve(of: Record, accuracies: Sequence[float], *, stage1: float = 0.0) -> Record:

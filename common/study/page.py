@@ -22,8 +22,8 @@ REMARK = (
     "that of stage 1 and of the training process, here with its evaluations. Sampled tokens are those drawn in "
     "stage 1 and in training. Memory is the peak of the training process: the GPU's, or without one the resident "
     "set. KL is in nats per completion, from the evaluation's samples. Curves are of evaluations during training, "
-    "of which direct_advantage has none. The accuracy at a time, and the time to an accuracy, lie on lines between "
-    "these evaluations, which sample; all of set-up counts as before the first iteration."
+    "of which direct_advantage has none. The accuracy at a time, and the time and the iterations to an accuracy, lie "
+    "on lines between these evaluations, which sample; all of set-up counts as before the first iteration."
 )
 
 

@@ -256,12 +256,13 @@ class Summary:
         return Sheet(title=title, header=[column.title for column in columns], rows=rows)
 
     def _cells(self, column: Column) -> list[Cell]:
-        """A column of a table, one cell for each arm. An arm with seeds that lack the figure has no rank."""
+        """A column of a table, one cell for each arm.
+
+        An arm with fewer seeds than another, or with seeds that lack the figure, has no rank.
+        """
         means = [self.mean(arm, column.of) for arm in self.arms]
         counts = [len(self.of_arm(arm)) for arm in self.arms]
-        whole = [
-            mean if mean and mean.count == count else None for mean, count in zip(means, counts, strict=True)
-        ]
+        whole = [mean if mean and mean.count == max(counts) else None for mean in means]
         return [
             Cell(text=_text(mean, count, column.digits), rank=rank)
             for mean, count, rank in zip(means, counts, _ranks(whole, column.better), strict=True)
