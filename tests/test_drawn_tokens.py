@@ -1,14 +1,11 @@
-"""The engines' draw: a number from 0 to 1 looked up in the cumulative sum of a row's distribution."""
-
-from typing import Any
+"""The transformers engine's draw: a number from 0 to 1 looked up in the cumulative sum of a row's distribution."""
 
 import pytest
 import torch
 
 from common.config import SamplingParams
-from common.engines.drawing import STATES, STRIDE, drawn_tokens, next_state, numbers, streams
+from common.engines.drawing import STRIDE, drawn_tokens, numbers, streams
 from common.engines.transformers_engine import _SeededSampler
-from common.engines.vllm_repairs import draw_one_number_per_token
 from common.errors import UserError
 
 HIGHEST = 1 - 2**-53
@@ -27,11 +24,6 @@ def test_a_number_draws_the_token_whose_share_it_falls_into() -> None:
 def test_a_token_without_a_probability_is_never_drawn() -> None:
     assert drawn([0.0, 0.5, 0.0, 0.5, 0.0], 0.0, 0.4999, 0.5001, HIGHEST) == [1, 1, 3, 3]
     assert drawn([0.0, 1.0, 0.0], 0.0, 0.5, HIGHEST) == [1, 1, 1]
-
-
-def test_a_row_that_is_no_distribution_draws_a_token_of_the_vocabulary() -> None:
-    """vLLM looks its log-prob up, which is NaN too: agreement with the trainer says so."""
-    assert drawn([float("nan"), 0.5, 0.5], 0.0, 0.9) == [2, 2]
 
 
 def test_the_probabilities_stay_as_they_are() -> None:
@@ -53,7 +45,7 @@ def test_the_rarest_tokens_of_a_large_vocabulary_keep_their_share() -> None:
 def test_streams_are_those_of_splitmix64() -> None:
     """Its published outputs for the seed 1234567, whose first state is already moved on."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    found = numbers(streams([(1234567 + STRIDE) % STATES], 4))[0]
+    found = numbers(streams([(1234567 + STRIDE) % 2**64], 4))[0]
     assert found.tolist() == [(output >> 11) / 2**53 for output in published]
 
 
@@ -70,35 +62,6 @@ def test_numbers_are_uniform_and_streams_of_neighbouring_seeds_independent() -> 
         abs(float(torch.corrcoef(torch.stack([found_BT[:, :-1].flatten(), found_BT[:, 1:].flatten()]))[0, 1]))
         < 0.01
     )
-
-
-class OffsetGenerator:
-    """A generator of a GPU: it counts what is drawn."""
-
-    device = torch.device("meta")
-
-    def __init__(self, seed: int) -> None:
-        self._seed, self._offset = seed, 0
-
-    def initial_seed(self) -> int:
-        return self._seed
-
-    def get_offset(self) -> int:
-        return self._offset
-
-    def set_offset(self, offset: int) -> None:
-        self._offset = offset
-
-
-@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, STATES - 1])
-def test_a_generator_goes_through_the_stream_of_its_seed_on_every_device(seed: int) -> None:
-    expected = streams([seed], 5)[0].tolist()
-    generator = torch.Generator().manual_seed(seed)
-    assert [next_state(generator) for _ in range(5)] == expected
-    on_gpu: Any = OffsetGenerator(seed)
-    assert [next_state(on_gpu) for _ in range(3)] == expected[:3]
-    on_gpu.set_offset(on_gpu.get_offset() - 4)  # as vLLM does after a part of a prompt
-    assert [next_state(on_gpu) for _ in range(3)] == expected[2:]
 
 
 def test_a_rows_draws_depend_on_its_seed_alone_whatever_its_neighbours_and_the_limit() -> None:
@@ -143,34 +106,3 @@ def test_logits_that_are_not_finite_are_the_users_to_know_of(broken: float, temp
     scores_BV[1, 3] = broken
     with pytest.raises(UserError, match=r"logits are not finite: .*lower train\.learning_rate"):
         sampler(None, scores_BV)  # type: ignore[arg-type]
-
-
-@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:(torch|vllm)\..*")
-def test_vllms_first_model_runner_draws_on_a_gpu_what_the_transformers_engine_draws(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its method for GPUs, on a CPU. Where a request has no seed it draws as ever."""
-    from vllm.v1.sample.ops import topk_topp_sampler
-    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
-
-    original: Any = topk_topp_sampler.random_sample
-    monkeypatch.setattr(topk_topp_sampler, "random_sample", original)  # put back at the end
-    draw_one_number_per_token()
-    draw_one_number_per_token()  # once is enough
-    scores_TBV = torch.randn(6, 3, 1000, generator=torch.Generator().manual_seed(1))
-    generators = {row: torch.Generator().manual_seed(seed) for row, seed in enumerate([3, 4, 5])}
-    sampler: Any = TopKTopPSampler("processed_logprobs")
-    top_k, top_p = torch.tensor([50] * 3), torch.tensor([0.9] * 3)
-    ours = _SeededSampler(
-        [3, 4, 5], SamplingParams(max_completion_tokens=6, top_k=50, top_p=0.9), torch.device("cpu")
-    )
-    for scores_BV in scores_TBV:
-        drawn_B, logprobs_BV = sampler.forward_native(scores_BV.clone(), generators, top_k, top_p)
-        assert torch.equal(drawn_B, ours(None, scores_BV).argmax(-1))  # type: ignore[arg-type]
-        gathered_B = logprobs_BV.gather(-1, drawn_B[:, None])[:, 0]
-        torch.testing.assert_close(gathered_B, ours.logprobs[-1])
-    before = [each.initial_seed() for each in generators.values()]
-    del generators[1]
-    drawn_B, _ = sampler.forward_native(scores_TBV[0].clone(), generators, None, None)
-    assert drawn_B.shape == (3,)
-    assert [each.initial_seed() for each in generators.values()] == before[::2]

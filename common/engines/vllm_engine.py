@@ -23,7 +23,6 @@ from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.engines.vllm_adapter import VllmAdapter, lora_options
 from common.engines.vllm_repairs import (
     RenewedLayers,
-    draw_one_number_per_token,
     forget_packed_experts,
     repack_output_layer,
     rotate_heads_on_a_cpu,
@@ -81,7 +80,6 @@ class VllmEngine:
         max_model_len = context_length(config, folder)
         options: dict[str, Any] = {}
         if on_gpu:
-            draw_one_number_per_token()
             share = (
                 config.engine.training_gpu_memory_utilization
                 if beside_trainer

@@ -1,13 +1,11 @@
-"""Repairs of vLLM from outside: side effects on transformers, incomplete reloads, a wrong CPU kernel, slow draws."""
+"""Repairs of vLLM from outside: side effects on transformers, incomplete reloads, a wrong CPU kernel."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from common.engines.drawing import drawn_tokens, next_state, numbers
 from common.errors import UserError
 
 
@@ -150,24 +148,3 @@ def rotate_heads_on_a_cpu() -> None:
             return forward(self, positions, query, key)
 
         embedding.forward_cpu = repaired
-
-
-def draw_one_number_per_token() -> None:
-    """Make vLLM's first model runner draw on a GPU as common/engines/drawing.py does, where all requests have seeds.
-
-    vLLM 0.24 takes that runner for some models, such as Qwen2; 0.32 with VLLM_USE_V2_MODEL_RUNNER=0 alone. Only tried
-    on a CPU so far, by calls of the method that it uses on a GPU.
-    """
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    module: Any = topk_topp_sampler
-    sample = module.random_sample
-    if sample.__name__ == "random_sample":
-
-        def seeded(probs: Tensor, generators: dict[int, Generator], *options: Any) -> Tensor:
-            if len(generators) != len(probs):
-                return cast(Tensor, sample(probs, generators, *options))
-            states_B = np.array([next_state(generators[row]) for row in range(len(probs))], np.uint64)
-            return drawn_tokens(probs, numbers(states_B).to(probs.device, non_blocking=True))
-
-        module.random_sample = seeded
