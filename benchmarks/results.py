@@ -84,6 +84,12 @@ class Study:
         cells = next(cells for name, cells in sheet.rows if name == arm)
         return cells[sheet.header.index(title)].text
 
+    def lowest(self, arm: str, title: str) -> str:
+        """The lowest value of the arm's seeds, of a column of the main table."""
+        column = next(each for each in self.summary.columns() if each.title == title)
+        place = next(each for each in self.summary.arms if each.name == arm)
+        return f"{min(self.summary.values(place, column.of).values()):.{column.digits}f}"
+
     def has(self, name: str) -> bool:
         """Whether the records allow this figure."""
         return any(figure.name == name for figure in self.figures())
