@@ -23,6 +23,7 @@ from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.engines.vllm_adapter import VllmAdapter, lora_options
 from common.engines.vllm_repairs import (
     RenewedLayers,
+    follow_stream,
     forget_packed_experts,
     repack_output_layer,
     rotate_heads_on_a_cpu,
@@ -108,6 +109,8 @@ class VllmEngine:
             VllmEngine._leftover = False
         # vLLM collects garbage several times while it loads; frozen objects are not walked each time.
         gc.freeze()
+        # A trainer's engine may draw in another thread than the one that has built it.
+        self._follows_stream = on_gpu and beside_trainer
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
         with (
@@ -173,6 +176,8 @@ class VllmEngine:
 
         assert self.llm is not None, "the engine is closed"
         assert not self._is_asleep, "load_weights wakes the engine"
+        if self._follows_stream:
+            self.llm.collective_rpc(follow_stream)
         engine = self.llm.llm_engine
         waiting = iter(requests)
         running: dict[str, tuple[bool, SampleRequest]] = {}
