@@ -27,6 +27,7 @@ from common.engines.vllm_repairs import (
     forget_packed_experts,
     repack_output_layer,
     rotate_heads_on_a_cpu,
+    unhook_compiled,
     unpatched_classes,
 )
 from common.errors import EngineFailed, UserError, cause
@@ -111,6 +112,7 @@ class VllmEngine:
         gc.freeze()
         # A trainer's engine may draw in another thread than the one that has built it.
         self._follows_stream = on_gpu and beside_trainer
+        self._is_in_process = beside_trainer or config.engine.tensor_parallel_size == 1
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
         with (
@@ -313,6 +315,8 @@ class VllmEngine:
             torch.cuda.empty_cache()
             llm.wake_up()
             self._is_asleep = False
+        if self._is_in_process:
+            llm.apply_model(unhook_compiled)
         client: Any = llm.llm_engine.engine_core
         if not self._is_guest:
             client.shutdown()

@@ -126,6 +126,18 @@ def follow_stream(worker: Any) -> None:
     worker.model_runner.main_stream = torch.cuda.current_stream()
 
 
+def unhook_compiled(model: nn.Module) -> None:
+    """Let go of a compiled model, which torch would keep for ever: call it before the engine is shut down.
+
+    vLLM does so itself only if its engine is dropped while the model is still there.
+    """
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    for module in model.modules():
+        if isinstance(module, TorchCompileWithNoGuardsWrapper):
+            module.cleanup()
+
+
 def forget_packed_experts(model: nn.Module) -> None:
     """Make a reload pack the weights of experts as the first load did; on a CPU vLLM would not pack them again."""
     for module in model.modules():
