@@ -21,6 +21,7 @@ import torch
 from common.data.rendering import PromptRenderer
 from common.engines import RolloutEngine, build_engine
 from common.engines.shared_engine import refuse_wrong_size
+from common.engines.vllm_engine import keep_threads, set_environment
 from common.engines.vllm_repairs import follow_stream
 from common.errors import UserError
 from stage2_train.config import Config
@@ -305,6 +306,31 @@ def test_an_engine_beside_a_trainer_follows_whoever_draws(
     engine, llm = fake
     assert list(engine.generate([], SAMPLING)) == []
     assert llm.told == told
+
+
+def test_a_trainer_keeps_its_threads_beside_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils.torch_utils import set_torch_threads_for_runtime
+
+    chosen: list[int] = []
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    set_torch_threads_for_runtime()  # what vLLM does once a model is on a GPU
+    assert chosen == [1]
+    keep_threads()
+    set_torch_threads_for_runtime()
+    assert chosen == [1]
+    assert os.environ == {"OMP_NUM_THREADS": "4"}
+
+
+def test_vllms_workers_are_no_forks_of_a_process_that_has_looked_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "VLLM_WORKER_MULTIPROC_METHOD"
+    for given, method in (({}, "spawn"), ({name: "fork"}, "fork")):
+        monkeypatch.setattr(os, "environ", dict(given))
+        set_environment("bfloat16")
+        assert os.environ[name] == method
 
 
 def test_what_vllm_cannot_load_is_one_line(

@@ -90,6 +90,8 @@ class VllmEngine:
             options["gpu_memory_utilization"] = share
             options["enforce_eager"] = config.engine.enforce_eager
             options["enable_sleep_mode"] = beside_trainer and config.engine.sleep_while_training
+            if beside_trainer:
+                keep_threads()
         else:
             options["enforce_eager"] = True
             options["kv_cache_memory_bytes"] = round(config.engine.cpu_kv_cache_gib * 2**30)
@@ -403,6 +405,8 @@ def set_environment(dtype: str) -> None:
         # Otherwise Triton's kernels round the factors of float32 products to 10 bits (TF32); torch does not.
         **({"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # A fork cannot use a GPU that its parent has looked for, and would hold the locks of its parent's threads.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": LOGGING_LEVEL,
         "VLLM_NO_USAGE_STATS": "1",
         # Threads bound to cores compete with every other process there, such as the graders or a second rank.
@@ -412,6 +416,11 @@ def set_environment(dtype: str) -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+
+
+def keep_threads() -> None:
+    """Keep vLLM on a GPU from leaving this process one thread of torch, with which an optimizer on the CPU is slow."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def leave_uncompiled() -> None:
