@@ -531,14 +531,21 @@ from common.engines import build_engine
 from tests.stage2_runs import tiny_config
 
 folder, scratch, kind = sys.argv[1:]
-if kind == "beside a trainer":
+if kind != "alone":
     dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
+if kind == "compiled":
+    import vllm
+    plain = vllm.LLM
+    vllm.LLM = lambda **options: plain(
+        **options | {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+    )
 config = tiny_config(Path(scratch), Path(folder))
 held = []
 for _ in range(3):
     engine = build_engine(config, Path(folder), PromptRenderer(Path(folder), config.data), beside_trainer=True)
     runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     print([ref().shape for ref in held if ref() is not None])
+    assert (getattr(runner.model.model, "_bytecode_hook_handle", None) is not None) == (kind == "compiled")
     large = [*runner.model.parameters(), *runner.kv_caches]
     held = [weakref.ref(tensor) for tensor in large if tensor.ndim > 1]
     assert len(held) > 3
@@ -548,7 +555,7 @@ for _ in range(3):
 """
 
 
-@pytest.mark.parametrize("kind", ["alone", "beside a trainer"])
+@pytest.mark.parametrize("kind", ["alone", "beside a trainer", "compiled"])
 def test_a_closed_engine_has_freed_its_memory_when_the_next_is_there(
     kind: str, folder: Path, tmp_path: Path
 ) -> None:

@@ -4,11 +4,13 @@ Two ranks share a real engine on the CPU. Sleeping needs a GPU: there the order 
 """
 
 import gc
+import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,8 @@ import torch
 from common.data.rendering import PromptRenderer
 from common.engines import RolloutEngine, build_engine
 from common.engines.shared_engine import refuse_wrong_size
+from common.engines.vllm_engine import keep_threads, set_environment
+from common.engines.vllm_repairs import follow_stream
 from common.errors import UserError
 from stage2_train.config import Config
 from tests import warm
@@ -198,8 +202,12 @@ class FakeLLM:
     def wake_up(self, tags: Sequence[str] = ("all",)) -> None:
         self.told.append(f"wake {' '.join(tags)}")
 
-    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        self.told += [method, *(name for name, _ in kwargs["weights_iterator"])]
+    def collective_rpc(self, method: str | Callable[..., None], kwargs: dict[str, Any] | None = None) -> None:
+        if callable(method):
+            self.told.append(method.__name__)
+        else:
+            assert kwargs is not None
+            self.told += [method, *(name for name, _ in kwargs["weights_iterator"])]
 
     def apply_model(self, _: object) -> None:
         pass
@@ -261,6 +269,68 @@ def test_a_sleeping_engine_wakes_before_it_is_closed(
     assert llm.told == ["sleep 2", "empty_cache", "wake all", "shutdown", "empty_cache"]
     engine.close()
     assert llm.told.count("wake all") == llm.told.count("shutdown") == 1
+
+
+class SecondRunner:
+    """Keeps the stream in which it is first asked, as vLLM's second model runner does."""
+
+    @cached_property
+    def main_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream()
+
+
+def test_a_runner_follows_the_calling_thread_to_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    assert isinstance(inspect.getattr_static(GPUModelRunner, "main_stream"), cached_property)
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the first thread's")
+    runner: Any = SecondRunner()
+    assert runner.main_stream == "the first thread's"
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "another's")
+    assert runner.main_stream == "the first thread's"
+    follow_stream(SimpleNamespace(model_runner=runner))
+    assert runner.main_stream == "another's"
+    assert done == ["waited"]
+
+
+@pytest.mark.parametrize(
+    ("fake", "told"),
+    [((True, True), ["follow_stream"]), ((True, False), []), ((False, True), [])],
+    indirect=["fake"],
+)
+def test_an_engine_beside_a_trainer_follows_whoever_draws(
+    fake: tuple[RolloutEngine, FakeLLM], told: list[str]
+) -> None:
+    engine, llm = fake
+    assert list(engine.generate([], SAMPLING)) == []
+    assert llm.told == told
+
+
+def test_a_trainer_keeps_its_threads_beside_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils.torch_utils import set_torch_threads_for_runtime
+
+    chosen: list[int] = []
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    set_torch_threads_for_runtime()  # what vLLM does once a model is on a GPU
+    assert chosen == [1]
+    keep_threads()
+    set_torch_threads_for_runtime()
+    assert chosen == [1]
+    assert os.environ == {"OMP_NUM_THREADS": "4"}
+
+
+def test_vllms_workers_are_no_forks_of_a_process_that_has_looked_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "VLLM_WORKER_MULTIPROC_METHOD"
+    for given, method in (({}, "spawn"), ({name: "fork"}, "fork")):
+        monkeypatch.setattr(os, "environ", dict(given))
+        set_environment("bfloat16")
+        assert os.environ[name] == method
 
 
 def test_what_vllm_cannot_load_is_one_line(

@@ -82,6 +82,21 @@ def _reloads() -> list[Part]:
     return [crossed[0], other, *crossed[1:]]
 
 
+def _lives() -> list[Part]:
+    return [
+        Part(
+            name="ahead",
+            what="completions that a thread draws ahead in a stream of its own, against the main thread's",
+            module="ahead",
+        ),
+        Part(
+            name="rebuild",
+            what="an engine with graphs and sleep mode, closed and built again in the same process: memory, tokens",
+            module="rebuild",
+        ),
+    ]
+
+
 def _at_scale() -> list[Part]:
     adapted = {"7b": "an adapter, and the forecast of training all weights"}
     updates = [
@@ -154,6 +169,7 @@ PARTS = {
             module="against_formula",
         ),
         *_reloads(),
+        *_lives(),
         *_at_scale(),
         *_stage1(),
         *_suspects(),

@@ -23,9 +23,11 @@ from common.engines.shared_engine import SharedEngine, refuse_wrong_size
 from common.engines.vllm_adapter import VllmAdapter, lora_options
 from common.engines.vllm_repairs import (
     RenewedLayers,
+    follow_stream,
     forget_packed_experts,
     repack_output_layer,
     rotate_heads_on_a_cpu,
+    unhook_compiled,
     unpatched_classes,
 )
 from common.errors import EngineFailed, UserError, cause
@@ -88,6 +90,8 @@ class VllmEngine:
             options["gpu_memory_utilization"] = share
             options["enforce_eager"] = config.engine.enforce_eager
             options["enable_sleep_mode"] = beside_trainer and config.engine.sleep_while_training
+            if beside_trainer:
+                keep_threads()
         else:
             options["enforce_eager"] = True
             options["kv_cache_memory_bytes"] = round(config.engine.cpu_kv_cache_gib * 2**30)
@@ -108,6 +112,9 @@ class VllmEngine:
             VllmEngine._leftover = False
         # vLLM collects garbage several times while it loads; frozen objects are not walked each time.
         gc.freeze()
+        # A trainer's engine may draw in another thread than the one that has built it.
+        self._follows_stream = on_gpu and beside_trainer
+        self._is_in_process = beside_trainer or config.engine.tensor_parallel_size == 1
         self._can_sleep: bool = options.get("enable_sleep_mode", False)
         self._is_asleep = False
         with (
@@ -173,6 +180,8 @@ class VllmEngine:
 
         assert self.llm is not None, "the engine is closed"
         assert not self._is_asleep, "load_weights wakes the engine"
+        if self._follows_stream:
+            self.llm.collective_rpc(follow_stream)
         engine = self.llm.llm_engine
         waiting = iter(requests)
         running: dict[str, tuple[bool, SampleRequest]] = {}
@@ -308,6 +317,8 @@ class VllmEngine:
             torch.cuda.empty_cache()
             llm.wake_up()
             self._is_asleep = False
+        if self._is_in_process:
+            llm.apply_model(unhook_compiled)
         client: Any = llm.llm_engine.engine_core
         if not self._is_guest:
             client.shutdown()
@@ -394,6 +405,8 @@ def set_environment(dtype: str) -> None:
         # Otherwise Triton's kernels round the factors of float32 products to 10 bits (TF32); torch does not.
         **({"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # A fork cannot use a GPU that its parent has looked for, and would hold the locks of its parent's threads.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": LOGGING_LEVEL,
         "VLLM_NO_USAGE_STATS": "1",
         # Threads bound to cores compete with every other process there, such as the graders or a second rank.
@@ -403,6 +416,11 @@ def set_environment(dtype: str) -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+
+
+def keep_threads() -> None:
+    """Keep vLLM on a GPU from leaving this process one thread of torch, with which an optimizer on the CPU is slow."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def leave_uncompiled() -> None:

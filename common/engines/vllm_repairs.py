@@ -1,9 +1,10 @@
-"""Repairs of vLLM from outside: side effects on transformers, incomplete reloads, a wrong CPU kernel."""
+"""Repairs of vLLM from outside: what it does to transformers, reloads, streams, closed models, and a CPU kernel."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -113,6 +114,28 @@ class RenewedLayers:
                     f"vLLM cannot take over new weights for its {type(model).__name__}: {name} "
                     f'({type(layer).__name__}) keeps the old ones; set engine.backend = "transformers"'
                 )
+
+
+def follow_stream(worker: Any) -> None:
+    """Make an engine on a GPU compute in the stream of the calling thread, once the GPU has finished all earlier work.
+
+    vLLM's second model runner keeps the stream in which it first sampled. In another stream it would copy samples to
+    main memory before they are there, and go on in the first one.
+    """
+    torch.cuda.synchronize()
+    worker.model_runner.main_stream = torch.cuda.current_stream()
+
+
+def unhook_compiled(model: nn.Module) -> None:
+    """Let go of a compiled model, which torch would keep for ever: call it before the engine is shut down.
+
+    vLLM does so itself only if its engine is dropped while the model is still there.
+    """
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    for module in model.modules():
+        if isinstance(module, TorchCompileWithNoGuardsWrapper):
+            module.cleanup()
 
 
 def forget_packed_experts(model: nn.Module) -> None:
