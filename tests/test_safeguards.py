@@ -94,7 +94,7 @@ class MortalEngine(ScriptedEngine):
     ) -> None:
         super().__init__(renderer)
         self.completions = completions
-        self.error = error or RuntimeError("CUDA error: an illegal memory access")
+        self.error = error or RuntimeError("a scheduler error")
         self.closed = False
 
     def generate(self, requests: Iterable[SampleRequest], sampling: SamplingParams) -> Iterator[Completion]:
@@ -116,8 +116,10 @@ def setting(tmp_path: Path, tiny_model: Path) -> tuple[Config, PromptRenderer, l
 
 def engine_failed() -> EngineFailed:
     """As the vLLM engine says it."""
-    failed = EngineFailed("vLLM failed while it sampled (RuntimeError: CUDA error); start the job again")
-    failed.__cause__ = RuntimeError("CUDA error: an illegal memory access")
+    failed = EngineFailed(
+        "vLLM failed while it sampled (RuntimeError: a scheduler error); start the job again"
+    )
+    failed.__cause__ = RuntimeError("a scheduler error")
     return failed
 
 
@@ -144,7 +146,7 @@ def test_an_engine_that_dies_is_built_anew_and_draws_the_same_with_the_current_w
     assert [engine.closed for engine in engines] == [True, False]
     assert [engine.weights for engine in engines] == [{}, {"a": torch.tensor(7.0)}]
     said = capsys.readouterr().err
-    assert said.count("warning: rank 0: the rollout engine died (RuntimeError: CUDA error") == 1
+    assert said.count("warning: rank 0: the rollout engine died (RuntimeError: a scheduler error") == 1
 
 
 def test_what_a_group_of_ranks_cannot_go_on_after_ends_the_job(
@@ -158,6 +160,23 @@ def test_what_a_group_of_ranks_cannot_go_on_after_ends_the_job(
             sampler.attempt(Draw(prompts=prompts, places=range(8), seed=5))
 
 
+@pytest.mark.parametrize("is_in_a_line", [False, True])
+def test_a_gpu_that_has_failed_ends_the_job(
+    is_in_a_line: bool, setting: tuple[Config, PromptRenderer, list[Prompt]]
+) -> None:
+    """Nothing in this process can use it again."""
+    config, renderer, prompts = setting
+    error: Exception = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    if is_in_a_line:
+        failed = EngineFailed("vLLM failed while it sampled; start the job again")
+        failed.__cause__ = error
+        error = failed
+    with GraderPool(config.grader) as pool:
+        sampler = Sampler(lambda: MortalEngine(renderer, 3, error), pool, config.sampling, ALONE)
+        with pytest.raises(UserError, match=r"the GPU failed .*illegal memory access .*start the job again"):
+            sampler.attempt(Draw(prompts=prompts, places=range(8), seed=5))
+
+
 def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(
     setting: tuple[Config, PromptRenderer, list[Prompt]],
 ) -> None:
@@ -166,7 +185,7 @@ def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(
         sampler = Sampler(lambda: MortalEngine(renderer, 3), pool, config.sampling, ALONE)
         draw = Draw(prompts=prompts, places=range(8), seed=5)
         first = sampler.attempt(draw)
-        with pytest.raises(RuntimeError, match="illegal memory access"):
+        with pytest.raises(RuntimeError, match="a scheduler error"):
             sampler.settle(draw, first, list)
 
 

@@ -58,8 +58,11 @@ class Sampler:
     def attempt(self, draw: Draw, weights: "list[tuple[str, Tensor]] | None" = None) -> list[Group] | None:
         """The graded completions of each prompt, or None if the engine died while drawing them.
 
-        `weights`, if any, are loaded first and then released. Only this method may run in another thread.
+        `weights`, if any, are loaded first and then released. Only this method may run in another thread. Raises
+        UserError if the GPU itself has failed, after which no code of this process can use it.
         """
+        import torch
+
         try:
             if weights is not None:
                 self._engine.load_weights(weights)
@@ -70,8 +73,14 @@ class Sampler:
                 raise
             if self._is_ending.is_set():
                 return None
+            origin = error.__cause__ or error
+            if isinstance(origin, torch.AcceleratorError):
+                raise UserError(
+                    f"the GPU failed while completions were drawn ({cause(origin)}): this process cannot use it any "
+                    "more; start the job again, which continues from the last checkpoint"
+                ) from error
             print(
-                f"warning: rank {self._ranks.rank}: the rollout engine died ({cause(error.__cause__ or error)}); "
+                f"warning: rank {self._ranks.rank}: the rollout engine died ({cause(origin)}); "
                 "it is rebuilt with the current weights and draws its batch again",
                 file=sys.stderr,
             )
