@@ -16,7 +16,7 @@ from common.runs import OWN, run_paths
 
 ADAPTER = "adapter_config.json"
 QUANTISATION_FILE = "hf_quant_config.json"
-"""Where older versions of NVIDIA's ModelOpt say how weights are quantised; vLLM reads it if config.json says nothing."""
+"""Where older versions of ModelOpt say how weights are quantised; vLLM reads it if config.json says nothing."""
 
 
 def resolve_model(path: str, revision: str | None) -> Path:
