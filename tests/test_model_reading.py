@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from common.model.files import model_identity
+from common.model.files import model_identity, network_hash
 from common.model.reading import describe_model, eos_token_ids, read_model
 from tests.fakes import change_json
 
@@ -72,6 +72,10 @@ def test_files_beside_the_model_are_no_part_of_it(folder: Path) -> None:
             {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
             r"quantization_config fp8\): it cannot be",
         ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}, "text_config": {"quantization_config": {}}},
+            r"quantization_config fp8\): it cannot be",
+        ),
         ({"quantization_config": "awq"}, r"is quantised \(quantization_config \?\)"),
         (
             {"is_encoder_decoder": True, "model_type": "t5"},
@@ -101,6 +105,17 @@ def test_weights_in_a_quantised_format_are_refused_whatever_the_config_says(fold
             UserError, match=r"is quantised \(weights stored as F8_E4M3\): it cannot be trained"
         ):
             read_model(folder, may_be_quantised=may_be)
+
+
+def test_a_file_of_modelopt_says_that_a_model_is_quantised_and_is_part_of_its_network(folder: Path) -> None:
+    """vLLM reads it where config.json says nothing."""
+    before = network_hash(folder)
+    file = folder / "hf_quant_config.json"
+    file.write_text(json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
+    with pytest.raises(UserError, match=r"is quantised \(hf_quant_config\.json\): it cannot be trained"):
+        read_model(folder)
+    assert read_model(folder, may_be_quantised=True).quantisation == "hf_quant_config.json"
+    assert network_hash(folder) != before
 
 
 # Where a completion ends.

@@ -26,6 +26,7 @@ from common.engines.vllm_repairs import follow_stream
 from common.errors import UserError
 from stage2_train.config import Config
 from tests import warm
+from tests.quantised import save_quantised
 from tests.rollout_ranks import GREEDY, REQUESTS, SAMPLING, Found, other_weights, requests, sample
 from tests.stage2_runs import tiny_config
 
@@ -347,6 +348,9 @@ def test_what_vllm_cannot_load_is_one_line(
         UserError, match=r"\(ValueError: 1 validation error no such kernel see the log\); .*transformers"
     ):
         build_engine(config, tiny_model, PromptRenderer(tiny_model, config.data), beside_trainer=False)
+    quantised = save_quantised(tiny_model, tmp_path / "int8")
+    with pytest.raises(UserError, match=r"correct what it says, or use the model without quantisation$"):
+        build_engine(config, quantised, PromptRenderer(quantised, config.data), beside_trainer=False)
     gc.unfreeze()
 
 

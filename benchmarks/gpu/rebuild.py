@@ -41,7 +41,8 @@ def measure(findings: Findings, folder: Path) -> None:
         found = Greedy(timed, data.prompts)
         if first is None:
             first = found
-        findings.holds(f"closed {closed}: its tokens were those of the first engine", found == first)
+        else:
+            findings.holds(f"closed {closed}: its tokens were those of the first engine", found == first)
         if closed == "asleep":
             timed.sleep()
         timed.close()

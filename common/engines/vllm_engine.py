@@ -32,6 +32,7 @@ from common.engines.vllm_repairs import (
 )
 from common.errors import EngineFailed, UserError, cause
 from common.model.files import model_numbers
+from common.model.reading import quantisation_of
 from common.rollout import Completion, SampleRequest
 from common.runs import run_paths
 
@@ -121,7 +122,12 @@ class VllmEngine:
             unpatched_classes() as classes,
             _in_one_line(
                 f"{folder}: vLLM cannot load the model",
-                'correct what it says, or set engine.backend = "transformers"'
+                "correct what it says, or "
+                + (
+                    "use the model without quantisation"
+                    if quantisation_of(folder)
+                    else 'set engine.backend = "transformers"'
+                )
                 + (
                     '; if it has no LoRA for the model, set train.lora.in_engine = "merged"'
                     if adapter

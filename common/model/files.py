@@ -15,6 +15,8 @@ from common.remote.places import here
 from common.runs import OWN, run_paths
 
 ADAPTER = "adapter_config.json"
+QUANTISATION_FILE = "hf_quant_config.json"
+"""Where older versions of ModelOpt say how weights are quantised; vLLM reads it if config.json says nothing."""
 
 
 def resolve_model(path: str, revision: str | None) -> Path:
@@ -100,8 +102,13 @@ def model_identity(folder: Path, memory: Path | None = None) -> dict[str, Any]:
 
 
 def network_hash(folder: Path) -> str:
-    """A hash of the network described by a model's config.json: of all keys except `WITHOUT_EFFECT`."""
+    """A hash of the network described by a model's config.json: of all keys except `WITHOUT_EFFECT`.
+
+    A file that says how its weights are quantised counts too.
+    """
     config = _without_effectless(read_json(folder / "config.json"))
+    if (file := folder / QUANTISATION_FILE).is_file():
+        config[file.name] = read_json(file)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.model.files import ModelNumbers, model_numbers, read_json
+from common.model.files import QUANTISATION_FILE, ModelNumbers, model_numbers, read_json
 from common.model.weights import Weights, read_weights
 
 GENERATION_CONFIG = "generation_config.json"
@@ -36,7 +36,7 @@ class ModelReading:
     embedding_rows: int | None
     """Upper bound of the token ids that it can read."""
     quantisation: str | None
-    """What its config says of quantised weights; None if it says nothing."""
+    """What its files say of quantised weights; None if they say nothing."""
 
     @property
     def kind(self) -> str:
@@ -71,7 +71,7 @@ def read_model(folder: Path, *, may_be_quantised: bool = False) -> ModelReading:
     numbers = model_numbers(folder)
     _refuse_other_kinds(folder, numbers.document)
     weights = read_weights(folder)
-    quantisation = _quantisation(numbers.document)
+    quantisation = quantisation_of(folder)
     if quantisation is not None and not may_be_quantised:
         raise _quantised(folder, quantisation)
     if quantisation is None and (formats := _quantised_formats(weights)):
@@ -85,13 +85,14 @@ def read_model(folder: Path, *, may_be_quantised: bool = False) -> ModelReading:
     )
 
 
-def _quantisation(document: dict[str, Any]) -> str | None:
-    """What a config says of quantised weights."""
-    for key in QUANTISATION:
-        if quantisation := document.get(key):
-            method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
-            return f"{key} {method}"
-    return None
+def quantisation_of(folder: Path) -> str | None:
+    """What a model's config, or that of its text part, says of quantised weights, or ModelOpt's file beside it."""
+    for document in (read_json(folder / "config.json"), model_numbers(folder).document):
+        for key in QUANTISATION:
+            if quantisation := document.get(key):
+                method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+                return f"{key} {method}"
+    return QUANTISATION_FILE if (folder / QUANTISATION_FILE).is_file() else None
 
 
 def _quantised_formats(weights: Weights) -> list[str]:
