@@ -275,6 +275,7 @@ def test_the_job_says_how_many_states_the_critic_has_valued(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kept_values, "STATES_A_PART", 10)
+    monkeypatch.setattr(contract, "BATCH_ROWS", 40)
     monkeypatch.setattr(progress, "LOG_SECONDS", -1.0)
     critic = Critic()
     said = run(config, critic)

@@ -5,6 +5,7 @@ settings of [advantages] need no model.
 """
 
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,20 @@ def run_advantages(
             context[ACCEPTED] = accepted
         made = replace(provenance, context={**provenance.context, **context})
         counts = Counts()
-        with ADVANTAGES_TABLE.writer(paths.advantages, made) as write:
+        is_used = ~pl.col("is_terminal") & pl.col("prompt_id").is_in(list(prompts))
+        with (
+            ADVANTAGES_TABLE.writer(paths.advantages, made) as write,
+            _valuing(segments, is_used, console) if is_critics else nullcontext() as progress,
+        ):
             for states in SEGMENTS_TABLE.scan(segments):
-                going_on = states.filter(~pl.col("is_terminal") & pl.col("prompt_id").is_in(list(prompts)))
+                going_on = states.filter(is_used)
                 rows = going_on.filter(pl.col("action_values").list.len() > 0)
                 counts.without_steps += going_on.height - rows.height
                 if rows.is_empty():
                     continue
                 column = NO_VALUES
-                if is_critics:
-                    column = _critic_values(rows, values, prompts, console)
+                if progress is not None:
+                    column = _critic_values(rows, values, prompts, progress)
                 found = with_advantages(rows.with_columns(column), settings.values)
                 found = with_dropped(found, dropped_by(settings.min_gap))
                 counts.add(found)
@@ -179,19 +184,23 @@ def _has_all(before: dict[str, Any], origin: dict[str, Any]) -> bool:
     return all(before.get(name, wanted) == wanted for name, wanted in origin.items() if wanted is not None)
 
 
+def _valuing(segments: Path, is_used: pl.Expr, console: Terminal) -> Advance:
+    """The progress of the critic, over all states that it is asked for."""
+    columns = ("prompt_id", "is_terminal", "action_ends")
+    total = sum(
+        int((~rows.filter(is_used)["action_ends"].explode()).sum() or 0)
+        for rows in SEGMENTS_TABLE.scan(segments, columns)
+    )
+    return Advance(console, total, lambda done: f"the critic's values of {done:,}/{total:,} states")
+
+
 def _critic_values(
-    rows: pl.DataFrame, values: KeptValues, prompts: PromptTokens, console: Terminal
+    rows: pl.DataFrame, values: KeptValues, prompts: PromptTokens, progress: Advance
 ) -> pl.Series:
     """The column `critic_values`: the critic is asked for the steps that do not end the solution."""
     ends_A = rows["action_ends"].explode().to_numpy()
     values_A = np.full(len(ends_A), np.nan)
-    total = int((~ends_A).sum())
-
-    def state(done: int) -> str:
-        return f"the critic's values of {done:,}/{total:,} states"
-
-    with Advance(console, total, state) as progress:
-        values_A[~ends_A] = values(successors(rows, prompts), progress.by)
+    values_A[~ends_A] = values(successors(rows, prompts), progress.by)
     return lists(
         "critic_values", values_A, Ragged(rows["action_ends"].list.len().to_numpy().astype(np.int64))
     )
