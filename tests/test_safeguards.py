@@ -175,6 +175,11 @@ def test_a_gpu_that_has_failed_ends_the_job(
         sampler = Sampler(lambda: MortalEngine(renderer, 3, error), pool, config.sampling, ALONE)
         with pytest.raises(UserError, match=r"the GPU failed .*illegal memory access .*start the job again"):
             sampler.attempt(Draw(prompts=prompts, places=range(8), seed=5))
+        full = torch.AcceleratorError("CUDA error: out of memory")
+        sampler = Sampler(lambda: MortalEngine(renderer, 3, full), pool, config.sampling, ALONE)
+        assert sampler.attempt(Draw(prompts=prompts, places=range(8), seed=5)) is None, (
+            "it can be built again"
+        )
 
 
 def test_an_engine_that_dies_twice_of_one_batch_ends_the_job(

@@ -74,7 +74,7 @@ class Sampler:
             if self._is_ending.is_set():
                 return None
             origin = error.__cause__ or error
-            if isinstance(origin, torch.AcceleratorError):
+            if isinstance(origin, torch.AcceleratorError) and "out of memory" not in str(origin):
                 raise UserError(
                     f"the GPU failed while completions were drawn ({cause(origin)}): this process cannot use it any "
                     "more; start the job again, which continues from the last checkpoint"
