@@ -47,11 +47,6 @@ class Study:
         return str(done) if done == planned else f"{done} of {planned}"
 
     @property
-    def has_all_seeds(self) -> bool:
-        """Whether all arms have finished with as many seeds."""
-        return len({len(self.summary.of_arm(arm)) for arm in self.summary.plan.arms}) == 1
-
-    @property
     def minutes(self) -> float:
         """The time of all runs."""
         return sum(record.seconds.total for record in self.summary.records.values()) / 60

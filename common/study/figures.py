@@ -228,14 +228,14 @@ def _by_value(summary: Summary, arms: Sequence[Arm], column: Column, symbol: str
     grids = dict.fromkeys(arm.grid for arm in arms)
     level = [(arm, summary.mean(arm, column.of)) for arm in summary.arms if arm.grid is None]
     found = {
-        grid: [
-            (place, mean)
-            for place, value in enumerate(values)
-            for arm in arms
-            if arm.grid == grid
-            and shown(arm.value) == value
-            and (mean := summary.mean(arm, column.of)) is not None
-        ]
+        grid: sorted(
+            (
+                (values.index(shown(arm.value)), mean)
+                for arm in arms
+                if arm.grid == grid and (mean := summary.mean(arm, column.of)) is not None
+            ),
+            key=lambda point: point[0],
+        )
         for grid in grids
     }
     if not any(found.values()):

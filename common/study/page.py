@@ -85,7 +85,6 @@ def _notices(plan: Plan, summary: Summary) -> list[str]:
     """What limits the comparison."""
     machines = dict.fromkeys(record.conditions.machine for record in summary.records.values())
     versions = {str(sorted(record.conditions.versions.items())) for record in summary.records.values()}
-    unequal = {len(summary.of_arm(arm)) for arm in plan.arms}
     busy = [
         record
         for record in summary.records.values()
@@ -108,7 +107,7 @@ def _notices(plan: Plan, summary: Summary) -> list[str]:
         )
     if len(versions) > 1:
         found.append("The runs are of different versions of the libraries; their records have the versions.")
-    if len(unequal) > 1:
+    if not summary.has_equal_seeds:
         found.append("Not all arms have all seeds yet: compare those that have the same ones.")
     return found
 

@@ -87,6 +87,11 @@ class Summary:
         """The arms that have a record."""
         return [arm for arm in self.plan.arms if self.of_arm(arm)]
 
+    @property
+    def has_equal_seeds(self) -> bool:
+        """Whether all arms of the plan have as many records."""
+        return len({len(self.of_arm(arm)) for arm in self.plan.arms}) == 1
+
     def of_arm(self, arm: Arm) -> dict[int, Record]:
         """An arm's records by seed."""
         return {seed: record for (name, seed), record in self.records.items() if name == arm.name}

@@ -1,6 +1,6 @@
 """The benchmarks of a config and the completions to draw for them, read and checked before a model loads."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from common.data.rendering import PromptRenderer
 from common.errors import UserError
 from common.grading import GraderConfig, GraderPool
 from common.model.files import model_identity
+from common.model.reading import ModelReading
 from common.model.trainable import read_sampled
 from common.model.weights import read_weights, weights_hash
 from common.rollout import Prompt
@@ -109,10 +110,16 @@ def _draws(config: Config, sampling: SamplingParams, *, greedy: bool, num_sample
     return draws
 
 
-def read_model(config: Config, name: str, folder: Path, benchmarks: Sequence[Benchmark]) -> Model:
-    """A model without its prompts. Raises UserError if it cannot be used."""
+def read_model(
+    config: Config,
+    name: str,
+    folder: Path,
+    benchmarks: Sequence[Benchmark],
+    read: Callable[[Path, Config], ModelReading] = read_sampled,
+) -> Model:
+    """A model without its prompts. Raises UserError if it cannot be used, as `read` decides."""
     known = run_paths(config.run).known_weights
-    reading = read_sampled(folder, config)
+    reading = read(folder, config)
     weights_hash(read_weights(folder), known)  # refuses weights that are not finite
     renderers = {each.name: PromptRenderer(folder, each.data) for each in benchmarks}
     return Model(

@@ -58,8 +58,7 @@ def evaluate(
     folder = reference_model(config)
     _refuse_other_reference(folder, config)
     models = models_of(config, folders, chosen)
-    read_trainable(folder, config)
-    reference = read_model(config, REFERENCE, folder, chosen)
+    reference = read_model(config, REFERENCE, folder, chosen, read_trainable)
     for benchmark in chosen:
         if benchmark.name == HELD_OUT:
             prompts = models[0].prompts[HELD_OUT]
