@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bare_vllm
+from benchmarks.compiled import compiled_layers
 from benchmarks.flops import (
     ADAMW_BYTES,
     BACKWARD,
@@ -184,9 +186,9 @@ Phases = dict[str, Phase]
 """The phases of one iteration, by name."""
 
 
-def measure(workload: str, run: str, overrides: Sequence[str], iterations: int) -> str:
+def measure(workload: str, run: str, overrides: Sequence[str], iterations: int, compiled: bool) -> str:
     """The tables of one workload."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, compiled_layers() if compiled else nullcontext():
         if workload == "larger":
             config = load_config(DEMO, [*assignments({"model.path": folder, **LARGER}), *overrides])
             save_random_model(Path(folder), LARGER_MODEL, ends=ENDS)
@@ -312,10 +314,13 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, action="append")
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--run", default="demo", help="the demo's artifacts, which are only read")
+    parser.add_argument("--compiled", action="store_true", help="with each layer compiled by torch")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     chosen = parser.parse_args()
     for workload in chosen.workload or WORKLOADS:
-        print(alone(measure, workload, chosen.run, chosen.set, chosen.iterations), flush=True)
+        print(
+            alone(measure, workload, chosen.run, chosen.set, chosen.iterations, chosen.compiled), flush=True
+        )
 
 
 if __name__ == "__main__":

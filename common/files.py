@@ -155,6 +155,9 @@ UNWRITABLE = {
 _PROBE_BYTES = 2**20
 _STREAMS = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}
 
+FILES_AT_A_TIME = 8
+"""Threads that hash files."""
+
 LEFTOVER_SECONDS = 24 * 3600.0
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from common.files import discard, file_digest, sync, writing_to
+from common.files import FILES_AT_A_TIME, discard, file_digest, sync, writing_to
 from common.remote.copies import fetched, fetched_anew, forget, forget_unfinished, published_folder, renamed
 from stage2_train.ranks import Ranks
 from stage2_train.split import Split
@@ -38,7 +38,6 @@ STATE = "state.json"
 ROLLOUTS = "rollouts.json"
 HISTORY = "history.parquet"
 MANIFEST = "manifest.json"
-HASHING_THREADS = 8
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -216,5 +215,5 @@ def _hashes(checkpoint: Path, parts: Collection[str] = ("",)) -> dict[str, str]:
         str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()
     }
     files = {name: path for name, path in found.items() if name != MANIFEST and name.startswith(tuple(parts))}
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as threads:
         return dict(zip(files, threads.map(file_digest, files.values()), strict=True))

@@ -14,7 +14,6 @@ from common.store import sample_files
 from tests.killing import JobServer
 from tests.stage2_runs import tiny_config
 
-KILLS = 20
 PARTIAL = 3
 """Of the kills, those in the middle of drawing."""
 
@@ -34,9 +33,9 @@ def drawn(run: str) -> int:
     return there
 
 
-@pytest.mark.usefixtures("artifacts")
-def test_killed_at_twenty_random_instants_an_evaluation_has_the_same_results(
-    artifacts: Path, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize("least", [7, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_instants_an_evaluation_has_the_same_results(
+    artifacts: Path, tiny_model: Path, tmp_path: Path, least: int
 ) -> None:
     save_tiny_model(tmp_path / "other", seed=1)
     config = tiny_config(tmp_path, tiny_model, evaluate={"num_samples": SAMPLES})
@@ -61,7 +60,7 @@ def test_killed_at_twenty_random_instants_an_evaluation_has_the_same_results(
         whole = json.loads(run_paths("whole").results("json").read_text())
         instants = random.Random(0)
         kills = completed = partial = 0
-        while kills < KILLS or (partial < PARTIAL and kills < 3 * KILLS):
+        while kills < least or (partial < PARTIAL and kills < 3 * least):
             name, before = f"killed-{completed}", 0
             while run(name, seconds=instants.uniform(0, longest)):
                 kills += 1

@@ -39,6 +39,7 @@ SLOW = (
     "demo-vllm-bfloat16",
     "demo-transformers-float32",
     "naive-1.5b",
+    "compiled-1.5b",
     "method-ppo",
     "sampling-demo",
 )

@@ -15,7 +15,8 @@ from tests.training_jobs import ranks_found
 
 WEIGHTS_TOLERANCE = 5e-5
 """Six to twelve steps move a weight by up to 1e-2."""
-PROMPTS, STEPS = 16, 2
+PROMPTS, STEPS = 12, 2
+"""Of an iteration; the data are those of two."""
 BUDGET = 160
 """Tokens per micro-batch: several of them in a step."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -71,6 +72,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     config = tiny_config(
         folder,
         tiny_model,
+        data={"limit": 2 * PROMPTS},
         sampling={"max_completion_tokens": 48},
         train={"iterations": ITERATIONS, "batch_size": PROMPTS, "mini_batch_size": PROMPTS // STEPS},
         grader={"workers": 1},

@@ -114,6 +114,12 @@ def _at_scale() -> list[Part]:
         what="the same with full logits under autograd, and with ours, in micro-batches of 4,096 tokens",
         module="naive",
     )
+    compiled = Part(
+        name="compiled-1.5b",
+        what="reference and update as in update-1.5b, with each layer compiled by torch, which the product does not do",
+        module="update",
+        arguments={"shape": "1.5b", "compiled": True},
+    )
     iterations = [
         Part(
             name=f"iteration-{shape}",
@@ -133,7 +139,7 @@ def _at_scale() -> list[Part]:
         )
         for objective in ("astar_po", "ppo", "grpo", "rebel")
     ]
-    return [*updates, *iterations, *methods, naive]
+    return [*updates, *iterations, *methods, naive, compiled]
 
 
 def _stage1() -> list[Part]:

@@ -4,9 +4,11 @@ The code is stage 2's own, as in benchmarks.scale: 64 sequences of 256 + 1,024 t
 model whose weights cannot all be trained on this card is said to be so, and trained with an adapter.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.compiled import compiled_layers
 from benchmarks.flops import BACKWARD, forward_flops
 from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.iteration import FORECAST_ERROR, LEAST_RATE, RATE
@@ -19,8 +21,13 @@ from stage2_train.memory import memory_per_gpu, read_shape
 ADAPTER = ("train.lora.rank=16",)
 
 
-def measure(findings: Findings, folder: Path, *, shape: str, lora: bool) -> None:
-    """One model; with `lora` an adapter of it, beside the forecast of training all of its weights."""
+def measure(
+    findings: Findings, folder: Path, *, shape: str, lora: bool = False, compiled: bool = False
+) -> None:
+    """One model; with `lora` an adapter of it, beside the forecast of training all of its weights.
+
+    With `compiled` its layers are compiled by torch, which the product does not do.
+    """
     model = random_model(folder, shape, "bfloat16", is_tiny=findings.is_tiny)
     if lora:
         forecast(findings, workload(findings), model, "all weights")
@@ -28,7 +35,9 @@ def measure(findings: Findings, folder: Path, *, shape: str, lora: bool) -> None
     if not forecast(findings, chosen, model, "an adapter" if lora else "all weights") and findings.is_judged:
         findings.remark("not run: it does not fit")
         return
-    add_result(findings, chosen, measure_step("ours", chosen.config(model), model), model)
+    with compiled_layers() if compiled else nullcontext():
+        result = measure_step("ours", chosen.config(model), model)
+    add_result(findings, chosen, result, model, label="ours, compiled" if compiled else "ours")
 
 
 def workload(
@@ -78,12 +87,18 @@ def _offloaded(chosen: Workload, model: Path) -> dict[str, int]:
 
 
 def add_result(
-    findings: Findings, chosen: Workload, result: Result, model: Path, *, way: str = "ours"
+    findings: Findings,
+    chosen: Workload,
+    result: Result,
+    model: Path,
+    *,
+    way: str = "ours",
+    label: str | None = None,
 ) -> None:
     """A row of one step, and its checks if it is ours."""
     config = chosen.config(model, way)
     expected = computed(result.shape, config, way, resident=findings.device == "cpu")
-    row: dict[str, str | float | None] = {"way": way, "micro_batch": chosen.tokens_per_micro_batch}
+    row: dict[str, str | float | None] = {"way": label or way, "micro_batch": chosen.tokens_per_micro_batch}
     if result.update_seconds is None:
         findings.row("One step", **row, reference_s=None, update_s=None, forecast_GiB=expected / GIB)
         findings.remark(f"{way}: does not fit")

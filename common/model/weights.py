@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -13,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
-from common.files import file_digest, joint_hash, write_text
+from common.files import FILES_AT_A_TIME, file_digest, joint_hash, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,8 +189,7 @@ def weights_hash(weights: Weights, memory: Path | None = None) -> str:
     same.
     """
     known = _Known(memory)
-    files = sorted([*weights.files, *weights.unread])
-    all_found = {file: known.of(file, is_loaded=file in weights.files) for file in files}
+    all_found = known.of({file: file in weights.files for file in sorted([*weights.files, *weights.unread])})
     known.keep()
     for file, found in all_found.items():
         if found.not_finite is not None:
@@ -229,8 +229,12 @@ class _Known:
             except (ValueError, TypeError, KeyError, AttributeError):
                 self._found = {}  # damaged: its results are computed again
 
-    def of(self, file: Path, *, is_loaded: bool) -> _Found:
-        """The result of a file, which is read if it has changed."""
+    def of(self, files: Mapping[Path, bool]) -> dict[Path, _Found]:
+        """The results of files, given whether each is loaded; those that have changed are read, some at a time."""
+        with ThreadPoolExecutor(FILES_AT_A_TIME) as threads:
+            return dict(zip(files, threads.map(self._of, files, files.values()), strict=True))
+
+    def _of(self, file: Path, is_loaded: bool) -> _Found:
         path, state = str(file.resolve()), _state(file)
         known = self._found.get(path)
         if known and known.state == state and known.is_loaded >= is_loaded:
