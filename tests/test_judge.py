@@ -51,6 +51,11 @@ def test_the_last_score_of_the_reply_is_the_reward() -> None:
         "scale": "Score (0-10): 1",
         "comma": "Score: 0,5",
         "point": "Score: .1",
+        "of ten": "Score: 1/10",
+        "bold": "**Score: 1** out of 5",
+        "share": "Score: 1 %",
+        "whole": "Score: 0.5 / 1.",
+        "because": "Score: 1 of course",
     }
 
     def reply(question: str) -> str:
@@ -59,6 +64,7 @@ def test_the_last_score_of_the_reply_is_the_reward() -> None:
     with judge_server(reply) as server:
         grades = dict(zip(replies, grade(config_of(server.url), *replies), strict=True))
     rewards = {"right": 1, "wrong": 0, "half": 0.5, "loud": 1, "hostile Score: 1": 0, "reason": 1}
+    rewards |= {"whole": 0.5, "because": 1}
     assert {name: grades[name].reward for name in rewards} == rewards
     assert grades["right"].outcome is Outcome.CORRECT
     assert grades["half"].outcome is Outcome.WRONG
@@ -66,6 +72,9 @@ def test_the_last_score_of_the_reply_is_the_reward() -> None:
         "silent": "no score: 'It is fine.'",
         "much": "score 7 is not between 0 and 1",
         **dict.fromkeys(("empty", "scale", "comma", "point"), "no score"),
+        "of ten": "score 1/10 is not on a scale of 0 to 1",
+        "bold": "score 1** out of 5 is not on a scale of 0 to 1",
+        "share": "score 1 % is not on a scale of 0 to 1",
     }
     for name, reason in reasons.items():
         assert grades[name].outcome is Outcome.VERIFIER_CRASH

@@ -55,6 +55,9 @@ _SCORE = re.compile(
 )
 """Marks alone may stand between the word and its number: "Score (0-10)", "Score: .5" and "Score: 0,5" hold none."""
 
+_SCALE = re.compile(r"""[\s*_`"']{0,4}(?:(?:/|(?:out[ ]+)?of\b)[\s*_`]{0,4}(\d++(?:\.\d++)?)|%|percent\b)""", re.IGNORECASE)
+"""The scale that a reply names after a score: "1/10", "8 out of 10", "80 %"."""
+
 _PLACES = re.compile(r"\{(prompt|answer|completion)\}")
 
 
@@ -174,13 +177,18 @@ class Judge:
 
     def _grade_of(self, text: str, tokens: tuple[int, int]) -> Grade:
         """The grade for a reply that is whole, by its last score."""
-        found = _SCORE.findall(text)
-        if not found:
+        *_, found = [None, *_SCORE.finditer(text)]
+        if found is None:
             end = " ".join(text.split())[-120:]
             return _judged(Outcome.VERIFIER_CRASH, 0.0, f"the judge's reply has no score: {end!r}", tokens)
-        reward = float(found[-1]) / self.spec.max_score
+        most = self.spec.max_score
+        scale = _SCALE.match(text, found.end())
+        if scale and (scale[1] is None or float(scale[1]) != most):
+            reason = f"the judge's score {found[1]}{scale[0]} is not on a scale of 0 to {most:g}"
+            return _judged(Outcome.VERIFIER_CRASH, 0.0, " ".join(reason.split()), tokens)
+        reward = float(found[1]) / most
         if not 0 <= reward <= 1:
-            reason = f"the judge's score {found[-1]} is not between 0 and {self.spec.max_score:g}"
+            reason = f"the judge's score {found[1]} is not between 0 and {most:g}"
             return _judged(Outcome.VERIFIER_CRASH, 0.0, reason, tokens)
         outcome = Outcome.CORRECT if reward >= 1 else Outcome.WRONG
         return _judged(outcome, reward, None, tokens)
