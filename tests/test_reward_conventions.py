@@ -4,9 +4,11 @@ import io
 import json
 import re
 import time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from common.data.datasets import read_data_set, read_pairs
@@ -512,13 +514,22 @@ def test_a_function_is_recognised_by_the_names_of_its_parameters(function: str, 
     assert recognise(eval(function)).convention == convention
 
 
-@pytest.mark.parametrize("name", ["state", "info", "task"])
+@pytest.mark.parametrize(
+    "function", ["lambda parser, completion, answer, **kwargs: 1", "lambda completion, answer, parser: 1"]
+)
+def test_a_function_that_needs_verifiers_parser_is_refused(function: str) -> None:
+    with pytest.raises(ValueError, match="called as verifiers does, it gets no parser"):
+        recognise(eval(function))
+
+
+@pytest.mark.parametrize("name", ["state", "info", "task", "parser"])
 def test_a_function_that_may_be_of_two_conventions_is_refused_until_one_is_named(name: str) -> None:
     function = eval(f"lambda prompt, completion, answer, {name}: 1")
     with pytest.raises(ValueError, match=r"may be ours, with texts, or verifiers.*set grader\.convention"):
         recognise(function)
     assert recognise(function, "plain").needs.columns == (name,)
-    assert recognise(function, "verifiers").convention == "verifiers"
+    if name != "parser":
+        assert recognise(function, "verifiers").convention == "verifiers"
 
 
 def test_a_convention_that_is_named_decides(functions: str) -> None:
@@ -594,6 +605,32 @@ def test_an_answer_of_any_kind_reaches_functions_and_is_refused_for_rules(
     config = config_of(Path("m"), path, {"name": "math"})
     with pytest.raises(UserError, match=r"reward_model\.ground_truth is a dict, not a text or a number"):
         read_pairs(config.data, config)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [('["3"]', "3"), ('["3", "4"]', '["3", "4"]'), ('["3"', '["3"'), ('["3"] or 4', '["3"] or 4')],
+)
+def test_verls_functions_get_the_text_of_a_list_as_it_is(
+    tmp_path: Path, functions: str, text: str, answer: str
+) -> None:
+    """They read it as JSON themselves; ours get its one element."""
+    path = rows_file(tmp_path, [VERL_ROW | {"reward_model": {"ground_truth": text}}])
+    config = config_of(Path("m"), path, {"name": f"{functions}:compute_score"})
+    ((_, stored),) = read_pairs(config.data, config)
+    assert (reference_of(stored).given, reference_of(stored).answer) == (text, answer)
+
+
+def test_a_decimal_reaches_functions_as_a_number(tmp_path: Path, functions: str) -> None:
+    path = tmp_path / "decimals.parquet"
+    rows = pl.DataFrame(
+        {"prompt": ["x"], "ground_truth": [Decimal("3.50")]},
+        schema_overrides={"ground_truth": pl.Decimal(9, 2)},
+    )
+    rows.write_parquet(path)
+    config = config_of(Path("m"), path, {"name": f"{functions}:compute_score_of_number"})
+    ((_, stored),) = read_pairs(config.data, config)
+    assert (reference_of(stored).given, reference_of(stored).answer) == (3.5, "3.50")
 
 
 def test_a_rule_beside_functions_extracts_the_answer_that_both_get(tmp_path: Path, functions: str) -> None:

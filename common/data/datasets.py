@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,8 @@ def _pair(
             return ""
         if any_answer and isinstance(cell, list | dict | bool):
             return json.dumps(storable_cell(cell), ensure_ascii=False)
+        if any_answer and len(_listed(cell, data_format) or [cell]) > 1:
+            return text_of(cell)
         return _answer(cell, data_format)
 
     return question, _cell(row, data_format.answer_field, read)
@@ -168,11 +171,13 @@ def _reference(
 ) -> Reference:
     """The data that reward functions read from a row; `columns` names the columns, None means all but the prompt."""
     answer = cell_at(row, data_format.answer_field)
-    kinds = (int, float, list, dict) if any_answer else (int, float)  # a rule reads the one element of a list
+    numbers = (int, float, Decimal)
+    kinds = (*numbers, list, dict) if any_answer else numbers  # a rule reads the one element of a list
+    is_no_text = isinstance(answer, kinds) or (any_answer and _listed(answer, data_format) is not None)
     names = [name for name in row if name != data_format.prompt_field] if columns is None else columns
     reference = Reference(
         answer="",
-        raw=storable_cell(answer) if isinstance(answer, kinds) else None,
+        raw=storable_cell(answer) if is_no_text else None,
         columns={name: row[name] for name in names if name in row},
         is_messages=is_messages(cell_at(row, data_format.prompt_field)),
     )
@@ -228,14 +233,21 @@ def _answer(cell: Any, data_format: DataFormat) -> str:
     """The text of an answer; a list with one answer is that answer."""
     if data_format.answer_is_tests:
         return text_of(cell)
-    if data_format.answer_may_be_json and isinstance(cell, str) and cell.lstrip().startswith('["'):
-        with suppress(ValueError, RecursionError):  # an answer may begin like a list and be none
-            cell = json.loads(cell)
+    if (listed := _listed(cell, data_format)) is not None:
+        cell = listed
     if isinstance(cell, list) and len(cell) == 1:
         (cell,) = cell
     if isinstance(cell, list) and cell:
         raise TypeError(f"is a list of {len(cell)}, not a text, a number or a list of one")
     return text_of(cell)
+
+
+def _listed(cell: Any, data_format: DataFormat) -> list[Any] | None:
+    """The list whose JSON a text is; None for any other cell."""
+    if data_format.answer_may_be_json and isinstance(cell, str) and cell.lstrip().startswith('["'):
+        with suppress(ValueError, RecursionError):  # an answer may begin like a list and be none
+            return list(json.loads(cell))
+    return None
 
 
 def _refuse_missing_field(
@@ -295,11 +307,22 @@ def template_name(data: DataConfig) -> str:
 
 def recognised_as(data: DataConfig, data_format: DataFormat) -> str:
     """A line that says which format "auto" found in a data set."""
-    answers = f"answers from {data_format.answer_field}" if data_format.answer_field else "no answers"
+    answers = (
+        f"answers from {data_format.answer_field}"
+        if data_format.answer_field
+        else _no_answers(data, data_format)
+    )
     return (
         f"{data.title}: read as {data_format.name}: prompts from {data_format.prompt_field}, {answers}, "
         f"template {template_name(data)!r}"
     )
+
+
+def _no_answers(data: DataConfig, data_format: DataFormat) -> str:
+    others = [name for name in _first_rows(data)[0] if name != data_format.prompt_field]
+    if not others:
+        return "no answers"
+    return f"no answers (set {data.section}.answer_field if one of {', '.join(others[:SHOWN_COLUMNS])} is the answer)"
 
 
 def _recognised(data: DataConfig) -> DataFormat:

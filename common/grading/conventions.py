@@ -33,6 +33,8 @@ OF_TRL = (
 
 OF_VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 OF_VERIFIERS = ("prompt", "completion", "answer", "state", "info", "task")
+PARSER = "parser"
+"""An argument of verifiers that nothing stands for here."""
 ROW_OF_VERIFIERS = ("info", "task")
 
 NOT_APPLICABLE = "None: the reward does not apply"
@@ -208,12 +210,12 @@ def _convention_of(signature: inspect.Signature) -> str:
     out_of_place = any(
         name in names and names[place : place + 1] != [name] for place, name in enumerate(ours)
     )
-    if names[:3] == ours and not {*names}.isdisjoint(("state", "info", "task")):
+    if names[:3] == ours and not {*names}.isdisjoint(("state", "info", "task", PARSER)):
         raise ValueError(
             f"takes {signature}, which may be ours, with texts, or verifiers', with messages; set grader.convention to "
             '"plain" or "verifiers"'
         )
-    if out_of_place or (names != ours and names and {*names} <= {*OF_VERIFIERS}):
+    if out_of_place or PARSER in names or (names != ours and names and {*names} <= {*OF_VERIFIERS}):
         return "verifiers"
     return PLAIN
 

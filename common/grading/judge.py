@@ -55,7 +55,9 @@ _SCORE = re.compile(
 )
 """Marks alone may stand between the word and its number: "Score (0-10)", "Score: .5" and "Score: 0,5" hold none."""
 
-_SCALE = re.compile(r"""[\s*_`"']{0,4}(?:(?:/|(?:out[ ]+)?of\b)[\s*_`]{0,4}(\d++(?:\.\d++)?)|%|percent\b)""", re.IGNORECASE)
+_SCALE = re.compile(
+    r"""[\s*_`"']{0,4}(?:(?:/|(?:out[ ]+)?of\b)[\s*_`]{0,4}(\d++(?:\.\d++)?)|%|percent\b)""", re.IGNORECASE
+)
 """The scale that a reply names after a score: "1/10", "8 out of 10", "80 %"."""
 
 _PLACES = re.compile(r"\{(prompt|answer|completion)\}")

@@ -20,7 +20,7 @@ class Reference:
 
     answer: str
     raw: Any = None
-    """The answer as the data set's file holds it, where it is no text."""
+    """The answer as the data set's file holds it, where it is no text, or the JSON text of a list."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Cells by column name, as the file has them."""
     is_messages: bool = False
