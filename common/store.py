@@ -268,17 +268,31 @@ class SampleStore:
         ours = _scan(_holding(self._graded, chosen), SAMPLES).filter(chosen)
         return _collect(pl.concat([part.select(columns) for part in (ours, others)]))
 
-    def ungraded(self) -> Iterator[pl.DataFrame]:
-        """The samples that this grader has not judged yet, with text and completion_hash, one fragment at a time."""
+    def ungraded(self, prompts: pl.DataFrame | None = None) -> Iterator[pl.DataFrame]:
+        """The samples that this grader has not judged yet, with text and completion_hash, one fragment at a time.
+
+        With `prompts`, which has the column prompt_id, only theirs.
+        """
         there = self._later_grades()
         for fragment in self._graded_otherwise:
-            missing = _hashed(_collect(_scan([fragment], SAMPLES))).join(there, on=JUDGED, how="anti")
+            rows = _scan([fragment], SAMPLES)
+            if prompts is not None:
+                rows = rows.join(
+                    prompts.lazy().select("prompt_id"), on="prompt_id", how="semi", maintain_order="left"
+                )
+            missing = _hashed(_collect(rows)).join(there, on=JUDGED, how="anti")
             if missing.height:
                 yield missing
 
-    def ungraded_count(self) -> int:
-        """How many samples this grader has not judged yet."""
-        return sum(frame.height for frame in self.ungraded())
+    def ungraded_count(self, prompts: pl.DataFrame | None = None) -> int:
+        """How many samples this grader has not judged yet, see `ungraded`."""
+        return sum(frame.height for frame in self.ungraded(prompts))
+
+    def references(self) -> pl.DataFrame:
+        """The prompts whose samples other graders have judged first: prompt_id, prompt and answer, each once."""
+        columns = ["prompt_id", "prompt", "answer"]
+        rows = _scan(self._graded_otherwise, SAMPLES).select(columns)
+        return _collect(rows.unique("prompt_id", keep="first", maintain_order=True))
 
     def _later_grades(self) -> pl.DataFrame:
         grades = _scan(self.grade_fragments(), GRADES).select(*JUDGED, "outcome", "reward")

@@ -497,6 +497,33 @@ def test_a_second_grader_grades_the_same_completions(
     assert result["reward_mean"] == pytest.approx(0.25 * 15 / 20), "a truncated completion has 0"
 
 
+def test_a_grader_that_reads_a_column_draws_its_own_prompts_and_leaves_the_others(
+    config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts with the column are other prompts; the completions of the old ones are not graded again."""
+    evaluate_one(config, tiny_model)
+    count = len(engine.drawn)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "column_rewards.py").write_text(
+        "def reward(prompt, completion, answer, level):\n    return 0.25 * level\n"
+    )
+    path = tmp_path / "levels.jsonl"
+    rows = [json.loads(line) for line in Path(str(held_out_of(config).path)).read_text().splitlines()]
+    path.write_text("\n".join(json.dumps(row | {"level": 2}) for row in rows))
+    other = config.model_copy(
+        update={
+            "grader": config.grader.model_copy(update={"name": "column_rewards:reward"}),
+            "evaluate": config.evaluate.model_copy(
+                update={"data": held_out_of(config).model_copy(update={"path": str(path)})}
+            ),
+        }
+    )
+    exam = ExamEngine(PromptRenderer(tiny_model, other.data), other)
+    engines_are(monkeypatch, lambda *_, **__: exam)
+    assert evaluate_one(other, tiny_model)["reward_mean"] == pytest.approx(0.5 * 15 / 20)
+    assert len(exam.drawn) == count
+
+
 def test_a_benchmark_has_data_a_grader_and_a_sampling_of_its_own(
     config: Config, tiny_model: Path, engine: ExamEngine, tmp_path: Path
 ) -> None:

@@ -444,6 +444,62 @@ def test_a_grader_that_can_judge_nothing_is_refused_and_nothing_is_kept(
     assert contents(run_paths("test").root, "*.parquet") == before
 
 
+def other_answers(path: Path, *answers: str) -> Path:
+    """The data set with these answers in its first rows."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, answer in zip(rows, answers, strict=False):
+        row["answer"] = answer
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_reference_answers_that_the_new_grader_cannot_use_are_refused_before_anything_is_graded(
+    graded_by: MakeConfig, data_file: Path
+) -> None:
+    other_answers(data_file, "see the solution")
+    run(graded_by("regrade_a"))
+    before = contents(run_paths("test").root, "*.parquet")
+    with pytest.raises(
+        UserError, match=r'1 of 6 reference answers .*"How many is 0\?": not a number.*bad_golds'
+    ) as caught:
+        regrade(graded_by("gsm8k"))
+    assert "\n" not in str(caught.value)
+    assert contents(run_paths("test").root, "*.parquet") == before
+
+
+def test_prompts_whose_answer_the_new_grader_cannot_use_are_left_out_where_that_is_asked_for(
+    graded_by: MakeConfig, data_file: Path
+) -> None:
+    other_answers(data_file, "see the solution")
+    run(graded_by("regrade_a"))
+    config = graded_by("gsm8k")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"bad_golds": "drop"})})
+    printed = regrade(config)
+    assert (
+        '1 of 6 prompts left out, whose reference answer the grader cannot use: "How many is 0?"' in printed
+    )
+    table = read_vstar(folder_of(config) / "vstar.parquet")[0]
+    assert table["prompt"].to_list() == [f"How many is {number}?" for number in range(1, QUESTIONS)]
+    assert not table["outcomes"].explode().is_in(["gold_unparsed"]).any()
+    assert json.loads((folder_of(config) / "summary.json").read_text())["prompts"] == QUESTIONS - 1
+    with pytest.raises(UserError, match="1 of 6 reference answers"):  # the grades are there, the table is not
+        regrade(graded_by("gsm8k"))
+
+
+def test_where_the_new_grader_can_use_no_answer_nothing_is_written(
+    graded_by: MakeConfig, data_file: Path
+) -> None:
+    other_answers(data_file, *["see the solution"] * QUESTIONS)
+    run(graded_by("regrade_a"))
+    config = graded_by("gsm8k")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"bad_golds": "drop"})})
+    with pytest.raises(
+        UserError, match="no prompt is left: the grader can use none of the reference answers"
+    ):
+        regrade(config)
+    assert not folder_of(config).exists()
+
+
 def test_a_run_without_samples_cannot_be_regraded(graded_by: MakeConfig) -> None:
     with pytest.raises(UserError) as caught:
         regrade(graded_by("regrade_b"))

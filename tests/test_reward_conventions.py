@@ -662,15 +662,34 @@ def test_regrade_with_a_function_of_another_convention_and_without_token_ids(
     path = rows_file(tmp_path, [TRL_ROW])
     run(config_of(tiny_model, path, {"name": "gsm8k"}))
     console = Terminal(file=io.StringIO(), width=200)
-    run_regrade(config_of(tiny_model, path, {"name": f"{functions}:verifiers_contains"}), console)
-    assert "warning" not in console.file.getvalue()  # type: ignore[attr-defined]
-    run_regrade(config_of(tiny_model, path, {"name": f"{functions}:trl_only_completions"}), console)
-    assert "is called without any; if it reads them" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+    def warned(function: str) -> str:
+        console.file.truncate(0)  # type: ignore[attr-defined]
+        run_regrade(config_of(tiny_model, path, {"name": f"{functions}:{function}"}), console)
+        return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+    assert "warning" not in warned("plain")
+    (about,) = re.findall("warning: these samples hold (.*?),", warned("verifiers_contains"))
+    assert about.startswith("answers as texts: grader.name =")
+    assert about.endswith("gets '3'")
+    assert "hold no columns of the data set, and grader.name" in warned("trl_only_completions")
     config = config_of(tiny_model, path, {"name": f"{functions}:verifiers_contains"})
     assert run_paths("test").regraded_by(fingerprint(config.grader)).vstar.is_file()
     for function, missing in (("trl_token_ids", "completion_ids"), ("plain_with_column", "the column level")):
         with pytest.raises(UserError, match=f"reads {missing}, which these samples do not hold"):
             run_regrade(config_of(tiny_model, path, {"name": f"{functions}:{function}"}), console)
+
+
+def test_regrade_names_the_columns_that_a_function_may_read_and_the_samples_lack(
+    tmp_path: Path, functions: str, engines: Engines, tiny_model: Path
+) -> None:
+    """Also where they hold others."""
+    path = rows_file(tmp_path, [VERL_ROW | {"level": 2}])
+    run(config_of(tiny_model, path, {"name": f"{functions}:plain_with_column"}))
+    console = Terminal(file=io.StringIO(), width=200)
+    run_regrade(config_of(tiny_model, path, {"name": f"{functions}:compute_score_dict"}), console)
+    printed = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "warning: these samples hold no data_source, extra_info, and grader.name" in printed
 
 
 @pytest.mark.parametrize(

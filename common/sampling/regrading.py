@@ -1,7 +1,12 @@
 """Grades stored completions that another grader has judged, or that the run's own has not judged yet."""
 
+from collections.abc import Iterator
 from functools import partial
 
+import polars as pl
+
+from common.config import DataConfig
+from common.data.prompts import are_usable
 from common.errors import UserError
 from common.grading import GraderConfig, GraderPool, Outcome, row_needs
 from common.grading.conventions import Needs
@@ -13,18 +18,31 @@ from common.store import JUDGED, SampleStore, original_text
 from common.terminal.console import Terminal
 
 
-def grade_missing(store: SampleStore, grader: GraderConfig, notices: Terminal) -> None:
-    """Grade the samples that this grader has not judged, one fragment at a time."""
+def grade_missing(
+    store: SampleStore,
+    grader: GraderConfig,
+    notices: Terminal,
+    *,
+    prompts: pl.DataFrame | None = None,
+    data: DataConfig | None = None,
+) -> None:
+    """Grade the samples that this grader has not judged, one fragment at a time; with `prompts` only theirs.
+
+    With `data`, reference answers that the grader cannot use are refused unless its bad_golds says to drop them; then
+    their samples are `gold_unparsed`. Raises UserError.
+    """
     check = GraderCheck(nothing_judged_before=not store.grade_fragments())
     needs = row_needs(grader)
     with GraderPool(grader) as pool, FragmentWriter(store.add_grades) as writer:
         collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
+        if data is not None:
+            are_usable(list(store.references().select("prompt", "answer").iter_rows()), data, pool)
         try:
-            for number, frame in enumerate(store.ungraded()):
+            for number, frame in enumerate(store.ungraded(prompts)):
                 reference = reference_of(frame["answer"][0])
                 refuse_unstored(needs, reference, grader, with_tokens=not frame["completion_ids"].has_nulls())
                 if number == 0:
-                    if line := columns_warning(needs, reference, grader):
+                    for line in what_is_missing(needs, reference, grader):
                         notices.print(line)
                     pool.try_out(frame["prompt"][0], frame["answer"][0])
                 for row in frame.iter_rows(named=True):
@@ -57,13 +75,26 @@ def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig, *,
         )
 
 
-def columns_warning(needs: Needs, reference: Reference, grader: GraderConfig) -> str | None:
-    """A line for a reward function that may read columns, where the samples hold none."""
-    may_read = needs.optional_columns or (needs.all_columns and grader.columns != [])
-    if reference.columns or not may_read:
-        return None
-    return (
-        f"warning: these samples hold answers as texts and no columns of the data set: grader.name = {grader.title} "
-        f"is called without {', '.join(needs.optional_columns) or 'any'}; if it reads them, draw the samples under "
-        "another --run"
-    )
+def what_is_missing(needs: Needs, reference: Reference, grader: GraderConfig) -> Iterator[str]:
+    """A warning for each thing that a reward function may read and that the samples do not hold as the file does."""
+    remedy = "if it reads them, draw the samples under another --run"
+    absent = [name for name in needs.optional_columns if name not in reference.columns]
+    if absent or (needs.all_columns and grader.columns != [] and not reference.columns):
+        yield (
+            f"warning: these samples hold no {', '.join(absent) or 'columns of the data set'}, and grader.name = "
+            f"{grader.title} is called without; {remedy}"
+        )
+    if needs.as_in_file and reference == reference_of(reference.answer) and _is_number(reference.answer):
+        yield (
+            f"warning: these samples hold answers as texts: grader.name = {grader.title} gets "
+            f"{reference.answer!r}, also where the data set's file has a number; if that makes a difference, draw the "
+            "samples under another --run"
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -72,8 +72,8 @@ class Drawing:
         store = SampleStore(folder, provenance)
         table = prompt_table(prompts)
         missing = Missing(prompts, ~store.present(table, draw.num_samples))
-        if store.ungraded_count():
-            grade_missing(store, benchmark.grader, self._console)
+        if store.ungraded_count(table):
+            grade_missing(store, benchmark.grader, self._console, prompts=table)
         if missing:
             self._console.print(
                 f"{model.name} on {benchmark.name}: {len(missing):,} {draw.kind} completions of "
