@@ -172,6 +172,13 @@ def test_a_wrong_program_is_told_what_failed_first(program: str, reason: str) ->
         ("```python\na\n```python\nb\n```", "b"),
         ("```java\na\n```", ""),
         ("```python\n```", ""),
+        ("1. So:\n   ```python\n   if a:\n       b\n   ```\n", "if a:\n    b"),
+        ("- ```python\n  if a:\n      b\n  ```\n", "if a:\n    b"),
+        ("2) ```python\n   a\n   ```", "a"),
+        ("  ```python\na\n b\n  ```", "a\nb"),
+        ("````python\na = '\n```\n'\n````\ntext", "a = '\n```\n'"),
+        ("```python\na\nb```\nIt gives b.", "a\nb"),
+        ("````markdown\n```python\na\n```\n````\n```python\nb\n```", "b"),
     ],
 )
 def test_the_program_is_the_last_block_in_python(completion: str, program: str) -> None:
@@ -210,7 +217,7 @@ def test_finding_the_program_takes_linear_time() -> None:
 
 def test_the_version_names_the_language_that_verdicts_depend_on() -> None:
     assert fingerprint(GraderConfig(name="code")) == VERSION
-    assert VERSION.startswith("code/1+python-3.")
+    assert VERSION.startswith("code/2+python-3.")
 
 
 # Reference answers.
@@ -251,6 +258,7 @@ def test_an_answer_without_tests_is_refused(raw: str) -> None:
     [
         ('["assert f("]', "test 1 is not Python: '(' was never closed"),
         ('["assert f()", "return 1"]', "test 2 is not Python: 'return' outside function"),
+        ('["f() == 1"]', "test 1 compares and asserts nothing: write assert before it"),
         ('{"setup": "import", "tests": ["assert f()"]}', "the set-up is not Python"),
         ('["assert f()", "# none"]', "test 2 is empty"),
         ("# nothing", "test 1 is empty"),
@@ -388,6 +396,7 @@ DENIED = {
     "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
     "packet": "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
     "pair": "socket.socketpair()",
+    "asyncio": "import asyncio\nasyncio.run(asyncio.sleep(0))",
     "fork": "os.fork()",
     "run": "subprocess.run(['/bin/true'])",
     "system": "assert os.system('true') == 0",

@@ -16,12 +16,18 @@ from common.errors import UserError
 from common.grading import sandbox
 from common.grading.outcome import Grade, Outcome, graded
 
-VERSION = f"code/1+python-{sys.version_info.major}.{sys.version_info.minor}"
+VERSION = f"code/2+python-{sys.version_info.major}.{sys.version_info.minor}"
 MAX_COMPLETION_CHARACTERS = 65_536
 SECONDS = 4.0  # of wall clock, for a program and its tests
 MEMORY_BYTES = 1024**3
 
-_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([^\s`]*+)[^\n`]*+$", re.MULTILINE)
+_FENCE = re.compile(
+    r"^([ \t]*+(?:(?:[-*+>]|\d{1,9}+[.)])[ \t]++)?)(`{3,}+)[ \t]*+([^\s`]*+)[^\n`]*+$", re.MULTILINE
+)
+"""A line's indentation, with the mark of a list's item; the fence; the language."""
+_END = re.compile(r"```[ \t]*+$", re.MULTILINE)
+"""A fence behind the last line of code, where none stands on a line of its own."""
+_SET_UP = "the set-up"
 _PYTHON = frozenset({"python", "python3", "py"})
 
 # What must not work in there; the tests pass if it does not.
@@ -93,20 +99,32 @@ def grade(prompt: str, completion: str, answer: str) -> Grade:
 def extract_program(text: str) -> tuple[str, bool]:
     """The last block fenced as Python, else the last without a language; a text without fences is all program.
 
-    Also says whether there was a fence. A block that never closes ends with the text.
+    Also says whether there was a fence. A fence ends the block of another that is no longer. A block that never closes
+    ends with the text. The indentation of a block's first fence is no part of its lines.
     """
-    blocks: list[tuple[str, int, int]] = []
-    opening: tuple[str, int] | None = None
+    blocks: list[tuple[str, str]] = []
+    opening: re.Match[str] | None = None
     for fence in _FENCE.finditer(text):
         if opening is not None:
-            blocks.append((*opening, fence.start()))
-        opening = None if opening is not None and not fence[1] else (fence[1].lower(), fence.end())
+            if len(fence[2]) < len(opening[2]):
+                continue
+            blocks.append((opening[3].lower(), _lines(opening, text[opening.end() : fence.start()])))
+        opening = None if opening is not None and not fence[3] else fence
     if opening is not None:
-        blocks.append((*opening, len(text)))
+        rest = text[opening.end() :]
+        end = _END.search(rest)
+        blocks.append((opening[3].lower(), _lines(opening, rest[: end.start()] if end else rest)))
     if not blocks:
         return text, False
-    python = [block for block in blocks if block[0] in _PYTHON] or [block for block in blocks if not block[0]]
-    return (text[python[-1][1] : python[-1][2]], True) if python else ("", True)
+    python = [program for language, program in blocks if language in _PYTHON]
+    unmarked = [program for language, program in blocks if not language]
+    return (python or unmarked or [""])[-1], True
+
+
+def _lines(opening: re.Match[str], block: str) -> str:
+    """The lines of a block without the indentation of the fence that opens it."""
+    width = len(opening[1])
+    return re.sub(rf"^[ \t]{{1,{width}}}", "", block, flags=re.MULTILINE) if width else block
 
 
 def _run(program: str, steps: tuple[tuple[str, str], ...]) -> sandbox.Run:
@@ -117,7 +135,7 @@ def _run(program: str, steps: tuple[tuple[str, str], ...]) -> sandbox.Run:
 def _steps(gold: str) -> tuple[tuple[str, str], ...]:
     """The set-up and each test, with names, to run after the completion. ValueError if one is not Python."""
     setup, tests = _parts(gold)
-    steps = [("the set-up", setup)] if setup.strip() else []
+    steps = [(_SET_UP, setup)] if setup.strip() else []
     steps += [(f"test {number}", test) for number, test in enumerate(tests, start=1)]
     for name, source in steps:
         try:
@@ -129,6 +147,9 @@ def _steps(gold: str) -> tuple[tuple[str, str], ...]:
             raise ValueError(f"{name} is not Python: {error}") from error
         if not tree.body:
             raise ValueError(f"{name} is empty")
+        last = tree.body[-1]
+        if name != _SET_UP and isinstance(last, ast.Expr) and isinstance(last.value, ast.Compare):
+            raise ValueError(f"{name} compares and asserts nothing: write assert before it")
     return tuple(steps)
 
 
