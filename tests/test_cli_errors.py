@@ -152,6 +152,9 @@ MISTAKES = {
         f"{VSTAR} --set model.path=nobody/no-such-model",
         ("no model nobody/no-such-model", "check model.path"),
     ),
+    "a model without a name": Mistake(
+        "evaluate --config run.toml --model=", ("the path of a model is empty; give a folder, or a name",)
+    ),
     "a folder that is no model": Mistake(
         f"{VSTAR} --set model.path=./empty",
         ("empty is not a model in Hugging Face format: it has no config.json",),

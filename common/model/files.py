@@ -24,6 +24,8 @@ def resolve_model(path: str, revision: str | None) -> Path:
 
     Raises UserError if there is no such model.
     """
+    if not path.strip():
+        raise UserError("the path of a model is empty; give a folder, or a name on the Hugging Face hub")
     folder = fetched(here(path), whole=True)
     if folder.is_dir():
         if (folder / ADAPTER).is_file():
