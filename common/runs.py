@@ -203,6 +203,9 @@ class Regraded:
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """The pattern of a run's name, which is the name of a folder in artifacts/."""
 
+NAME_RULE = 'should be of letters, digits, ".", "_" and "-", and begin with a letter or digit'
+"""The same in words."""
+
 
 def run_paths(run: str) -> RunPaths:
     """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS if that is set: a folder, or the URL of one.
@@ -211,7 +214,7 @@ def run_paths(run: str) -> RunPaths:
     out of artifacts/.
     """
     if not is_run_name(run):
-        raise UserError(f"run should match pattern '{RUN_NAME}', found {run!r}; give the name of a run")
+        raise UserError(f"run {NAME_RULE}, found {run!r}; give the name of a run")
     artifacts = os.environ.get("ASTAR_PO_ARTIFACTS") or str(REPOSITORY / "artifacts")
     return RunPaths(fetched(here(artifacts) / run))
 

@@ -52,6 +52,23 @@ MISTAKES = {
     "a missing config": Mistake(
         "vstar --config none.toml", ("cannot read the config none.toml", "configs/*.toml")
     ),
+    "a study in place of a config": Mistake(
+        "vstar --config study.toml",
+        ("study.toml is a study, not a run's config; use `python cli.py compare study.toml`",),
+    ),
+    "a config in place of a study": Mistake(
+        "compare run.toml",
+        (
+            "run.toml is a run's config, not a study; give one of configs/studies/*.toml",
+            "run --config run.toml",
+        ),
+    ),
+    "a missing study": Mistake(
+        "compare none.toml", ("cannot read the config none.toml", "give one of configs/studies/*.toml")
+    ),
+    "a study without seeds": Mistake(
+        "compare no_seeds.toml", ("no_seeds.toml: seeds should have at least 1 item, found 0",)
+    ),
     "invalid TOML": Mistake("vstar --config broken.toml", ("broken.toml is not valid TOML", "line 1")),
     "no samples": Mistake(
         f"{VSTAR} --set vstar.num_samples=0",
@@ -80,7 +97,7 @@ MISTAKES = {
     "no artifact to rescore": Mistake("rescore --run none --beta1 1", ("there is no", "cli.py vstar")),
     "no artifact to filter": Mistake("filter --run none", ("there is no", "cli.py vstar")),
     "a run outside the artifacts": Mistake(
-        "inspect --run ../../x", ("run should match pattern '^[A-Za-z0-9]", "found '../../x'")
+        "inspect --run ../../x", ("run should be of letters, digits", "found '../../x'")
     ),
     "an output that is no file": Mistake(
         "rescore --run filtered --beta1 1 -o /dev/stdout",
@@ -212,6 +229,9 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "run.toml").write_text(TOML)
     (root / "unknown_key.toml").write_text(TOML + "[vstar]\nnum_sample = 4\n")
     (root / "broken.toml").write_text("run =\n")
+    study = 'study = "s"\nconfig = "run.toml"\nseeds = [0]\n[[arms]]\nname = "a"\n'
+    (root / "study.toml").write_text(study)
+    (root / "no_seeds.toml").write_text(study.replace("[0]", "[]"))
     (root / "data.jsonl").write_text('{"prompt": "How many apples has Tom?", "answer": "3"}\n')
     (root / "empty.jsonl").write_text("")
     rows = (root / "data.jsonl").read_text() + '{"prompt": "How far?", "answer": "far"}\n'
