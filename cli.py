@@ -1064,7 +1064,10 @@ def _engines(executor: str, address: str | None) -> "Iterator[EngineSource]":
         if address is not None:
             raise UserError(f"--address {address} is that of a Ray cluster; give --executor ray with it")
         from common.engines import LOCAL
+        from common.engines.count import idle_gpu
 
+        if os.environ.get("RANK", "0") == "0" and (warning := idle_gpu()) is not None:
+            Terminal(stderr=True).print(warning)
         yield LOCAL
         return
     from common.packages import refuse_missing
