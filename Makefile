@@ -1,13 +1,20 @@
 # make demo: set up and run everything on the embedded default.   make test: set up and run the tests.
 #
 # CONFIG and RUN choose another configuration and artifact folder: make vstar train CONFIG=my.toml RUN=mine
-# ACCELERATOR=cpu|cuda overrides what is found on this machine. NPROC=4 trains on four processes.
+# ACCELERATOR=cpu|cuda overrides that of .venv, or before set-up this machine's. NPROC=4 trains on four processes.
 
 SHELL := /bin/bash
 # For a shell: one word, whatever is in it.
 quoted = '$(subst ','\'',$(1))'
 PYTHON ?= python3
-ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+VENV := .venv
+# What is installed stays: a node without a GPU may share the environment of those that have one.
+ifndef ACCELERATOR
+ACCELERATOR := $(patsubst $(VENV)/.%-stage1,%,$(firstword $(wildcard $(VENV)/.cuda-stage1 $(VENV)/.cpu-stage1)))
+endif
+ifeq ($(ACCELERATOR),)
+ACCELERATOR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+endif
 CONFIG ?= configs/demo.toml
 ifndef RUN
 RUN := $(shell $(PYTHON) -c 'import re, sys, tomllib; run = tomllib.load(open(sys.argv[1], "rb"))["run"]; \
@@ -21,7 +28,6 @@ STUDY ?= configs/studies/demo-short.toml
 ROUNDS ?= 3
 ARGS ?=
 
-VENV := .venv
 BIN := $(VENV)/bin
 ARTIFACTS := $(if $(ASTAR_PO_ARTIFACTS),$(ASTAR_PO_ARTIFACTS),artifacts)
 # As in common/runs.py. The names of targets have no spaces.
@@ -121,7 +127,7 @@ evaluate: $(INSTALLED)-train ## Evaluate the reference and the trained model on 
 report: $(INSTALLED)-stage1 ## One page of a run, with what it has so far
 	@$(BIN)/python cli.py report $(if $(RUN),--run $(RUN))
 
-compare: $(INSTALLED)-train ## Compare methods over seeds (STUDY=configs/studies/…); the short study takes a quarter of an hour
+compare: $(INSTALLED)-train ## Compare methods over seeds (STUDY=configs/studies/…); the short study takes about nine minutes
 	@$(BIN)/python cli.py compare $(call quoted,$(STUDY)) $(ARGS)
 
 $(BIN)/python:

@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,9 +56,51 @@ ROOM_ON_A_GPU = (
 )
 
 
+_chosen: dict[str, list[str]] = {}
+"""The options that say which run this command is about, with their values, for the advice in messages."""
+_BY_NAME = ("export-data", "export-segments", "filter", "inspect", "report", "rescore", "sweep")
+"""The commands that take a run's name and no config."""
+
+
 def _here(path: Path | None) -> Path | None:
     """The local path of a path or URL that was given as an option."""
     return path and given(str(path))
+
+
+def _config_here(path: Path) -> Path:
+    found = given(str(path))
+    if path != DEMO:
+        _chosen["--config"] = [str(found)]
+    return found
+
+
+def _run_chosen(run: str | None) -> str | None:
+    if run is not None:
+        _chosen["--run"] = [run]
+    return run
+
+
+def _overrides_chosen(overrides: list[str] | None) -> list[str] | None:
+    _chosen["--set"] = list(overrides or ())
+    return overrides
+
+
+def _run_named(run: str) -> str:
+    """Of a command that does not know the config that the run has."""
+    if run != "demo":
+        _chosen.update({"--config": ["CONFIG.toml"], "--run": [run]})
+    return run
+
+
+def _about_the_same_run(message: str) -> str:
+    """A message whose commands, in backquotes and without options, get those that say which run this one is about."""
+
+    def completed(found: re.Match[str]) -> str:
+        options = ["--run"] if found[1] in _BY_NAME else ["--config", "--run", "--set"]
+        values = [(option, value) for option in options for value in _chosen.get(option, ())]
+        return "".join([found[0], *(f" {option} {shlex.quote(value)}" for option, value in values)])
+
+    return re.sub(r"`python cli\.py ([a-z-]+)(?=`)", completed, message)
 
 
 ConfigFile = Annotated[
@@ -64,19 +108,24 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         "-c",
-        callback=_here,
+        callback=_config_here,
         help="The run's configuration, a TOML file; configs/ has examples.",
         show_default="configs/demo.toml",
     ),
 ]
 Run = Annotated[
     str | None,
-    typer.Option("--run", help="Use the folder artifacts/RUN; by default RUN is the config's `run`."),
+    typer.Option(
+        "--run",
+        callback=_run_chosen,
+        help="Use the folder artifacts/RUN; by default RUN is the config's `run`.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
+        callback=_overrides_chosen,
         metavar="KEY=VALUE",
         help="Override a value of the config, such as vstar.beta1=0.25; repeatable.",
     ),
@@ -144,7 +193,9 @@ AllowMismatch = Annotated[
         "results; repeatable.",
     ),
 ]
-RunName = Annotated[str, typer.Option("--run", help="The run: its files are in artifacts/RUN.")]
+RunName = Annotated[
+    str, typer.Option("--run", callback=_run_named, help="The run: its files are in artifacts/RUN.")
+]
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
 
@@ -407,7 +458,9 @@ def advantages(
 @app.command(short_help="Add the samples of other runs to a run.")
 def merge(
     sources: Annotated[list[str], typer.Argument(help="Names of runs, or folders that contain samples/.")],
-    run: Annotated[str, typer.Option("--run", help="The run that receives the samples.")],
+    run: Annotated[
+        str, typer.Option("--run", callback=_run_named, help="The run that receives the samples.")
+    ],
     allow_mismatch: Annotated[
         list[str] | None,
         typer.Option(
@@ -459,10 +512,11 @@ def forecast(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Predict stage 2: steps, tokens, the first iteration's loss and reward, and memory per GPU. Loads no model."""
+    from common.runs import run_paths
     from stage2_train.config import load_config
 
     settings = load_config(config, overrides or (), run)
-    source = _vstar_path(settings.run, vstar_file)
+    source = vstar_file or run_paths(settings.run).vstar
     with _libraries_logged(settings.run):
         from stage2_train.forecast import forecast as forecast_training
         from stage2_train.forecast import show, to_json
@@ -569,9 +623,9 @@ def _models(settings: "Config", names: Sequence[str] | None) -> dict[str, Path]:
 def report(run: RunName = "demo") -> None:
     """Write artifacts/RUN/report/report.html: distributions, samples, cost, provenance and training."""
     from common.report import write_report
-    from common.runs import run_paths
+    from common.runs import existing_run
 
-    paths = run_paths(run)
+    paths = existing_run(run)
     write_report(paths, console, before_training=_before_training(paths))
 
 
@@ -848,10 +902,10 @@ def export_segments(
     soft: Annotated[bool, typer.Option("--soft", help="Write the values as labels.")] = False,
 ) -> None:
     """Export a run's solutions with a label for each step: TRL's data for stepwise supervision (docs/export.md)."""
-    from common.runs import run_paths
+    from common.runs import existing_run
     from stage1_vstar.export_segments import export_segments as export
 
-    for line in export(run_paths(run).segments, output, at_least=at_least, soft=soft):
+    for line in export(existing_run(run).segments, output, at_least=at_least, soft=soft):
         console.print(line)
 
 
@@ -949,7 +1003,7 @@ def _advantages_path(
     The options say so: `own` are those for advantages alone, `others` those for V̂* alone, each with whether it is
     given. Without any of them it is the only table that the run has.
     """
-    from common.runs import run_paths
+    from common.runs import existing_run
 
     own = {"--advantages": advantages_file is not None, **own}
     others = {"--vstar": vstar_file is not None, **others}
@@ -960,15 +1014,15 @@ def _advantages_path(
         )
     if theirs or advantages_file is not None:
         return advantages_file
-    paths = run_paths(run)
+    paths = existing_run(run)
     is_only = not paths.vstar.exists() and paths.advantages.exists()
     return paths.advantages if ours or is_only else None
 
 
 def _vstar_path(run: str, vstar_file: Path | None) -> Path:
-    from common.runs import run_paths
+    from common.runs import existing_run
 
-    return vstar_file or run_paths(run).vstar
+    return vstar_file or existing_run(run).vstar
 
 
 @contextmanager
@@ -1010,7 +1064,10 @@ def _engines(executor: str, address: str | None) -> "Iterator[EngineSource]":
         if address is not None:
             raise UserError(f"--address {address} is that of a Ray cluster; give --executor ray with it")
         from common.engines import LOCAL
+        from common.engines.count import idle_gpu
 
+        if os.environ.get("RANK", "0") == "0" and (warning := idle_gpu()) is not None:
+            Terminal(stderr=True).print(warning)
         yield LOCAL
         return
     from common.packages import refuse_missing
@@ -1044,7 +1101,7 @@ def main() -> None:
     except RankLost as error:
         leave(1, f"error: {error}", unless_said=True)
     except UserError as error:
-        leave(2, f"error: {' '.join(str(error).split())}")
+        leave(2, f"error: {' '.join(_about_the_same_run(str(error)).split())}")
     except BrokenPipeError:  # the reader of the output has closed the pipe
         os._exit(1)
     except OSError as error:

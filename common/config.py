@@ -8,7 +8,7 @@ the prompt fit the context) belong to the stage that needs it, before it loads o
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
@@ -27,7 +27,7 @@ from pydantic import (
 from common.errors import UserError
 from common.grading import GraderConfig
 from common.remote.copies import fetched
-from common.runs import RUN_NAME
+from common.runs import NAME_RULE, RUN_NAME
 from common.section import Section
 from common.segments.config import AdvantagesConfig, CriticConfig, SegmentsConfig
 
@@ -408,7 +408,8 @@ def read_config(kind: type[Run], path: Path, overrides: Sequence[str] = (), run:
 
     Raises UserError naming the file, each wrong key and what was found there.
     """
-    document = _document(path)
+    document = _document(path, examples="configs/studies/*.toml" if _is_study(kind) else "configs/*.toml")
+    _refuse_other_kind(document, kind, path)
     for override in overrides:
         _apply_override(document, override)
     if run is not None:
@@ -419,16 +420,32 @@ def read_config(kind: type[Run], path: Path, overrides: Sequence[str] = (), run:
         raise UserError(f"{path}: {_describe(error, kind)}") from error
 
 
+def _is_study(kind: type[BaseModel]) -> bool:
+    return "study" in kind.model_fields
+
+
+def _refuse_other_kind(document: Mapping[str, Any], kind: type[BaseModel], path: Path) -> None:
+    """Raise UserError for a study in place of a run's config, and the reverse."""
+    of_study, of_run = (not keys.isdisjoint(document) for keys in ({"study", "arms"}, {"run", "model"}))
+    if _is_study(kind) and of_run and not of_study:
+        raise UserError(
+            f"{path} is a run's config, not a study; give one of configs/studies/*.toml, or do the run with "
+            f"`python cli.py run --config {path}`"
+        )
+    if not _is_study(kind) and of_study and not of_run:
+        raise UserError(f"{path} is a study, not a run's config; use `python cli.py compare {path}`")
+
+
 INCLUDE = "include"
 """The key of a config that names others, whose values it takes where it has none of its own."""
 
 
-def _document(path: Path, including: Sequence[Path] = ()) -> dict[str, Any]:
+def _document(path: Path, including: Sequence[Path] = (), examples: str = "configs/*.toml") -> dict[str, Any]:
     """A TOML file, with those that it includes beneath it; paths are relative to it. Raises UserError."""
     try:
         document = tomllib.loads(fetched(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        by = f", which {including[-1]} includes" if including else "; give one of configs/*.toml"
+        by = f", which {including[-1]} includes" if including else f"; give one of {examples}"
         raise UserError(f"cannot read the config {path}: {error.strerror}{by}") from error
     except (ValueError, RecursionError) as error:  # beside what is no TOML, what Python cannot hold of it
         raise UserError(f"{path} is not valid TOML: {error}") from error
@@ -505,7 +522,9 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
-    problems = []
+    problems: list[str] = []
+    unknown: dict[str, list[str]] = {}
+    """The unknown keys, by what is known."""
     for item in error.errors():
         keys, sections = _section_of(item["loc"], kind)
         last = [str(part) for part in item["loc"][-1:] if not any(part in _tags(each) for each in sections)]
@@ -514,7 +533,7 @@ def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
             known = dict.fromkeys(key for section in sections for key in section.model_fields)
             tags = [tag for section in sections for tag in _tags(section)]
             given = f' with name = "{tags[0]}"' if len(tags) == 1 else ""
-            problems.append(f"unknown key {place}{given}; use one of {', '.join(known)}")
+            unknown.setdefault(f"{given}; use one of {', '.join(known)}", []).append(place)
         elif item["type"] == "union_tag_invalid":
             names = item["ctx"]["expected_tags"]
             problems.append(f'{place}.name is "{item["ctx"]["tag"]}"; use one of {names}')
@@ -523,8 +542,36 @@ def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
         elif item["type"] == "value_error":
             problems.append(f"{place}: {item['ctx']['error']}")
         else:
-            message = re.sub(r"^Input should be", "should be", item["msg"]).replace(
-                "valid tuple", "valid list"
-            )
-            problems.append(f"{place} {message}, found {item['input']!r}")
+            problems.append(f"{place} {_rule(item, place, kind)}")
+    for advice, places in unknown.items():
+        problems.append(f"unknown key{'s' if len(places) > 1 else ''} {', '.join(places)}{advice}")
     return "; ".join(problems)
+
+
+def _rule(item: Mapping[str, Any], place: str, kind: type[BaseModel]) -> str:
+    """What a value should be, and what it is."""
+    found = repr(item["input"])
+    match item["type"]:
+        case "model_type" | "model_attributes_type":
+            _, sections = _section_of((*item["loc"], ""), kind)
+            fields = sections[0].model_fields
+            key = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
+            is_in_list = isinstance(item["loc"][-1], int)
+            rule = (
+                f"table, such as {{ {key} = … }}"
+                if is_in_list
+                else f"section, such as [{place}] with {key} = …"
+            )
+            rule = f"should be a {rule}"
+        case "dict_type":
+            rule = "should be a section of keys and values"
+        case "string_pattern_mismatch" if item["ctx"]["pattern"] == RUN_NAME:
+            rule = NAME_RULE
+        case "too_short" | "too_long":
+            at_least = item["ctx"].get("min_length")
+            number = item["ctx"]["max_length"] if at_least is None else at_least
+            rule = f"should have at {'most' if at_least is None else 'least'} {number} item{'s' if number > 1 else ''}"
+            found = str(item["ctx"]["actual_length"])
+        case _:
+            rule = re.sub(r"^Input should be", "should be", item["msg"]).replace("valid tuple", "valid list")
+    return f"{rule}, found {found}"

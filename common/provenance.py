@@ -201,10 +201,13 @@ def read_provenance(
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; make it with `{made_by}`") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedFile(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DamagedFile(
+            f"{path} is not a readable Parquet file: {reason}; make it again with `{made_by}`"
+        ) from error
     metadata = schema.metadata or {}
     if METADATA_KEY not in metadata:
-        raise UserError(f"{path} carries no provenance; it was not written by `{made_by}`")
+        raise UserError(f"{path} carries no provenance; make it again with `{made_by}`")
     if missing := [name for name in columns if name not in schema.names]:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; make it again with `{made_by}`")
     document = json.loads(metadata[METADATA_KEY])

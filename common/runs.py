@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.files import meaning, writing_to
 from common.remote.copies import fetched
 from common.remote.leases import leased
-from common.remote.places import here
+from common.remote.places import here, url_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -203,6 +203,9 @@ class Regraded:
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """The pattern of a run's name, which is the name of a folder in artifacts/."""
 
+NAME_RULE = 'should be of letters, digits, ".", "_" and "-", and begin with a letter or digit'
+"""The same in words."""
+
 
 def run_paths(run: str) -> RunPaths:
     """artifacts/<run> of this checkout, or below $ASTAR_PO_ARTIFACTS if that is set: a folder, or the URL of one.
@@ -211,9 +214,25 @@ def run_paths(run: str) -> RunPaths:
     out of artifacts/.
     """
     if not is_run_name(run):
-        raise UserError(f"run should match pattern '{RUN_NAME}', found {run!r}; give the name of a run")
+        raise UserError(f"run {NAME_RULE}, found {run!r}; give the name of a run")
     artifacts = os.environ.get("ASTAR_PO_ARTIFACTS") or str(REPOSITORY / "artifacts")
     return RunPaths(fetched(here(artifacts) / run))
+
+
+def existing_run(run: str) -> RunPaths:
+    """The paths of a run that is named without its config. Raises UserError if there is none of that name."""
+    paths = run_paths(run)
+    if not paths.root.is_dir():
+        folder = paths.root.parent
+        others = [] if url_of(folder) else [each.name for each in sorted(folder.glob("*")) if _is_run(each)]
+        use = f"use one of {', '.join(others)}, or " if others else ""
+        raise UserError(f"there is no run {run} in {folder}; {use}make it with `python cli.py vstar`")
+    return paths
+
+
+def _is_run(folder: Path) -> bool:
+    paths = RunPaths(folder)
+    return any(each.exists() for each in (paths.config, paths.samples, paths.vstar, paths.segments))
 
 
 def is_run_name(text: str) -> bool:

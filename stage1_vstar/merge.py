@@ -60,17 +60,17 @@ def merge_runs(
     graders = samples.graders | (continuations.graders if continuations else set())
     if len(graders) > 1:
         console.print(
-            f"the samples were graded by {', '.join(sorted(graders))}: `python cli.py regrade --run {run}` has one "
-            "grader judge all",
+            f"the samples were graded by {', '.join(sorted(graders))}: `python cli.py regrade --config CONFIG.toml "
+            f"--run {run}` has one grader judge all",
         )
     console.print(
         f"{target.samples}: {there.height:,} samples of {there['prompt_id'].n_unique():,} prompts; "
-        f"`python cli.py vstar --run {run}` estimates V̂* from them",
+        f"`python cli.py vstar --config CONFIG.toml --run {run}` estimates V̂* from them",
     )
     if completions is not None:
         console.print(
             f"{target.continuations}: {completions.height:,} completions of {completions['prompt_id'].n_unique():,} "
-            f"states; `python cli.py segments --run {run}` estimates their values"
+            f"states; `python cli.py segments --config CONFIG.toml --run {run}` estimates their values"
         )
 
 

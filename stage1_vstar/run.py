@@ -331,9 +331,8 @@ def read_prompts(
         console.print(hint)
     if left_out := len(pairs) - len(prompts):
         limit = config.data.max_prompt_tokens
-        console.print(
-            f"{left_out:,} of {len(pairs):,} rows left out: longer than {limit} tokens, or there twice"
-        )
+        long = f"longer than {limit} tokens, or " if config.data.long_prompts == "drop" else ""
+        console.print(f"{left_out:,} of {len(pairs):,} rows left out: {long}there twice")
     return prompts, renderer
 
 

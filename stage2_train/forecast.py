@@ -23,6 +23,7 @@ from common.model.files import reference_model
 from common.model.reading import describe_model, read_model
 from common.model.weights import AGAIN, refuse_pointer
 from common.remote.places import shown
+from common.runs import run_paths
 from common.terminal.console import Terminal
 from common.value import Floats
 from common.vstar_file import read_vstar, rows_to_train_on
@@ -41,12 +42,12 @@ def forecast(config: Config, vstar_file: Path, *, gpus: int, gpu_gib: float) -> 
     if config.train.reads_advantages:
         raise UserError(
             f"forecast is for runs that draw completions; {config.train.objective.name} reads its steps from a table, "
-            "whose size `python cli.py inspect --advantages` shows"
+            f"whose size `python cli.py inspect --advantages {run_paths(config.run).advantages}` shows"
         )
     if not config.train.draws:
         raise UserError(
             'forecast is for runs that draw completions; train.rollouts = "stage1" reads those of stage 1, whose '
-            "number and lengths `python cli.py inspect` shows"
+            f"number and lengths `python cli.py inspect --run {config.run}` shows"
         )
     refuse_uneven_split(config, gpus)
     if not (math.isfinite(gpu_gib) and gpu_gib > 0):

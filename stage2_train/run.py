@@ -161,13 +161,14 @@ def _table(config: Config, vstar_file: Path | None, advantages_file: Path | None
     if given is not None or not (train.reads_advantages or train.reads_stage1):
         return given
     if train.reads_advantages:
-        file, remedy = paths.advantages, "`python cli.py segments`, `critic` and `advantages`"
+        file, otherwise = paths.advantages, ""
     else:
         file = paths.vstar
-        remedy = "`python cli.py vstar`, or choose an objective that does without stage 1, such as grpo"
+        otherwise = ", or choose an objective that does without stage 1, such as grpo"
     if not file.exists():
         who = f"the objective {name}" if train.rollouts == "policy" else 'train.rollouts = "stage1"'
-        raise UserError(f"there is no {file}, which {who} needs; make it with {remedy}")
+        remedy = ", ".join(f"`python cli.py {command}`" for command in config.before_training)
+        raise UserError(f"there is no {file}, which {who} needs; make it with {remedy}{otherwise}")
     return file
 
 

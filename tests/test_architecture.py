@@ -1,6 +1,7 @@
 """The architecture: imports go one way, and heavy libraries are imported in one place."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
@@ -125,3 +126,12 @@ def test_what_stage_one_is_made_of_runs_without_a_training_library() -> None:
         "rich",
         "scipy",
     }
+
+
+def test_the_readme_names_every_module_and_package() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where things are")[2]
+    for part in re.split(r"\n    (?=\S)", tree):
+        if (package := part.partition("/")[0]) in PACKAGES:
+            for file in (ROOT / package).iterdir():
+                if not file.name.startswith("__"):
+                    assert (file.name if file.suffix else f"{file.name}/") in part, place(file)

@@ -37,6 +37,8 @@ class Mistake:
 
     command: str
     says: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    """Advice that would be for another mistake."""
 
 
 VSTAR = "vstar --config run.toml"
@@ -51,6 +53,23 @@ MISTAKES = {
     "a --set without a value": Mistake(f"{VSTAR} --set vstar.beta1", ("write it as section.key=value",)),
     "a missing config": Mistake(
         "vstar --config none.toml", ("cannot read the config none.toml", "configs/*.toml")
+    ),
+    "a study in place of a config": Mistake(
+        "vstar --config study.toml",
+        ("study.toml is a study, not a run's config; use `python cli.py compare study.toml`",),
+    ),
+    "a config in place of a study": Mistake(
+        "compare run.toml",
+        (
+            "run.toml is a run's config, not a study; give one of configs/studies/*.toml",
+            "run --config run.toml",
+        ),
+    ),
+    "a missing study": Mistake(
+        "compare none.toml", ("cannot read the config none.toml", "give one of configs/studies/*.toml")
+    ),
+    "a study without seeds": Mistake(
+        "compare no_seeds.toml", ("no_seeds.toml: seeds should have at least 1 item, found 0",)
     ),
     "invalid TOML": Mistake("vstar --config broken.toml", ("broken.toml is not valid TOML", "line 1")),
     "no samples": Mistake(
@@ -74,13 +93,33 @@ MISTAKES = {
     "an empty range": Mistake(
         "filter --run filtered --min-pass-rate 0.9 --max-pass-rate 0.1", ("min ≤ max ≤ 1",)
     ),
+    **{
+        f"no run for {command.partition(' ')[0]}": Mistake(
+            f"{command} --run none",
+            (
+                "there is no run none in ",
+                "; use one of filtered, other",
+                "or make it with `python cli.py vstar --config CONFIG.toml --run none`",
+            ),
+        )
+        for command in (
+            *("inspect", "sweep", "rescore --beta1 1", "rescore --min-gap 1", "filter", "report"),
+            *("export-data --format trl -o new.jsonl", "export-segments -o new.jsonl"),
+        )
+    },
     "no artifact to inspect": Mistake(
-        "inspect --run none", ("there is no", "none/vstar.parquet", "cli.py vstar")
+        "inspect --run begun",
+        (
+            "there is no ",
+            "/begun/vstar.parquet; make it with `python cli.py vstar --config CONFIG.toml --run begun`",
+        ),
     ),
-    "no artifact to rescore": Mistake("rescore --run none --beta1 1", ("there is no", "cli.py vstar")),
-    "no artifact to filter": Mistake("filter --run none", ("there is no", "cli.py vstar")),
+    "no artifact to forecast": Mistake(
+        "forecast --config run.toml --run new",
+        ("/new/vstar.parquet; make it with `python cli.py vstar --config run.toml --run new`",),
+    ),
     "a run outside the artifacts": Mistake(
-        "inspect --run ../../x", ("run should match pattern '^[A-Za-z0-9]", "found '../../x'")
+        "inspect --run ../../x", ("run should be of letters, digits", "found '../../x'")
     ),
     "an output that is no file": Mistake(
         "rescore --run filtered --beta1 1 -o /dev/stdout",
@@ -114,7 +153,8 @@ MISTAKES = {
         "filter --vstar empty", ("cannot read empty: it is a folder; give the path of a file",)
     ),
     "an artifact that is no Parquet file": Mistake(
-        "inspect --vstar data.jsonl", ("data.jsonl is not a readable Parquet file",)
+        "inspect --vstar data.jsonl",
+        ("data.jsonl is not a readable Parquet file", "; make it again with `python cli.py vstar`"),
     ),
     "a missing data file": Mistake(
         f"{VSTAR} --set data.path=none.jsonl", ("there is no data file none.jsonl; check data.path",)
@@ -147,10 +187,14 @@ MISTAKES = {
     "a missing model": Mistake(
         f"{VSTAR} --set model.path=./nowhere/model",
         ("there is no model at ./nowhere/model; check model.path",),
+        without=("base-model",),
     ),
     "a model that the hub does not have": Mistake(
         f"{VSTAR} --set model.path=nobody/no-such-model",
         ("no model nobody/no-such-model", "check model.path"),
+    ),
+    "a model without a name": Mistake(
+        "evaluate --config run.toml --model=", ("the path of a model is empty; give a folder, or a name",)
     ),
     "a folder that is no model": Mistake(
         f"{VSTAR} --set model.path=./empty",
@@ -189,7 +233,29 @@ MISTAKES = {
         f"{VSTAR} --set data.split=test",
         ("data: split = 'test' would have no effect: data.jsonl is a local file",),
     ),
-    "no artifact to train on": Mistake("train --config run.toml", ("there is no", "cli.py vstar")),
+    "a forecast of what draws nothing": Mistake(
+        "forecast --config run.toml --set train.objective.name=direct_advantage",
+        ("`python cli.py inspect --advantages ", "/artifacts/test/advantages.parquet`"),
+    ),
+    "no artifact to train on": Mistake(
+        "train --config run.toml --run new --set data.template={prompt}",
+        (
+            "there is no ",
+            "/new/vstar.parquet, which the objective astar_po needs; make it with "
+            "`python cli.py vstar --config run.toml --run new --set 'data.template={prompt}'`, or choose an objective",
+        ),
+    ),
+    "no samples to grade": Mistake(
+        "regrade --config run.toml", ("draw them with `python cli.py vstar --config run.toml`",)
+    ),
+    "no base model": Mistake(
+        "vstar --config run.toml --run new --set model.path={run}/base_model",
+        (
+            "there is no model at ",
+            "/new/base_model; make it with `python cli.py base-model --config run.toml --run new --set "
+            "'model.path={run}/base_model'`",
+        ),
+    ),
     "an artifact of another model, template and grader": Mistake(
         "train --config run.toml --run other",
         (
@@ -209,6 +275,9 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "run.toml").write_text(TOML)
     (root / "unknown_key.toml").write_text(TOML + "[vstar]\nnum_sample = 4\n")
     (root / "broken.toml").write_text("run =\n")
+    study = 'study = "s"\nconfig = "run.toml"\nseeds = [0]\n[[arms]]\nname = "a"\n'
+    (root / "study.toml").write_text(study)
+    (root / "no_seeds.toml").write_text(study.replace("[0]", "[]"))
     (root / "data.jsonl").write_text('{"prompt": "How many apples has Tom?", "answer": "3"}\n')
     (root / "empty.jsonl").write_text("")
     rows = (root / "data.jsonl").read_text() + '{"prompt": "How far?", "answer": "far"}\n'
@@ -230,6 +299,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     outcomes = {"p1": ["correct", "wrong"], "p2": ["wrong", "wrong"]}
     write_artifact(root / "artifacts" / "filtered" / "vstar.parquet", outcomes)
+    (root / "artifacts" / "begun").mkdir()
     prompt = {**IDENTITY["prompt"], "template": "Q: {prompt}"}
     other = {**IDENTITY, "prompt": prompt, "grader": "math/0"}
     write_artifact(root / "artifacts" / "other" / "vstar.parquet", outcomes, identity=other)
@@ -265,6 +335,7 @@ def test_a_mistake_ends_in_one_line_that_names_the_fix(
     assert lines[0].startswith("error: ")
     for part in MISTAKES[name].says:
         assert part in lines[0]
+    assert not [part for part in MISTAKES[name].without if part in lines[0]]
     # Stage 1 says so before it loads a model.
     assert "loading" not in result.stdout
 

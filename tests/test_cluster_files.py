@@ -94,6 +94,16 @@ def test_the_signal_before_the_limit_reaches_the_program() -> None:
     assert int(patience) < int(limit)
 
 
+def test_every_example_of_training_gives_the_ranks_time_to_end() -> None:
+    for file in CLUSTER.glob("*-train.*"):
+        assert "--shutdown-timeout " in file.read_text(), file.name
+
+
+def test_jobs_of_slurm_name_the_set_up_that_they_need() -> None:
+    for name, target in (("slurm-vstar.sbatch", "setup-stage1"), ("slurm-train.sbatch", "setup")):
+        assert f"`make {target} ACCELERATOR=cuda`" in (CLUSTER / name).read_text()
+
+
 def test_tasks_of_skypilot_name_commands_and_targets_that_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     for name, command in (("skypilot-vstar.yaml", "vstar"), ("skypilot-train.yaml", "train")):

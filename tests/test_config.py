@@ -83,7 +83,17 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
         ("vstar.num_samples=2.5", "vstar.num_samples"),
         ("vstar.beta1=-0.5", "vstar.beta1 should be greater than or equal to 0, found -0.5"),
         ("vstar.beta1=nan", "vstar.beta1"),
-        ("vstar=3", "vstar should be a valid dictionary"),
+        ("vstar=3", "vstar should be a section, such as [vstar] with num_samples = …, found 3"),
+        (
+            "model=Qwen/Qwen2.5-1.5B",
+            "model should be a section, such as [model] with path = …, found 'Qwen/Qwen2",
+        ),
+        (
+            "train.objective=grpo",
+            "train.objective should be a section, such as [train.objective] with name = …",
+        ),
+        ('run="a b"', 'run should be of letters, digits, ".", "_" and "-", and begin with a letter or digit'),
+        ('data.few_shot=["Q"]', "data.few_shot.0 should be a table, such as { prompt = … }, found 'Q'"),
         ("sampling.top_p=0", "sampling.top_p should be greater than 0, found 0"),
         ("sampling.top_p=1.5", "sampling.top_p should be less than or equal to 1, found 1.5"),
         ("sampling.temperature=-1", "sampling.temperature should be greater than or equal to 0, found -1"),
@@ -154,7 +164,7 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
         ("sampling.stop=['a', '']", "sampling: stop should not be empty, found ['a', '']; leave it out"),
         (
             f"sampling.stop={['x'] * 17}",
-            "sampling.stop Tuple should have at most 16 items after validation, not 17",
+            "sampling.stop should have at most 16 items, found 17",
         ),
         ("data.system_prompt=' '", "data: system_prompt should not be empty, found ' '; leave it out"),
         ("data.prefill=''", "data: prefill should not be empty, found ''; leave it out"),
@@ -163,7 +173,10 @@ def test_a_key_inside_the_objective_is_refused_with_the_objectives_keys(minimal:
             "data.few_shot=[{prompt='x', answer='y'}]",
             "unknown key data.few_shot.0.answer; use one of prompt, completion",
         ),
-        ("data.chat_template_kwargs=1", "data.chat_template_kwargs should be a valid dictionary, found 1"),
+        (
+            "data.chat_template_kwargs=1",
+            "data.chat_template_kwargs should be a section of keys and values, found 1",
+        ),
         (
             "sampling.max_completion_tokens=99999999999999999999999",
             "sampling.max_completion_tokens should be less than or equal to 2147483647, found 999",
@@ -385,6 +398,17 @@ def test_each_config_says_how_it_is_run_and_what_it_needs() -> None:
         assert "Hardware" in head, path
         assert "cost" in head.lower(), path
         assert tomllib.loads(text)["run"] == path.stem, path
+
+
+def test_valid_keys_are_listed_once_for_all_unknown_ones(tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "demo.toml").read_text(encoding="utf-8")
+    (tmp_path / "run.toml").write_text(f"sead = 1\nmodels = 2\n{text}", encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        load_config(tmp_path / "run.toml", ["vstar.betta=1"])
+    message = str(raised.value)
+    assert "unknown keys sead, models; use one of run, seed, model, data, " in message
+    assert "unknown key vstar.betta; use one of num_samples, beta1" in message
+    assert message.count("use one of run,") == 1
 
 
 def test_the_config_in_the_readme_is_valid(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_the_remedy_is_the_contracts_own(path: Path) -> None:
     write_unchecked(fruit(), path, version=3)
     assert "has format version 3, made by a newer checkout; this one reads 1 to 2" in refusal(path)
     fruit().write_parquet(path)
-    assert refusal(path) == f"{path} carries no provenance; it was not written by `pick fruit`"
+    assert refusal(path) == f"{path} carries no provenance; make it again with `pick fruit`"
 
 
 def test_a_table_of_another_kind_has_no_provenance_here_whatever_its_version(path: Path) -> None:

@@ -361,13 +361,16 @@ def test_the_command_line_says_what_is_missing(tiny_model: Path, run_cli: RunCli
     (tmp_path / "tiny.toml").write_text(as_toml(config))
     result = run_cli("critic", "--config", tmp_path / "tiny.toml", warm=True)
     assert result.returncode == 2
-    assert "segments.parquet; make it with `python cli.py segments`" in result.stderr
+    assert (
+        f"segments.parquet; make it with `python cli.py segments --config {tmp_path / 'tiny.toml'}`"
+        in result.stderr
+    )
     (tmp_path / "rows.jsonl").write_text("{}")
     result = run_cli(
         "critic", "--config", tmp_path / "tiny.toml", "--process-bench", tmp_path / "rows.jsonl", warm=True
     )
     assert result.returncode == 2
-    assert "train it with `python cli.py critic`" in result.stderr
+    assert f"train it with `python cli.py critic --config {tmp_path / 'tiny.toml'}`" in result.stderr
     for option in ("--segments", "--allow-mismatch"):
         measure = ("--process-bench", tmp_path / "rows.jsonl")
         result = run_cli("critic", "--config", tmp_path / "tiny.toml", *measure, option, "x", warm=True)

@@ -122,7 +122,7 @@ def test_there_is_a_file_of_each_ending() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("cut.jsonl", LINES[:-20], "line 20 is no JSON: Unterminated string starting at"),
+        ("cut.jsonl", LINES[:-20], "line 20 is no JSON: Unterminated string starting at character"),
         (
             "doubled.jsonl",
             LINES.replace("}\n", "}", 1),

@@ -319,9 +319,13 @@ def test_mistakes_on_the_command_line_are_one_line(config: Config, tmp_path: Pat
             "train.objective.name=grpo",
             "--set",
             "train.objective.beta=1",
-        ): "unknown key train.objective.beta",
+        ): "unknown keys train.objective.beta, ",
         ("--set", "train.staleness=1"): "which the objective direct_advantage is not for; set it to 0",
-        ("--run", "another"): "make it with `python cli.py segments`, `critic` and `advantages`",
+        ("--run", "another"): "; make it with "
+        + ", ".join(
+            f"`python cli.py {command} --config {tmp_path / 'run.toml'} --run another`"
+            for command in ("segments", "critic", "advantages")
+        ),
     }
     for options, message in cases.items():
         finished = run_cli("train", "--config", tmp_path / "run.toml", *options, warm=True)

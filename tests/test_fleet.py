@@ -21,7 +21,7 @@ import torch
 
 from common import processes
 from common.config import EngineConfig, SamplingParams
-from common.engines.count import with_engines
+from common.engines.count import idle_gpu, with_engines
 from common.engines.fleet import EngineFleet
 from common.engines.local_workers import LocalWorker, Share, shares_of
 from common.engines.orders import Begin, Done, Draw, Drawn, LoadWeights, Order, Ready, Reply
@@ -546,3 +546,19 @@ def test_two_engines_give_the_store_of_one(
         found[engines] = stored(name).drop("completion_raw"), read_vstar(run_paths(name).vstar)[0]
     for one, two in zip(found[1], found[2], strict=True):
         assert one.equals(two)
+
+
+def test_a_gpu_that_the_installed_torch_cannot_use_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("common.engines.count.versions", lambda names: {"torch": "2.13.0+cpu"})
+    (tmp_path / "nvidiactl").touch()
+    assert idle_gpu(tmp_path) is None
+    (tmp_path / "nvidia0").touch()
+    assert "torch 2.13.0+cpu uses the CPU; `make setup ACCELERATOR=cuda`" in str(idle_gpu(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert idle_gpu(tmp_path) is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("common.engines.count.versions", lambda names: {"torch": "2.13.0"})
+    assert idle_gpu(tmp_path) is None

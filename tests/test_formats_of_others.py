@@ -605,8 +605,10 @@ def test_stage_1_says_what_it_recognised_and_shows_the_first_prompt(chat_model: 
         f"{path}: read as SkyRL: prompts from prompt, answers from reward_spec.ground_truth, template 'chat'",
         "rows left out for want of a prompt or of an answer that the grader can use: 2",
         r"first prompt: '[system] Be brief.\n[user] What is 2 + 3?\n[assistant] '",
-        "1 of 2 rows left out: longer than 512 tokens, or there twice",
+        "1 of 2 rows left out: there twice",
     ]
+    line = told(chat_model, path, bad_golds="drop", long_prompts="drop")[-1]
+    assert line == "1 of 2 rows left out: longer than 512 tokens, or there twice"
     path = write_jsonl(tmp_path / "gsm8k.jsonl", [CASES["GSM8K"].row])
     (line,) = told(chat_model, path, "gsm8k", format="gsm8k")
     assert line.startswith("first prompt: 'What is 2 + 3? Let")

@@ -65,10 +65,28 @@ def test_a_machine_with_a_gpu_gets_the_cuda_requirements(tmp_path: Path) -> None
     found = tmp_path / "nvidia-smi"
     found.write_text("#!/bin/sh\nexit 0\n")
     found.chmod(0o755)
-    assert "cuda-stage1.txt" in make("-n", "--always-make", "setup-stage1", path=tmp_path)
+    new = ("-n", "--always-make", "setup-stage1", "VENV=none")
+    assert "cuda-stage1.txt" in make(*new, path=tmp_path)
     found.write_text("#!/bin/sh\nexit 9\n")
-    assert "cpu-stage1.txt" in make("-n", "--always-make", "setup-stage1", path=tmp_path)
-    assert "cuda-stage1.txt" in make("-n", "--always-make", "setup-stage1", "ACCELERATOR=cuda", path=tmp_path)
+    assert "cpu-stage1.txt" in make(*new, path=tmp_path)
+    assert "cuda-stage1.txt" in make(*new, "ACCELERATOR=cuda", path=tmp_path)
+
+
+@pytest.mark.parametrize(("installed", "status"), [("cuda", 9), ("cpu", 0)])
+def test_an_environment_keeps_to_its_accelerator_on_every_machine(
+    installed: str, status: int, tmp_path: Path
+) -> None:
+    """A login node without a GPU may share the environment of the nodes that have one."""
+    found = tmp_path / "nvidia-smi"
+    found.write_text(f"#!/bin/sh\nexit {status}\n")
+    found.chmod(0o755)
+    for stamp in ("stage1", "train"):
+        (tmp_path / f".{installed}-{stamp}").touch()
+    other = {"cpu": "cuda", "cuda": "cpu"}[installed]
+    again = ("-n", "--always-make", "setup", f"VENV={tmp_path}")
+    assert f"requirements/{installed}-train.txt" in make(*again, path=tmp_path)
+    assert f"requirements/{other}-" not in make(*again, path=tmp_path)
+    assert f"requirements/{other}-train.txt" in make(*again, f"ACCELERATOR={other}", path=tmp_path)
 
 
 def test_the_run_is_the_configs_unless_named() -> None:

@@ -104,7 +104,9 @@ def test_a_sample_of_several_sources_is_there_once_and_the_first_one_counts(tmp_
         "2 samples added, 1 were there",
         "1 samples added, 3 were there",
     ]
-    assert lines[3].startswith("6 samples of 3 prompts; `python cli.py vstar --run joined` ")
+    assert lines[3].startswith(
+        "6 samples of 3 prompts; `python cli.py vstar --config CONFIG.toml --run joined` "
+    )
     store = SampleStore(samples_of("joined"), Provenance(identity=IDENTITY, context=CONTEXT))
     outcomes = store.read().select("prompt_id", "sample_index", "outcome").sort(pl.all())
     assert outcomes.rows() == [
@@ -204,7 +206,9 @@ def test_grades_that_travel_along_judge_no_other_text(
 def test_samples_of_different_graders_are_joined_and_that_is_said(tmp_path: Path, artifacts: Path) -> None:
     ours = store_of(tmp_path / "a", {"p1": ["correct"]})
     theirs = store_of(tmp_path / "b", {"p2": ["correct"]}, grader="math/2")
-    assert "graded by gsm8k/1, math/2: `python cli.py regrade --run joined`" in merge(ours, theirs)
+    assert "graded by gsm8k/1, math/2: `python cli.py regrade --config CONFIG.toml --run joined`" in merge(
+        ours, theirs
+    )
 
 
 def test_samples_of_a_prompt_from_different_tokens_are_refused(tmp_path: Path, artifacts: Path) -> None:

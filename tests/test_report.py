@@ -136,28 +136,23 @@ def test_a_run_that_has_nothing_to_report_is_refused(tmp_path: Path) -> None:
         write_report(RunPaths(tmp_path), Terminal(quiet=True))
 
 
-STEP_LEVEL_MESSAGE = (
-    "run `python cli.py segments`, `python cli.py critic`, `python cli.py advantages`, "
-    "`python cli.py train` first"
-)
-
-
 def test_before_training_the_commands_of_the_runs_objective_are_named(
     run_cli: RunCli, tmp_path: Path, tiny_model: Path, artifacts: Path
 ) -> None:
-    configs = {
-        "astar_po": "run `python cli.py vstar` first",
-        "grpo": "run `python cli.py train` first",
-        "direct_advantage": STEP_LEVEL_MESSAGE,
+    steps = {
+        "astar_po": ["vstar"],
+        "grpo": ["train"],
+        "direct_advantage": ["segments", "critic", "advantages", "train"],
     }
-    for objective, says in configs.items():
+    for objective, commands in steps.items():
         config = load_config(ROOT / "configs" / "demo.toml", [f"train.objective.name={objective}"], objective)
         paths = run_paths(objective)
         paths.root.mkdir(parents=True)
         paths.config.write_text(config.to_json())
         result = run_cli("report", "--run", objective)
         assert result.returncode == 2
-        assert says in result.stderr
+        named = (f"`python cli.py {each} --config CONFIG.toml --run {objective}`" for each in commands)
+        assert f"run {', '.join(named)} first" in result.stderr
 
 
 @pytest.fixture

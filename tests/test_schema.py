@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,9 @@ def test_a_file_that_is_missing_damaged_or_foreign_is_named_with_what_to_do(arti
     assert "python cli.py vstar" in refusal(artifact.with_name("none.parquet"))
     whole = artifact.read_bytes()
     artifact.write_bytes(whole[: len(whole) // 2])
-    assert "is not a readable Parquet file" in refusal(artifact)
+    assert re.search(
+        r"is not a readable Parquet file: .*; make it again with `python cli.py vstar`", refusal(artifact)
+    )
     damaged = bytearray(whole)
     damaged[4:60] = bytes(56)
     artifact.write_bytes(damaged)

@@ -296,7 +296,7 @@ def test_forecast_refuses_and_stage_1_must_have_run(config: Config, tmp_path: Pa
     finished = run_cli("train", "--config", file)
     assert finished.returncode == 2
     assert (
-        'vstar.parquet, which train.rollouts = "stage1" needs; make it with `python cli.py vstar`'
+        f'vstar.parquet, which train.rollouts = "stage1" needs; make it with `python cli.py vstar --config {file}`'
         in finished.stderr
     )
     finished = run_cli("forecast", "--config", file, "--vstar", run_paths(config.run).vstar)

@@ -181,7 +181,7 @@ def _rows_of_lines(lines: Any) -> Iterator[Row]:
 def _problem(error: json.JSONDecodeError) -> str:
     if error.msg == "Extra data":
         return f"a second value begins at character {error.pos + 1}; put each row on a line of its own"
-    return f"{error.msg} at character {error.pos + 1}"
+    return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
 
 
 def _json(file: Path, most: int | None) -> list[Row]:
@@ -193,7 +193,9 @@ def _json(file: Path, most: int | None) -> list[Row]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return list(islice(_rows_of_lines(io.BytesIO(content)), most))
-        raise ValueError(f"line {error.lineno} is no JSON: {error.msg}, column {error.colno}") from error
+        raise ValueError(
+            f"line {error.lineno} is no JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        ) from error
     if isinstance(rows, dict):
         rows = _rows_of_columns(rows)
     if not isinstance(rows, list):

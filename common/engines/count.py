@@ -8,6 +8,7 @@ from typing import TypeVar
 from common.config import EngineConfig, RunConfig
 from common.errors import UserError
 from common.model.reading import read_model
+from common.provenance import versions
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -68,3 +69,15 @@ def visible_devices() -> list[str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(number) for number in range(torch.cuda.device_count())]
     return names if chosen is None else [name.strip() for name in chosen.split(",")][: len(names)]
+
+
+def idle_gpu(devices: Path = Path("/dev")) -> str | None:
+    """A warning if this process may use an NVIDIA GPU that the installed torch is not built for. Imports no torch."""
+    installed = versions(["torch"])["torch"] or ""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if is_hidden or not installed.endswith("+cpu") or not any(devices.glob("nvidia[0-9]*")):
+        return None
+    return (
+        f"warning: this machine has an NVIDIA GPU, but torch {installed} uses the CPU; `make setup ACCELERATOR=cuda` "
+        "installs the other build"
+    )

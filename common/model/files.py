@@ -13,17 +13,20 @@ from common.model.weights import read_weights, weights_hash
 from common.remote.copies import fetched
 from common.remote.places import here
 from common.runs import OWN, run_paths
+from common.settings import makes_base_model
 
 ADAPTER = "adapter_config.json"
 QUANTISATION_FILE = "hf_quant_config.json"
 """Where older versions of ModelOpt say how weights are quantised; vLLM reads it if config.json says nothing."""
 
 
-def resolve_model(path: str, revision: str | None) -> Path:
+def resolve_model(path: str, revision: str | None, *, advice: str = "check model.path") -> Path:
     """The local folder of a model: a given folder, or a hub model's snapshot (downloaded if need be).
 
-    Raises UserError if there is no such model.
+    Raises UserError, with the advice, if there is no such model.
     """
+    if not path.strip():
+        raise UserError("the path of a model is empty; give a folder, or a name on the Hugging Face hub")
     folder = fetched(here(path), whole=True)
     if folder.is_dir():
         if (folder / ADAPTER).is_file():
@@ -35,9 +38,7 @@ def resolve_model(path: str, revision: str | None) -> Path:
             raise UserError(f"{path} is not a model in Hugging Face format: it has no config.json")
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise UserError(
-            f"there is no model at {path}; check model.path; the demo's is built by `make base-model`"
-        )
+        raise UserError(f"there is no model at {path}; {advice}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -65,7 +66,8 @@ def reference_model(config: RunConfig) -> Path:
             f'model.revision = "{config.model.revision}" would have no effect: {path} is a folder on this machine, not '
             "a model of the hub; leave it out"
         )
-    return resolve_model(path, config.model.revision)
+    advice = "make it with `python cli.py base-model`" if makes_base_model(config) else "check model.path"
+    return resolve_model(path, config.model.revision, advice=advice)
 
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
