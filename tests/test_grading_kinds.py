@@ -4,6 +4,7 @@ A line is `reference answer <- content of the box`.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -935,6 +936,15 @@ def test_boxes_with_equal_numbers_are_one_answer() -> None:
         "７２",
         "72.",
         "72 or so",
+        "72; the rest is Tom's",
+        "72, that is all",
+        "72 and that is all",
+        "72 times",
+        "72 (seventy-two)",
+        "72 (2 each)",
+        r"72\text{ kg}",
+        r"72\%",
+        "72x",
     ],
 )
 def test_gsm8k_reads_the_marks_that_models_put_around_a_number(answer: str) -> None:
@@ -968,10 +978,64 @@ def test_gsm8k_reads_every_minus_sign() -> None:
         "5_000",
         "--5",
         "5 000",
+        "5 x 4 = 20",
+        "5 plus 3",
+        "5 minus three",
+        "5 divided by 2",
+        "5**3",
+        "5·3",
+        "5(3)",
+        "5 (3+4)",
+        r"5\pi",
+        r"5\sqrt{3}",
+        "5√3",
+        "5 ½",
+        "$5K",
+        "5 M",
+        "5 and 6",
+        "5 and a half",
+        "5; 6",
+        "5, 6",
+        r"5\text{ or }6",
+        r"5\text{ million}",
+        "**5** million",
+        "5--20",
+        "5—20",
+        "5 ~ 20",
+        "5'11",
+        "5 squared",
     ],
 )
 def test_gsm8k_does_not_read_the_beginning_of_another_number(answer: str) -> None:
     assert grade_gsm8k("", f"#### {answer}", "5").outcome is Outcome.UNPARSED
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "5,000",
+        "5{,}000",
+        r"5\,000",
+        r"5,\!000",
+        "5'000",
+        "5’000",
+        "5\u202f000",
+        "5\u2009000",
+        "$5,000.00",
+        "5,000, yes",
+    ],
+)
+def test_gsm8k_reads_every_separator_of_thousands(answer: str) -> None:
+    assert grade_gsm8k("", f"#### {answer}", "5000").outcome is Outcome.CORRECT
+    assert grade_gsm8k("", "#### 5000", answer.removesuffix(", yes")).outcome is Outcome.CORRECT
+
+
+@pytest.mark.parametrize(
+    "answer", ["1,5", "1,50", "1,5000", "1,234567", "1234,567", "1,234,5", "0,500", "1{,}5", r"1\,5", "1.5,5"]
+)
+def test_gsm8k_reads_no_number_with_other_groups(answer: str) -> None:
+    assert grade_gsm8k("", f"#### {answer}", re.sub("[^0-9.]", "", answer)).outcome is Outcome.UNPARSED
+    assert "not a number" in str(validate_gsm8k_gold(answer))
 
 
 @pytest.mark.parametrize("gold", ["NaN", "None", "1e-05", "5 apples", "1/2", "about 5"])
