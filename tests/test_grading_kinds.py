@@ -4,6 +4,7 @@ A line is `reference answer <- content of the box`.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ RIGHT = {
         50\text{ mph} <- 50\text{ miles per hour}
         5.4 \text{ cents} <- 5.4
         3\frac{1}{5} <- 3\frac{1}{5} \text{ cm}
+        33\frac{1}{3}\% <- \frac13
+        1/3 <- 33\frac13\%
+        33\frac{1}{3}\% <- 33 1/3 percent
+        33\frac13\% <- \frac{100}{3}\%
+        -1/8 <- -12\frac12\%
+        0.005 <- \frac12\%
+        0.005 <- 1/2\%
+        1/2,1/3 <- 33\frac13\%, 50\%
+        5\text{ square units} <- 5\text{ cm}^2
     """,
     "factors in brackets": r"""
         12 <- 3(4)
@@ -475,6 +485,11 @@ RIGHT = {
         10!  <- 3628800
         [0,1) <- 0\le x<1
         -\frac{\sqrt{3}}{2} <- -\frac{1}{2}\sqrt{3}
+        \frac{\sqrt3}{3} <- \frac{\sqrt3}{3} \approx 0.577
+        1,2 <- \{2,1\}
+        \{1,2\} <- 1,2
+        \{(1,2),(3,4)\} <- (1,2),(3,4)
+        (2,3) <- 2,3
     """,
 }
 
@@ -509,6 +524,12 @@ WRONG = {
         5\text{ kg} <- 5\text{ lb}
         30^\circ\text{C} <- 30^\circ\text{F}
         5\text{ students} <- 5\text{ teachers}
+        5\text{ communities} <- 5\text{ dollars}
+        3\text{ hours} <- 3\text{ opportunities}
+        \frac13 <- 33\frac13
+        33\frac13\% <- 33\frac12\%
+        50 <- 1/2\%
+        0.5 <- \frac12\%
         5 <- 5\text{ or 6}
         5 <- 5\text{ or more}
         5 <- 5\text{ and 6}
@@ -770,6 +791,20 @@ WRONG = {
         5 <- x=\text{ not }5
         5 <- \text{ approximately } 5
         5 <- 5^{2}\text{ cm}
+        1,2,3 <- 1,2,3,\ldots
+        1,2 <- 1,2,\dots
+        1,2,10 <- 1,2,\ldots,10
+        12 <- 12\ldots
+        12 <- 12 \cdots
+        5 <- 5...
+        5 <- 5…
+        5 <- 5\text{...}
+        5 <- 5\text{ dollars...}
+        8 <- 1+2+\ldots+5
+        (2,3) <- \{2,3\}
+        \{2,3\} <- (3,2)
+        [2,3] <- \{2,3\}
+        (1,2) <- x\in\{1,2\}
     """,
 }
 
@@ -814,11 +849,20 @@ def test_each_reference_answer_of_these_tables_can_be_used(answer: str) -> None:
         ("['3', '4']", "written as text"),
         ("3 4", "cannot parse"),
         (r"\frac{", "cannot parse"),
+        (r"1,2,\ldots", "cannot parse"),
+        ("0.333...", "cannot parse"),
         ("1+" * 300 + "1", "longer than 512"),
     ],
 )
 def test_a_reference_answer_that_cannot_be_meant_is_refused_with_the_reason(gold: str, reason: str) -> None:
     assert reason in str(validate_gold(gold))
+
+
+def test_an_ellipsis_on_both_sides_is_the_same_text_or_no_answer() -> None:
+    assert boxed(r"1, 2, \dots", r"1,2,\ldots") is Outcome.CORRECT
+    assert boxed("1,2,...", r"1,2,\cdots") is Outcome.CORRECT
+    assert boxed("2,1,...", r"1,2,\ldots") is Outcome.GOLD_UNPARSED
+    assert boxed("1,2", r"1,2,\ldots") is Outcome.GOLD_UNPARSED
 
 
 @pytest.mark.parametrize(
@@ -892,6 +936,15 @@ def test_boxes_with_equal_numbers_are_one_answer() -> None:
         "７２",
         "72.",
         "72 or so",
+        "72; the rest is Tom's",
+        "72, that is all",
+        "72 and that is all",
+        "72 times",
+        "72 (seventy-two)",
+        "72 (2 each)",
+        r"72\text{ kg}",
+        r"72\%",
+        "72x",
     ],
 )
 def test_gsm8k_reads_the_marks_that_models_put_around_a_number(answer: str) -> None:
@@ -925,10 +978,64 @@ def test_gsm8k_reads_every_minus_sign() -> None:
         "5_000",
         "--5",
         "5 000",
+        "5 x 4 = 20",
+        "5 plus 3",
+        "5 minus three",
+        "5 divided by 2",
+        "5**3",
+        "5·3",
+        "5(3)",
+        "5 (3+4)",
+        r"5\pi",
+        r"5\sqrt{3}",
+        "5√3",
+        "5 ½",
+        "$5K",
+        "5 M",
+        "5 and 6",
+        "5 and a half",
+        "5; 6",
+        "5, 6",
+        r"5\text{ or }6",
+        r"5\text{ million}",
+        "**5** million",
+        "5--20",
+        "5—20",
+        "5 ~ 20",
+        "5'11",
+        "5 squared",
     ],
 )
 def test_gsm8k_does_not_read_the_beginning_of_another_number(answer: str) -> None:
     assert grade_gsm8k("", f"#### {answer}", "5").outcome is Outcome.UNPARSED
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "5,000",
+        "5{,}000",
+        r"5\,000",
+        r"5,\!000",
+        "5'000",
+        "5’000",
+        "5\u202f000",
+        "5\u2009000",
+        "$5,000.00",
+        "5,000, yes",
+    ],
+)
+def test_gsm8k_reads_every_separator_of_thousands(answer: str) -> None:
+    assert grade_gsm8k("", f"#### {answer}", "5000").outcome is Outcome.CORRECT
+    assert grade_gsm8k("", "#### 5000", answer.removesuffix(", yes")).outcome is Outcome.CORRECT
+
+
+@pytest.mark.parametrize(
+    "answer", ["1,5", "1,50", "1,5000", "1,234567", "1234,567", "1,234,5", "0,500", "1{,}5", r"1\,5", "1.5,5"]
+)
+def test_gsm8k_reads_no_number_with_other_groups(answer: str) -> None:
+    assert grade_gsm8k("", f"#### {answer}", re.sub("[^0-9.]", "", answer)).outcome is Outcome.UNPARSED
+    assert "not a number" in str(validate_gsm8k_gold(answer))
 
 
 @pytest.mark.parametrize("gold", ["NaN", "None", "1e-05", "5 apples", "1/2", "about 5"])

@@ -428,7 +428,7 @@ def test_an_edited_reward_has_another_fingerprint(rewards: str, tmp_path: Path) 
     (tmp_path / "pool_test_rewards.py").write_text(REWARDS + "# edited\n")
     assert fingerprint(config) != before
     assert fingerprint(GraderConfig(name="gsm8k")) == fingerprint(GraderConfig(name="gsm8k", workers=3))
-    assert fingerprint(GraderConfig(name="math")).startswith("math/3+math-verify-")
+    assert fingerprint(GraderConfig(name="math")).startswith("math/4+math-verify-")
 
 
 def test_truncated_completions_are_never_read() -> None:

@@ -1,7 +1,7 @@
 r"""LaTeX to sympy by latex2sympy, with what it reads wrongly put right where it reads.
 
 `R` and `r` are two letters, only `2\frac34` is a mixed number (it adds the digits of `3(4)` too), `i` is the
-imaginary unit and `I` a letter.
+imaginary unit and `I` a letter. A percent sign stands after more than a decimal: `\frac13\%`.
 """
 
 import re
@@ -13,6 +13,8 @@ _SHORT_SCRIPT = re.compile(r"([_^])\{([0-9A-Za-z])\}(?!\s*[0-9A-Za-z{])")  # eac
 _IMAGINARY = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|(i)")
 _INDEXED = re.compile(r"\\(?:sum|prod)(?![A-Za-z])|_\{?i")
 _PROPER = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")
+_PERCENT_OF_RATIO = re.compile(r"([0-9]+)/([0-9]+)\s*\\%")
+_PERCENT_OF_GROUP = re.compile(r"(?<=[})])\s*\\%")
 _COMPLEX = re.compile(
     r"\\mathbb\{C\}|\\(?:det|arg|Re|Im|imath)(?![A-Za-z])|\\operatorname\{(?:tr|rank|Re|Im)\}"
 )
@@ -30,6 +32,8 @@ def parse(latex: str, *, is_real: bool) -> Any:
 
     imaginary = "i" in _IMAGINARY.findall(latex) and not _INDEXED.search(latex)
     latex = _LETTER.sub(_as_letter, latex)
+    latex = _PERCENT_OF_RATIO.sub(r"\\frac{\1}{\2}\\%", latex)
+    latex = _PERCENT_OF_GROUP.sub(r"\\cdot 1\\%", latex)
     latex = _SHORT_SCRIPT.sub(r"\1\2", latex)
     try:
         return _converter()(normalize_latex(latex, _normalization()), imaginary, is_real)

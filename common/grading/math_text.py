@@ -11,6 +11,7 @@ from functools import lru_cache
 
 MAX_DEPTH = 60
 """Levels of nested braces; deeper text is left as it is."""
+ELLIPSIS = r"\ldots"
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎", "0123456789+-=()", strict=True))
@@ -85,7 +86,7 @@ _OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it)(?![A-Za-z])\s*([^{}]*)\}")
 _FONT_OF_ONE = re.compile(r"\\math(?:rm|bf|it|sf|tt)\s*([0-9]|(?<=\s)[A-Za-z])")
 _SPACING_IN_TEXT = re.compile(r"\\[!,;:> ]|\\cdot|~|\s")
 _EXPONENT_IN_TEXT = re.compile(r"\^-?[0-9]")
-_MATHEMATICS_IN_TEXT = re.compile(r"[0-9=<>+\\]")
+_MATHEMATICS_IN_TEXT = re.compile(r"[0-9=<>+\\]|\.{3}")
 _JOINING = re.compile(r",?\s*(?:and|or)|,|;|&|或|和")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)+")
 
@@ -119,6 +120,7 @@ _SPELLINGS = [
         ),
         (r"(?<!\\)\\[!,;:> ]|(?<!\\)~|\s", " "),
         # Two names of one thing.
+        (_command("[lc]?dots[bcimo]?") + r"|\.{3,}", rf"\{ELLIPSIS} "),
         (r"\{:\}|" + _command("colon"), ":"),
         (r"\{,\}", ","),
         (_command("[dtcs]frac|nicefrac"), r"\\frac"),

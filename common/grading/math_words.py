@@ -187,7 +187,7 @@ class Unit:
     known: bool
 
 
-_PERCENTAGE = Unit(("%",), known=True)
+PERCENTAGE = Unit(("%",), known=True)
 
 
 @lru_cache(maxsize=16_384)
@@ -209,12 +209,14 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     body, unit = text, _unit(money)
     if found and text[: found.start()].strip() and (whole := _unit(f"{money} {found[0]}")):
         body, unit = text[: found.start()].strip(), whole
-    return body, _PERCENTAGE if body.endswith(r"\%") else unit
+    return body, PERCENTAGE if body.endswith(r"\%") else unit
 
 
 def contradict(one: Unit | None, other: Unit | None) -> bool:
     """Whether two units cannot mean the same; a unit left out means whatever the other one says."""
-    if one is None or other is None or "unit" in f"{one.words} {other.words}":
+    if one is None or other is None:
+        return False
+    if any(word.partition("^")[0] == "unit" for word in one.words + other.words):
         return False
     if one.known and other.known:
         return one.words != other.words

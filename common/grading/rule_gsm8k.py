@@ -10,17 +10,33 @@ from decimal import Decimal
 from common.errors import UserError
 from common.grading.outcome import Grade, Outcome, graded
 
-VERSION = "gsm8k/3"
+VERSION = "gsm8k/4"
 MARKER = "####"
 MAX_COMPLETION_CHARACTERS = 65_536
 
-# Possessive digits: linear on any text. A number that goes on as a fraction, power, time, range, calculation or
-# another number is not the answer it begins with.
+# Possessive: linear on any text. A number that goes on as a fraction, power, time, range, list, calculation or
+# another number is not the answer it begins with; nor is one whose commas are not those of thousands.
+_GROUP = r"(?:,(?:\\!)?|\{,\}|\\,|['’\u2007\u2009\u202f])[0-9]{3}(?![0-9])"
+_DIGITS = rf"(?:[1-9][0-9]{{0,2}}(?:{_GROUP})++|[0-9]++)"
 _MONEY = r"(?:(?:US)?\\?\$|[€£¥₹]) ?"
+# What may stand between a number and its continuation: marks of the same line, and the braces of words.
+_BETWEEN = (
+    r"(?:[ \t\u2007\u2009\u202f,;&|~*_`'’{}$€£¥₹·⋅∙•∗—-]|[xX](?=[ \t]*[0-9])"
+    r"|\\(?:[ ,:;!$]|(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\{|q?quad(?![A-Za-z])))*+"
+)
+_NUMBER_WORD = (
+    r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:an? |one )?(?:half|third|quarter|fourth|hundred))(?![a-z])"
+)
+_CONNECTION = r"(?:and|or|to|plus|minus|times|(?:divided|multiplied) by|by|over|mod|point)(?![a-z])"
+_CONTINUATION = (
+    rf"{_BETWEEN}(?:\.?[0-9]|[½¼¾⅐-⅞²³¹⁰-⁹π√∛±≈]|\\[A-Za-z]|\([^A-Za-z()]*+\)|(?:[kKMB]|[bm]n|mil)(?![A-Za-z])"
+    r"|(?i:hundred|thousand|million|billion|trillion|dozen|(?:squared|cubed)(?![a-z]))"
+    rf"|(?i:{_CONNECTION}){_BETWEEN}(?:\.?[0-9]|[½¼¾⅐-⅞π√∛]|(?i:{_NUMBER_WORD})))"
+)
 _NUMBER = (
-    rf"((?:[-+]?(?:{_MONEY})?|{_MONEY}[-+])(?:[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++))"
-    r"(?!\s?[/^=:+×÷]|\s?\\(?:times|cdot|div|frac)|\s?[-*]\s?[0-9]|[ \t]*\.?[0-9]|[eE][-+]?[0-9]"
-    r"|_[0-9]|[½¼¾⅐-⅞²³¹⁰-⁹]|k(?![a-z])|\s?(?:hundred|thousand|million|billion|dozen)|\s(?:or|to)\s\$?[0-9])"
+    rf"((?:[-+]?(?:{_MONEY})?|{_MONEY}[-+])(?:{_DIGITS}(?:\.[0-9]++)?+|\.[0-9]++))"
+    rf"(?!\s?[/^=:+×÷]|\s?[-*]\s?[0-9]|[eE][-+]?[0-9]|{_CONTINUATION})"
 )
 _LEADING_NUMBER = re.compile(rf"(?:\\(?:boxed|fbox|text|mathbf|textbf)\{{|\\[(\[]|[\s:$*_`{{])*{_NUMBER}")
 _BARE_NUMBER = re.compile(rf"[\s$]*{_NUMBER}[\s.]*")

@@ -18,11 +18,11 @@ from typing import Any
 
 from common.errors import UserError
 from common.grading import math_latex
-from common.grading.math_text import THOUSANDS, clean, elements
+from common.grading.math_text import ELLIPSIS, THOUSANDS, clean, elements
 from common.grading.math_words import PLACEHOLDERS, Unit, contradict, split_unit, without_introduction
 from common.grading.outcome import Grade, Outcome, graded
 
-VERSION = f"math/3+math-verify-{version('math-verify')}"
+VERSION = f"math/4+math-verify-{version('math-verify')}"
 MAX_BOX_CHARACTERS = 512
 MAX_COMPLETION_CHARACTERS = 65_536
 # A float in either answer may be rounded: beyond this relative difference two numbers are different answers.
@@ -71,6 +71,7 @@ _PROSE = re.compile(
     r"\\text\{[^{}]*\}|\\[A-Za-z]+|\{[a-z]+\}|(?<![A-Za-z])([A-Za-z]?[a-z]{3,}|is|are|of|an|the|we)(?![A-Za-z])"
 )
 _SENTENCE = frozenset(["is", "are", "the", "we", "that", "see"])
+_NAME_BEFORE_BRACKETS = re.compile(r"^[A-Za-z](?:_\{[A-Za-z0-9]+\})? ?(?:=|\\in(?![A-Za-z])) ?")
 _QUOTED = re.compile(r"\s*[\[{(]\s*['\"]")
 
 
@@ -391,8 +392,8 @@ def parsed(text: str, *, is_real: bool) -> Any:
     r"""The expression; of an equation whose left side cannot be read (`\angle A = 30`), its right side."""
     text = ", ".join(map(_both_signs, elements(text, ","))) if r"\pm" in text else text
     text = BASE.sub(r"\1", text)
-    if _NO_NUMBER.search(text):
-        return None  # it would multiply them
+    if _NO_NUMBER.search(text) or ELLIPSIS in text:
+        return None  # it would multiply the numbers, and leave the ellipsis out
     found = math_latex.parse(text, is_real=is_real)
     if found is None and "=" in text:
         found = math_latex.parse(text.partition("=")[2], is_real=is_real)
@@ -432,7 +433,7 @@ def _problem(gold: str) -> str | None:
 def _equal(gold: str, expected: Any, claim: str, claimed: Any) -> bool:
     from math_verify import verify
 
-    if not (_same_base(gold, claim) and _consistent(claimed)):
+    if _are_set_and_tuple(gold, claim) or not (_same_base(gold, claim) and _consistent(claimed)):
         return False
     expected, claimed = _ascending(expected), _ascending(claimed)
     expected, claimed = _as_region(expected, claimed), _as_region(claimed, expected)
@@ -441,6 +442,22 @@ def _equal(gold: str, expected: Any, claim: str, claimed: Any) -> bool:
     if "%" not in gold + claim and not _same_scale(expected, claimed):
         return False  # before math-verify is asked: it would try to simplify the difference to 0
     return bool(verify([expected], [claimed], allow_set_relation_comp=True, timeout_seconds=None))
+
+
+def _are_set_and_tuple(*texts: str) -> bool:
+    r"""Whether one is a set in braces and the other a point or an interval, such as `\{2,3\}` and `(2,3)`."""
+    bare = [_NAME_BEFORE_BRACKETS.sub("", text) for text in texts]
+    return any(map(_is_set, bare)) and any(map(_is_tuple, bare))
+
+
+def _is_set(text: str) -> bool:
+    whole = text.startswith(r"\{") and text.endswith(r"\}") and len(elements(text)) == 1
+    return whole and len(elements(text[2:-2])) > 1
+
+
+def _is_tuple(text: str) -> bool:
+    whole = text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(elements(text)) == 1
+    return whole and len(elements(text[1:-1])) > 1
 
 
 def _same_base(gold: str, claim: str) -> bool:

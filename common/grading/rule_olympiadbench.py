@@ -1,8 +1,9 @@
 r"""The OlympiadBench rule: several answers in any order, a tolerance, a unit; the rule "math" compares each answer.
 
 A reference answer is {"answers": […], "tolerance": […], "unit": …} or a text. Answers are cut at commas outside of
-brackets, and at `\pm` into two, on both sides; as many must be there, and each must have its own match. Two real
-numbers may differ by the tolerance, 1e-8 if none is given. (He et al. 2024, arXiv:2402.14008, and its own grader.)
+brackets, and at `\pm` into two, on both sides; as many must be there, and each must have its own match. The comma of
+`1,000` does not cut. Two real numbers may differ by the tolerance, 1e-8 if none is given. (He et al. 2024,
+arXiv:2402.14008, and its own grader.)
 
 No timeout of its own, as the rule "math"; powers too large to compute are compared as texts.
 """
@@ -10,18 +11,18 @@ No timeout of its own, as the rule "math"; powers too large to compute are compa
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from common.grading import rule_math
 from common.grading.math_text import clean, elements
-from common.grading.math_words import PLACEHOLDERS, contradict
+from common.grading.math_words import PERCENTAGE, PLACEHOLDERS, contradict
 from common.grading.outcome import Grade, Outcome, graded
 from common.grading.rule_math import MAX_BOX_CHARACTERS, RELATIVE_TOLERANCE
 
-VERSION = f"olympiadbench/1+{rule_math.VERSION}"
+VERSION = f"olympiadbench/2+{rule_math.VERSION}"
 MAX_COMPLETION_CHARACTERS = rule_math.MAX_COMPLETION_CHARACTERS
 BEGINNING = '{"answers": '
 DEFAULT_TOLERANCE = Fraction(1, 10**8)
@@ -34,8 +35,11 @@ DIGITS = 60
 LARGEST_EXPONENT, MOST_DIGITS = 10_000, 20_000
 """Of a power of whole numbers that is computed."""
 
-_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])\s*")
 _POWER = re.compile(r"([0-9]+)\s*\^\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
+_THOUSANDS_BEFORE = re.compile(r"(?:.*[^0-9.,])?[1-9][0-9]{0,2}(?:,[0-9]{3})*", re.DOTALL)
+_THOUSANDS_AFTER = re.compile(r"[0-9]{3}(?![0-9])")
+_TIGHT_COMMA = re.compile(r"[0-9],[0-9]")
 _SET = re.compile(r"\\\{(.*)\\\}")
 _NAME = re.compile(r"[^=<>]+=(?!=)")
 
@@ -109,12 +113,13 @@ def _gold(text: str) -> _Gold:
     if text.startswith(BEGINNING):
         answers, tolerance, unit = _from_json(text)
     parts = [part for answer in answers for part in _parts(answer)]
-    if unit not in ("", "%"):
+    is_percentage = rule_math.read(f"1 {unit}").unit is PERCENTAGE
+    if unit and not is_percentage:
         parts = [_with_unit(part, unit) for part in parts]
     if len(tolerance) not in (0, 1, len(parts)):
         raise ValueError(f"{len(tolerance)} tolerances for {len(parts)} answers")
     each = tolerance if len(tolerance) > 1 else (tolerance or [None]) * len(parts)
-    return _Gold(parts=tuple(parts), tolerances=tuple(each), is_percentage=unit == "%")
+    return _Gold(parts=tuple(parts), tolerances=tuple(each), is_percentage=is_percentage)
 
 
 def _from_json(text: str) -> tuple[list[str], list[Fraction | None], str]:
@@ -138,9 +143,30 @@ def _with_unit(answer: str, unit: str) -> str:
     return answer + unit if unit.startswith(("^", "\\")) else rf"{answer} \text{{{unit}}}"
 
 
-def _parts(text: str) -> list[str]:
-    r"""The answers in a text, in its one spelling: between commas, and both of a `\pm`."""
-    return [both for part in elements(clean(text)) for both in _both_signs(part)]
+def _parts(text: str, *, grouped: bool = True) -> list[str]:
+    r"""The answers in a text, in its one spelling: between commas, and both of a `\pm`.
+
+    If `grouped`, the commas of thousands are no such commas.
+    """
+    spelled = clean(text)
+    parts = elements(spelled)
+    if grouped:
+        parts = _with_thousands(parts, spelled)
+    return [both for part in parts for both in _both_signs(part)]
+
+
+def _with_thousands(parts: list[str], text: str) -> list[str]:
+    """The parts with `1,000` in one; as they are if the text also has a comma such as that of `1,2`."""
+    joined = parts[:1]
+    for part in parts[1:]:
+        both = f"{joined[-1]},{part}"
+        if both not in text or not _TIGHT_COMMA.search(joined[-1][-1:] + "," + part[:1]):
+            joined.append(part)
+        elif _THOUSANDS_BEFORE.fullmatch(joined[-1]) and _THOUSANDS_AFTER.match(part):
+            joined[-1] = both
+        else:
+            return parts
+    return joined
 
 
 def _both_signs(text: str) -> list[str]:
@@ -163,8 +189,10 @@ def _verdict(answer: str, box: str) -> Outcome:
         return Outcome.CORRECT if clean(box) == clean(answer) else Outcome.UNPARSED
     spelled = clean(box)
     braces = _SET.fullmatch(spelled)
-    claims = _parts(braces[1] if braces else spelled)
-    if len(claims) != len(gold.parts):
+    inside = braces[1] if braces else spelled
+    readings = (_parts(inside, grouped=grouped) for grouped in (True, False))
+    claims = next((claims for claims in readings if len(claims) == len(gold.parts)), None)
+    if claims is None:
         return Outcome.WRONG
     names = {found[0] for part in gold.parts if (found := _NAME.match(part))}
     if len(names) > 1 and not any("=" in claim for claim in claims):  # `2,1` is not x=1,y=2
@@ -194,9 +222,10 @@ def _compare(gold: _Gold, place: int, claim: str) -> Outcome:
     answer, tolerance = gold.parts[place], gold.tolerances[place]
     if len(claim) > MAX_BOX_CHARACTERS:
         return rule_math.verdict(answer, claim)
-    if gold.is_percentage:
-        claim = clean(claim).removesuffix(r"\%")
     expected, claimed = rule_math.read(answer), rule_math.read(claim)
+    if gold.is_percentage:
+        expected, claimed = _percentage(expected), _percentage(claimed)
+        answer, claim = expected.text, claimed.text
     if contradict(expected.unit, claimed.unit):
         return Outcome.WRONG
     if expected.key == claimed.key != "":
@@ -211,6 +240,12 @@ def _compare(gold: _Gold, place: int, claim: str) -> Outcome:
     # A tiny number is not 0 unless the data set says so.
     is_near = tolerance is not None or distance <= Fraction(RELATIVE_TOLERANCE) * size
     return Outcome.CORRECT if within and is_near else Outcome.WRONG
+
+
+def _percentage(answer: rule_math.Answer) -> rule_math.Answer:
+    """An answer in percent, which may say so."""
+    text, key = (each.removesuffix(r"\%").rstrip() for each in (answer.text, answer.key))
+    return replace(answer, text=text, key=key, unit=answer.unit or PERCENTAGE)
 
 
 def _values(gold: str, claim: str) -> tuple[Fraction, Fraction] | None:
