@@ -178,7 +178,7 @@ def test_the_reference_is_no_distance_from_itself_and_the_exam_is_marked_right(
         "model": "model",
         "path": str(tiny_model),
         "benchmark": "held_out",
-        "grader": "gsm8k/3",
+        "grader": "gsm8k/4",
         "sampling": {"temperature": 1.0, "top_p": 1.0, "max_completion_tokens": 6},
         "reward_mean": 0.5,
         "prompts": 5,

@@ -424,7 +424,7 @@ def test_weights_are_one_by_default_and_belong_to_the_grader(functions: str) -> 
     assert both[1] == 2.0
     prints = [fingerprint(GraderConfig(name=names, weights=weights)) for weights in WEIGHTS]
     assert prints[0] == prints[1] != prints[2]
-    assert prints[2].startswith("1 gsm8k/3 + 0.5 their_rewards:plain@")
+    assert prints[2].startswith("1 gsm8k/4 + 0.5 their_rewards:plain@")
     assert fingerprint(GraderConfig(name=names[1:])) == fingerprint(GraderConfig(name=names[1]))
 
 
@@ -484,7 +484,7 @@ def test_what_follows_the_thinking_is_graded_by_rules_and_functions_get_all(func
     both = grade(["gsm8k", f"{functions}:trl_only_completions"], completions[0], answer_after="</think>")  # type: ignore[arg-type]
     assert both[0][1] == 1 + len(completions[0])
     plain, after = (fingerprint(GraderConfig(name="gsm8k", answer_after=mark)) for mark in (None, "</think>"))
-    assert (plain, after) == ("gsm8k/3", "gsm8k/3 after </think>")
+    assert (plain, after) == ("gsm8k/4", "gsm8k/4 after </think>")
 
 
 def test_an_answer_after_long_thinking_is_found() -> None:

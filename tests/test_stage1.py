@@ -174,7 +174,7 @@ def test_the_second_of_two_jobs_is_told_before_it_loads_an_engine(
             "sampling.max_completion_tokens is 12 there and 11 here",
         ),
         ({"data": {"template": "plain"}}, r'prompt.template is "{prompt}\n" there and "{prompt}" here'),
-        ({"grader": {"name": "math"}}, 'grader is "gsm8k/3" there and "math/'),
+        ({"grader": {"name": "math"}}, 'grader is "gsm8k/4" there and "math/'),
         ({"seed": 5}, "seed is 0 there and 5 here"),
     ],
 )
