@@ -427,8 +427,9 @@ def test_the_commands_find_the_runs_only_table(config: Config, run_cli: RunCli, 
         assert finished.returncode == 2
         assert "another" in finished.stderr
         states.rename(run_paths(config.run).segments)
-    finished = run_cli("rescore", "--run", "another")
-    assert "give --beta1" in finished.stderr
+    assert "there is no run another" in run_cli("rescore", "--run", "another").stderr
+    run_paths("another").root.mkdir()
+    assert "give --beta1" in run_cli("rescore", "--run", "another").stderr
     (tmp_path / "run.toml").write_text(as_toml(changed(config, values="monte_carlo", min_gap=0.3)))
     finished = run_cli("advantages", "--config", tmp_path / "run.toml")
     assert "smallest gap 0.1 → 0.3" in finished.stdout, finished.stderr
