@@ -8,9 +8,9 @@ SHELL := /bin/bash
 quoted = '$(subst ','\'',$(1))'
 PYTHON ?= python3
 VENV := .venv
-# What is installed stays: a node without a GPU may share the environment of those that have one.
+# What it was set up for stays: a node without a GPU may share the environment of those that have one.
 ifndef ACCELERATOR
-ACCELERATOR := $(patsubst $(VENV)/.%-stage1,%,$(firstword $(wildcard $(VENV)/.cuda-stage1 $(VENV)/.cpu-stage1)))
+ACCELERATOR := $(shell cat $(VENV)/.accelerator 2>/dev/null)
 endif
 ifeq ($(ACCELERATOR),)
 ACCELERATOR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -138,7 +138,7 @@ $(BIN)/python:
 
 # PyPI has no CPU build of torch: pip finds one where it was told to look (PIP_FIND_LINKS), else uv knows PyTorch's index.
 $(INSTALLED)-stage1: requirements/$(ACCELERATOR)-stage1.txt | $(BIN)/python
-	@rm -f $(VENV)/.cpu-* $(VENV)/.cuda-*
+	@rm -f $(VENV)/.cpu-* $(VENV)/.cuda-*; echo $(ACCELERATOR) > $(VENV)/.accelerator
 	@set -e; torch=$$(grep '^torch==' $<); \
 	if [ $(ACCELERATOR) = cpu ] && ! $(BIN)/pip install -q --no-deps "$$torch" 2>/dev/null; then \
 		$(BIN)/pip install -q uv; \

@@ -1101,7 +1101,7 @@ def main() -> None:
     except RankLost as error:
         leave(1, f"error: {error}", unless_said=True)
     except UserError as error:
-        leave(2, f"error: {' '.join(_about_the_same_run(str(error)).split())}")
+        leave(2, f"error: {_about_the_same_run(' '.join(str(error).split()))}")
     except BrokenPipeError:  # the reader of the output has closed the pipe
         os._exit(1)
     except OSError as error:

@@ -555,7 +555,9 @@ def _rule(item: Mapping[str, Any], place: str, kind: type[BaseModel]) -> str:
         case "model_type" | "model_attributes_type":
             _, sections = _section_of((*item["loc"], ""), kind)
             fields = sections[0].model_fields
-            key = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
+            values = [name for name, field in fields.items() if not _sections_in(field.annotation)]
+            required = [name for name in values if fields[name].is_required()]
+            key = "path" if "path" in fields else [*required, *values][0]
             is_in_list = isinstance(item["loc"][-1], int)
             rule = (
                 f"table, such as {{ {key} = … }}"

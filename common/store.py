@@ -288,12 +288,6 @@ class SampleStore:
         """How many samples this grader has not judged yet, see `ungraded`."""
         return sum(frame.height for frame in self.ungraded(prompts))
 
-    def references(self) -> pl.DataFrame:
-        """The prompts whose samples other graders have judged first: prompt_id, prompt and answer, each once."""
-        columns = ["prompt_id", "prompt", "answer"]
-        rows = _scan(self._graded_otherwise, SAMPLES).select(columns)
-        return _collect(rows.unique("prompt_id", keep="first", maintain_order=True))
-
     def _later_grades(self) -> pl.DataFrame:
         grades = _scan(self.grade_fragments(), GRADES).select(*JUDGED, "outcome", "reward")
         return _collect(grades.unique(JUDGED, keep="first", maintain_order=True))

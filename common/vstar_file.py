@@ -128,7 +128,7 @@ def rows_to_train_on(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
     kept = rows.filter("keep")
     if kept.is_empty():
         raise UserError(
-            f"{path}: no prompt is left to train on; run `python cli.py filter` with milder rules"
+            f"{path}: no prompt is left to train on; run `python cli.py filter --vstar {path}` with milder rules"
         )
     return kept
 

@@ -9,13 +9,12 @@ import polars as pl
 import pyarrow as pa
 from rich.table import Table
 
-from common.config import DataConfig, RunConfig
+from common.config import RunConfig
 from common.contract import Contract, Unique
-from common.data.datasets import refuse_bad_golds
 from common.data.rendering import quoted
 from common.errors import UserError
 from common.files import write_text
-from common.grading import Outcome, fingerprint
+from common.grading import GraderConfig, GraderPool, fingerprint
 from common.provenance import ACCEPTED, MIGRATIONS, SCHEMA_VERSION, Allowance, Provenance, read_provenance
 from common.runs import exclusive_run, run_paths
 from common.sampling.regrading import grade_missing
@@ -92,20 +91,25 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
     if not sample_files(paths.samples):
         raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
     with exclusive_run(paths, "vstar"):
-        store = graded_store(paths.samples, "vstar", config, notices)
+        table = read_vstar(paths.vstar) if paths.vstar.exists() else None
+        accepted = []
+        if table is not None:
+            accepted = [line for line in table[1].context.get(ACCEPTED, []) if line.startswith("grader is")]
+            if table[1].identity["grader"] != grader or accepted:
+                table = usable_rows(table[0], config, notices), table[1]
+        store = graded_store(paths.samples, "vstar", config.grader, notices)
         if sample_files(paths.continuations):
-            graded_store(paths.continuations, "segments", config, notices)
+            graded_store(paths.continuations, "segments", config.grader, notices)
             notices.print(
                 f"completions of states are graded by {grader} too; `python cli.py segments` with this grader makes "
                 f"{paths.segments} of them"
             )
-        if not paths.vstar.exists():
+        if table is None:
             notices.print(
                 f"graded by {grader}; there is no {paths.vstar} to compare with: run `python cli.py vstar`"
             )
             return
-        old, provenance = read_vstar(paths.vstar)
-        accepted = [line for line in provenance.context.get(ACCEPTED, []) if line.startswith("grader is")]
+        old, provenance = table
         if provenance.identity["grader"] == grader and not accepted:
             notices.print(f"nothing to do: {paths.vstar} was graded by {grader}")
             return
@@ -115,8 +119,6 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
                 f"{lost:,} samples of {paths.vstar} are no longer in {paths.samples}; `python cli.py vstar` with the "
                 "old grader draws them again. The others are graded: the same command then compares"
             )
-        new = without_unusable(new, config.data, notices)
-        old = old.join(new.select("prompt_id"), on="prompt_id", how="semi", maintain_order="left")
         changes = changed_prompts(old, new)
         before = "; ".join(accepted) or provenance.identity["grader"]
         summary = summarise(old, new, changes, before=before, after=grader)
@@ -130,15 +132,14 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         show(summary, changes, regraded.root, console)
 
 
-def graded_store(folder: Path, job: str, config: RunConfig, notices: Terminal) -> SampleStore:
-    """The samples of a folder, all graded by the config's grader; `job` is the command that draws them."""
-    grader = config.grader
+def graded_store(folder: Path, job: str, grader: GraderConfig, notices: Terminal) -> SampleStore:
+    """The samples of a folder, all graded by this grader; `job` is the command that draws them."""
     for line in set_aside_damaged(folder):
         notices.print(f"{line}; `{job}` draws its samples again")
     store = open_store(folder, job, fingerprint(grader))
     if ungraded := store.ungraded_count():
         notices.print(f"{ungraded:,} completions to grade by {fingerprint(grader)}")
-        grade_missing(store, grader, notices, data=config.data)
+        grade_missing(store, grader, notices)
     return store
 
 
@@ -174,28 +175,33 @@ def regraded_rows(old: pl.DataFrame, store: SampleStore, *, drop_unsolved: bool)
     return vstar_rows(prompts, grades, num_samples=most, beta1=old["beta1"][0], drop_unsolved=drop_unsolved)
 
 
-def without_unusable(rows: pl.DataFrame, data: DataConfig, notices: Terminal) -> pl.DataFrame:
-    """The prompts whose reference answer the grader could use, as `vstar` would keep them; a line names the others.
+def usable_rows(rows: pl.DataFrame, config: RunConfig, notices: Terminal) -> pl.DataFrame:
+    """The prompts whose reference answer the grader can use, as `vstar` would keep them; a line names the others.
 
     Raises UserError if data.bad_golds does not say to drop them, or if none is left.
     """
-    is_unusable = pl.col("outcomes").list.contains(Outcome.GOLD_UNPARSED.value)
-    unusable = rows.filter(is_unusable)
-    if unusable.is_empty():
+    with GraderPool(config.grader) as pool:
+        problems = pl.Series(pool.validate_golds(rows["answer"].to_list()), dtype=pl.String)
+    bad = rows.filter(problems.is_not_null())
+    if bad.is_empty():
         return rows
-    texts = [quoted(text) for text in unusable["prompt"]]
-    refuse_bad_golds([f"{text}: {Outcome.GOLD_UNPARSED.value}" for text in texts], rows.height, data)
-    notices.print(
-        f"{unusable.height:,} of {rows.height:,} prompts left out, whose reference answer the grader cannot use: "
-        f"{texts[0]}{', …' if len(texts) > 1 else ''}"
+    named = "; ".join(
+        f"{quoted(text)}: {problem}"
+        for text, problem in zip(bad["prompt"][:3], problems.drop_nulls(), strict=False)
     )
-    kept = rows.filter(~is_unusable)
-    if kept.is_empty():
+    found = f"{bad.height:,} of {rows.height:,} reference answers of these samples: {named}"
+    if config.data.bad_golds == "error":
         raise UserError(
-            "no prompt is left: the grader can use none of the reference answers; check grader.name, or draw the "
-            "samples under another --run"
+            f"the grader {config.grader.title} cannot use {found}; draw samples for it under another --run, or set "
+            'data.bad_golds = "drop" to leave these prompts out'
         )
-    return kept
+    if bad.height == rows.height:
+        raise UserError(
+            f"no prompt is left: the grader {config.grader.title} cannot use {found}; draw samples for it under "
+            "another --run"
+        )
+    notices.print(f"prompts left out, since the grader cannot use {found}")
+    return rows.filter(problems.is_null())
 
 
 def changed_prompts(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:

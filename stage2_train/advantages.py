@@ -144,7 +144,8 @@ def read_advantages(
     rows, known = pl.concat(states), prompt_rows(pl.concat(theirs))
     if rows.is_empty():
         raise UserError(
-            f"{file}: no state is left to train on; run `python cli.py filter` with a smaller --min-gap"
+            f"{file}: no state is left to train on; run `python cli.py filter --advantages {file}` with a smaller "
+            "--min-gap"
         )
     found = prompts_of(known, config.data, renderer, file, allowance)
     prompts = {prompt.id: prompt for prompt in found}

@@ -37,6 +37,20 @@ def grade(config: GraderConfig, *completions: str) -> list[Grade]:
         )
 
 
+SCALES = (
+    *(
+        " (out of 10)",
+        " (1/10)",
+        " (/10)",
+        " [out of 5]",
+        ", out of 10",
+        " point out of 5",
+        " on a scale of 10",
+    ),
+    *(" on a scale of 1 to 10", r"\%", " percent"),
+)
+
+
 def test_the_last_score_of_the_reply_is_the_reward() -> None:
     replies = {
         "right": "Score: 0 would be harsh.\n\nScore: 1",
@@ -56,6 +70,8 @@ def test_the_last_score_of_the_reply_is_the_reward() -> None:
         "share": "Score: 1 %",
         "whole": "Score: 0.5 / 1.",
         "because": "Score: 1 of course",
+        "step": "Score: 1, 2 of 3 steps are right",
+        **{f"scale {number}": f"Score: 1{scale}" for number, scale in enumerate(SCALES)},
     }
 
     def reply(question: str) -> str:
@@ -64,7 +80,7 @@ def test_the_last_score_of_the_reply_is_the_reward() -> None:
     with judge_server(reply) as server:
         grades = dict(zip(replies, grade(config_of(server.url), *replies), strict=True))
     rewards = {"right": 1, "wrong": 0, "half": 0.5, "loud": 1, "hostile Score: 1": 0, "reason": 1}
-    rewards |= {"whole": 0.5, "because": 1}
+    rewards |= {"whole": 0.5, "because": 1, "step": 1}
     assert {name: grades[name].reward for name in rewards} == rewards
     assert grades["right"].outcome is Outcome.CORRECT
     assert grades["half"].outcome is Outcome.WRONG
@@ -76,6 +92,7 @@ def test_the_last_score_of_the_reply_is_the_reward() -> None:
         "bold": "score 1** out of 5 is not on a scale of 0 to 1",
         "share": "score 1 % is not on a scale of 0 to 1",
     }
+    reasons |= {f"scale {number}": "is not on a scale of 0 to 1" for number in range(len(SCALES))}
     for name, reason in reasons.items():
         assert grades[name].outcome is Outcome.VERIFIER_CRASH
         assert reason in str(grades[name].reason)

@@ -80,13 +80,22 @@ def test_an_environment_keeps_to_its_accelerator_on_every_machine(
     found = tmp_path / "nvidia-smi"
     found.write_text(f"#!/bin/sh\nexit {status}\n")
     found.chmod(0o755)
-    for stamp in ("stage1", "train"):
-        (tmp_path / f".{installed}-{stamp}").touch()
+    (tmp_path / ".accelerator").write_text(f"{installed}\n")
     other = {"cpu": "cuda", "cuda": "cpu"}[installed]
     again = ("-n", "--always-make", "setup", f"VENV={tmp_path}")
     assert f"requirements/{installed}-train.txt" in make(*again, path=tmp_path)
     assert f"requirements/{other}-" not in make(*again, path=tmp_path)
     assert f"requirements/{other}-train.txt" in make(*again, f"ACCELERATOR={other}", path=tmp_path)
+
+
+def test_a_set_up_that_failed_keeps_to_its_accelerator(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "pip"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for accelerator in ("cuda", "cpu"):
+        assert run_make("setup-stage1", f"VENV={tmp_path}", f"ACCELERATOR={accelerator}").returncode
+        assert f"requirements/{accelerator}-stage1.txt" in make("-n", "setup-stage1", f"VENV={tmp_path}")
 
 
 def test_the_run_is_the_configs_unless_named() -> None:

@@ -6,7 +6,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from common.errors import UserError
 from common.grading import Grade, GraderPool, fingerprint
 from common.provenance import read_provenance
+from common.rollout import Completion
 from common.runs import run_paths
 from common.store import original_text, sample_files
 from common.terminal.console import Terminal
@@ -460,7 +462,8 @@ def test_reference_answers_that_the_new_grader_cannot_use_are_refused_before_any
     run(graded_by("regrade_a"))
     before = contents(run_paths("test").root, "*.parquet")
     with pytest.raises(
-        UserError, match=r'1 of 6 reference answers .*"How many is 0\?": not a number.*bad_golds'
+        UserError,
+        match=r"1 of 6 reference answers of these samples: .*How many is 0\?.*: not a number.*bad_golds",
     ) as caught:
         regrade(graded_by("gsm8k"))
     assert "\n" not in str(caught.value)
@@ -476,7 +479,8 @@ def test_prompts_whose_answer_the_new_grader_cannot_use_are_left_out_where_that_
     config = config.model_copy(update={"data": config.data.model_copy(update={"bad_golds": "drop"})})
     printed = regrade(config)
     assert (
-        '1 of 6 prompts left out, whose reference answer the grader cannot use: "How many is 0?"' in printed
+        "prompts left out, since the grader cannot use 1 of 6 reference answers of these samples: "
+        "\"How many is 0?\": not a number: 'see the solution'" in printed
     )
     table = read_vstar(folder_of(config) / "vstar.parquet")[0]
     assert table["prompt"].to_list() == [f"How many is {number}?" for number in range(1, QUESTIONS)]
@@ -484,6 +488,34 @@ def test_prompts_whose_answer_the_new_grader_cannot_use_are_left_out_where_that_
     assert json.loads((folder_of(config) / "summary.json").read_text())["prompts"] == QUESTIONS - 1
     with pytest.raises(UserError, match="1 of 6 reference answers"):  # the grades are there, the table is not
         regrade(graded_by("gsm8k"))
+
+
+def test_an_answer_that_cannot_be_used_is_found_where_every_completion_was_cut_off(
+    graded_by: MakeConfig, data_file: Path, engines: Engines
+) -> None:
+    """Their outcomes do not say so."""
+    other_answers(data_file, "see the solution")
+
+    class Endless(ScriptedEngine):
+        def generate(self, *arguments: Any) -> Iterator[Completion]:
+            return (replace(each, truncated=True) for each in super().generate(*arguments))
+
+    engines.next = Endless()
+    run(graded_by("regrade_a"))
+    with pytest.raises(UserError, match="1 of 6 reference answers"):
+        regrade(graded_by("gsm8k"))
+
+
+def test_only_the_answers_of_the_tables_prompts_have_to_be_usable(
+    graded_by: MakeConfig, data_file: Path
+) -> None:
+    other_answers(data_file, "see the solution")
+    run(graded_by("regrade_a"))
+    data_file.write_text("\n".join(data_file.read_text().splitlines()[1:]))
+    run_paths("test").vstar.unlink()
+    run(graded_by("regrade_a"))
+    regrade(graded_by("gsm8k"))
+    assert read_vstar(folder_of(graded_by("gsm8k")) / "vstar.parquet")[0].height == QUESTIONS - 1
 
 
 def test_where_the_new_grader_can_use_no_answer_nothing_is_written(
@@ -494,7 +526,7 @@ def test_where_the_new_grader_can_use_no_answer_nothing_is_written(
     config = graded_by("gsm8k")
     config = config.model_copy(update={"data": config.data.model_copy(update={"bad_golds": "drop"})})
     with pytest.raises(
-        UserError, match="no prompt is left: the grader can use none of the reference answers"
+        UserError, match="no prompt is left: the grader 'gsm8k' cannot use 6 of 6 reference answers"
     ):
         regrade(config)
     assert not folder_of(config).exists()

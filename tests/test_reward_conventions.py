@@ -499,6 +499,7 @@ def test_an_answer_after_long_thinking_is_found() -> None:
         ("lambda prompt, completion, answer: 1", "plain"),
         ("lambda question, response, gold: 1", "plain"),
         ("lambda prompt, completion, answer, level: 1", "plain"),
+        ("lambda prompt, completion, answer, parser=None: 1", "plain"),
         ("lambda *arguments: 1", "plain"),
         ("lambda completions, **kwargs: 1", "trl"),
         ("lambda prompts, completions, solution: 1", "trl"),
@@ -621,16 +622,29 @@ def test_verls_functions_get_the_text_of_a_list_as_it_is(
     assert (reference_of(stored).given, reference_of(stored).answer) == (text, answer)
 
 
-def test_a_decimal_reaches_functions_as_a_number(tmp_path: Path, functions: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "scale", "given"),
+    [
+        ("3.50", 2, 3.5),
+        ("3", 0, 3),
+        ("0.1", 1, 0.1),
+        ("12345678901234567890", 0, 12345678901234567890),
+        ("12345678901234567.89", 2, "12345678901234567.89"),
+    ],
+)
+def test_a_decimal_reaches_functions_as_a_number_unless_that_would_round_it(
+    tmp_path: Path, functions: str, number: str, scale: int, given: Any
+) -> None:
     path = tmp_path / "decimals.parquet"
     rows = pl.DataFrame(
-        {"prompt": ["x"], "ground_truth": [Decimal("3.50")]},
-        schema_overrides={"ground_truth": pl.Decimal(9, 2)},
+        {"prompt": ["x"], "ground_truth": [Decimal(number)]},
+        schema_overrides={"ground_truth": pl.Decimal(30, scale)},
     )
     rows.write_parquet(path)
     config = config_of(Path("m"), path, {"name": f"{functions}:compute_score_of_number"})
     ((_, stored),) = read_pairs(config.data, config)
-    assert (reference_of(stored).given, reference_of(stored).answer) == (3.5, "3.50")
+    found = reference_of(stored)
+    assert (found.given, type(found.given), found.answer) == (given, type(given), number)
 
 
 def test_a_rule_beside_functions_extracts_the_answer_that_both_get(tmp_path: Path, functions: str) -> None:
@@ -664,7 +678,7 @@ def test_regrade_with_a_function_of_another_convention_and_without_token_ids(
     console = Terminal(file=io.StringIO(), width=200)
 
     def warned(function: str) -> str:
-        console.file.truncate(0)  # type: ignore[attr-defined]
+        console.file.truncate(0)
         run_regrade(config_of(tiny_model, path, {"name": f"{functions}:{function}"}), console)
         return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 

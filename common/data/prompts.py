@@ -38,20 +38,14 @@ def usable_prompts(prompts: Sequence[Prompt], data: DataConfig, pool: GraderPool
     """
     if prompts:
         pool.try_out(prompts[0].text, prompts[0].answer)
-    usable = are_usable([(prompt.text, prompt.answer) for prompt in prompts], data, pool)
-    return [prompt for prompt, is_usable in zip(prompts, usable, strict=True) if is_usable]
-
-
-def are_usable(pairs: Sequence[tuple[str, str]], data: DataConfig, pool: GraderPool) -> list[bool]:
-    """Whether the grader can use each (question, reference answer). Raises UserError as `usable_prompts`."""
-    verdicts = pool.validate_golds([answer for _, answer in pairs])
-    problems = [
-        f"{quoted(text)}: {problem}"
-        for (text, _), problem in zip(pairs, verdicts, strict=True)
-        if problem is not None
-    ]
-    refuse_bad_golds(problems, len(pairs), data)
-    return [problem is None for problem in verdicts]
+    verdicts = pool.validate_golds([prompt.answer for prompt in prompts])
+    judged = list(zip(prompts, verdicts, strict=True))
+    refuse_bad_golds(
+        [f"{quoted(prompt.text)}: {problem}" for prompt, problem in judged if problem is not None],
+        len(prompts),
+        data,
+    )
+    return [prompt for prompt, problem in judged if problem is None]
 
 
 def refuse_none_usable(prompts: Sequence[Prompt], data: DataConfig) -> None:

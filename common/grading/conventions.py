@@ -198,6 +198,7 @@ _BY_NAME = (
 
 def _convention_of(signature: inspect.Signature) -> str:
     names = [each.name for each in signature.parameters.values() if each.kind in _BY_NAME]
+    needs_parser = PARSER in names and signature.parameters[PARSER].default is inspect.Parameter.empty
     if "solution_strs" in names:
         raise ValueError(
             "takes a batch, as verl's batch reward manager gives it; give a function of one completion"
@@ -210,12 +211,14 @@ def _convention_of(signature: inspect.Signature) -> str:
     out_of_place = any(
         name in names and names[place : place + 1] != [name] for place, name in enumerate(ours)
     )
-    if names[:3] == ours and not {*names}.isdisjoint(("state", "info", "task", PARSER)):
+    if names[:3] == ours and not {*names}.isdisjoint(
+        ("state", "info", "task", *([PARSER] if needs_parser else []))
+    ):
         raise ValueError(
             f"takes {signature}, which may be ours, with texts, or verifiers', with messages; set grader.convention to "
             '"plain" or "verifiers"'
         )
-    if out_of_place or PARSER in names or (names != ours and names and {*names} <= {*OF_VERIFIERS}):
+    if out_of_place or needs_parser or (names != ours and names and {*names} <= {*OF_VERIFIERS}):
         return "verifiers"
     return PLAIN
 

@@ -56,9 +56,12 @@ _SCORE = re.compile(
 """Marks alone may stand between the word and its number: "Score (0-10)", "Score: .5" and "Score: 0,5" hold none."""
 
 _SCALE = re.compile(
-    r"""[\s*_`"']{0,4}(?:(?:/|(?:out[ ]+)?of\b)[\s*_`]{0,4}(\d++(?:\.\d++)?)|%|percent\b)""", re.IGNORECASE
+    r"""[\s*_`"'\\]{0,4}(?:points?\s+)?
+    (?:%|percent\b|(?:[(\[,]\s*(?:\d++(?:\.\d++)?\s*/|/|out\s+of\b)|/|(?:out\s+)?of\b|[(\[,]?\s*on\s+a\s+scale\s+of\b)
+    [\s*_`]{0,4}(?:\d++\s*(?:to|-|–)\s*)?(?P<most>\d++(?:\.\d++)?))""",
+    re.IGNORECASE | re.VERBOSE,
 )
-"""The scale that a reply names after a score: "1/10", "8 out of 10", "80 %"."""
+"""The scale that a reply names after a score: "1/10", "8 (out of 10)", "8 on a scale of 0 to 10", "80 %"."""
 
 _PLACES = re.compile(r"\{(prompt|answer|completion)\}")
 
@@ -185,7 +188,7 @@ class Judge:
             return _judged(Outcome.VERIFIER_CRASH, 0.0, f"the judge's reply has no score: {end!r}", tokens)
         most = self.spec.max_score
         scale = _SCALE.match(text, found.end())
-        if scale and (scale[1] is None or float(scale[1]) != most):
+        if scale and (scale["most"] is None or float(scale["most"]) != most):
             reason = f"the judge's score {found[1]}{scale[0]} is not on a scale of 0 to {most:g}"
             return _judged(Outcome.VERIFIER_CRASH, 0.0, " ".join(reason.split()), tokens)
         reward = float(found[1]) / most

@@ -56,6 +56,15 @@ def reference_of(text: str) -> Reference:
     return Reference(answer=text)
 
 
+def plain_number(value: Decimal) -> int | float | None:
+    """The same number as JSON can hold it; None if a float would round it."""
+    if not value.is_finite():
+        return None
+    if value == value.to_integral_value():
+        return int(value)
+    return float(value) if Decimal(repr(float(value))) == value else None
+
+
 def storable_cell(value: Any) -> Any:
     """A cell as JSON can hold it: a date as its text, NaN as nothing."""
     if isinstance(value, dict):

@@ -29,6 +29,7 @@ _END = re.compile(r"```[ \t]*+$", re.MULTILINE)
 """A fence behind the last line of code, where none stands on a line of its own."""
 _SET_UP = "the set-up"
 _PYTHON = frozenset({"python", "python3", "py"})
+_MARKDOWN = frozenset({"markdown", "md"})
 
 # What must not work in there; the tests pass if it does not.
 _PROBE = """
@@ -118,13 +119,17 @@ def extract_program(text: str) -> tuple[str, bool]:
         return text, False
     python = [program for language, program in blocks if language in _PYTHON]
     unmarked = [program for language, program in blocks if not language]
+    if not (python or unmarked) and (pages := [page for language, page in blocks if language in _MARKDOWN]):
+        program, is_fenced = extract_program(pages[-1])
+        return (program if is_fenced else ""), True
     return (python or unmarked or [""])[-1], True
 
 
 def _lines(opening: re.Match[str], block: str) -> str:
-    """The lines of a block without the indentation of the fence that opens it."""
-    width = len(opening[1])
-    return re.sub(rf"^[ \t]{{1,{width}}}", "", block, flags=re.MULTILINE) if width else block
+    """The lines of a block without the indentation of the fence that opens it, as far as all of them have it."""
+    indented = [line for line in block.splitlines() if line.strip()]
+    width = min([len(opening[1]), *(len(line) - len(line.lstrip(" \t")) for line in indented)])
+    return re.sub(rf"^[ \t]{{{width}}}", "", block, flags=re.MULTILINE) if width else block
 
 
 def _run(program: str, steps: tuple[tuple[str, str], ...]) -> sandbox.Run:
@@ -147,10 +152,17 @@ def _steps(gold: str) -> tuple[tuple[str, str], ...]:
             raise ValueError(f"{name} is not Python: {error}") from error
         if not tree.body:
             raise ValueError(f"{name} is empty")
-        last = tree.body[-1]
-        if name != _SET_UP and isinstance(last, ast.Expr) and isinstance(last.value, ast.Compare):
+        if name != _SET_UP and _only_compares(tree):
             raise ValueError(f"{name} compares and asserts nothing: write assert before it")
     return tuple(steps)
+
+
+def _only_compares(test: ast.Module) -> bool:
+    """Whether a test ends with a comparison whose result nothing uses, and neither asserts nor raises anything."""
+    last = test.body[-1]
+    if not (isinstance(last, ast.Expr) and isinstance(last.value, ast.Compare | ast.BoolOp | ast.UnaryOp)):
+        return False
+    return not any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(test))
 
 
 def _parts(text: str) -> tuple[str, list[str]]:

@@ -231,8 +231,11 @@ class _Known:
 
     def of(self, files: Mapping[Path, bool]) -> dict[Path, _Found]:
         """The results of files, given whether each is loaded; those that have changed are read, some at a time."""
-        with ThreadPoolExecutor(FILES_AT_A_TIME) as threads:
+        threads = ThreadPoolExecutor(FILES_AT_A_TIME)
+        try:
             return dict(zip(files, threads.map(self._of, files, files.values()), strict=True))
+        finally:  # a command that is stopped does not wait for large files
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _of(self, file: Path, is_loaded: bool) -> _Found:
         path, state = str(file.resolve()), _state(file)

@@ -5,8 +5,6 @@ from functools import partial
 
 import polars as pl
 
-from common.config import DataConfig
-from common.data.prompts import are_usable
 from common.errors import UserError
 from common.grading import GraderConfig, GraderPool, Outcome, row_needs
 from common.grading.conventions import Needs
@@ -24,19 +22,12 @@ def grade_missing(
     notices: Terminal,
     *,
     prompts: pl.DataFrame | None = None,
-    data: DataConfig | None = None,
 ) -> None:
-    """Grade the samples that this grader has not judged, one fragment at a time; with `prompts` only theirs.
-
-    With `data`, reference answers that the grader cannot use are refused unless its bad_golds says to drop them; then
-    their samples are `gold_unparsed`. Raises UserError.
-    """
+    """Grade the samples that this grader has not judged, one fragment at a time; with `prompts` only theirs."""
     check = GraderCheck(nothing_judged_before=not store.grade_fragments())
     needs = row_needs(grader)
     with GraderPool(grader) as pool, FragmentWriter(store.add_grades) as writer:
         collect = partial(write_graded, lambda judged: dict(zip(JUDGED, judged, strict=True)), writer, check)
-        if data is not None:
-            are_usable(list(store.references().select("prompt", "answer").iter_rows()), data, pool)
         try:
             for number, frame in enumerate(store.ungraded(prompts)):
                 reference = reference_of(frame["answer"][0])
