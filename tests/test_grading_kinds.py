@@ -486,6 +486,18 @@ RIGHT = {
         [0,1) <- 0\le x<1
         -\frac{\sqrt{3}}{2} <- -\frac{1}{2}\sqrt{3}
         \frac{\sqrt3}{3} <- \frac{\sqrt3}{3} \approx 0.577
+        \frac{\sqrt3}{3} <- \frac{\sqrt3}{3} \approx 0.577...
+        \frac13 <- \frac13 \approx 0.333\ldots
+        \frac13,1 <- \frac13 \approx 0.333\ldots, 1
+        \pi <- \pi \approx 3.14159...
+        \frac{n(n+1)}{2} <- 1+2+\cdots+n=\frac{n(n+1)}{2}
+        n! <- 1\cdot2\cdots n=n!
+        2 <- 1+\frac12+\frac14+\ldots=2
+        0.\overline{142857} <- 0.\overline{142857}...
+        \text{yes} <- \text{yes}...
+        \text{yes} <- \text{yes...}
+        \text{yes} <- yes…
+        \text{Bob} <- \text{The answer is Bob...}
         1,2 <- \{2,1\}
         \{1,2\} <- 1,2
         \{(1,2),(3,4)\} <- (1,2),(3,4)
@@ -801,6 +813,10 @@ WRONG = {
         5 <- 5\text{...}
         5 <- 5\text{ dollars...}
         8 <- 1+2+\ldots+5
+        3 <- 12\ldots\approx 3
+        12 <- 12\ldots\approx 12
+        6 <- 1+2+\ldots+3=7
+        \text{yes} <- \text{no...}
         (2,3) <- \{2,3\}
         \{2,3\} <- (3,2)
         [2,3] <- \{2,3\}
@@ -858,11 +874,11 @@ def test_a_reference_answer_that_cannot_be_meant_is_refused_with_the_reason(gold
     assert reason in str(validate_gold(gold))
 
 
-def test_an_ellipsis_on_both_sides_is_the_same_text_or_no_answer() -> None:
-    assert boxed(r"1, 2, \dots", r"1,2,\ldots") is Outcome.CORRECT
-    assert boxed("1,2,...", r"1,2,\cdots") is Outcome.CORRECT
-    assert boxed("2,1,...", r"1,2,\ldots") is Outcome.GOLD_UNPARSED
-    assert boxed("1,2", r"1,2,\ldots") is Outcome.GOLD_UNPARSED
+@pytest.mark.parametrize("gold", [r"1,2,\ldots", "1,2,...", r"x=1\ldots", r"f(n)=1+2+\cdots+n"])
+def test_a_reference_answer_with_an_ellipsis_is_read_by_no_answer(gold: str) -> None:
+    assert validate_gold(gold) is not None
+    for box in (gold, "2,1,...", "1,2"):
+        assert boxed(box, gold) is Outcome.GOLD_UNPARSED
 
 
 @pytest.mark.parametrize(

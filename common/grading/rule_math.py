@@ -72,6 +72,8 @@ _PROSE = re.compile(
 )
 _SENTENCE = frozenset(["is", "are", "the", "we", "that", "see"])
 _NAME_BEFORE_BRACKETS = re.compile(r"^[A-Za-z](?:_\{[A-Za-z0-9]+\})? ?(?:=|\\in(?![A-Za-z])) ?")
+_ROUNDED = re.compile(r"\\approx -?[0-9]*\.?[0-9]+ ?\\ldots(?= ?(?:[,;)]|$))")
+_SERIES = re.compile(r"(?:^|(?<=,))[^,]*[^\s,] ?\\ldots[^,=]*=")
 _QUOTED = re.compile(r"\s*[\[{(]\s*['\"]")
 
 
@@ -184,7 +186,7 @@ def verdict(answer: str, box: str) -> Outcome:
     if contradict(gold.unit, claim.unit):
         return Outcome.WRONG
     if gold.key == claim.key != "":
-        return Outcome.CORRECT
+        return Outcome.GOLD_UNPARSED if ELLIPSIS in gold.text and _problem(answer) else Outcome.CORRECT
     for decide in (_as_numbers, _as_times, _as_ratios, _as_numerals, _as_words, _as_named_values):
         if decided := decide(gold.text, claim.text):
             return decided
@@ -201,6 +203,8 @@ def read(text: str) -> Answer:
         if r"\text" in body or r"\$" in body:
             body = ", ".join(split_unit(part)[0] for part in elements(body, ","))
     body = _unwrapped(body)
+    if body.endswith(ELLIPSIS) and _phrase(words := body.removesuffix(ELLIPSIS).rstrip()):
+        body = words
     return Answer(text=body, key=_SPACE.sub("", body), unit=unit)
 
 
@@ -389,7 +393,12 @@ def _as_mathematics(gold: str, claim: str) -> Outcome:
 
 
 def parsed(text: str, *, is_real: bool) -> Any:
-    r"""The expression; of an equation whose left side cannot be read (`\angle A = 30`), its right side."""
+    r"""The expression; of an equation whose left side cannot be read (`\angle A = 30`), its right side.
+
+    So too of `1+\ldots+n = n(n+1)/2`; and `\approx 0.333\ldots` behind a value is left out.
+    """
+    if ELLIPSIS in text:
+        text = _SERIES.sub("", _ROUNDED.sub("", text)).strip()
     text = ", ".join(map(_both_signs, elements(text, ","))) if r"\pm" in text else text
     text = BASE.sub(r"\1", text)
     if _NO_NUMBER.search(text) or ELLIPSIS in text:
@@ -423,7 +432,9 @@ def _problem(gold: str) -> str | None:
     words = [word for word in _PROSE.findall(text) if word]
     if len(words) > 1 and (not _phrase(text) or _SENTENCE & set(words)):
         return f"prose, not an answer: {gold[:80]!r}"
-    if plain_number(text) is not None or _clock(text) or _phrase(text) or _named_values(text):
+    if plain_number(text) is not None or _clock(text) or _phrase(text):
+        return None
+    if _named_values(text) and ELLIPSIS not in text:
         return None
     if parsed(text, is_real=not math_latex.is_complex(text)) is None:
         return f"math-verify cannot parse {gold[:80]!r}"
