@@ -61,6 +61,13 @@ RIGHT = {
         33\frac13\% <- \frac{100}{3}\%
         -1/8 <- -12\frac12\%
         0.005 <- \frac12\%
+        33\frac13\% <- 33\frac13
+        16\frac23\% <- 16\frac23
+        33\frac13\text{ percent} <- 33\frac13
+        33\frac13 <- 33\frac13\%
+        12.5 <- \frac{25}{2}\%
+        \frac{25}{2}\% <- 12.5
+        33.33\% <- 33.33
         0.005 <- 1/2\%
         1/2,1/3 <- 33\frac13\%, 50\%
         5\text{ square units} <- 5\text{ cm}^2
@@ -542,6 +549,11 @@ WRONG = {
         33\frac13\% <- 33\frac12\%
         50 <- 1/2\%
         0.5 <- \frac12\%
+        0.5 <- 0.5\%
+        0.5 <- 50
+        33\frac13\% <- 33\frac12
+        33.33\% <- 33.34
+        50\% <- 50\text{ dollars}
         5 <- 5\text{ or 6}
         5 <- 5\text{ or more}
         5 <- 5\text{ and 6}

@@ -190,7 +190,10 @@ def verdict(answer: str, box: str) -> Outcome:
     for decide in (_as_numbers, _as_times, _as_ratios, _as_numerals, _as_words, _as_named_values):
         if decided := decide(gold.text, claim.text):
             return decided
-    return _as_mathematics(gold.text, claim.text)
+    decided = _as_mathematics(gold.text, claim.text)
+    if decided is Outcome.WRONG and _is_percent_left_out(gold.text, claim.text):
+        return verdict(*(text.removesuffix(r"\%") for text in (gold.text, claim.text)))
+    return decided
 
 
 @lru_cache(maxsize=16_384)
@@ -238,6 +241,14 @@ def plain_number(text: str) -> Fraction | None:
         value = Fraction(power[2] or 1) * Fraction(10) ** int(power[3])
         return -value if power[1] == "-" else value
     return None
+
+
+def _is_percent_left_out(*texts: str) -> bool:
+    """Whether one side alone says percent; `0.5` is a half, and not half a percent."""
+    if "".join(texts).count("%") != 1 or not any(text.endswith(r"\%") for text in texts):
+        return False
+    values = [plain_number(text.removesuffix(r"\%").rstrip()) for text in texts]
+    return all(value is None or abs(value) > 1 for value in values)
 
 
 def _as_times(gold: str, claim: str) -> Outcome | None:
