@@ -467,7 +467,10 @@ def _equal(gold: str, expected: Any, claim: str, claimed: Any) -> bool:
 
 
 def _are_set_and_tuple(*texts: str) -> bool:
-    r"""Whether one is a set in braces and the other a point or an interval, such as `\{2,3\}` and `(2,3)`."""
+    r"""Whether one is a set in braces and the other a point or an interval, such as `\{2,3\}` and `(2,3)`.
+
+    `[1,2,3]` and `[(1,2),(3,4)]` are lists.
+    """
     bare = [_NAME_BEFORE_BRACKETS.sub("", text) for text in texts]
     return any(map(_is_set, bare)) and any(map(_is_tuple, bare))
 
@@ -479,7 +482,9 @@ def _is_set(text: str) -> bool:
 
 def _is_tuple(text: str) -> bool:
     whole = text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(elements(text)) == 1
-    return whole and len(elements(text[1:-1])) > 1
+    parts = elements(text[1:-1])
+    is_list = text[:1] + text[-1:] == "[]" and (len(parts) > 2 or parts[0].startswith("("))
+    return whole and len(parts) > 1 and not is_list
 
 
 def _same_base(gold: str, claim: str) -> bool:
