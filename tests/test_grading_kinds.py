@@ -61,6 +61,13 @@ RIGHT = {
         33\frac13\% <- \frac{100}{3}\%
         -1/8 <- -12\frac12\%
         0.005 <- \frac12\%
+        33\frac13\% <- 33\frac13
+        16\frac23\% <- 16\frac23
+        33\frac13\text{ percent} <- 33\frac13
+        33\frac13 <- 33\frac13\%
+        12.5 <- \frac{25}{2}\%
+        \frac{25}{2}\% <- 12.5
+        33.33\% <- 33.33
         0.005 <- 1/2\%
         1/2,1/3 <- 33\frac13\%, 50\%
         5\text{ square units} <- 5\text{ cm}^2
@@ -486,9 +493,23 @@ RIGHT = {
         [0,1) <- 0\le x<1
         -\frac{\sqrt{3}}{2} <- -\frac{1}{2}\sqrt{3}
         \frac{\sqrt3}{3} <- \frac{\sqrt3}{3} \approx 0.577
+        \frac{\sqrt3}{3} <- \frac{\sqrt3}{3} \approx 0.577...
+        \frac13 <- \frac13 \approx 0.333\ldots
+        \frac13,1 <- \frac13 \approx 0.333\ldots, 1
+        \pi <- \pi \approx 3.14159...
+        \frac{n(n+1)}{2} <- 1+2+\cdots+n=\frac{n(n+1)}{2}
+        n! <- 1\cdot2\cdots n=n!
+        2 <- 1+\frac12+\frac14+\ldots=2
+        0.\overline{142857} <- 0.\overline{142857}...
+        \text{yes} <- \text{yes}...
+        \text{yes} <- \text{yes...}
+        \text{yes} <- yes…
+        \text{Bob} <- \text{The answer is Bob...}
         1,2 <- \{2,1\}
         \{1,2\} <- 1,2
         \{(1,2),(3,4)\} <- (1,2),(3,4)
+        \{(1,2),(3,4)\} <- [(1,2),(3,4)]
+        \{1,2,3\} <- [1, 2, 3]
         (2,3) <- 2,3
     """,
 }
@@ -530,6 +551,11 @@ WRONG = {
         33\frac13\% <- 33\frac12\%
         50 <- 1/2\%
         0.5 <- \frac12\%
+        0.5 <- 0.5\%
+        0.5 <- 50
+        33\frac13\% <- 33\frac12
+        33.33\% <- 33.34
+        50\% <- 50\text{ dollars}
         5 <- 5\text{ or 6}
         5 <- 5\text{ or more}
         5 <- 5\text{ and 6}
@@ -801,9 +827,16 @@ WRONG = {
         5 <- 5\text{...}
         5 <- 5\text{ dollars...}
         8 <- 1+2+\ldots+5
+        3 <- 12\ldots\approx 3
+        12 <- 12\ldots\approx 12
+        6 <- 1+2+\ldots+3=7
+        \text{yes} <- \text{no...}
         (2,3) <- \{2,3\}
         \{2,3\} <- (3,2)
         [2,3] <- \{2,3\}
+        \{2,3\} <- [2,3]
+        \{1,2,3\} <- (1,2,3)
+        \{1,2,3\} <- [1,2,4]
         (1,2) <- x\in\{1,2\}
     """,
 }
@@ -858,11 +891,11 @@ def test_a_reference_answer_that_cannot_be_meant_is_refused_with_the_reason(gold
     assert reason in str(validate_gold(gold))
 
 
-def test_an_ellipsis_on_both_sides_is_the_same_text_or_no_answer() -> None:
-    assert boxed(r"1, 2, \dots", r"1,2,\ldots") is Outcome.CORRECT
-    assert boxed("1,2,...", r"1,2,\cdots") is Outcome.CORRECT
-    assert boxed("2,1,...", r"1,2,\ldots") is Outcome.GOLD_UNPARSED
-    assert boxed("1,2", r"1,2,\ldots") is Outcome.GOLD_UNPARSED
+@pytest.mark.parametrize("gold", [r"1,2,\ldots", "1,2,...", r"x=1\ldots", r"f(n)=1+2+\cdots+n"])
+def test_a_reference_answer_with_an_ellipsis_is_read_by_no_answer(gold: str) -> None:
+    assert validate_gold(gold) is not None
+    for box in (gold, "2,1,...", "1,2"):
+        assert boxed(box, gold) is Outcome.GOLD_UNPARSED
 
 
 @pytest.mark.parametrize(
@@ -945,6 +978,33 @@ def test_boxes_with_equal_numbers_are_one_answer() -> None:
         r"72\text{ kg}",
         r"72\%",
         "72x",
+        "72 (48 + 24)",
+        "72 (48+24=72)",
+        "72 ($6 * 12$)",
+        "72 (72)",
+        "72 (100%)",
+        "72 ()",
+        "72 ($)",
+        "72(¢)",
+        r"72 \checkmark",
+        r"72 $\blacksquare$",
+        r"72\end{align}",
+        r"72 \textsf{ cm}",
+        r"72 \text {cm}",
+        r"72 \mathrm {cm}",
+        r"72 \operatorname{cm}",
+        r"72\circ",
+        r"72 \degree",
+        r"72\textdollar",
+        r"72 \cents",
+        r"72 \percent",
+        r"72 \thinspace cm",
+        r"72\n",
+        r"72\nSo 72",
+        "72 M&Ms",
+        "72 M's",
+        "72 M’s",
+        "72 squared meters",
     ],
 )
 def test_gsm8k_reads_the_marks_that_models_put_around_a_number(answer: str) -> None:
@@ -985,8 +1045,15 @@ def test_gsm8k_reads_every_minus_sign() -> None:
         "5**3",
         "5·3",
         "5(3)",
-        "5 (3+4)",
+        "5(3+4)",
         r"5\pi",
+        r"5 \approx 6",
+        r"5 \pm 1",
+        r"5 \dfrac{1}{2}",
+        r"5 \over 2",
+        r"5 \cup 6",
+        r"5 \text { or } 6",
+        r"5 \textsf{ million}",
         r"5\sqrt{3}",
         "5√3",
         "5 ½",

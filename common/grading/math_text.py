@@ -87,6 +87,7 @@ _FONT_OF_ONE = re.compile(r"\\math(?:rm|bf|it|sf|tt)\s*([0-9]|(?<=\s)[A-Za-z])")
 _SPACING_IN_TEXT = re.compile(r"\\[!,;:> ]|\\cdot|~|\s")
 _EXPONENT_IN_TEXT = re.compile(r"\^-?[0-9]")
 _MATHEMATICS_IN_TEXT = re.compile(r"[0-9=<>+\\]|\.{3}")
+_WORDS_AND_DOTS = re.compile(r"([^0-9=<>+\\.]*[^\W\d_]) ?\.{3,}")
 _JOINING = re.compile(r",?\s*(?:and|or)|,|;|&|或|和")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)+")
 
@@ -158,7 +159,9 @@ _SPELLINGS = [
     ]
 ]
 
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?")
+_REPEATING = re.compile(
+    rf"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{{?([0-9]+)\}}?(?:\s*{re.escape(ELLIPSIS)}(?![A-Za-z]))?"
+)
 _E_NOTATION = re.compile(r"(?<![A-Za-z0-9_.\\])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([-+]?[0-9]+)(?![0-9A-Za-z.])")
 _MIXED = re.compile(r"(?<![0-9.}^_] )(?<![0-9.}^_])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9])")
 _SET_BUILDER = re.compile(
@@ -302,6 +305,8 @@ def _opened(content: str) -> str:
         return f"{_NAMES[content]} "
     if _JOINING.fullmatch(content):
         return " , "
+    if words := _WORDS_AND_DOTS.fullmatch(content):
+        return rf"\text{{{words[1]}}}{ELLIPSIS} "
     if _MATHEMATICS_IN_TEXT.search(_EXPONENT_IN_TEXT.sub("", content)) or _CHOICES.fullmatch(content):
         return f" {content} "
     return rf"\text{{{content}}}"

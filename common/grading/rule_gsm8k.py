@@ -22,16 +22,22 @@ _MONEY = r"(?:(?:US)?\\?\$|[€£¥₹]) ?"
 # What may stand between a number and its continuation: marks of the same line, and the braces of words.
 _BETWEEN = (
     r"(?:[ \t\u2007\u2009\u202f,;&|~*_`'’{}$€£¥₹·⋅∙•∗—-]|[xX](?=[ \t]*[0-9])"
-    r"|\\(?:[ ,:;!$]|(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\{|q?quad(?![A-Za-z])))*+"
+    r"|\\(?:[ ,:;!$]|(?:text[a-z]*|math[a-z]*|mbox)[ ]*\{|q?quad(?![A-Za-z])))*+"
 )
 _NUMBER_WORD = (
     r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:an? |one )?(?:half|third|quarter|fourth|hundred))(?![a-z])"
 )
 _CONNECTION = r"(?:and|or|to|plus|minus|times|(?:divided|multiplied) by|by|over|mod|point)(?![a-z])"
+_COMMAND = (
+    r"\\(?:(?:[cdst]|nice)?frac|[dt]?binom|sqrt|pi|times|cdots?|[dl]?dots|div|ast|pm|mp|[bp]?mod|over|approx|sim|to|cup)"
+    r"(?![A-Za-z])"
+)
+# `2(3)` goes on; the bracket of `60 (12 * 5)` is a remark, as is any LaTeX command that is not named here.
 _CONTINUATION = (
-    rf"{_BETWEEN}(?:\.?[0-9]|[½¼¾⅐-⅞²³¹⁰-⁹π√∛±≈]|\\[A-Za-z]|\([^A-Za-z()]*+\)|(?:[kKMB]|[bm]n|mil)(?![A-Za-z])"
-    r"|(?i:hundred|thousand|million|billion|trillion|dozen|(?:squared|cubed)(?![a-z]))"
+    rf"\([^A-Za-z0-9()]*+[0-9][^A-Za-z()]*+\)|{_BETWEEN}(?:\.?[0-9]|[½¼¾⅐-⅞²³¹⁰-⁹π√∛±≈]|{_COMMAND}"
+    r"|(?:[kKMB]|[bm]n|mil)(?![A-Za-z&'’])"
+    r"|(?i:hundred|thousand|million|billion|trillion|dozen|(?:squared|cubed)(?![ \t]*[a-z]))"
     rf"|(?i:{_CONNECTION}){_BETWEEN}(?:\.?[0-9]|[½¼¾⅐-⅞π√∛]|(?i:{_NUMBER_WORD})))"
 )
 _NUMBER = (

@@ -72,6 +72,8 @@ _PROSE = re.compile(
 )
 _SENTENCE = frozenset(["is", "are", "the", "we", "that", "see"])
 _NAME_BEFORE_BRACKETS = re.compile(r"^[A-Za-z](?:_\{[A-Za-z0-9]+\})? ?(?:=|\\in(?![A-Za-z])) ?")
+_ROUNDED = re.compile(r"\\approx -?[0-9]*\.?[0-9]+ ?\\ldots(?= ?(?:[,;)]|$))")
+_SERIES = re.compile(r"(?:^|(?<=,))[^,]*[^\s,] ?\\ldots[^,=]*=")
 _QUOTED = re.compile(r"\s*[\[{(]\s*['\"]")
 
 
@@ -184,11 +186,14 @@ def verdict(answer: str, box: str) -> Outcome:
     if contradict(gold.unit, claim.unit):
         return Outcome.WRONG
     if gold.key == claim.key != "":
-        return Outcome.CORRECT
+        return Outcome.GOLD_UNPARSED if ELLIPSIS in gold.text and _problem(answer) else Outcome.CORRECT
     for decide in (_as_numbers, _as_times, _as_ratios, _as_numerals, _as_words, _as_named_values):
         if decided := decide(gold.text, claim.text):
             return decided
-    return _as_mathematics(gold.text, claim.text)
+    decided = _as_mathematics(gold.text, claim.text)
+    if decided is Outcome.WRONG and _is_percent_left_out(gold.text, claim.text):
+        return verdict(*(text.removesuffix(r"\%") for text in (gold.text, claim.text)))
+    return decided
 
 
 @lru_cache(maxsize=16_384)
@@ -201,6 +206,8 @@ def read(text: str) -> Answer:
         if r"\text" in body or r"\$" in body:
             body = ", ".join(split_unit(part)[0] for part in elements(body, ","))
     body = _unwrapped(body)
+    if body.endswith(ELLIPSIS) and _phrase(words := body.removesuffix(ELLIPSIS).rstrip()):
+        body = words
     return Answer(text=body, key=_SPACE.sub("", body), unit=unit)
 
 
@@ -234,6 +241,14 @@ def plain_number(text: str) -> Fraction | None:
         value = Fraction(power[2] or 1) * Fraction(10) ** int(power[3])
         return -value if power[1] == "-" else value
     return None
+
+
+def _is_percent_left_out(*texts: str) -> bool:
+    """Whether one side alone says percent; `0.5` is a half, and not half a percent."""
+    if "".join(texts).count("%") != 1 or not any(text.endswith(r"\%") for text in texts):
+        return False
+    values = [plain_number(text.removesuffix(r"\%").rstrip()) for text in texts]
+    return all(value is None or abs(value) > 1 for value in values)
 
 
 def _as_times(gold: str, claim: str) -> Outcome | None:
@@ -389,7 +404,12 @@ def _as_mathematics(gold: str, claim: str) -> Outcome:
 
 
 def parsed(text: str, *, is_real: bool) -> Any:
-    r"""The expression; of an equation whose left side cannot be read (`\angle A = 30`), its right side."""
+    r"""The expression; of an equation whose left side cannot be read (`\angle A = 30`), its right side.
+
+    So too of `1+\ldots+n = n(n+1)/2`; and `\approx 0.333\ldots` behind a value is left out.
+    """
+    if ELLIPSIS in text:
+        text = _SERIES.sub("", _ROUNDED.sub("", text)).strip()
     text = ", ".join(map(_both_signs, elements(text, ","))) if r"\pm" in text else text
     text = BASE.sub(r"\1", text)
     if _NO_NUMBER.search(text) or ELLIPSIS in text:
@@ -423,7 +443,9 @@ def _problem(gold: str) -> str | None:
     words = [word for word in _PROSE.findall(text) if word]
     if len(words) > 1 and (not _phrase(text) or _SENTENCE & set(words)):
         return f"prose, not an answer: {gold[:80]!r}"
-    if plain_number(text) is not None or _clock(text) or _phrase(text) or _named_values(text):
+    if plain_number(text) is not None or _clock(text) or _phrase(text):
+        return None
+    if _named_values(text) and ELLIPSIS not in text:
         return None
     if parsed(text, is_real=not math_latex.is_complex(text)) is None:
         return f"math-verify cannot parse {gold[:80]!r}"
@@ -445,7 +467,10 @@ def _equal(gold: str, expected: Any, claim: str, claimed: Any) -> bool:
 
 
 def _are_set_and_tuple(*texts: str) -> bool:
-    r"""Whether one is a set in braces and the other a point or an interval, such as `\{2,3\}` and `(2,3)`."""
+    r"""Whether one is a set in braces and the other a point or an interval, such as `\{2,3\}` and `(2,3)`.
+
+    `[1,2,3]` and `[(1,2),(3,4)]` are lists.
+    """
     bare = [_NAME_BEFORE_BRACKETS.sub("", text) for text in texts]
     return any(map(_is_set, bare)) and any(map(_is_tuple, bare))
 
@@ -457,7 +482,9 @@ def _is_set(text: str) -> bool:
 
 def _is_tuple(text: str) -> bool:
     whole = text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(elements(text)) == 1
-    return whole and len(elements(text[1:-1])) > 1
+    parts = elements(text[1:-1])
+    is_list = text[:1] + text[-1:] == "[]" and (len(parts) > 2 or parts[0].startswith("("))
+    return whole and len(parts) > 1 and not is_list
 
 
 def _same_base(gold: str, claim: str) -> bool:

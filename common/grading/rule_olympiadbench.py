@@ -39,7 +39,7 @@ _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])\s*")
 _POWER = re.compile(r"([0-9]+)\s*\^\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _THOUSANDS_BEFORE = re.compile(r"(?:.*[^0-9.,])?[1-9][0-9]{0,2}(?:,[0-9]{3})*", re.DOTALL)
 _THOUSANDS_AFTER = re.compile(r"[0-9]{3}(?![0-9])")
-_TIGHT_COMMA = re.compile(r"[0-9],[0-9]")
+_TIGHT_COMMA = re.compile(r"[0-9],[-+]?[0-9]")
 _SET = re.compile(r"\\\{(.*)\\\}")
 _NAME = re.compile(r"[^=<>]+=(?!=)")
 
@@ -160,7 +160,7 @@ def _with_thousands(parts: list[str], text: str) -> list[str]:
     joined = parts[:1]
     for part in parts[1:]:
         both = f"{joined[-1]},{part}"
-        if both not in text or not _TIGHT_COMMA.search(joined[-1][-1:] + "," + part[:1]):
+        if both not in text or not _TIGHT_COMMA.search(joined[-1][-1:] + "," + part[:2]):
             joined.append(part)
         elif _THOUSANDS_BEFORE.fullmatch(joined[-1]) and _THOUSANDS_AFTER.match(part):
             joined[-1] = both
