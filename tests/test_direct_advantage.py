@@ -288,7 +288,9 @@ def test_a_table_of_another_model_template_or_sampling_is_refused(config: Config
 def test_a_table_that_keeps_nothing_and_steps_that_the_model_cannot_read_are_refused(config: Config) -> None:
     table = run_paths(config.run).advantages
     write_advantages(config, table, min_gap=3.0)
-    with pytest.raises(UserError, match=r"no state is left to train on; run `python cli.py filter --advantages .*min-gap"):
+    with pytest.raises(
+        UserError, match=r"no state is left to train on; run `python cli.py filter --advantages .*min-gap"
+    ):
         prepare(config, table)
     rows = write_advantages(config, table)
     _, provenance = ADVANTAGES_TABLE.read(table)
