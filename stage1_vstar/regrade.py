@@ -92,11 +92,12 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
         raise UserError(f"there are no samples in {paths.samples}; draw them with `python cli.py vstar`")
     with exclusive_run(paths, "vstar"):
         table = read_vstar(paths.vstar) if paths.vstar.exists() else None
-        accepted = []
         if table is not None:
-            accepted = [line for line in table[1].context.get(ACCEPTED, []) if line.startswith("grader is")]
-            if table[1].identity["grader"] != grader or accepted:
-                table = usable_rows(table[0], config, notices), table[1]
+            old, provenance = table
+            accepted = [line for line in provenance.context.get(ACCEPTED, []) if line.startswith("grader is")]
+            is_ours = provenance.identity["grader"] == grader and not accepted
+            if not is_ours:
+                old = usable_rows(old, config, notices)
         store = graded_store(paths.samples, "vstar", config.grader, notices)
         if sample_files(paths.continuations):
             graded_store(paths.continuations, "segments", config.grader, notices)
@@ -109,8 +110,7 @@ def run_regrade(config: RunConfig, console: Terminal, *, as_json: bool = False) 
                 f"graded by {grader}; there is no {paths.vstar} to compare with: run `python cli.py vstar`"
             )
             return
-        old, provenance = table
-        if provenance.identity["grader"] == grader and not accepted:
+        if is_ours:
             notices.print(f"nothing to do: {paths.vstar} was graded by {grader}")
             return
         new = regraded_rows(old, store, drop_unsolved=config.vstar.drop_unsolved)

@@ -29,7 +29,7 @@ from common.data.messages import is_messages, text_of_turns, usable_turns
 from common.errors import UserError, first_line
 from common.grading import Grader, GraderConfig, row_needs
 from common.grading.conventions import Needs
-from common.grading.reference import Reference, plain_number, storable_cell
+from common.grading.reference import Reference, json_number, storable_cell
 from common.grading.rule_olympiadbench import reference_text
 
 FIRST_ROWS = 100
@@ -171,7 +171,7 @@ def _reference(
 ) -> Reference:
     """The data that reward functions read from a row; `columns` names the columns, None means all but the prompt."""
     answer = cell_at(row, data_format.answer_field)
-    answer = plain_number(answer) if isinstance(answer, Decimal) else answer
+    answer = json_number(answer) if isinstance(answer, Decimal) else answer
     kinds = (int, float, list, dict) if any_answer else (int, float)  # a rule reads the one element of a list
     is_no_text = isinstance(answer, kinds) or (any_answer and _listed(answer, data_format) is not None)
     names = [name for name in row if name != data_format.prompt_field] if columns is None else columns

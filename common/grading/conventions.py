@@ -211,9 +211,7 @@ def _convention_of(signature: inspect.Signature) -> str:
     out_of_place = any(
         name in names and names[place : place + 1] != [name] for place, name in enumerate(ours)
     )
-    if names[:3] == ours and not {*names}.isdisjoint(
-        ("state", "info", "task", *([PARSER] if needs_parser else []))
-    ):
+    if names[:3] == ours and (needs_parser or not {*names}.isdisjoint(("state", "info", "task"))):
         raise ValueError(
             f"takes {signature}, which may be ours, with texts, or verifiers', with messages; set grader.convention to "
             '"plain" or "verifiers"'

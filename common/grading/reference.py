@@ -56,7 +56,7 @@ def reference_of(text: str) -> Reference:
     return Reference(answer=text)
 
 
-def plain_number(value: Decimal) -> int | float | None:
+def json_number(value: Decimal) -> int | float | None:
     """The same number as JSON can hold it; None if a float would round it."""
     if not value.is_finite():
         return None

@@ -68,12 +68,11 @@ def refuse_unstored(needs: Needs, reference: Reference, grader: GraderConfig, *,
 
 def what_is_missing(needs: Needs, reference: Reference, grader: GraderConfig) -> Iterator[str]:
     """A warning for each thing that a reward function may read and that the samples do not hold as the file does."""
-    remedy = "if it reads them, draw the samples under another --run"
     absent = [name for name in needs.optional_columns if name not in reference.columns]
     if absent or (needs.all_columns and grader.columns != [] and not reference.columns):
         yield (
             f"warning: these samples hold no {', '.join(absent) or 'columns of the data set'}, and grader.name = "
-            f"{grader.title} is called without; {remedy}"
+            f"{grader.title} is called without; if it reads them, draw the samples under another --run"
         )
     if needs.as_in_file and reference == reference_of(reference.answer) and _is_number(reference.answer):
         yield (
